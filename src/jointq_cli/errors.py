@@ -1,0 +1,45 @@
+"""Every error that a user or a machine can cause, as one tree.
+
+    JointqError                 one line on stderr, exit code 1
+    |-- ConfigError             a key of the recipe breaks a rule
+    |-- ModelError              a checkpoint is missing, damaged, or of a shape the engine cannot walk
+    |-- TextError               a text is missing, empty, undecodable or too short
+    |-- NumericsError           a layer cannot be solved
+    |-- ResourceError           the machine lacks something: a GPU, disk space, the network
+    `-- Interrupted             Ctrl-C; everything finished is kept, exit code 75
+
+A message is one line and names the key or file as the user typed it, the rule, and the value.
+Any other exception that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class JointqError(Exception):
+    """Base of all errors that are told to the user in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(JointqError):
+    """A key of the recipe breaks a rule."""
+
+
+class ModelError(JointqError):
+    """A checkpoint is missing, damaged, or of a shape the engine cannot walk."""
+
+
+class TextError(JointqError):
+    """A calibration or evaluation text is missing, empty, undecodable or too short."""
+
+
+class NumericsError(JointqError):
+    """A layer cannot be solved."""
+
+
+class ResourceError(JointqError):
+    """The machine lacks something that the run needs."""
+
+
+class Interrupted(JointqError):
+    """The user asked to stop; the same command continues. Exit code 75 is EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
