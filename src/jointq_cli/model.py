@@ -1,0 +1,259 @@
+"""A decoder-only language model that is never whole in memory: a skeleton, and one block of weights at a time.
+
+The model's own forward provides masks, positions and rotary embeddings: it runs once with every block standing aside
+and noting how it was called, and from then on each block is called in the same way. So nothing here knows an
+architecture; it asks only that the decoder blocks sit in one ModuleList and that their other inputs do not depend on
+the tokens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.errors import ModelError
+
+SKELETON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls one of its blocks, its hidden states apart."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class StreamedModel:
+    """The skeleton of a checkpoint's model: parameters on the meta device, buffers real.
+
+    Raises ModelError when transformers cannot build the architecture, when no ModuleList of decoder blocks is found,
+    or when the checkpoint's tensors do not fit the skeleton.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self.module = _skeleton(checkpoint, dtype, trust_remote_code)
+        self.name, blocks = _find_blocks(self.module)
+        self.blocks: list[nn.Module] = list(blocks)
+        self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
+        self._wraps_output = False  # whether blocks return a tuple around the hidden states
+        _buffers_to(self.module, device)
+        self._check_tensors()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def prefix(self, index: int) -> str:
+        """What the names of block `index`'s tensors start with, such as "model.layers.3."."""
+        return f"{self.name}.{index}."
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one block under their full names, as stored."""
+        return self.checkpoint.read(self.checkpoint.under(self.prefix(index)))
+
+    def outer_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that belongs to no block: embeddings, final norm, head, and what the model does not use."""
+        return self.checkpoint.read(
+            name for name in self.checkpoint.tensors if not name.startswith(f"{self.name}.") or not self._in_block(name)
+        )
+
+    def linear_layers(self) -> dict[str, nn.Linear]:
+        """Every linear layer by its full name, lm_head included."""
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, nn.Linear)}
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        """Inside, the embeddings, the final norm and the head are loaded: `embed` and `logits` work."""
+        names = {name for name, _ in _state(self.module) if not self._in_block(name)}
+        tensors = self.checkpoint.read(name for name in names if name in self.checkpoint.tensors)
+        try:
+            self._load(self.module, tensors)
+            self.module.tie_weights()
+            yield
+        finally:
+            _unload(self.module, keep=self.blocks)
+
+    @contextmanager
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Inside, block `index` carries `tensors` (full names) in the compute dtype and can be run."""
+        prefix = self.prefix(index)
+        try:
+            self._load(self.blocks[index], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+            yield self.blocks[index]
+        finally:
+            _unload(self.blocks[index])
+
+    def embed(self, windows: Tensor) -> Tensor:
+        """Hidden states (batch, tokens, hidden) that enter the first block; notes how the blocks are called.
+
+        windows: (batch, tokens) int64. Needs `outer`.
+        """
+        shape = tuple(windows.shape)
+        hidden, calls = self._note_calls(windows.to(self.device))
+        if shape in self._calls and not _same_calls(self._calls[shape], calls):
+            raise ModelError(
+                f"{self.checkpoint.directory}: {type(self.module).__name__} hands its blocks tensors that depend on the "
+                "tokens; the block-wise engine cannot walk it"
+            )
+        self._calls[shape] = calls
+        return hidden
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Block `index` over hidden states (batch, tokens, hidden) of a shape that `embed` has seen."""
+        call = self._calls[tuple(hidden.shape[:2])][index]
+        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of final hidden states (batch, tokens, hidden). Needs `outer`."""
+
+        def stand_aside(index: int, given: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+            return hidden if index == len(self) - 1 else given
+
+        with self._replaced_blocks(stand_aside):
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            output: Tensor = self.module(input_ids=ids, use_cache=False).logits
+            return output
+
+    def _note_calls(self, windows: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        seen: list[Tensor] = []
+        calls: list[BlockCall] = []
+
+        def note(index: int, given: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+            seen.append(given)
+            calls.append(BlockCall(args, kwargs))
+            return given
+
+        with self._replaced_blocks(note):
+            self.module.base_model(input_ids=windows, use_cache=False)
+        if any(given.shape != seen[0].shape for given in seen) and not self._wraps_output:
+            # The model unpacks what its blocks return: it took element 0 of our tensor. Give it tuples.
+            self._wraps_output = True
+            return self._note_calls(windows)
+        if len(calls) != len(self) or any(given.shape != seen[0].shape for given in seen):
+            raise ModelError(
+                f"{self.checkpoint.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
+                "after the other; the block-wise engine cannot walk it"
+            )
+        return seen[0], calls
+
+    @contextmanager
+    def _replaced_blocks(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        def stand_in(index: int) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                given, args, kwargs = _split_hidden(args, kwargs)
+                output = forward(index, given, args, kwargs)
+                return (output,) if self._wraps_output else output
+
+            return call
+
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = stand_in(index)
+            yield
+        finally:
+            for block in self.blocks:
+                block.__dict__.pop("forward", None)
+
+    def _load(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        known = {name for name, _ in _state(module)}
+        ready = {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in tensors.items()
+            if name in known
+        }
+        module.load_state_dict(ready, strict=False, assign=True)
+
+    def _in_block(self, name: str) -> bool:
+        head, _, rest = name.removeprefix(f"{self.name}.").partition(".")
+        return name.startswith(f"{self.name}.") and bool(rest) and head.isdigit() and int(head) < len(self)
+
+    def _check_tensors(self) -> None:
+        tied = set(getattr(self.module, "all_tied_weights_keys", None) or ())
+        stored = self.checkpoint.tensors
+        state = dict(_state(self.module))
+        missing = [name for name in state if name not in stored and name not in tied]
+        if missing:
+            raise ModelError(
+                f"{self.checkpoint.directory}: lacks {len(missing)} of the {len(state)} tensors of "
+                f"{type(self.module).__name__}, {missing[0]} first"
+            )
+        for name, tensor in state.items():
+            if name in stored and tuple(tensor.shape) != stored[name].shape:
+                raise ModelError(
+                    f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but config.json asks for "
+                    f"{list(tensor.shape)}"
+                )
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except SKELETON_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{checkpoint.directory}: transformers cannot build this model: {reason[:300]}") from error
+    return module.eval().requires_grad_(False)
+
+
+def _find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The ModuleList that holds the decoder blocks: the one with the most parameters."""
+    lists = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    if not lists:
+        raise ModelError(f"{type(module).__name__} keeps its decoder blocks in no ModuleList; it cannot be walked")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.state_dict(keep_vars=True).items()
+
+
+def _buffers_to(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+
+
+def _unload(module: nn.Module, keep: list[nn.Module] | None = None) -> None:
+    """Back to meta parameters, those of `keep` excepted."""
+    kept = {id(part) for block in keep or () for part in block.modules()}
+    for part in module.modules():
+        if id(part) not in kept:
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states apart from the rest of a block's arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _same_calls(one: list[BlockCall], other: list[BlockCall]) -> bool:
+    return all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(one, other, strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor)

@@ -1,0 +1,55 @@
+"""Where and in what precision a run computes. Knows nothing of models."""
+
+from dataclasses import dataclass
+
+import torch
+
+from jointq_cli.errors import ConfigError, ResourceError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine's share of a recipe.
+
+    `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods state theirs where they
+    accumulate. `batch_tokens` bounds the tokens of one forward pass and so the activations in memory.
+    """
+
+    device: str
+    dtype: str
+    num_threads: int | None
+    batch_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ConfigError(f"runtime.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
+        if self.device not in ("auto", "cpu") and self.device.split(":")[0] != "cuda":
+            raise ConfigError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"runtime.num_threads={self.num_threads}: must be at least 1, or null for all cores")
+        if self.batch_tokens < 1:
+            raise ConfigError(f"runtime.batch_tokens={self.batch_tokens}: must be at least 1")
+
+    def torch_device(self) -> torch.device:
+        """Raises ResourceError when CUDA is asked for and absent."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if (device.index or 0) >= count:
+                raise ResourceError(
+                    f"runtime.device={self.device}: this machine offers {count} CUDA devices to PyTorch "
+                    f"{torch.__version__}; use runtime.device=cpu or auto"
+                )
+        return device
+
+    def torch_dtype(self, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """`auto` is the checkpoint's own dtype, but float32 where half precision has no fast products."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        if checkpoint_dtype == torch.float16 and device.type == "cpu":
+            return torch.float32
+        return checkpoint_dtype if checkpoint_dtype in DTYPES.values() else torch.float32

@@ -1,0 +1,64 @@
+"""Which linear layers are quantised: the rules of the reference (OneComp), in its order. Knows only names."""
+
+from dataclasses import dataclass
+
+from jointq_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Filters over the names of a model's linear layers, applied in the order of the fields.
+
+    A *name* must match a layer's full name or the last parts of it (`lm_head`, `mlp.down_proj`); a *keyword* may occur
+    anywhere in it. Empty includes select everything. `num_layers` keeps the first so many of what is left.
+    """
+
+    include_layer_names: list[str]
+    include_layer_keywords: list[str]
+    exclude_layer_names: list[str]
+    exclude_layer_keywords: list[str]
+    num_layers: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ConfigError(f"layers.num_layers={self.num_layers}: must be at least 1, or null for all")
+
+    def select(self, names: list[str], known: list[str]) -> list[str]:
+        """The names to quantise, in the given order.
+
+        names: linear layers inside the decoder blocks. known: every linear layer of the model, against which a pattern
+        is checked: `lm_head` may be excluded although the engine never offers it.
+        Raises ConfigError for a pattern that matches no layer, and when nothing is left.
+        """
+        self._refuse_idle_patterns(known)
+        chosen = list(names)
+        if self.include_layer_names:
+            chosen = [name for name in chosen if _named(name, self.include_layer_names)]
+        if self.include_layer_keywords:
+            chosen = [name for name in chosen if _contains(name, self.include_layer_keywords)]
+        chosen = [name for name in chosen if not _named(name, self.exclude_layer_names)]
+        chosen = [name for name in chosen if not _contains(name, self.exclude_layer_keywords)]
+        if self.num_layers is not None:
+            chosen = chosen[: self.num_layers]
+        if not chosen:
+            raise ConfigError(f"layers: the rules select none of the model's {len(names)} linear layers")
+        return chosen
+
+    def _refuse_idle_patterns(self, known: list[str]) -> None:
+        for key, matches in (
+            ("include_layer_names", _named),
+            ("include_layer_keywords", _contains),
+            ("exclude_layer_names", _named),
+            ("exclude_layer_keywords", _contains),
+        ):
+            for pattern in getattr(self, key):
+                if not any(matches(name, [pattern]) for name in known):
+                    raise ConfigError(f"layers.{key}: {pattern!r} matches none of the model's {len(known)} linear layers")
+
+
+def _named(name: str, patterns: list[str]) -> bool:
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _contains(name: str, keywords: list[str]) -> bool:
+    return any(keyword in name for keyword in keywords)

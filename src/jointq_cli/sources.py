@@ -1,0 +1,101 @@
+"""Where a checkpoint comes from: the bundled model, a directory, a GGUF file or the hub. Always ends at a directory."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jointq_cli.checkpoint import COMPANIONS, Checkpoint, file_hash
+from jointq_cli.errors import ConfigError, ModelError, ResourceError
+from jointq_cli.store import Store
+
+BUNDLED = Path(__file__).parent / "pocket"
+GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """`path`: "pocket" (the bundled model), a local directory, a FILE.gguf, or a hub id such as org/name."""
+
+    path: str
+    revision: str | None
+    trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("model.path=: must name a model: pocket, a directory, a FILE.gguf or a hub id")
+
+
+def fetch(source: ModelSource, store: Store) -> Checkpoint:
+    """The checkpoint that `source` names, as a local directory of safetensors.
+
+    Raises ModelError when it is not there or not usable, ResourceError when the hub cannot be reached.
+    """
+    if source.path == "pocket":
+        return Checkpoint(BUNDLED)
+    local = Path(source.path).expanduser()
+    if local.suffix == ".gguf":
+        return Checkpoint(_converted_gguf(local, store))
+    if local.exists() or _looks_local(source.path):
+        return Checkpoint(local)
+    return Checkpoint(_downloaded(source))
+
+
+def _looks_local(path: str) -> bool:
+    """Hub ids are `name` or `org/name`; anything else can only be meant as a path."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _converted_gguf(file: Path, store: Store) -> Path:
+    if not file.is_file():
+        raise ModelError(f"model.path={file}: no such file")
+
+    def convert(scratch: Path) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+                model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=GGUF_DTYPE)
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            raise ModelError(f"{file}: transformers cannot read this GGUF file: {_one_line(error)}") from error
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+    return store.reuse("convert", {"dtype": str(GGUF_DTYPE)}, [file_hash(file)], convert).path
+
+
+def _downloaded(source: ModelSource) -> Path:
+    patterns = ["*.safetensors", *COMPANIONS, *(["*.py"] if source.trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ModelError(f"model.path={source.path}: neither a directory here nor a hub id ({error})") from error
+    except GatedRepoError as error:
+        raise ResourceError(
+            f"model.path={source.path}: the hub asks for permission; accept its licence there, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model.revision={source.revision}: {source.path} has no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"model.path={source.path}: neither a directory here nor a model on the hub") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ResourceError(
+            f"model.path={source.path}: no such directory here, and the hub cannot be reached ({_one_line(error)}); "
+            "offline, give a downloaded directory: model.path=DIR"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

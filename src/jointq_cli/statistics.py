@@ -1,0 +1,48 @@
+"""What a layer's inputs look like: the Hessian of its output error, streamed. States the convention once.
+
+For inputs X (tokens, in) of a linear layer the Hessian is H = X^T X / tokens (in, in): the mean squared change of a
+row's output under a weight change e is e H e^T. Layers that share an input share a Hessian.
+"""
+
+import torch
+from torch import Tensor
+
+# Products in float32, sums over batches in float64: a bf16 product would round H to 8 bits and lose its small
+# eigenvalues, which is where quantisation errors are pushed to.
+
+
+class Hessian:
+    """Accumulates X^T X over batches of tokens."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: (..., in), any floating dtype."""
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        self._sum += flat.T @ flat
+        self.tokens += len(flat)
+
+    def finish(self) -> Tensor:
+        """H = X^T X / tokens, (in, in) float64, in the accumulator's own memory: to be called once, at the end."""
+        return self._sum.div_(max(self.tokens, 1))
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Relative output error tr(E H E^T) / tr(W H W^T), E = W - W_quantised; weights (out, in) float32."""
+    error = _energy(weight - quantized, hessian)
+    signal = _energy(weight, hessian)
+    return error / signal if signal > 0 else 0.0
+
+
+def weight_error(weight: Tensor, quantized: Tensor) -> float:
+    """Relative weight error |E|^2 / |W|^2 (Frobenius)."""
+    signal = weight.double().square().sum().item()
+    return (weight.double() - quantized.double()).square().sum().item() / signal if signal > 0 else 0.0
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> float:
+    """tr(R H R^T) in float32 products: a figure for people, not one that anything is solved with."""
+    product = rows @ hessian.to(rows.dtype)
+    return torch.sum(product * rows, dtype=torch.float64).item()

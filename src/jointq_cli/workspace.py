@@ -1,0 +1,95 @@
+"""What the long quantise stage has finished so far, on disk: it continues after a kill as if nothing had happened.
+
+    hidden.safetensors          the hidden states that enter the first unfinished block, and that block's number
+    layers/NAME.safetensors     codes, scale, zero-point and permutation of one finished layer
+    layers/NAME.json            its record; written last, so a layer with a record is a finished layer
+    shards/00003.safetensors    the checkpoint tensors of one finished block
+
+Every file is renamed into place when whole. A block is finished when the hidden states of the next one are there.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jointq_cli.checkpoint import save_shard
+from jointq_cli.grid import QuantizedWeight
+from jointq_cli.records import LayerRecord
+from jointq_cli.store import write_atomically
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The hidden states that enter a block, (windows, tokens, hidden) each.
+
+    `calibration` runs through original or quantised blocks, as `calibration.inputs` says. `probe` is the first batch
+    through the quantised blocks: what the checkpoint must give again when it is read back from disk.
+    """
+
+    calibration: Tensor
+    probe: Tensor
+
+
+class Workspace:
+    """The scratch directory of one quantise stage."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._hidden = directory / "hidden.safetensors"
+        for name in ("layers", "shards"):
+            (directory / name).mkdir(exist_ok=True)
+
+    def position(self) -> int:
+        """The first unfinished block."""
+        if not self._hidden.exists():
+            return 0
+        with safe_open(self._hidden, framework="pt") as file:
+            return int(file.metadata()["block"])
+
+    def streams(self) -> Streams:
+        """The hidden states at `position`. Only there once a block has been finished."""
+        with safe_open(self._hidden, framework="pt") as file:
+            return Streams(*(file.get_tensor(name).clone() for name in ("calibration", "probe")))
+
+    def finish_block(self, index: int, tensors: dict[str, Tensor], streams: Streams) -> None:
+        """Keeps a block's checkpoint tensors and the hidden states that enter the next block."""
+        write_atomically(self.shard(index), lambda path: save_shard(path, tensors))
+        ready = {"calibration": streams.calibration.cpu(), "probe": streams.probe.cpu().clone()}
+        write_atomically(self._hidden, lambda path: save_file(ready, path, {"block": str(index + 1)}))
+
+    def shard(self, index: int) -> Path:
+        return self.directory / "shards" / f"{index:05d}.safetensors"
+
+    def layer(self, name: str) -> tuple[QuantizedWeight, LayerRecord] | None:
+        """A finished layer, or None."""
+        record = self.directory / "layers" / f"{name}.json"
+        if not record.exists():
+            return None
+        return load_layer(record.with_name(f"{name}.safetensors")), LayerRecord(**json.loads(record.read_text()))
+
+    def keep_layer(self, weight: QuantizedWeight, record: LayerRecord) -> None:
+        path = self.directory / "layers" / f"{record.name}.safetensors"
+        write_atomically(path, lambda scratch: save_layer(scratch, weight))
+        text = json.dumps(dataclasses.asdict(record))
+        write_atomically(self.directory / "layers" / f"{record.name}.json", lambda scratch: _write(scratch, text))
+
+
+def save_layer(path: Path, weight: QuantizedWeight) -> None:
+    tensors, metadata = weight.to_tensors()
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata)
+
+
+def load_layer(path: Path) -> QuantizedWeight:
+    with safe_open(path, framework="pt") as file:
+        tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return QuantizedWeight.from_tensors(tensors, file.metadata())
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
