@@ -64,10 +64,6 @@ class Checkpoint:
                     read[name] = tensor
         return read
 
-    def under(self, prefix: str) -> list[str]:
-        """Names of the tensors whose name starts with `prefix`."""
-        return [name for name in self.tensors if name.startswith(prefix)]
-
     @cached_property
     def content_hash(self) -> str:
         """sha256 over the config and every weight file: the model's identity, wherever it lies."""

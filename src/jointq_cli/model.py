@@ -15,6 +15,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ModelError
@@ -48,6 +50,8 @@ class StreamedModel:
         self.blocks: list[nn.Module] = list(blocks)
         self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
         self._wraps_output = False  # whether blocks return a tuple around the hidden states
+        self._module_names = _module_names(self.module, checkpoint)
+        self._stored_names = {known: stored for stored, known in self._module_names.items()}
         _buffers_to(self.module, device)
         self._check_tensors()
 
@@ -58,15 +62,18 @@ class StreamedModel:
         """What the names of block `index`'s tensors start with, such as "model.layers.3."."""
         return f"{self.name}.{index}."
 
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a tensor that the module calls `name`: some architectures were renamed."""
+        return self._stored_names[name]
+
     def block_tensors(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one block under their full names, as stored."""
-        return self.checkpoint.read(self.checkpoint.under(self.prefix(index)))
+        """The tensors of one block under their stored names, as stored."""
+        prefix = self.prefix(index)
+        return self.checkpoint.read(stored for stored, name in self._module_names.items() if name.startswith(prefix))
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Every tensor that belongs to no block: embeddings, final norm, head, and what the model does not use."""
-        return self.checkpoint.read(
-            name for name in self.checkpoint.tensors if not name.startswith(f"{self.name}.") or not self._in_block(name)
-        )
+        return self.checkpoint.read(stored for stored, name in self._module_names.items() if not self._in_block(name))
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its full name, lm_head included."""
@@ -75,10 +82,9 @@ class StreamedModel:
     @contextmanager
     def outer(self) -> Iterator[None]:
         """Inside, the embeddings, the final norm and the head are loaded: `embed` and `logits` work."""
-        names = {name for name, _ in _state(self.module) if not self._in_block(name)}
-        tensors = self.checkpoint.read(name for name in names if name in self.checkpoint.tensors)
+        names = [name for name, _ in _state(self.module) if not self._in_block(name)]
         try:
-            self._load(self.module, tensors)
+            self._load("", self.checkpoint.read(self._stored_names[name] for name in names if name in self._stored_names))
             self.module.tie_weights()
             yield
         finally:
@@ -86,13 +92,24 @@ class StreamedModel:
 
     @contextmanager
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Inside, block `index` carries `tensors` (full names) in the compute dtype and can be run."""
-        prefix = self.prefix(index)
+        """Inside, block `index` carries `tensors` (stored names) in the compute dtype and can be run."""
         try:
-            self._load(self.blocks[index], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+            self._load(self.prefix(index), tensors)
             yield self.blocks[index]
         finally:
             _unload(self.blocks[index])
+
+    def embed_all(self, windows: Tensor, batch: int) -> Tensor:
+        """Hidden states (windows, tokens, hidden) that enter the first block, `batch` windows at a time."""
+        with self.outer():
+            return torch.cat([self.embed(part) for part in windows.split(batch)])
+
+    def run_all(self, index: int, hidden: Tensor, batch: int, pause: Callable[[], None] = lambda: None) -> Tensor:
+        """Block `index` over all hidden states (windows, tokens, hidden), in place; calls `pause` between batches."""
+        for part in hidden.split(batch):
+            part.copy_(self.run(index, part))
+            pause()
+        return hidden
 
     def embed(self, windows: Tensor) -> Tensor:
         """Hidden states (batch, tokens, hidden) that enter the first block; notes how the blocks are called.
@@ -166,13 +183,14 @@ class StreamedModel:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
 
-    def _load(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def _load(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        module = self.module.get_submodule(prefix.removesuffix("."))
         known = {name for name, _ in _state(module)}
-        ready = {
-            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-            for name, tensor in tensors.items()
-            if name in known
-        }
+        ready = {}
+        for stored, tensor in tensors.items():
+            name = self._module_names[stored].removeprefix(prefix)
+            if name in known:
+                ready[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
         module.load_state_dict(ready, strict=False, assign=True)
 
     def _in_block(self, name: str) -> bool:
@@ -181,23 +199,24 @@ class StreamedModel:
 
     def _check_tensors(self) -> None:
         tied = set(getattr(self.module, "all_tied_weights_keys", None) or ())
-        stored = self.checkpoint.tensors
         state = dict(_state(self.module))
-        missing = [name for name in state if name not in stored and name not in tied]
+        missing = [name for name in state if name not in self._stored_names and name not in tied]
         if missing:
             raise ModelError(
                 f"{self.checkpoint.directory}: lacks {len(missing)} of the {len(state)} tensors of "
                 f"{type(self.module).__name__}, {missing[0]} first"
             )
         for name, tensor in state.items():
-            if name in stored and tuple(tensor.shape) != stored[name].shape:
+            info = self.checkpoint.tensors.get(self._stored_names.get(name, ""))
+            if info and tuple(tensor.shape) != info.shape:
                 raise ModelError(
-                    f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, but config.json asks for "
-                    f"{list(tensor.shape)}"
+                    f"{info.file}: tensor {name} has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
                 )
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    if "quantization_config" in checkpoint.config:
+        raise ModelError(f"{checkpoint.directory}: is quantised already (its config.json has a quantization_config)")
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
@@ -206,6 +225,27 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
         reason = " ".join(str(error).split())
         raise ModelError(f"{checkpoint.directory}: transformers cannot build this model: {reason[:300]}") from error
     return module.eval().requires_grad_(False)
+
+
+def _module_names(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Stored name -> the module's name for every tensor of the checkpoint, by transformers' own table of renamings.
+
+    Raises ModelError where that table would also reshape or merge tensors: such a layer is not stored as it is run.
+    """
+    transforms = get_model_conversion_mapping(module)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = dict(_state(module))
+    names = {}
+    for stored in checkpoint.tensors:
+        name, converter = rename_source_key(stored, renamings, converters, module.base_model_prefix, state)
+        if converter is not None:
+            raise ModelError(
+                f"{checkpoint.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
+                "such architectures cannot be walked"
+            )
+        names[stored] = name
+    return names
 
 
 def _find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:

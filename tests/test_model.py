@@ -1,0 +1,85 @@
+"""The streamed model computes what transformers computes, for every family, with one block in memory at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.errors import ModelError
+from jointq_cli.model import StreamedModel
+from tiny_models import FAMILIES, edit_config, write_checkpoint
+from transformers import AutoModelForCausalLM
+
+CPU = torch.device("cpu")
+
+
+def windows(count: int = 5, tokens: int = 24) -> torch.Tensor:
+    return torch.randint(3, 256, (count, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def walk(model: StreamedModel, ids: torch.Tensor, batch: int) -> torch.Tensor:
+    hidden = model.embed_all(ids, batch)
+    for index in range(len(model)):
+        with model.block(index, model.block_tensors(index)):
+            model.run_all(index, hidden, batch)
+    with model.outer():
+        return model.logits(hidden)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_walking_block_by_block_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, family)
+    expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(windows()).logits
+    streamed = StreamedModel(Checkpoint(directory), CPU, torch.float32)
+    torch.testing.assert_close(walk(streamed, windows(), batch=2), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_outside_its_contexts_no_parameter_is_in_memory(tmp_path: Path) -> None:
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "llama_tied")), CPU, torch.float32)
+    model.embed_all(windows(), 2)
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    with model.block(1, model.block_tensors(1)):
+        loaded = {name.split(".")[2] for name, p in model.module.named_parameters() if not p.is_meta}
+        assert loaded == {"1"}
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+
+
+@torch.no_grad()
+def test_every_source_tensor_belongs_to_one_block_or_to_none(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, "gpt_neox"))
+    model = StreamedModel(checkpoint, CPU, torch.float32)
+    parts = [model.outer_tensors(), *(model.block_tensors(index) for index in range(len(model)))]
+    names = [name for part in parts for name in part]
+    assert sorted(names) == sorted(checkpoint.tensors)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, num_hidden_layers=4)
+    with pytest.raises(ModelError, match=r"lacks 9 of the .* tensors of LlamaForCausalLM, model\.layers\.3"):
+        StreamedModel(Checkpoint(directory), CPU, torch.float32)
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, intermediate_size=96)
+    with pytest.raises(ModelError, match=r"mlp\.gate_proj\.weight has shape \[128, 64\], but config.json asks for \[96, 64\]"):
+        StreamedModel(Checkpoint(directory), CPU, torch.float32)
+
+
+def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, model_type="nonesuch")
+    with pytest.raises(ModelError) as error:
+        StreamedModel(Checkpoint(directory), CPU, torch.float32)
+    assert "\n" not in str(error.value)
+    assert "nonesuch" in str(error.value)
+
+
+def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match="quantised already"):
+        StreamedModel(Checkpoint(directory), CPU, torch.float32)

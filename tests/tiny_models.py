@@ -1,0 +1,74 @@
+"""Random checkpoints of a few thousand parameters, one per model family that the engine is tested with."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+
+FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "llama_tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "llama_bias": lambda: transformers.LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
+    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=8),
+    "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
+    "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **GROUPED, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "phi3": lambda: transformers.Phi3Config(**GROUPED),
+    "olmo2": lambda: transformers.Olmo2Config(**GROUPED),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+}
+
+
+def write_checkpoint(
+    directory: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: object
+) -> Path:
+    """A random model of `family` in `directory`, the same one every time."""
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # transformers' initial 0.02 would leave every block's output near zero
+                parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5
+            elif "norm" not in name:
+                parameter.data = torch.randn_like(parameter) * 0.1
+    model.save_pretrained(directory, max_shard_size=shard)
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token per byte; ids 0, 1 and 2 are BOS, EOS and padding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: SIZES["vocab_size"] - 3]
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.Split("", "isolated")]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(directory)
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
