@@ -6,8 +6,10 @@ Knows safetensors files, their index and the small files beside them. Knows noth
 import errno
 import hashlib
 import json
+import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # What belongs to a model beside its weights. A README is left out: it describes the original.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ class Checkpoint:
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(file_hash, [self.directory / "config.json", *files]))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that most of the weights are stored in."""
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            if info.dtype in DTYPES:
+                sizes[info.dtype] += math.prod(info.shape)
+        return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     @cached_property
     def weight_bytes(self) -> int:

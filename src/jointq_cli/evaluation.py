@@ -102,9 +102,17 @@ def cut_windows(ids: Tensor, evaluation: Evaluation, bos_id: int | None) -> Scor
 
 
 def final_hidden(
-    model: StreamedModel, ids: Tensor, batch: int, on_block: Callable[[], None], pause: Callable[[], None]
+    model: StreamedModel,
+    ids: Tensor,
+    batch: int,
+    on_block: Callable[[], None] = lambda: None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Hidden states (windows, tokens, hidden) after the last block, in the model's compute dtype."""
+    """Hidden states (windows, tokens, hidden) after the last block, in the model's compute dtype.
+
+    ids: (windows, tokens) int64, `batch` windows per forward pass. on_block is called after each block, pause after
+    each batch, where it may raise.
+    """
     hidden = model.embed_all(ids, batch)
     for index in range(len(model)):
         with model.block(index, model.block_tensors(index)):

@@ -73,7 +73,7 @@ class StreamedModel:
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Every tensor that belongs to no block: embeddings, final norm, head, and what the model does not use."""
-        return self.checkpoint.read(stored for stored, name in self._module_names.items() if not self._in_block(name))
+        return self.checkpoint.read(stored for stored, name in self._module_names.items() if self.block_of(name) is None)
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its full name, lm_head included."""
@@ -82,7 +82,7 @@ class StreamedModel:
     @contextmanager
     def outer(self) -> Iterator[None]:
         """Inside, the embeddings, the final norm and the head are loaded: `embed` and `logits` work."""
-        names = [name for name, _ in _state(self.module) if not self._in_block(name)]
+        names = [name for name, _ in _state(self.module) if self.block_of(name) is None]
         try:
             self._load("", self.checkpoint.read(self._stored_names[name] for name in names if name in self._stored_names))
             self.module.tie_weights()
@@ -193,9 +193,11 @@ class StreamedModel:
                 ready[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
         module.load_state_dict(ready, strict=False, assign=True)
 
-    def _in_block(self, name: str) -> bool:
+    def block_of(self, name: str) -> int | None:
+        """The number of the block that a module or tensor belongs to, None if it is outside all of them."""
         head, _, rest = name.removeprefix(f"{self.name}.").partition(".")
-        return name.startswith(f"{self.name}.") and bool(rest) and head.isdigit() and int(head) < len(self)
+        inside = name.startswith(f"{self.name}.") and rest and head.isdigit() and int(head) < len(self)
+        return int(head) if inside else None
 
     def _check_tensors(self) -> None:
         tied = set(getattr(self.module, "all_tied_weights_keys", None) or ())

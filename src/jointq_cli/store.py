@@ -102,7 +102,7 @@ def translated_disk_errors(path: Path) -> Any:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"{error.filename or path}: the disk is full; what was finished is kept") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise ResourceError(f"{error.filename or path}: cannot be written ({error.strerror})") from error

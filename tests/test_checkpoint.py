@@ -1,0 +1,144 @@
+"""Checkpoint directories: what is read is what lies there, and what is damaged is named in one line."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from jointq_cli.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, save_shard, write_index
+from jointq_cli.errors import ModelError, NumericsError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_models import write_checkpoint
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        Checkpoint(directory)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_tensors_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    stored = load_file(directory / SINGLE)
+    checkpoint = Checkpoint(directory)
+    read = checkpoint.read(checkpoint.tensors)
+    assert read.keys() == stored.keys()
+    assert all(torch.equal(read[name], stored[name]) and read[name].dtype == torch.bfloat16 for name in stored)
+    assert checkpoint.dtype == torch.bfloat16
+    assert checkpoint.parameters == sum(tensor.numel() for tensor in stored.values())
+
+
+def test_shards_and_a_single_file_hold_the_same(tmp_path: Path) -> None:
+    one = Checkpoint(write_checkpoint(tmp_path / "one"))
+    many = Checkpoint(write_checkpoint(tmp_path / "many", shard="100KB"))
+    assert len({info.file for info in many.tensors.values()}) > 2
+    names = sorted(one.tensors)
+    assert names == sorted(many.tensors)
+    assert all(torch.equal(one.read([name])[name], many.read([name])[name]) for name in names)
+
+
+def test_the_content_hash_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "one")
+    before = Checkpoint(directory).content_hash
+    assert Checkpoint(shutil.copytree(directory, tmp_path / "two")).content_hash == before
+    tensors = load_file(directory / SINGLE)
+    tensors["model.norm.weight"][0] += 1
+    save_shard(directory / SINGLE, tensors)
+    assert Checkpoint(directory).content_hash != before
+
+
+def test_written_shards_and_index_read_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
+    shards = [tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"]
+    for shard, name in zip(shards, tensors, strict=True):
+        save_shard(shard, {name: tensors[name]})
+    write_index(tmp_path, shards)
+    (tmp_path / "config.json").write_text("{}")
+    read = Checkpoint(tmp_path).read(["a", "b"])
+    assert torch.equal(read["a"], tensors["a"])
+    assert json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"] == 28
+
+
+def test_companions_leave_the_old_index_and_readme_behind(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", shard="100KB")
+    (source / "README.md").write_text("the original's card")
+    (source / "modeling_x.py").write_text("")
+    target = tmp_path / "target"
+    target.mkdir()
+    copy_companions(source, target, code=False)
+    copied = {path.name for path in target.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= copied
+    assert not copied & {INDEX, "README.md", "modeling_x.py"}
+    copy_companions(source, target, code=True)
+    assert (target / "modeling_x.py").exists()
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "nowhere").endswith("nowhere: no such directory")
+
+
+def test_a_directory_without_config_is_named(tmp_path: Path) -> None:
+    assert "config.json: missing" in refusal(tmp_path)
+
+
+def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / "config.json").write_text("{")
+    assert "config.json: not valid JSON" in refusal(directory)
+
+
+def test_a_half_downloaded_shard_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    whole = (directory / SINGLE).read_bytes()
+    (directory / SINGLE).write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors: damaged or half-downloaded" in refusal(directory)
+
+
+def test_an_empty_shard_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / SINGLE).write_bytes(b"")
+    assert "model.safetensors: damaged or half-downloaded" in refusal(directory)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shard="100KB")
+    gone = sorted(directory.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    assert gone.name in refusal(directory)
+
+
+def test_a_broken_index_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shard="100KB")
+    (directory / INDEX).write_text('{"weight_map": []}')
+    assert "not a safetensors index" in refusal(directory)
+
+
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    (directory / SINGLE).rename(directory / "pytorch_model.bin")
+    assert "pickle only, which is never loaded" in refusal(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    directory = write_checkpoint(tmp_path)
+    tensors = load_file(directory / SINGLE)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, directory / SINGLE, {"format": "pt"})
+    checkpoint = Checkpoint(directory)
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"):
+        checkpoint.read(checkpoint.tensors)
+
+
+def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:  # what safetensors 0.8 says on a full tmpfs
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("jointq_cli.checkpoint.save_file", full)
+    with pytest.raises(OSError) as error:
+        save_shard(tmp_path / "shard", {"a": torch.ones(1)})
+    assert error.value.errno == errno.ENOSPC

@@ -1,0 +1,57 @@
+"""Layer selection: the reference's rules in the reference's order, and no pattern that does nothing."""
+
+import pytest
+from jointq_cli.errors import ConfigError
+from jointq_cli.selection import LayerSelection
+
+NAMES = [
+    f"model.layers.{block}.{kind}"
+    for block in (0, 1, 10)
+    for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+]
+KNOWN = [*NAMES, "lm_head"]
+
+
+def select(**fields: object) -> list[str]:
+    empty: dict[str, object] = dict.fromkeys(
+        ("include_layer_names", "include_layer_keywords", "exclude_layer_names", "exclude_layer_keywords"), []
+    )
+    return LayerSelection(**{**empty, "num_layers": None, **fields}).select(NAMES, KNOWN)  # type: ignore[arg-type]
+
+
+def test_no_rules_select_every_layer_of_the_blocks() -> None:
+    assert select() == NAMES
+    assert select(exclude_layer_names=["lm_head"]) == NAMES
+
+
+def test_a_name_matches_whole_parts_only() -> None:
+    assert select(include_layer_names=["mlp.down_proj"]) == [name for name in NAMES if name.endswith("mlp.down_proj")]
+    assert select(include_layer_names=["model.layers.1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
+    with pytest.raises(ConfigError, match="'own_proj' matches none"):
+        select(include_layer_names=["own_proj"])
+
+
+def test_a_keyword_matches_anywhere() -> None:
+    assert select(include_layer_keywords=["layers.1."]) == NAMES[3:6]
+    assert select(exclude_layer_keywords=["attn"]) == NAMES[2::3]
+
+
+def test_excludes_follow_includes_and_the_count_comes_last() -> None:
+    chosen = select(include_layer_keywords=["self_attn"], exclude_layer_names=["o_proj"], num_layers=2)
+    assert chosen == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("key", ["include_layer_names", "include_layer_keywords", "exclude_layer_names"])
+def test_a_pattern_that_matches_nothing_is_an_error_that_names_it(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"layers.{key}: 'qproj' matches none of the model's 10 linear layers"):
+        select(**{key: ["qproj"]})
+
+
+def test_rules_that_leave_nothing_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="select none of the model's 9 linear layers"):
+        select(exclude_layer_keywords=["proj"])
+
+
+def test_a_count_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_layers=0"):
+        select(num_layers=0)
