@@ -1,0 +1,263 @@
+"""Train "pocket", the model that the package carries, from text that a Python installation carries.
+
+    python scripts/train_pocket.py --prepare .pocket              # text -> tokenizer and tokens
+    python scripts/train_pocket.py --train .pocket --out MODEL    # tokens -> model, on the CPU or a GPU
+    python scripts/train_pocket.py --score .pocket --out MODEL    # held-out perplexity of what was saved
+
+The steps are separate because they may run on different machines: preparing needs the packages whose
+docstrings are read, training needs only torch, transformers and the prepared folder.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 2048
+CONTEXT = 1024  # what the model can take
+WINDOW = 512  # what it is trained and scored on
+SEPARATOR = "<|endoftext|>"
+
+# How often each source is read per pass. The language reference is what the model is for, and there is
+# very little of it; the standard library is written in nearly the same style.
+REPEATS = {"topics": 12, "stdlib": 4, "libraries": 1}
+
+
+def prepare(folder: Path) -> None:
+    """Write the tokenizer, one array of token ids per source, the dev share and the held-out text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from jointq_cli import pydoc_text
+
+    reference = len(pydoc_text.topics("train"))
+    library = len(pydoc_text.docstrings(()))
+    documents = pydoc_text.training_documents()
+    # Documents that lost every paragraph to the leak guard shift the borders by a few; it only moves a
+    # handful of files from one repeat count to another.
+    sources = {
+        "topics": documents[:reference],
+        "stdlib": documents[reference : reference + library],
+        "libraries": documents[reference + library :],
+    }
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        (text for name, texts in sources.items() for text in texts for _ in range(REPEATS[name])),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[SEPARATOR],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
+        clean_up_tokenization_spaces=False,  # or decode(encode(text)) would eat spaces before punctuation
+        model_max_length=CONTEXT,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        rows = [[*row.ids, 0] for row in tokenizer.encode_batch(texts)]  # 0 is the separator
+        return np.concatenate([np.asarray(row, dtype=np.uint16) for row in rows])
+
+    # The dev share steers choices; the evaluation topics are only ever reported.
+    shares = {name: [text for i, text in enumerate(texts) if i % 40] for name, texts in sources.items()}
+    shares["dev"] = [text for texts in sources.values() for i, text in enumerate(texts) if i % 40 == 0]
+    shares["evaluation"] = pydoc_text.topics("evaluation")
+    counts = {}
+    for name, texts in shares.items():
+        tokens = encode(texts)
+        np.save(folder / f"{name}.npy", tokens)
+        counts[name] = {
+            "documents": len(texts),
+            "characters": sum(map(len, texts)),
+            "bytes": sum(len(text.encode()) for text in texts),
+            "tokens": len(tokens),
+        }
+        print(name, counts[name], flush=True)
+    (folder / "counts.json").write_text(json.dumps(counts, indent=2))
+
+
+def new_model(dropout: float) -> LlamaForCausalLM:
+    """3.7 M parameters; every Linear reads a multiple of 128 inputs, as groups of 128 need."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            tie_word_embeddings=True,
+            max_position_embeddings=CONTEXT,
+            attention_dropout=dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
+    )
+
+
+def batches(folder: Path, size: int, window: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of windows. Each pass joins the documents in a new order and cuts them anew."""
+    documents = []
+    for name, repeats in REPEATS.items():
+        tokens = np.load(folder / f"{name}.npy")
+        documents += repeats * np.split(tokens, np.flatnonzero(tokens == 0)[:-1] + 1)
+    length = window + 1  # each position predicts the next one
+    turn = 0
+    while True:
+        random = np.random.default_rng([seed, turn])
+        stream = np.concatenate([documents[i] for i in random.permutation(len(documents))])
+        rows = stream[: len(stream) // length * length].reshape(-1, length)
+        rows = rows[random.permutation(len(rows))]
+        for start in range(0, len(rows) - size + 1, size):
+            yield torch.from_numpy(rows[start : start + size].astype(np.int64))
+        turn += 1
+
+
+@torch.no_grad()
+def perplexity(model: LlamaForCausalLM, tokens: np.ndarray, windows: int | None = None) -> float:
+    """Over non-overlapping windows; within each, every token but the first is predicted."""
+    device = model.device
+    model.eval()
+    rows = tokens[: len(tokens) // WINDOW * WINDOW].astype(np.int64).reshape(-1, WINDOW)[:windows]
+    total = 0.0
+    for row in rows:
+        ids = torch.from_numpy(row)[None].to(device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        total += nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+    model.train()
+    return math.exp(total / (len(rows) * (WINDOW - 1)))
+
+
+def train(folder: Path, out: Path, args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    model = new_model(args.dropout).to(device).train()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
+
+    # Muon for the matrices learns about as much from half the tokens; the embedding (which is also the
+    # output layer) and the norms get AdamW. The first option makes one learning rate fit both.
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    embedding = [p for name, p in model.named_parameters() if "embed" in name]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": embedding, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+            lr=args.lr,
+            betas=(0.9, 0.95),
+        ),
+    ]
+
+    def loss_of(rows: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(input_ids=rows[:, :-1]).logits
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+
+    # Attention is a third of a step's cost at full length, so most steps read twice as many windows of
+    # half the length, and the last ones teach the far positions.
+    compute = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
+    dev = np.load(folder / "dev.npy")
+    halves = batches(folder, 2 * args.batch, WINDOW // 2, args.seed)
+    wholes = batches(folder, args.batch, WINDOW, args.seed + 1)
+    start = time.monotonic()
+    running = 0.0
+    for step in range(args.steps):
+        rate = args.lr * min((step + 1) / args.warmup, (args.steps - step) / (args.steps - args.warmup))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        source = halves if step < 0.75 * args.steps else wholes
+        loss = compute(next(source).to(device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        last = step + 1 == args.steps
+        if step % 25 == 0 or last:
+            spent = time.monotonic() - start
+            print(f"step {step + 1} loss {running:.4f} lr {rate:.5f} {spent:.0f} s", flush=True)
+        if (step + 1) % args.every == 0 or last:
+            score = perplexity(model, dev, None if last else 64)
+            print(f"step {step + 1} dev perplexity {score:.3f}", flush=True)
+            model.save_pretrained(folder / "running")  # in float32, should the run be cut
+    save(model, folder, out)
+
+
+def save(model: LlamaForCausalLM, folder: Path, out: Path) -> None:
+    """bfloat16 weights and the tokenizer, in the layout that every loader of the hub knows."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    # Edited, because transformers 4 does not know the class name that transformers 5 writes, and because
+    # how this machine found the tokenizer is of no interest elsewhere.
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    for path in out.iterdir():
+        path.chmod(0o644)  # save_pretrained leaves the weights readable by their owner alone
+
+
+def score(folder: Path, out: Path, device: str) -> None:
+    """Held-out perplexity of the saved weights, computed in bfloat16 as they are stored."""
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16).to(device)
+    counts = json.loads((folder / "counts.json").read_text())["evaluation"]
+    tokens = np.load(folder / "evaluation.npy")
+    value = perplexity(model, tokens)
+    bits = math.log2(value) * counts["tokens"] / counts["bytes"]
+    print(f"evaluation topics: perplexity {value:.4f}, about {bits:.3f} bits per byte")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--prepare", type=Path, metavar="DIR", help="write tokenizer and tokens to DIR")
+    action.add_argument("--train", type=Path, metavar="DIR", help="train on what --prepare wrote to DIR")
+    action.add_argument("--score", type=Path, metavar="DIR", help="score --out on the held-out text in DIR")
+    parser.add_argument("--out", type=Path, default=Path("src/jointq_cli/pocket"), help="the model's folder")
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch", type=int, default=8, help=f"windows of {WINDOW} tokens per step")
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--dropout", type=float, default=0.0, help="on the attention weights")
+    parser.add_argument("--every", type=int, default=300, help="steps between looks at the dev share")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: half a minute, then faster")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.prepare:
+        prepare(args.prepare)
+    elif args.train:
+        train(args.train, args.out, args)
+    else:
+        score(args.score, args.out, args.device)
+
+
+if __name__ == "__main__":
+    main()
