@@ -1,0 +1,16 @@
+"""`jointq evaluate`: the perplexity of any checkpoint, and its distance from a reference."""
+
+from jointq_cli.config import EvaluateRecipe
+from jointq_cli.launch import Job, launch
+from jointq_cli.pipeline import evaluate
+from jointq_cli.report.console import Console
+from jointq_cli.run_directory import RunDirectory
+
+
+def main(arguments: list[str]) -> int:
+    return launch("evaluate", arguments, run)
+
+
+def run(recipe: EvaluateRecipe, job: Job) -> None:
+    directory = RunDirectory(job.directory)
+    evaluate(recipe, directory, Console(directory))

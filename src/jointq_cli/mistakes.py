@@ -1,0 +1,160 @@
+"""Config mistakes in one line: the key as typed, the rule, the value, and what may have been meant.
+
+Knows the exceptions of Hydra and OmegaConf and the types of a recipe. Runs nothing and prints nothing.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    ConfigTypeError,
+    ConfigValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from jointq_cli import resources
+from jointq_cli.errors import ConfigError, JointqError, ResourceError
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+class UsageError(ConfigError):
+    """The command line is not of the form that the command reads. Exit code 2, as argparse has it."""
+
+    exit_code = 2
+
+
+class Mistakes:
+    """Tells the mistakes that can be made in a config with these keys; `schemas` has its types by name."""
+
+    def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]]) -> None:
+        self._schemas = schemas
+        self._keys = [*dict.fromkeys(keys), "recipe"]
+
+    def told(self, error: BaseException) -> JointqError:
+        """The error that says in one line what `error` means."""
+        if isinstance(error, JointqError):
+            return error
+        if isinstance(error, MissingConfigException):
+            return ConfigError(self._unknown_option(error))
+        if isinstance(error, OverrideParseException):
+            return ConfigError(self._unreadable(error.override))
+        config_error = next((link for link in _chain(error) if isinstance(link, OmegaConfBaseException)), None)
+        if config_error is not None:
+            return ConfigError(_place(error) + self._broken_rule(config_error, str(error)))
+        if isinstance(error, yaml.YAMLError):
+            return ConfigError(_one_line(f"not readable as yaml: {error}"))
+        if isinstance(error, OSError):
+            return ResourceError(f"output_dir: cannot make the run directory {error.filename}: {error.strerror}")
+        return ConfigError(_composition(str(error)))
+
+    def unknown_key(self, key: str, owner: str) -> str:
+        """`key` does not exist in a config of type `owner`."""
+        message = f"no such key {key}"
+        if owner not in self._schemas:
+            return message
+        prefix = key[: key.rfind(".") + 1]
+        here = [prefix + field.name for field in dataclasses.fields(self._schemas[owner])]
+        if key in self._keys:
+            others = ", ".join(name for name in self._owners(key.removeprefix(prefix)) if name != owner)
+            return f"{message} with {owner}: it belongs to {others}"
+        meant = _nearest(key, here, [name for name in self._keys if not (prefix and name.startswith(prefix))])
+        if meant:
+            return f"{message}; did you mean {meant}?"
+        return f"{message}; there are {', '.join(here)}"
+
+    def _owners(self, name: str) -> list[str]:
+        return [
+            schema.__name__
+            for schema in self._schemas.values()
+            if name in (field.name for field in dataclasses.fields(schema))
+        ]
+
+    def _broken_rule(self, error: OmegaConfBaseException, context: str) -> str:
+        key = error.full_key or str(error.key)
+        override = re.search(r"Error merging override \+*(.+)", context)
+        given = override.group(1) if override else f"{key}={error.value}"
+        owner = error.object_type.__name__ if error.object_type else ""
+        if isinstance(error, MissingMandatoryValue):
+            return f"{key}: has no value; give one with {key}=..."
+        if isinstance(error, ConfigKeyError | ConfigAttributeError):
+            typed = re.search(r"Could not override '([^']+)'", context)
+            return self.unknown_key(typed.group(1) if typed else key, owner)
+        kind = self._kind(owner, str(error.key))
+        if isinstance(error, ValidationError | ConfigValueError | ConfigTypeError) and kind:
+            return f"{given}: must be {kind}"
+        return f"{given}: {_one_line(str(error.msg or error).splitlines()[0])}"
+
+    def _kind(self, owner: str, name: str) -> str:
+        """What a field holds, in words; empty when that is not known."""
+        schema = self._schemas.get(owner)
+        hint = typing.get_type_hints(schema).get(name) if schema else None
+        if isinstance(hint, types.UnionType):
+            parts = [_KINDS.get(part, "null") for part in typing.get_args(hint)]
+            return " or ".join(parts)
+        if typing.get_origin(hint) is list:
+            return "a list, such as [a,b]"
+        return _KINDS.get(hint, "") if isinstance(hint, type) else ""
+
+    def _unknown_option(self, error: MissingConfigException) -> str:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        if not group:
+            return f"no config called {option}"
+        if not error.options:
+            return f"{group}={option}: there is no config group {group}"
+        close = difflib.get_close_matches(option, error.options, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{group}={option}: no such {group}; {hint}There are {', '.join(error.options)}"
+
+    def _unreadable(self, override: str) -> str:
+        if "=" in override:
+            return f"{override}: cannot be read; quote a value that has spaces or brackets: 'KEY=\"VALUE\"'"
+        recipes = resources.options("recipe")
+        close = difflib.get_close_matches(override, recipes, n=1)
+        hint = f"did you mean recipe={close[0]}?" if close else "see --help"
+        return f"{override}: settings are written KEY=VALUE; {hint}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _place(error: BaseException) -> str:
+    """The config file that an error is in, when it is not in an override."""
+    found = re.match(r"In '([^']+)':", str(error))
+    return f"{found.group(1)}.yaml: " if found else ""
+
+
+def _nearest(key: str, here: list[str], elsewhere: list[str]) -> str | None:
+    """A similar key of the same group, else one of the same last name anywhere, else a similar one anywhere."""
+    name = key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, here, n=1, cutoff=0.7)
+    same_name = [other for other in elsewhere if other.rpartition(".")[2] == name]
+    return next(iter([*close, *same_name, *difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)]), None)
+
+
+def _composition(message: str) -> str:
+    sweep = re.match(r"Ambiguous value for argument '(.*)'", message) or re.match(
+        r"Sweep parameters '(.*)' requires", message
+    )
+    if sweep:
+        return f"{sweep.group(1)}: several values make a sweep, which needs --multirun (-m); a list is written [a,b]"
+    return _one_line("\n".join(line for line in message.splitlines() if not line.startswith("To append")))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
