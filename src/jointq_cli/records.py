@@ -126,3 +126,17 @@ class RunReport:
     versions: dict[str, str]
     device: str
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What `jointq evaluate` measures. Written to evaluation.json as it is."""
+
+    model: str
+    model_hash: str
+    reference: str | None
+    protocol: Protocol
+    perplexity: Perplexity
+    comparison: Comparison | None  # with the reference, where one was given
+    stages: list[StageRecord]
+    versions: dict[str, str]

@@ -96,6 +96,25 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(scratch, path)
 
 
+def link_tree(source: Path, target: Path) -> None:
+    """The files of directory `source` under `target`: weights as hard links where the disk allows, the rest as copies.
+
+    A weight file is never edited in place, so it may be shared with the store; a config.json may well be.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        write_atomically(target / file.name, lambda scratch, file=file: _link_or_copy(file, scratch))
+
+
+def _link_or_copy(file: Path, scratch: Path) -> None:
+    scratch.unlink(missing_ok=True)
+    if file.suffix == ".safetensors":
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(file, scratch)
+            return
+    shutil.copyfile(file, scratch)
+
+
 @contextlib.contextmanager
 def translated_disk_errors(path: Path) -> Any:
     """Turns the errors of a full, read-only or forbidden disk into a ResourceError that names the place."""

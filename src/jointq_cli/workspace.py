@@ -13,7 +13,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,10 +67,13 @@ class Workspace:
 
     def layer(self, name: str) -> tuple[QuantizedWeight, LayerRecord] | None:
         """A finished layer, or None."""
-        record = self.directory / "layers" / f"{name}.json"
-        if not record.exists():
+        if not (self.directory / "layers" / f"{name}.json").exists():
             return None
-        return load_layer(record.with_name(f"{name}.safetensors")), LayerRecord(**json.loads(record.read_text()))
+        return load_layer(self.directory / "layers" / f"{name}.safetensors"), self.record(name)
+
+    def record(self, name: str) -> LayerRecord:
+        """The record of a finished layer."""
+        return LayerRecord(**json.loads((self.directory / "layers" / f"{name}.json").read_text(encoding="utf-8")))
 
     def keep_layer(self, weight: QuantizedWeight, record: LayerRecord) -> None:
         path = self.directory / "layers" / f"{record.name}.safetensors"
@@ -81,14 +83,12 @@ class Workspace:
 
 
 def save_layer(path: Path, weight: QuantizedWeight) -> None:
-    tensors, metadata = weight.to_tensors()
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata)
+    save_shard(path, weight.to_tensors())
 
 
 def load_layer(path: Path) -> QuantizedWeight:
     with safe_open(path, framework="pt") as file:
-        tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return QuantizedWeight.from_tensors(tensors, file.metadata())
+        return QuantizedWeight.from_tensors({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,92 @@
+"""The quantised checkpoint: an ordinary Hugging Face directory, put together from finished blocks and audited.
+
+One shard holds what belongs to no block, then one shard per block, as the engine finished them: no weight is copied
+twice and none is held in memory beside its block.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from jointq_cli.checkpoint import INDEX, Checkpoint, copy_companions, save_shard, write_index
+from jointq_cli.model import StreamedModel
+from jointq_cli.records import Audit, LayerRecord
+from jointq_cli.workspace import Workspace, load_layer
+
+
+def assemble(model: StreamedModel, workspace: Workspace, target: Path, *, code: bool) -> None:
+    """Fills `target` with shards, index, config and tokenizer. May be called again after a kill at any point."""
+    target.mkdir(exist_ok=True)
+    count = len(model) + 1
+    shards = [target / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    save_shard(shards[0], model.outer_tensors())
+    for index, shard in enumerate(shards[1:]):
+        if workspace.shard(index).exists():
+            os.replace(workspace.shard(index), shard)
+    copy_companions(model.checkpoint.directory, target, code=code)
+    (target / INDEX).unlink(missing_ok=True)
+    write_index(target, shards)
+
+
+def audit(
+    source: Checkpoint, result: Checkpoint, stored_names: dict[str, str], layers: Iterable[LayerRecord], codes: Path
+) -> Audit:
+    """Compares every tensor of `result` with the source's, and every quantised one with what its codes say.
+
+    stored_names: layer name -> name of its weight in the checkpoint. codes: directory of the layers' safetensors.
+    """
+    by_tensor = {stored_names[layer.name]: layer for layer in layers}
+    common = [name for name in source.tensors if name in result.tensors]
+    changed = [
+        name
+        for name in common
+        if _header(source, name) != _header(result, name) or not _as_expected(source, result, name, by_tensor, codes)
+    ]
+    plain = [name for name in common if name not in by_tensor]
+    return Audit(
+        identical=len([name for name in plain if name not in changed]),
+        quantized=len(by_tensor),
+        missing=[name for name in source.tensors if name not in result.tensors],
+        unexpected=[name for name in result.tensors if name not in source.tensors],
+        changed=changed,
+        source_bytes=source.weight_bytes,
+        checkpoint_bytes=result.weight_bytes,
+        packed_bytes=_packed_bytes(result, plain, by_tensor.values()),
+    )
+
+
+def _header(checkpoint: Checkpoint, name: str) -> tuple[str, tuple[int, ...]]:
+    info = checkpoint.tensors[name]
+    return info.dtype, info.shape
+
+
+def _as_expected(
+    source: Checkpoint, result: Checkpoint, name: str, by_tensor: dict[str, LayerRecord], codes: Path
+) -> bool:
+    found = result.read([name])[name]
+    if name in by_tensor:
+        expected = load_layer(codes / f"{by_tensor[name].name}.safetensors").dequantize(found.dtype)
+    else:
+        expected = source.read([name])[name]
+    return torch.equal(found, expected)
+
+
+def _packed_bytes(result: Checkpoint, plain: list[str], layers: Iterable[LayerRecord]) -> int:
+    kept = sum(_tensor_bytes(result, name) for name in plain)
+    packed = sum(layer.bits_per_weight * layer.out_features * layer.in_features / 8 for layer in layers)
+    return kept + round(packed)
+
+
+def _tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
+    dtype, shape = _header(checkpoint, name)
+    return torch.Size(shape).numel() * _BYTES[dtype]
+
+
+_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}

@@ -1,0 +1,168 @@
+"""The road: every command's data path from the top to the bottom, one step a line.
+
+    tokens -> (rotate) -> quantize -> checkpoint -> evaluate -> report
+
+Each step is a stage that reads artifacts and writes an artifact through the store. Nothing here computes, and nothing
+here knows Hydra.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from jointq_cli.assembly import audit
+from jointq_cli.calibration import Tokens, load_tokenizer, save_tokens
+from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe
+from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, compare, perplexity, protocol
+from jointq_cli.interrupts import deferred
+from jointq_cli.machine import peak_memory, versions
+from jointq_cli.model import StreamedModel
+from jointq_cli.records import EvaluationReport, RunReport
+from jointq_cli.report.console import Console
+from jointq_cli.report.writers import write_report
+from jointq_cli.run_directory import RunDirectory, take_manifest
+from jointq_cli.runtime import Runtime
+from jointq_cli.sources import ModelSource
+from jointq_cli.stages import Quantized, Stages
+from jointq_cli.store import Store, link_tree, translated_disk_errors
+
+
+def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
+    """Quantises a model, measures the checkpoint as it lies on disk, and leaves everything in the run directory."""
+    with _stages(recipe.store, recipe.runtime, console) as stages:
+        source = stages.source(recipe.model)
+        original = stages.model(source, recipe.model)
+        tokenizer = load_tokenizer(source.directory, recipe.model.trust_remote_code)
+        tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
+        windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
+        console.header(_header(recipe, original, tokens, windows))
+        quantized = stages.quantize(original, tokens, recipe)
+        link_tree(quantized.checkpoint.directory, run.checkpoint)
+        link_tree(quantized.codes, run.codes)
+        hidden = stages.final_hidden(original, windows)
+        scores, reload_check = stages.score(original, hidden, quantized, windows, tokens, recipe.model)
+        report = _report(recipe, stages, original, tokens, windows, quantized, scores, reload_check)
+        _write(run, recipe, report, tokens)
+        console.closing(report, run.path)
+        return report
+
+
+def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console) -> EvaluationReport:
+    """Perplexity of a checkpoint, and with a reference what became of the original's predictions."""
+    with _stages(recipe.store, recipe.runtime, console) as stages:
+        model = stages.model(stages.source(recipe.model), recipe.model)
+        original = _reference(recipe, stages) or model
+        tokenizer = load_tokenizer(model.checkpoint.directory, recipe.model.trust_remote_code)
+        windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
+        console.header([("model", recipe.model.path), ("protocol", _protocol(recipe.evaluation, windows, model).line())])
+        scores = stages.measure(original, model, windows)
+        report = EvaluationReport(
+            model=recipe.model.path,
+            model_hash=model.checkpoint.content_hash,
+            reference=recipe.reference,
+            protocol=_protocol(recipe.evaluation, windows, model),
+            perplexity=perplexity(scores.quantized_nll, scores.tokens),
+            comparison=compare(scores) if recipe.reference else None,
+            stages=stages.records,
+            versions=versions(),
+        )
+        run.write(run.path / "evaluation.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        console.measured(report, run.path)
+        return report
+
+
+def calibrate(recipe: CalibrateRecipe, console: Console) -> Tokens:
+    """Freezes a recipe's calibration tokens in a file that `calibration.tokens` reads without a network."""
+    with _stages(recipe.store, recipe.runtime, console) as stages:
+        source = stages.source(recipe.model)
+        tokenizer = load_tokenizer(source.directory, recipe.model.trust_remote_code)
+        tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
+        save_tokens(Path(recipe.output), tokens)
+        console.note(f"{tokens.describe()} -> {recipe.output}")
+        return tokens
+
+
+@contextmanager
+def _stages(store: str, runtime: Runtime, console: Console) -> Iterator[Stages]:
+    root = Path(store)
+    with deferred() as interrupts, translated_disk_errors(root), torch.no_grad():
+        yield Stages(Store(root), console, runtime, interrupts)
+
+
+def _reference(recipe: EvaluateRecipe, stages: Stages) -> StreamedModel | None:
+    if recipe.reference is None:
+        return None
+    source = ModelSource(recipe.reference, revision=None, trust_remote_code=recipe.model.trust_remote_code)
+    return stages.model(stages.source(source), source)
+
+
+def _protocol(evaluation: Evaluation, windows: ScoredWindows, model: StreamedModel):
+    return protocol(evaluation, windows, model.dtype)
+
+
+def _header(
+    recipe: Recipe, model: StreamedModel, tokens: Tokens, windows: ScoredWindows
+) -> list[tuple[str, str]]:
+    return [
+        ("recipe", recipe.name),
+        ("model", f"{recipe.model.path} ({type(model.module).__name__}, {model.checkpoint.parameters / 1e6:,.1f} M)"),
+        ("quantizer", recipe.quantizer.describe()),
+        ("calibration", f"{tokens.describe()} inputs={recipe.calibration.inputs}"),
+        ("protocol", _protocol(recipe.evaluation, windows, model).line()),
+        ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"),
+    ]
+
+
+def _report(
+    recipe: Recipe,
+    stages: Stages,
+    model: StreamedModel,
+    tokens: Tokens,
+    windows: ScoredWindows,
+    quantized: Quantized,
+    scores: Scores,
+    reload_check: str,
+) -> RunReport:
+    with stages.stage("audit"):
+        names = {layer.name: model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
+        audited = audit(model.checkpoint, quantized.checkpoint, names, quantized.layers, quantized.codes)
+    weights = sum(layer.out_features * layer.in_features for layer in quantized.layers)
+    bits = sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in quantized.layers)
+    return RunReport(
+        recipe=recipe.name,
+        model=recipe.model.path,
+        model_hash=model.checkpoint.content_hash,
+        architecture=type(model.module).__name__,
+        parameters=model.checkpoint.parameters,
+        quantizer=recipe.quantizer.describe(),
+        calibration=f"{tokens.describe()} inputs={recipe.calibration.inputs}",
+        protocol=_protocol(recipe.evaluation, windows, model),
+        original=perplexity(scores.original_nll, scores.tokens),
+        quantized=perplexity(scores.quantized_nll, scores.tokens),
+        comparison=compare(scores),
+        reload_check=reload_check,
+        audit=audited,
+        bits_per_weight=bits / weights,
+        layers=quantized.layers,
+        stages=stages.records,
+        peak_memory=peak_memory(),
+        versions=versions(),
+        device=str(stages.device),
+        warnings=list(stages.console.warnings),
+    )
+
+
+def _write(run: RunDirectory, recipe: Recipe, report: RunReport, tokens: Tokens) -> None:
+    seeds = {"calibration.seed": recipe.calibration.seed}
+    hashes = {
+        "model": report.model_hash,
+        "calibration tokens": tokens.hash,
+        "evaluation text": report.protocol.text_hash,
+    }
+    run.write_manifest(take_manifest(sys.argv, report.device, torch.get_num_threads(), seeds, hashes))
+    write_report(report, run)

@@ -1,0 +1,254 @@
+"""The steps of the road, each from artifacts to an artifact through the store. `pipeline` puts them in a line.
+
+A stage knows what decides its result (that is its key) and how to make it. Whatever is found in the store is used as
+it is; what a stage was stopped in the middle of continues there.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from jointq_cli.assembly import assemble
+from jointq_cli.blockwise import Plan, quantize_blocks
+from jointq_cli.calibration import (
+    Calibration,
+    Tokens,
+    calibration_tokens,
+    evaluation_ids,
+    load_tokens,
+    save_tokens,
+    tokenizer_hash,
+)
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.config import Recipe
+from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
+from jointq_cli.grid import check_group_size
+from jointq_cli.interrupts import Interrupts
+from jointq_cli.model import StreamedModel
+from jointq_cli.records import LayerRecord, StageRecord
+from jointq_cli.report.console import Bar, Console, Stage
+from jointq_cli.runtime import Runtime
+from jointq_cli.sources import ModelSource, fetch
+from jointq_cli.store import Artifact, Store
+from jointq_cli.text import HUB
+from jointq_cli.workspace import Workspace
+
+IDENTICAL = "identical"  # what a reload check says that found nothing
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The artifact of the quantise stage, opened."""
+
+    artifact: Artifact
+    checkpoint: Checkpoint
+    layers: list[LayerRecord]
+
+    @property
+    def codes(self) -> Path:
+        return self.artifact.path / "layers"
+
+    @property
+    def probe(self) -> Tensor:
+        """Final hidden states of the first calibration batch, as the engine had them in memory."""
+        return Workspace(self.artifact.path).streams().probe
+
+
+class Stages:
+    """What all stages of one command share: store, console, device, and the wish to stop."""
+
+    def __init__(self, store: Store, console: Console, runtime: Runtime, interrupts: Interrupts) -> None:
+        self.store = store
+        self.console = console
+        self.runtime = runtime
+        self.device = runtime.torch_device()
+        self.records: list[StageRecord] = []
+        self.pause = interrupts.raise_if_requested
+        if runtime.num_threads is not None:
+            torch.set_num_threads(runtime.num_threads)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Announces and times one stage; stopping is safe at its end."""
+        with self.console.stage(name) as stage:
+            yield stage
+        self.records.append(stage.record())
+        self.pause()
+
+    def source(self, model: ModelSource) -> Checkpoint:
+        """The original checkpoint; downloaded or converted where needed, and every byte of it hashed."""
+        with self.stage("model"):
+            checkpoint = fetch(model, self.store)
+            checkpoint.content_hash  # noqa: B018 - a cached property, computed where its time is announced
+        return checkpoint
+
+    def model(self, checkpoint: Checkpoint, source: ModelSource) -> StreamedModel:
+        dtype = self.runtime.torch_dtype(checkpoint.dtype, self.device)
+        return StreamedModel(checkpoint, self.device, dtype, source.trust_remote_code)
+
+    def calibration_tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+        """Token windows; those of the hub are kept, so that a run is fetched once and then works offline."""
+        with self.stage("calibration tokens") as stage:
+            tokens = self._tokens(calibration, tokenizer, stage)
+        if tokens.warning:
+            self.console.warn(tokens.warning)
+        return tokens
+
+    def _tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> Tokens:
+        if calibration.tokens or calibration.path or calibration.dataset not in HUB:
+            return calibration_tokens(calibration, tokenizer)
+        # Whose activations are looked at does not change the tokens.
+        spec = dataclasses.replace(calibration, inputs="original")
+
+        def make(scratch: Path) -> None:
+            save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
+
+        artifact = self.store.reuse("tokens", spec, [tokenizer_hash(tokenizer)], make)
+        _mark(stage, artifact)
+        return load_tokens(artifact.path / "tokens.safetensors", tokenizer)
+
+    def evaluation_windows(self, evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> ScoredWindows:
+        with self.stage("evaluation tokens"):
+            ids, _ = evaluation_ids(evaluation, tokenizer)
+            return cut_windows(ids, evaluation, tokenizer.bos_token_id)
+
+    def quantize(self, model: StreamedModel, tokens: Tokens, recipe: Recipe) -> Quantized:
+        """Quantises block by block; continues where an earlier run was stopped."""
+        names = selected_layers(model, recipe)
+        plan = Plan(recipe.quantizer, frozenset(names), recipe.calibration.inputs, self.batch(tokens.windows))
+        spec = {
+            "quantizer": recipe.quantizer,
+            "qep": recipe.qep,
+            "layers": names,
+            "inputs": plan.inputs,
+            "batch": plan.batch,
+            "dtype": str(model.dtype),
+        }
+
+        def make(scratch: Path) -> None:
+            workspace = Workspace(scratch)
+            with self.console.bar("quantize", total=len(names)) as bar:
+                self._tell_position(workspace, model, names, bar)
+
+                def on_layer(record: LayerRecord) -> None:
+                    self.console.layer(record)
+                    bar.advance()
+
+                quantize_blocks(model, tokens.windows, plan, workspace, on_layer, self.pause)
+            assemble(model, workspace, scratch / "checkpoint", code=recipe.model.trust_remote_code)
+
+        with self.stage("quantize") as stage:
+            inputs = [model.checkpoint.content_hash, tokens.hash]
+            artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True)
+            _mark(stage, artifact)
+            layers = [Workspace(artifact.path).record(name) for name in names]
+            return Quantized(artifact, Checkpoint(artifact.path / "checkpoint"), layers)
+
+    def final_hidden(
+        self, model: StreamedModel, windows: ScoredWindows, name: str = "evaluate original"
+    ) -> Artifact:
+        """A model's final hidden states on the evaluation windows: every quantised model is compared with them."""
+        batch = self.batch(windows.ids)
+
+        def make(scratch: Path) -> None:
+            save_file({"hidden": self._walk(model, windows.ids, batch).cpu()}, scratch / "hidden.safetensors")
+
+        with self.stage(name) as stage:
+            spec = {"batch": batch, "dtype": str(model.dtype)}
+            artifact = self.store.reuse("hidden", spec, [model.checkpoint.content_hash, windows.hash], make)
+            _mark(stage, artifact)
+            return artifact
+
+    def score(
+        self,
+        original: StreamedModel,
+        original_hidden: Artifact,
+        quantized: Quantized,
+        windows: ScoredWindows,
+        tokens: Tokens,
+        source: ModelSource,
+    ) -> tuple[Scores, str]:
+        """Scores the checkpoint as it lies on disk; also says whether it gives what the engine had in memory."""
+        batch = self.batch(windows.ids)
+
+        def make(scratch: Path) -> None:
+            reloaded = self.model(quantized.checkpoint, source)
+            hidden = self._walk(reloaded, windows.ids, batch)
+            scores = score(original, load_hidden(original_hidden), reloaded, hidden, windows)
+            probe = final_hidden(reloaded, tokens.windows[: self.batch(tokens.windows)], pause=self.pause)
+            (scratch / "reload.txt").write_text(_difference(probe.cpu(), quantized.probe), encoding="utf-8")
+            _save_scores(scratch, scores)
+
+        with self.stage("evaluate quantized") as stage:
+            artifact = self.store.reuse("scores", {"batch": batch}, [quantized.artifact.key, original_hidden.key], make)
+            _mark(stage, artifact)
+            return _load_scores(artifact.path), (artifact.path / "reload.txt").read_text(encoding="utf-8")
+
+    def measure(self, original: StreamedModel, model: StreamedModel, windows: ScoredWindows) -> Scores:
+        """Scores `model` against `original`, which may be the same one."""
+        hidden = self.final_hidden(original, windows, "evaluate" if original is model else "evaluate reference")
+        batch = self.batch(windows.ids)
+
+        def make(scratch: Path) -> None:
+            first = load_hidden(hidden)
+            second = first if model is original else self._walk(model, windows.ids, batch)
+            _save_scores(scratch, score(original, first, model, second, windows))
+
+        with self.stage("score") as stage:
+            inputs = [model.checkpoint.content_hash, hidden.key]
+            artifact = self.store.reuse("scores", {"batch": batch, "dtype": str(model.dtype)}, inputs, make)
+            _mark(stage, artifact)
+            return _load_scores(artifact.path)
+
+    def batch(self, windows: Tensor) -> int:
+        """Windows per forward pass."""
+        return max(1, self.runtime.batch_tokens // windows.shape[1])
+
+    def _walk(self, model: StreamedModel, ids: Tensor, batch: int) -> Tensor:
+        with self.console.bar("evaluate", total=len(model)) as bar:
+            return final_hidden(model, ids, batch, bar.advance, self.pause)
+
+    def _tell_position(self, workspace: Workspace, model: StreamedModel, names: list[str], bar: Bar) -> None:
+        position = workspace.position()
+        if position:
+            self.console.note(f"continuing at block {position + 1} of {len(model)}")
+            bar.advance(sum(model.block_of(name) < position for name in names))
+
+
+def selected_layers(model: StreamedModel, recipe: Recipe) -> list[str]:
+    """Names of the layers to quantise, in the order of the model. Raises ConfigError before any computing."""
+    linear = model.linear_layers()
+    in_blocks = [name for name in linear if model.block_of(name) is not None]
+    names = recipe.layers.select(in_blocks, list(linear))
+    check_group_size(recipe.quantizer.group_size, {name: linear[name].in_features for name in names})
+    return names
+
+
+def _mark(stage: Stage, artifact: Artifact) -> None:
+    if artifact.reused:
+        stage.reused()
+
+
+def load_hidden(artifact: Artifact) -> Tensor:
+    return load_file(artifact.path / "hidden.safetensors")["hidden"]
+
+
+def _save_scores(directory: Path, scores: Scores) -> None:
+    save_file({f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}, directory / "scores.safetensors")
+
+
+def _load_scores(directory: Path) -> Scores:
+    return Scores(**load_file(directory / "scores.safetensors"))
+
+
+def _difference(found: Tensor, expected: Tensor) -> str:
+    if torch.equal(found, expected):
+        return IDENTICAL
+    return f"differs by up to {(found.float() - expected.float()).abs().max().item():.3g} in the final hidden states"

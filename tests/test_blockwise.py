@@ -1,0 +1,247 @@
+"""The inner loop: right statistics, right order, and the same bits however often it was stopped."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from jointq_cli.assembly import assemble, audit
+from jointq_cli.blockwise import Plan, quantize_blocks
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.errors import NumericsError
+from jointq_cli.evaluation import final_hidden
+from jointq_cli.model import StreamedModel
+from jointq_cli.quantizers import GPTQ, RTN, Prepared, Quantizer, Solution
+from jointq_cli.records import LayerRecord
+from jointq_cli.workspace import Workspace, load_layer
+from tiny_models import FAMILIES, write_checkpoint
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+CPU = torch.device("cpu")
+ROUND = RTN(bits=4, group_size=32, symmetric=False, mse=False)
+SOLVE = GPTQ(
+    bits=3, group_size=32, symmetric=False, mse=True, act_order=True, static_groups=False, damping=0.01, block_size=32,
+    on_failure="error",
+)  # fmt: skip
+
+
+def windows(count: int = 6) -> Tensor:
+    return torch.randint(3, 256, (count, 16), generator=torch.Generator().manual_seed(2))
+
+
+def quantize(
+    directory: Path,
+    scratch: Path,
+    quantizer: Quantizer = ROUND,
+    inputs: str = "quantized",
+    keep: Callable[[str], bool] = lambda name: True,
+    pause: Callable[[], None] = lambda: None,
+) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
+    model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
+    names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
+    scratch.mkdir(exist_ok=True)
+    workspace, records = Workspace(scratch), []
+    with torch.no_grad():
+        quantize_blocks(model, windows(), Plan(quantizer, names, inputs, batch=4), workspace, records.append, pause)
+        assemble(model, workspace, scratch / "checkpoint", code=False)
+    return model, workspace, records
+
+
+@dataclass(frozen=True)
+class Spy(RTN):
+    """Rounds to nearest and keeps the Hessians it was given."""
+
+    def prepare(self, hessian: Tensor) -> Prepared:
+        SEEN.append(hessian.clone())
+        return super().prepare(hessian)
+
+
+SEEN: list[Tensor] = []
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    SEEN.clear()
+
+
+def hessian_by_hooks(directory: Path, ids: Tensor, name: str) -> Tensor:
+    """X^T X / tokens of one layer's input, with the whole model in memory."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    inputs: list[Tensor] = []
+    layer = model.get_submodule(name)
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(ids)
+    x = torch.cat(inputs).double()
+    return x.T @ x / len(x)
+
+
+LLAMA_GROUPS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+
+
+def test_with_original_inputs_every_hessian_is_that_of_the_whole_original_model(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    quantize(directory, tmp_path / "work", Spy(**vars(ROUND)), inputs="original")
+    expected = [
+        hessian_by_hooks(directory, windows(), f"model.layers.{block}.{kind}") for block in range(3) for kind in LLAMA_GROUPS
+    ]
+    assert len(SEEN) == len(expected)
+    for seen, wanted in zip(SEEN, expected, strict=True):
+        torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_with_quantised_inputs_every_hessian_is_that_of_the_model_quantised_so_far(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    quantize(directory, tmp_path / "work", Spy(**vars(ROUND)), inputs="quantized")
+    # Only layers before a layer decide its input, so the finished checkpoint shows each what it saw.
+    expected = [
+        hessian_by_hooks(tmp_path / "work" / "checkpoint", windows(), f"model.layers.{block}.{kind}")
+        for block in range(3)
+        for kind in LLAMA_GROUPS
+    ]
+    for seen, wanted in zip(SEEN, expected, strict=True):
+        torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]),
+        ("phi3", [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),
+        ("gpt_neox", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
+    ],
+)
+def test_layers_that_share_an_input_share_their_preparation(family: str, groups: list[list[str]], tmp_path: Path) -> None:
+    _, _, records = quantize(write_checkpoint(tmp_path / "model", family), tmp_path / "work", Spy(**vars(ROUND)))
+    assert [record.kind for record in records] == [kind for group in groups for kind in group] * 3
+    assert len(SEEN) == 3 * len(groups)
+
+
+@pytest.mark.parametrize("inputs", ["original", "quantized"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_checkpoint_is_what_the_engine_had_in_memory(family: str, inputs: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", family)
+    model, workspace, records = quantize(directory, tmp_path / "work", inputs=inputs)
+    reloaded = Checkpoint(tmp_path / "work" / "checkpoint")
+    with torch.no_grad():
+        hidden = final_hidden(StreamedModel(reloaded, CPU, torch.float32), windows()[:4], batch=4)
+    assert torch.equal(hidden, workspace.streams().probe)
+    names = {record.name: model.stored_name(f"{record.name}.weight") for record in records}
+    audited = audit(model.checkpoint, reloaded, names, records, tmp_path / "work" / "layers")
+    assert audited.passed
+    assert audited.quantized == len(records)
+    assert audited.identical + audited.quantized == len(model.checkpoint.tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_transformers_loads_the_checkpoint(family: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", family)
+    quantize(directory, tmp_path / "work")
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "work" / "checkpoint", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    source = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (loaded, source)]
+    assert tied[0] == tied[1]
+
+
+def test_errors_in_the_records_are_those_of_the_stored_weights(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    model, _, records = quantize(directory, tmp_path / "work", inputs="original")
+    stored = Checkpoint(tmp_path / "work" / "checkpoint")
+    for record in (records[0], records[-1]):
+        key = f"{record.name}.weight"
+        weight, found = model.checkpoint.read([key])[key].double(), stored.read([key])[key].double()
+        hessian = hessian_by_hooks(directory, windows(), record.name)
+        error = weight - found
+        expected = torch.trace(error @ hessian @ error.T) / torch.trace(weight @ hessian @ weight.T)
+        assert record.output_error == pytest.approx(expected.item(), rel=1e-3)
+        assert record.weight_error == pytest.approx((error.square().sum() / weight.square().sum()).item(), rel=1e-6)
+
+
+def test_blocks_without_a_selected_layer_are_passed_through(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    model, _, records = quantize(directory, tmp_path / "work", keep=lambda name: "layers.1.mlp.down" in name)
+    assert [record.name for record in records] == ["model.layers.1.mlp.down_proj"]
+    result = Checkpoint(tmp_path / "work" / "checkpoint")
+    changed = [
+        name for name in result.tensors if not torch.equal(result.read([name])[name], model.checkpoint.read([name])[name])
+    ]
+    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if p.suffix != ".json"}
+
+
+@pytest.mark.parametrize("inputs", ["original", "quantized"])
+def test_a_run_stopped_anywhere_ends_with_the_bits_of_an_undisturbed_one(inputs: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    ticks = Counter[str]()
+    _, undisturbed, _ = quantize(directory, tmp_path / "whole", SOLVE, inputs, pause=lambda: ticks.update(["pause"]))
+    expected = file_hashes(tmp_path / "whole" / "checkpoint"), file_hashes(undisturbed.directory / "layers")
+
+    class Stop(Exception):
+        pass
+
+    for stop in range(1, ticks["pause"], 7):  # within collections, between layers, while propagating
+        left = stop
+
+        def pause() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise Stop
+
+        scratch = tmp_path / f"stopped{stop}"
+        with pytest.raises(Stop):
+            quantize(directory, scratch, SOLVE, inputs, pause=pause)
+        quantize(directory, scratch, SOLVE, inputs)
+        assert (file_hashes(scratch / "checkpoint"), file_hashes(scratch / "layers")) == expected
+
+
+def test_a_finished_layer_is_never_solved_again(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    quantize(directory, tmp_path / "work", Spy(**vars(ROUND)))
+    count = len(SEEN)
+    _, workspace, records = quantize(directory, tmp_path / "work", Spy(**vars(ROUND)))
+    assert len(SEEN) == count
+    assert records == []
+    assert load_layer(workspace.directory / "layers" / "model.layers.0.mlp.up_proj.safetensors").bits == 4
+
+
+@dataclass(frozen=True)
+class Failing(RTN):
+    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
+        raise NumericsError("cannot")
+
+
+def test_a_layer_that_cannot_be_solved_is_named(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0\.self_attn\.q_proj: cannot$"):
+        quantize(directory, tmp_path / "work", Failing(**vars(ROUND)))
+
+
+def test_solving_beats_rounding_on_the_outputs(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    rounding = replace(ROUND, bits=3, mse=True)
+    errors = [
+        sum(record.output_error for record in quantize(directory, tmp_path / name, quantizer, "original")[2])
+        for name, quantizer in (("rtn", rounding), ("gptq", SOLVE))
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_the_source_of_a_linear_layer_keeps_its_bias(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", "llama_bias")
+    model, _, _ = quantize(directory, tmp_path / "work")
+    assert isinstance(model.linear_layers()["model.layers.0.mlp.up_proj"], nn.Linear)
+    name = "model.layers.0.mlp.up_proj.bias"
+    result = Checkpoint(tmp_path / "work" / "checkpoint")
+    assert torch.equal(result.read([name])[name], model.checkpoint.read([name])[name])
