@@ -5,7 +5,9 @@ no seeds. Local files are read in place: nothing is copied into a cache, and no 
 the data set is one of the hub's and no `path` is given.
 """
 
+import csv
 import glob
+import gzip
 import hashlib
 import platform
 import re
@@ -226,16 +228,37 @@ def _table_rows(source: TextSource, file: Path) -> Iterator[str]:
 
 def _rows(source: TextSource, file: Path) -> Iterator[dict[str, Any]]:
     kind = TABLES[_suffix(file)]
-    options: dict[str, Any] = {"data_files": glob.escape(str(file)), "split": "train", "streaming": True}
-    if kind == "csv":
-        options["keep_default_na"] = False  # the word NA is a text like any other
-    with _datasets() as datasets, tempfile.TemporaryDirectory() as cache:
-        try:
-            yield from datasets.load_dataset(kind, cache_dir=cache, **options)
-        # pyarrow, pandas and datasets each have their own exceptions for a damaged file.
-        except Exception as error:
-            _refuse_non_utf8(source, file, error)
-            raise _bad(source, file, f"cannot be read as {kind} ({_one_line(error)})") from error
+    try:
+        yield from _csv_rows(file) if kind == "csv" else _typed_rows(kind, file)
+    # csv, gzip, pyarrow and datasets each have their own exceptions for a damaged file.
+    except Exception as error:
+        _refuse_non_utf8(source, file, error)
+        raise _bad(source, file, f"cannot be read as {kind} ({_one_line(error)})") from error
+
+
+def _typed_rows(kind: str, file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a json or parquet file."""
+    # Offline, since `datasets` reports even the reading of a local file to a counter in the network.
+    with _datasets(offline=True) as datasets, tempfile.TemporaryDirectory() as cache:
+        name = glob.escape(str(file))
+        yield from datasets.load_dataset(
+            kind, data_files=name, split="train", streaming=True, cache_dir=cache
+        )
+
+
+def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a csv file, all cells text: `datasets` would turn the texts 12 and NA into numbers."""
+    opener = gzip.open if file.suffix.lower() == ".gz" else open
+    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than many a document
+    try:
+        with opener(file, "rt", encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            for row in reader:
+                if None in row:
+                    raise csv.Error(f"line {reader.line_num} has more cells than the header")
+                yield row
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _refuse_non_utf8(source: TextSource, file: Path, cause: Exception) -> None:
