@@ -1,4 +1,224 @@
-"""The integer grid that weights are rounded to: scale, zero-point, codes.
+"""The integer grid that weights are rounded to: its levels, the fit of scale and zero-point, the result.
 
-(Placeholder signature; the quantizer room fills this in.)
+Knows bits, groups and how scales are rounded to the dtype they are stored in. Knows nothing of Hessians, of
+files, or of which quantizer asks.
+
+A weight w is stored as a code a with w ~ (a - zero_point) * scale. Asymmetric: a in [0, 2^bits - 1] and
+zero_point an integer of that range. Symmetric: a in [-2^(bits-1), 2^(bits-1) - 1] and zero_point 0. One scale
+and zero-point per row and group of columns. Scales are rounded to the checkpoint's dtype *before* codes are
+chosen, so codes are the nearest ones for the scale that is stored. Nothing here depends on the absolute size
+of the weights: where the dtype's exponent allows, a layer times a power of two has the same codes to the bit.
 """
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jointq_cli import kernels
+from jointq_cli.errors import ConfigError, ModelError, NumericsError
+
+SHRINK_STEPS = 80  # GPTQ's clip search: maxshrink 0.8 on a grid of 100, that is factors 1.00, 0.99 .. 0.21
+_GROUPS_AT_ONCE = 1 << 15  # bounds the memory of the clip search's tables, 10 MiB each
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels that one code can take."""
+
+    bits: int
+    symmetric: bool
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        return self.lowest + (1 << self.bits) - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def covering_scale(self, low: Tensor, high: Tensor) -> Tensor:
+        """The least scale whose levels reach `low` <= 0 and `high` >= 0 within half a step, or 1."""
+        steps = float((1 << self.bits) - 1)
+        if not self.symmetric:
+            scale = (high - low) / steps
+        elif self.bits == 1:  # levels -1 and 0: the formula below would put -1 at twice the extreme value
+            scale = torch.maximum(high, -low)
+        else:
+            scale = 2.0 * torch.maximum(high, -low) / steps
+        return torch.where(scale == 0, 1.0, scale)
+
+    def zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
+        """The code of the value 0 where the lowest code stands for about `low`; float32 holding integers."""
+        if self.symmetric:
+            return torch.zeros_like(scale)
+        return torch.round(-low / scale).clamp_(0, self.highest)
+
+    def nearest_codes(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Codes of `values` by rounding to nearest, ties to even; all arguments float32 and broadcastable."""
+        codes = torch.round(values / scale).add_(zero_point).clamp_(self.lowest, self.highest)
+        return codes.to(self.code_dtype)
+
+
+def check_bits(bits: int) -> None:
+    """Raises ConfigError unless 1 <= bits <= 8."""
+    if not 1 <= bits <= 8:
+        raise ConfigError(f"quantizer.bits={bits}: must be from 1 to 8")
+
+
+def group_columns(group_size: int | None, in_features: int) -> int:
+    """Columns that share a scale; null and -1 mean the whole row."""
+    return in_features if group_size in (None, -1) else int(group_size or in_features)
+
+
+def check_group_size(group_size: int | None, in_features: Mapping[str, int]) -> None:
+    """Raises ConfigError, naming each offending layer, unless `group_size` divides every in_features."""
+    if group_size in (None, -1):
+        return
+    key = f"quantizer.group_size={group_size}"
+    if group_size is None or group_size < 1:
+        raise ConfigError(f"{key}: must be positive, or null (-1) for one scale per row")
+    offending = [f"{name} ({size})" for name, size in in_features.items() if size % group_size]
+    if offending:
+        common = math.gcd(*in_features.values())
+        sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+        raise ConfigError(
+            f"{key}: must divide in_features, and does not for {', '.join(offending)}; "
+            f"sizes that divide all layers: {sizes}; or null for one scale per row"
+        )
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` (float32, positive) as `dtype` will hold it, as float32 again; never 0, inf or nan.
+
+    A scale below the dtype's range becomes its smallest: in float16 that step, 2^-24, is the resolution of
+    the checkpoint itself, so nothing is lost that the checkpoint could have held.
+
+    Raises NumericsError where a scale is too large for `dtype` or not finite.
+    """
+    rounded = scale.to(dtype).to(torch.float32)
+    if not bool(torch.isfinite(rounded).all()):
+        raise NumericsError(
+            f"a scale of {scale.max().item():.3g} does not fit in {str(dtype).removeprefix('torch.')}"
+        )
+    return rounded.clamp_min_(_smallest_scale(dtype))
+
+
+def _smallest_scale(dtype: torch.dtype) -> float:
+    # Normal numbers only where the exponent is wide: the reciprocal of a subnormal bfloat16 overflows.
+    return 2.0**-24 if dtype == torch.float16 else float(torch.finfo(torch.float32).tiny)
+
+
+def fit(values: Tensor, grid: Grid, mse: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of each group from its own values.
+
+    `values` (..., columns) float32, one group per leading index. Min/max with zero inside the range; with
+    `mse` the range is shrunk by the factor of SHRINK_STEPS whose rounding has the least sum of |error|^2.4
+    (GPTQ, Frantar et al. 2023, `quant.py`).
+
+    Returns scale (...) float32, exactly representable in `scale_dtype`, and zero_point (...) uint8.
+    Raises NumericsError where a scale does not fit in `scale_dtype`.
+    """
+    groups = values.reshape(-1, values.shape[-1]).contiguous()
+    low, high = torch.aminmax(groups, dim=1)
+    low = low.clamp_max_(0.0)
+    widest = grid.covering_scale(low, high.clamp_min_(0.0))
+    scale = round_scale(widest, scale_dtype)
+    if mse:
+        scale, low = _clipped(groups, low, widest, grid, scale_dtype)
+    zero_point = grid.zero_point(low, scale)
+    return scale.view(values.shape[:-1]), zero_point.to(torch.uint8).view(values.shape[:-1])
+
+
+def _clipped(
+    groups: Tensor, low: Tensor, widest: Tensor, grid: Grid, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The best of the shrunken ranges of each group: scale and low end, both (groups,) float32."""
+    search = kernels.for_device(groups.device).clip_search
+    shrink = 1.0 - torch.arange(SHRINK_STEPS, dtype=torch.float32, device=groups.device) / 100
+    anchor = torch.zeros_like(low) if grid.symmetric else low
+    scale, factor = torch.empty_like(low), torch.empty_like(low)
+    for start in range(0, len(groups), _GROUPS_AT_ONCE):
+        rows = slice(start, start + _GROUPS_AT_ONCE)
+        scales = (widest[rows, None] * shrink).to(dtype).to(torch.float32).clamp_min_(_smallest_scale(dtype))
+        best = search(groups[rows], anchor[rows], shrink, scales, grid.lowest, grid.highest)
+        scale[rows] = scales.gather(1, best[:, None])[:, 0]
+        factor[rows] = shrink[best]
+    return scale, low * factor
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A linear layer on the grid. Codes stand in the original order of the columns.
+
+    codes (out, in) uint8, or int8 when symmetric; scale (out, groups) in the checkpoint's dtype; zero_point
+    (out, groups) uint8; permutation (in,) int32 or None: column permutation[j] belongs to group j //
+    group_size, with None column j does.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    permutation: Tensor | None
+    bits: int
+    symmetric: bool
+
+    @property
+    def group_size(self) -> int:
+        """Columns per scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight: codes, scales, zero-points if asymmetric, permutation (32 a column)."""
+        per_group = 8 * self.scale.element_size() + (0 if self.symmetric else self.bits)
+        permutation = 0.0 if self.permutation is None else 32 / self.codes.shape[0]
+        return self.bits + per_group / self.group_size + permutation
+
+    def column_groups(self) -> Tensor:
+        """(in,) int64: the group of each column."""
+        order = torch.arange(self.codes.shape[1], device=self.codes.device)
+        if self.permutation is None:
+            return order // self.group_size
+        return torch.empty_like(order).scatter_(0, self.permutation.long(), order // self.group_size)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """(out, in): (codes - zero_point) * scale in float32, then rounded to `dtype`."""
+        groups = self.column_groups()
+        offset = self.zero_point.to(torch.float32)[:, groups]
+        weight = self.codes.to(torch.float32).sub_(offset)
+        return weight.mul_(self.scale.to(torch.float32)[:, groups]).to(dtype)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors for a safetensors file; `format` holds bits and whether symmetric."""
+        tensors = {
+            "codes": self.codes.contiguous(),
+            "scale": self.scale.contiguous(),
+            "zero_point": self.zero_point.contiguous(),
+            "format": torch.tensor([self.bits, int(self.symmetric)], dtype=torch.int32),
+        }
+        if self.permutation is not None:
+            tensors["permutation"] = self.permutation.contiguous()
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "QuantizedWeight":
+        """The inverse of `to_tensors`. Raises ModelError where a tensor is missing."""
+        missing = [name for name in ("codes", "scale", "zero_point", "format") if name not in tensors]
+        if missing:
+            raise ModelError(f"quantised layer: tensor {', '.join(missing)} is missing")
+        bits, symmetric = tensors["format"].tolist()
+        return cls(
+            codes=tensors["codes"],
+            scale=tensors["scale"],
+            zero_point=tensors["zero_point"],
+            permutation=tensors.get("permutation"),
+            bits=bits,
+            symmetric=bool(symmetric),
+        )
