@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -311,7 +312,8 @@ def save_tokens(path: Path, tokens: Tokens) -> None:
         scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
         raise ResourceError(f"{path}: cannot be written ({error.strerror})") from error
 
 
