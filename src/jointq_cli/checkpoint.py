@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -111,6 +112,7 @@ def save_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         # safetensors wraps the system's error in its text; give it back its number.
         found = re.search(r"os error (\d+)", str(error))
         raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
+    path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
 
 
 def write_index(directory: Path, shards: list[Path]) -> None:
@@ -190,6 +192,12 @@ def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise NumericsError(f"{file}: tensor {name} holds {bad} values that are NaN or Inf")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def file_hash(path: Path) -> str:

@@ -15,7 +15,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
 from jointq_cli.checkpoint import COMPANIONS, Checkpoint, file_hash
 from jointq_cli.errors import ConfigError, ModelError, ResourceError
@@ -63,17 +64,25 @@ def _converted_gguf(file: Path, store: Store) -> Path:
         raise ModelError(f"model.path={file}: no such file")
 
     def convert(scratch: Path) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-                model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=GGUF_DTYPE)
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise ModelError(f"{file}: transformers cannot read this GGUF file: {_one_line(error)}") from error
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        convert_gguf(file, scratch)
 
     return store.reuse("convert", {"dtype": str(GGUF_DTYPE)}, [file_hash(file)], convert).path
+
+
+def convert_gguf(file: Path, target: Path) -> None:
+    """Unpacks a GGUF file into a Hugging Face directory of GGUF_DTYPE. Raises ModelError when it cannot be read."""
+    logging.disable_progress_bar()  # transformers' bars, drawn over whatever the caller draws
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=GGUF_DTYPE, quantization_config=GgufConfig(dequantize=True)
+            )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ModelError(f"{file}: transformers cannot read this GGUF file: {_one_line(error)}") from error
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 def _downloaded(source: ModelSource) -> Path:
