@@ -113,16 +113,15 @@ def test_a_glob_takes_its_files_in_the_order_of_their_names(tmp_path: Path) -> N
     assert corpus.origin["files"] == "a.txt b.txt c.jsonl"
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "A.PARQUET"])
 def test_reading_a_local_file_leaves_nothing_behind_and_asks_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("asked for an address"))
-    write_csv(tmp_path / "a.csv", "text")
-    assert len(list(documents(source(path=tmp_path / "a.csv")))) == 3
-    assert not cache.exists()
-    assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
+    WRITERS[name](tmp_path / name, "text")
+    assert len(list(documents(source(path=tmp_path / name)))) == 3
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_the_settings_of_the_datasets_library_survive(tmp_path: Path) -> None:

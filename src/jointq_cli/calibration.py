@@ -199,8 +199,7 @@ class Reading:
         return self._encode("\n\n", special=False)
 
     def _encode(self, text: str, special: bool) -> Tensor:
-        # verbose=False: being longer than the model's context is the point, not a reason to warn. Truncation
-        # and padding are named because a tokenizer.json may switch them on.
+        # verbose=False: being longer than the model's context is the point, not a reason to warn.
         encoded = self.tokenizer(
             text, add_special_tokens=special, truncation=False, padding=False, verbose=False
         )
