@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from jointq_cli.checkpoint import save_shard, write_index
+from jointq_cli.checkpoint import save_tensors, write_index
 from jointq_cli.sources import BUNDLED
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,7 +59,7 @@ def write(config: LlamaConfig, output: Path) -> None:
     shards = []
     for number, part in enumerate(parts.values(), 1):
         shards.append(output / f"model-{number:05d}-of-{len(parts):05d}.safetensors")
-        save_shard(shards[-1], {name: noise(name, shape, generator) for name, shape in part.items()})
+        save_tensors(shards[-1], {name: noise(name, shape, generator) for name, shape in part.items()})
     write_index(output, shards)
     (output / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
     for file in BUNDLED.glob("tokenizer*"):

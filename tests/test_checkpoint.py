@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jointq_cli.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, save_shard, write_index
+from jointq_cli.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, save_tensors, write_index
 from jointq_cli.errors import ModelError, NumericsError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -47,7 +47,7 @@ def test_the_content_hash_follows_the_bytes_and_not_the_place(tmp_path: Path) ->
     assert Checkpoint(shutil.copytree(directory, tmp_path / "two")).content_hash == before
     tensors = load_file(directory / SINGLE)
     tensors["model.norm.weight"][0] += 1
-    save_shard(directory / SINGLE, tensors)
+    save_tensors(directory / SINGLE, tensors)
     assert Checkpoint(directory).content_hash != before
 
 
@@ -55,7 +55,7 @@ def test_written_shards_and_index_read_back(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
     shards = [tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"]
     for shard, name in zip(shards, tensors, strict=True):
-        save_shard(shard, {name: tensors[name]})
+        save_tensors(shard, {name: tensors[name]})
     write_index(tmp_path, shards)
     (tmp_path / "config.json").write_text("{}")
     read = Checkpoint(tmp_path).read(["a", "b"])
@@ -140,5 +140,5 @@ def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("jointq_cli.checkpoint.save_file", full)
     with pytest.raises(OSError) as error:
-        save_shard(tmp_path / "shard", {"a": torch.ones(1)})
+        save_tensors(tmp_path / "shard", {"a": torch.ones(1)})
     assert error.value.errno == errno.ENOSPC

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from jointq_cli.checkpoint import INDEX, Checkpoint, copy_companions, save_shard, write_index
+from jointq_cli.checkpoint import INDEX, Checkpoint, copy_companions, save_tensors, write_index
 from jointq_cli.model import StreamedModel
 from jointq_cli.records import Audit, LayerRecord
 from jointq_cli.workspace import Workspace, load_layer
@@ -21,7 +21,7 @@ def assemble(model: StreamedModel, workspace: Workspace, target: Path, *, code: 
     target.mkdir(exist_ok=True)
     count = len(model) + 1
     shards = [target / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    save_shard(shards[0], model.outer_tensors())
+    save_tensors(shards[0], model.outer_tensors())
     for index, shard in enumerate(shards[1:]):
         if workspace.shard(index).exists():
             os.replace(workspace.shard(index), shard)

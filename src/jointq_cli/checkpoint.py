@@ -103,11 +103,14 @@ class Checkpoint:
         return by_file
 
 
-def save_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes one shard. Equal tensors give equal bytes: safetensors orders them itself."""
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes one safetensors file. Equal tensors give equal bytes: safetensors orders them itself.
+
+    metadata: one pair at most, since safetensors writes several in no fixed order. Raises OSError.
+    """
     ready = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        save_file(ready, path, metadata={"format": "pt"})
+        save_file(ready, path, dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
         # safetensors wraps the system's error in its text; give it back its number.
         found = re.search(r"os error (\d+)", str(error))

@@ -22,14 +22,13 @@ from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, compare, pe
 from jointq_cli.interrupts import deferred
 from jointq_cli.machine import peak_memory, versions
 from jointq_cli.model import StreamedModel
-from jointq_cli.records import EvaluationReport, RunReport
-from jointq_cli.report.console import Console
-from jointq_cli.report.writers import write_report
+from jointq_cli.records import EvaluationReport, Protocol, RunReport
+from jointq_cli.report import Console, write_report
 from jointq_cli.run_directory import RunDirectory, take_manifest
 from jointq_cli.runtime import Runtime
 from jointq_cli.sources import ModelSource
 from jointq_cli.stages import Quantized, Stages
-from jointq_cli.store import Store, link_tree, translated_disk_errors
+from jointq_cli.store import Store, link_files, translated_disk_errors
 
 
 def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
@@ -42,8 +41,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
         windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
         console.header(_header(recipe, original, tokens, windows))
         quantized = stages.quantize(original, tokens, recipe)
-        link_tree(quantized.checkpoint.directory, run.checkpoint)
-        link_tree(quantized.codes, run.codes)
+        link_files(quantized.checkpoint.directory, run.checkpoint)
+        link_files(quantized.codes, run.codes, "*.safetensors")
         hidden = stages.final_hidden(original, windows)
         scores, reload_check = stages.score(original, hidden, quantized, windows, tokens, recipe.model)
         report = _report(recipe, stages, original, tokens, windows, quantized, scores, reload_check)
@@ -101,7 +100,7 @@ def _reference(recipe: EvaluateRecipe, stages: Stages) -> StreamedModel | None:
     return stages.model(stages.source(source), source)
 
 
-def _protocol(evaluation: Evaluation, windows: ScoredWindows, model: StreamedModel):
+def _protocol(evaluation: Evaluation, windows: ScoredWindows, model: StreamedModel) -> Protocol:
     return protocol(evaluation, windows, model.dtype)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +26,7 @@ from jointq_cli.calibration import (
     save_tokens,
     tokenizer_hash,
 )
-from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.checkpoint import Checkpoint, save_tensors
 from jointq_cli.config import Recipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
 from jointq_cli.grid import check_group_size
@@ -158,7 +158,7 @@ class Stages:
         batch = self.batch(windows.ids)
 
         def make(scratch: Path) -> None:
-            save_file({"hidden": self._walk(model, windows.ids, batch).cpu()}, scratch / "hidden.safetensors")
+            save_tensors(scratch / "hidden.safetensors", {"hidden": self._walk(model, windows.ids, batch)})
 
         with self.stage(name) as stage:
             spec = {"batch": batch, "dtype": str(model.dtype)}
@@ -182,7 +182,8 @@ class Stages:
             reloaded = self.model(quantized.checkpoint, source)
             hidden = self._walk(reloaded, windows.ids, batch)
             scores = score(original, load_hidden(original_hidden), reloaded, hidden, windows)
-            probe = final_hidden(reloaded, tokens.windows[: self.batch(tokens.windows)], pause=self.pause)
+            first = self.batch(tokens.windows)
+            probe = final_hidden(reloaded, tokens.windows[:first], first, pause=self.pause)
             (scratch / "reload.txt").write_text(_difference(probe.cpu(), quantized.probe), encoding="utf-8")
             _save_scores(scratch, scores)
 
@@ -241,7 +242,7 @@ def load_hidden(artifact: Artifact) -> Tensor:
 
 
 def _save_scores(directory: Path, scores: Scores) -> None:
-    save_file({f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}, directory / "scores.safetensors")
+    save_tensors(directory / "scores.safetensors", {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)})
 
 
 def _load_scores(directory: Path) -> Scores:

@@ -96,13 +96,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     os.replace(scratch, path)
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """The files of directory `source` under `target`: weights as hard links where the disk allows, the rest as copies.
+def link_files(source: Path, target: Path, pattern: str = "*") -> None:
+    """The files of directory `source` in `target`: weights as hard links where the disk allows, the rest as copies.
 
     A weight file is never edited in place, so it may be shared with the store; a config.json may well be.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
+    for file in sorted(source.glob(pattern)):
         write_atomically(target / file.name, lambda scratch, file=file: _link_or_copy(file, scratch))
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from jointq_cli.checkpoint import save_shard
+from jointq_cli.checkpoint import save_tensors
 from jointq_cli.grid import QuantizedWeight
 from jointq_cli.records import LayerRecord
 from jointq_cli.store import write_atomically
@@ -58,9 +57,10 @@ class Workspace:
 
     def finish_block(self, index: int, tensors: dict[str, Tensor], streams: Streams) -> None:
         """Keeps a block's checkpoint tensors and the hidden states that enter the next block."""
-        write_atomically(self.shard(index), lambda path: save_shard(path, tensors))
-        ready = {"calibration": streams.calibration.cpu(), "probe": streams.probe.cpu().clone()}
-        write_atomically(self._hidden, lambda path: save_file(ready, path, {"block": str(index + 1)}))
+        write_atomically(self.shard(index), lambda path: save_tensors(path, tensors))
+        # clone: the probe may be a part of the calibration stream, and a file holds no tensor twice
+        ready = {"calibration": streams.calibration, "probe": streams.probe.clone()}
+        write_atomically(self._hidden, lambda path: save_tensors(path, ready, {"block": str(index + 1)}))
 
     def shard(self, index: int) -> Path:
         return self.directory / "shards" / f"{index:05d}.safetensors"
@@ -83,7 +83,7 @@ class Workspace:
 
 
 def save_layer(path: Path, weight: QuantizedWeight) -> None:
-    save_shard(path, weight.to_tensors())
+    save_tensors(path, weight.to_tensors())
 
 
 def load_layer(path: Path) -> QuantizedWeight:
