@@ -69,6 +69,11 @@ class Checkpoint:
                     read[name] = tensor
         return read
 
+    def check_finite(self) -> None:
+        """Reads every tensor once. Raises NumericsError for the first that holds NaN or Inf."""
+        for name in self.tensors:
+            self.read([name])
+
     @cached_property
     def content_hash(self) -> str:
         """sha256 over the config and every weight file: the model's identity, wherever it lies."""

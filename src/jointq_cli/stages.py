@@ -83,10 +83,11 @@ class Stages:
         self.pause()
 
     def source(self, model: ModelSource) -> Checkpoint:
-        """The original checkpoint; downloaded or converted where needed, and every byte of it hashed."""
+        """The original checkpoint; downloaded or converted where needed, every byte hashed, every value finite."""
         with self.stage("model"):
             checkpoint = fetch(model, self.store)
-            checkpoint.content_hash  # noqa: B018 - a cached property, computed where its time is announced
+            # Before any computing: a NaN in the last shard should not be found hours later.
+            self.store.reuse("verified", {}, [checkpoint.content_hash], lambda scratch: checkpoint.check_finite())
         return checkpoint
 
     def model(self, checkpoint: Checkpoint, source: ModelSource) -> StreamedModel:

@@ -1,0 +1,7 @@
+"""`python -m jointq_cli` is `jointq`."""
+
+import sys
+
+from jointq_cli.main import main
+
+sys.exit(main())
