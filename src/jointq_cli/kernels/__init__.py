@@ -43,7 +43,7 @@ class Kernels(Protocol):
         """GPTQ's inner loop: round the columns of `span` in turn, push each error on inside `block`.
 
         For j in span: a = nearest code of work[:, j]; e = (work[:, j] - value of a) / upper[j, j]; work[:, k]
-        -= e * upper[j, k] for k in block after j. Writes codes[:, j], errors[:, j - block.start] = e, and work.
+        -= e * upper[j, k] for k in block after j. Writes codes[:, j], errors[:, j - block.start], work.
 
         work (rows, in) float32; codes (rows, in) uint8 or int8; errors (rows, >= len(block)) float32; upper
         (in, in) float32 row-major; scale float32, zero_point uint8 (rows, groups); column_groups (in,) int64.

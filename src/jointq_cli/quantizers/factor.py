@@ -90,11 +90,11 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
 
 def _inverse(lower: Tensor) -> Tensor:
     """J L^-1 J in float32, row-major for the kernels; overwrites `lower`, which LAPACK left column-major."""
-    _invert_lower(lower)
+    invert_lower(lower)
     return lower.to(torch.float32, memory_format=torch.contiguous_format).flip(0, 1)
 
 
-def _invert_lower(lower: Tensor) -> None:
+def invert_lower(lower: Tensor) -> None:
     """Invert a lower triangular matrix in place, by halves: almost all of it is matrix products."""
     n = len(lower)
     if n <= _LEAF:
@@ -103,8 +103,8 @@ def _invert_lower(lower: Tensor) -> None:
         return
     half = n // 2
     first, corner, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    _invert_lower(first)
-    _invert_lower(second)
+    invert_lower(first)
+    invert_lower(second)
     product = corner @ first
     torch.matmul(second, product, out=corner)
     corner.neg_()

@@ -6,6 +6,12 @@ algorithm 1.
 Blocks of columns whose error reaches the columns after them by one matrix product (lazy batch updates);
 inside a block spans of the columns of one group, whose scale is fitted to the weights as updated so far;
 inside a span the compiled column loop of `kernels`.
+
+The Hessian is factorised in float64; the factor is then kept, and the errors are pushed on, in float32.
+Measured on 768 columns with power-law spectra and massive activations (condition 1e10 to 1e16; damping 1e-2
+to 0; 3 bits, g64): the final e H e^T is within 2e-8 relative of an all-float64 solve in most cases, and at
+worst 1.3e-4 *better*, where a tie between two levels fell the other way. A float64 factor with float32
+errors, or the reverse, is no better.
 """
 
 import math

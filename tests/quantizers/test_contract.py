@@ -1,0 +1,190 @@
+"""What every quantizer owes the engine, for all of them, all bit-widths, group sizes and scale dtypes."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.quantizers import GPTQ, RTN, Quantizer, Solution
+
+OPTIONS: dict[type[Quantizer], dict[str, Any]] = {
+    RTN: {"mse": True},
+    GPTQ: {
+        "mse": True,
+        "act_order": True,
+        "static_groups": False,
+        "damping": 0.01,
+        "block_size": 16,
+        "on_failure": "error",
+    },
+}
+KINDS = list(OPTIONS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def build(
+    kind: type[Quantizer], bits: int, group_size: int | None, symmetric: bool, **options: Any
+) -> Quantizer:
+    return kind(bits=bits, group_size=group_size, symmetric=symmetric, **(OPTIONS[kind] | options))
+
+
+def layer(out_features: int = 12, in_features: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """weight (out, in) float32 and the Hessian (in, in) of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(4 * in_features, in_features, generator=generator, dtype=torch.float64) @ mixing
+    weight = torch.randn(out_features, in_features, generator=generator)
+    return weight, inputs.T @ inputs / len(inputs)
+
+
+def solve(
+    quantizer: Quantizer, weight: Tensor, hessian: Tensor, dtype: torch.dtype = torch.float32
+) -> Solution:
+    return quantizer.quantize(weight, quantizer.prepare(hessian), dtype)
+
+
+def test_every_quantizer_of_the_package_is_under_this_contract() -> None:
+    def leaves(kind: type[Quantizer]) -> set[type[Quantizer]]:
+        return {kind} if not kind.__subclasses__() else set().union(*map(leaves, kind.__subclasses__()))
+
+    assert leaves(Quantizer) == set(KINDS)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_solution_has_the_shapes_dtypes_and_ranges_of_the_contract(
+    kind: type[Quantizer], bits: int, symmetric: bool
+) -> None:
+    weight, hessian = layer()
+    before = hessian.clone(), weight.clone()
+    for group_size, dtype in itertools.product([None, -1, 1, 8, 24, 48], DTYPES):
+        quantizer = build(kind, bits, group_size, symmetric)
+        solution = solve(quantizer, weight, hessian, dtype)
+        quantized = solution.quantized
+        groups = 1 if group_size in (None, -1) else 48 // (group_size or 48)
+        assert quantized.codes.shape == weight.shape
+        assert quantized.codes.dtype == (torch.int8 if symmetric else torch.uint8)
+        assert quantized.scale.shape == quantized.zero_point.shape == (12, groups)
+        assert (quantized.scale.dtype, quantized.zero_point.dtype) == (dtype, torch.uint8)
+        assert (quantized.scale > 0).all()
+        assert quantizer.grid.lowest <= int(quantized.codes.min())
+        assert int(quantized.codes.max()) <= quantizer.grid.highest
+        assert int(quantized.zero_point.max()) <= (0 if symmetric else quantizer.grid.highest)
+        if quantized.permutation is not None:
+            assert quantized.permutation.dtype == torch.int32
+            assert quantized.permutation.sort().values.tolist() == list(range(48))
+        assert quantized.dequantize(dtype).isfinite().all()
+        assert solution.verdict == "ok"
+    assert torch.equal(hessian, before[0])
+    assert torch.equal(weight, before[1])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_bits_err_less(kind: type[Quantizer], symmetric: bool) -> None:
+    weight, hessian = layer()
+    errors = []
+    for bits in range(1, 9):
+        error = (
+            solve(build(kind, bits, 24, symmetric), weight, hessian).quantized.dequantize(torch.float64)
+            - weight
+        )
+        errors.append(float(torch.trace(error @ hessian @ error.T)))
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_inputs_times_powers_of_two_keep_their_codes(
+    kind: type[Quantizer], symmetric: bool
+) -> None:
+    weight, hessian = layer()
+    quantizer = build(kind, 3, 16, symmetric)
+    plain = solve(quantizer, weight, hessian, torch.bfloat16).quantized
+    for weight_factor, hessian_factor in itertools.product([2.0**-23, 2.0**13], [2.0**-40, 1.0, 2.0**30]):
+        scaled = solve(quantizer, weight * weight_factor, hessian * hessian_factor, torch.bfloat16).quantized
+        assert torch.equal(scaled.codes, plain.codes)
+        assert torch.equal(scaled.zero_point, plain.zero_point)
+        assert torch.equal(scaled.scale, plain.scale * weight_factor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_call_twice_gives_the_same_bits(kind: type[Quantizer]) -> None:
+    weight, hessian = layer(64, 96)
+    quantizer = build(kind, 4, 32, False)
+    first, second = (solve(quantizer, weight, hessian).quantized.to_tensors() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_quantised_alike_whatever_the_other_rows(kind: type[Quantizer]) -> None:
+    weight, hessian = layer(64, 96)
+    quantizer = build(kind, 4, 32, False, **({} if kind is RTN else {"block_size": 96}))
+    together = solve(quantizer, weight, hessian).quantized.codes
+    apart = [solve(quantizer, part, hessian).quantized.codes for part in weight.split([1, 20, 43])]
+    assert torch.equal(torch.cat(apart), together)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_row_stays_empty_and_the_others_do_not_notice(kind: type[Quantizer]) -> None:
+    weight, hessian = layer()
+    quantizer = build(kind, 4, 16, False)
+    plain = solve(quantizer, weight, hessian).quantized.codes
+    weight[3] = 0
+    solution = solve(quantizer, weight, hessian)
+    assert (solution.quantized.dequantize(torch.float32)[3] == 0).all()
+    assert torch.equal(solution.quantized.codes[4:], plain[4:])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_not_finite_is_an_error(kind: type[Quantizer], bad: float) -> None:
+    weight, hessian = layer()
+    weight[2, 5] = bad
+    with pytest.raises(NumericsError, match="weight holds NaN or Inf"):
+        solve(build(kind, 4, 16, False), weight, hessian)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_are_checked_when_the_config_is_built(kind: type[Quantizer]) -> None:
+    with pytest.raises(ConfigError, match=r"quantizer.bits=9: must be from 1 to 8"):
+        build(kind, 9, 128, False)
+    with pytest.raises(ConfigError, match=r"quantizer.group_size=0: must be positive"):
+        build(kind, 4, 0, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_size_that_does_not_divide_is_refused(kind: type[Quantizer]) -> None:
+    weight, hessian = layer()
+    with pytest.raises(ConfigError, match=r"quantizer.group_size=20: must divide in_features"):
+        solve(build(kind, 4, 20, False), weight, hessian)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_of_the_config_is_required(kind: type[Quantizer]) -> None:
+    assert all(option.default is dataclasses.MISSING for option in dataclasses.fields(kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_finds_solutions_as_good_as_the_cpu(kind: type[Quantizer]) -> None:
+    weight, hessian = layer(64, 256)
+    quantizer = build(kind, 4, 64, False)
+    errors = []
+    for device in ("cpu", "cuda"):
+        solution = solve(quantizer, weight.to(device), hessian.to(device), torch.bfloat16)
+        assert solution.quantized.codes.device.type == device
+        error = solution.quantized.dequantize(torch.float64).cpu() - weight
+        errors.append(float(torch.trace(error @ hessian @ error.T)))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_a_description_names_what_matters() -> None:
+    assert build(RTN, 4, 128, False).describe() == "RTN W4 g128 asymmetric mse"
+    assert build(RTN, 8, -1, True, mse=False).describe() == "RTN W8 per-channel symmetric"
+    assert build(GPTQ, 3, 64, False).describe() == "GPTQ W3 g64 asymmetric mse act_order damping=0.01"
