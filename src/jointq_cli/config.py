@@ -73,7 +73,7 @@ RECIPES: dict[str, type[Any]] = {"quantize": Recipe, "evaluate": EvaluateRecipe,
 
 
 def schemas() -> list[type[Any]]:
-    """Every concrete dataclass that a recipe may hold, and the recipes; subclasses are found by themselves."""
+    """The recipes and every concrete dataclass that they may hold; subclasses are found by themselves."""
     for module in pkgutil.iter_modules(quantizers.__path__, quantizers.__name__ + "."):
         importlib.import_module(module.name)
     found: dict[type[Any], None] = {}
@@ -92,7 +92,7 @@ def keys(recipe: type[Any], prefix: str = "") -> Iterator[str]:
 
 
 def concrete(annotation: Any) -> list[type[Any]]:
-    """The dataclasses that may stand where `annotation` does: itself and its subclasses, less abstract ones."""
+    """The dataclasses that may stand where `annotation` does: it and its subclasses, none abstract."""
     if not (isinstance(annotation, type) and dataclasses.is_dataclass(annotation)):
         return []
     below = [choice for child in annotation.__subclasses__() for choice in concrete(child)]

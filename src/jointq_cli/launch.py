@@ -1,8 +1,8 @@
 """The one border with Hydra: compose a config, make it a typed recipe, run the task, tell errors in one line.
 
-Above the border there are words on a command line and yaml files, below it only dataclasses. A command gives a task,
-`launch` gives it the recipe and its run directory. What goes wrong in composing is told by `mistakes`; with
-HYDRA_FULL_ERROR=1 in the environment everything passes as Hydra raised it.
+Above the border there are words on a command line and yaml files, below it only dataclasses. A command gives
+a task, `launch` gives it the recipe and its run directory. What goes wrong in composing is told by
+`mistakes`; with HYDRA_FULL_ERROR=1 in the environment errors keep their traceback.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,26 +43,31 @@ class Job:
 
     directory: Path
     overrides: list[str]
+    config: str  # yaml: the whole config, in the form of a recipe that gives this very config again
 
 
 Task = Callable[[Any, Job], None]
 
 
 def launch(command: str, arguments: list[str], task: Task) -> int:
-    """Composes the primary config of `command` and runs `task(recipe, job)`: once, or once per job of a sweep.
+    """Composes the primary config of `command` and runs `task(recipe, job)`, in a sweep once per job.
 
-    Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. Raises JointqError for what a
-    user can cause; any other exception is a bug and passes as it is.
+    Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. Raises JointqError for
+    what a user can cause; any other exception is a bug and passes as it is.
     """
-    from jointq_cli.config import RECIPES, keys, schemas  # brings torch, which shell completion does without
+    # Not above: it brings torch, and shell completion answers without.
+    from jointq_cli.config import RECIPES, Recipe, keys, schemas
 
     arguments = _options_last(command, arguments)
-    types = {schema.__name__: schema for schema in schemas()}
+    types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=_thawed(schema))
-    border = _Border(task, types, Mistakes(keys(RECIPES[command]), types))
+    recipe = RECIPES[command]
+    groups = ["recipe"] if issubclass(recipe, Recipe) else []
+    mistakes = Mistakes([*keys(recipe), *groups], types, arguments)
+    border = _Border(command, task, types, mistakes)
     with _command_line(arguments), _raised_by_hydra():
-        return border.cross(command)
+        return border.cross()
 
 
 def complete(command: str, arguments: list[str]) -> list[str]:
@@ -82,22 +87,23 @@ def complete(command: str, arguments: list[str]) -> list[str]:
 class _Border:
     """Takes one composed config after the other across, and remembers how the jobs ended."""
 
-    def __init__(self, task: Task, types: dict[str, type[Any]], mistakes: Mistakes) -> None:
+    def __init__(self, command: str, task: Task, types: dict[str, type[Any]], mistakes: Mistakes) -> None:
+        self._command = command
         self._task = task
         self._types = types
         self._mistakes = mistakes
         self._started = False
         self._failure: JointqError | None = None
 
-    def cross(self, command: str) -> int:
+    def cross(self) -> int:
         try:
-            _hydra_main(command, self._job)()
+            _hydra_main(self._command, self._job)()
         except _JobFailed:
             return 1  # told when it happened
         except _SweepStopped:
             pass
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-            if self._started or not _made_by_hydra(error):
+            if self._started:
                 raise
             raise self._mistakes.told(error) from error
         if self._failure is not None:
@@ -105,15 +111,14 @@ class _Border:
         return 0
 
     def _job(self, config: DictConfig) -> None:
-        """One job. In a sweep a failure must be an exception, or Hydra counts it as done; else it would only add noise."""
+        """One job. A failure is raised only in a sweep, where Hydra must count it; it prints more lines."""
         self._started = True
         context = HydraConfig.get()
         sweeping = context.mode == RunMode.MULTIRUN
         if sweeping:
             print(f"job {context.job.num}: {' '.join(context.overrides.task)}", flush=True)
-        job = Job(Path(context.runtime.output_dir), list(context.overrides.task))
         try:
-            self._run(config, job)
+            self._run(config, context)
         except JointqError as error:
             self._failure = error
             if isinstance(error, Interrupted) and sweeping:
@@ -127,13 +132,17 @@ class _Border:
             traceback.print_exc()
             raise _JobFailed(str(error)) from error
 
-    def _run(self, config: DictConfig, job: Job) -> None:
+    def _run(self, config: DictConfig, context: Any) -> None:
+        directory = Path(context.runtime.output_dir)
         try:
             recipe = self._typed(OmegaConf.to_object(config), "")
         except (OmegaConfBaseException, ConfigError) as error:
-            _remove_if_empty(job.directory)
+            _remove_empty(directory, Path(config.output_dir).absolute())
             raise self._mistakes.told(error) from error
-        self._task(recipe, job)
+        overrides = list(context.overrides.task)
+        with _command_line([self._command, *overrides]):
+            text = _as_recipe(config, self._command, context.runtime.choices)
+            self._task(recipe, Job(directory, overrides, text))
 
     def _typed(self, value: Any, path: str) -> Any:
         """The frozen dataclass for what Hydra filled in; `path` is its key."""
@@ -142,8 +151,25 @@ class _Border:
         schema = self._types[type(value).__name__]
         names = [field.name for field in dataclasses.fields(schema)]
         for extra in vars(value).keys() - set(names):  # came with a leading +
-            raise ConfigError(self._mistakes.unknown_key(path + extra, schema.__name__))
+            raise ConfigError(self._mistakes.unknown_key(path + extra, path, schema.__name__))
         return schema(**{name: self._typed(getattr(value, name), f"{path}{name}.") for name in names})
+
+
+def _as_recipe(config: DictConfig, command: str, choices: Mapping[str, str]) -> str:
+    """A recipe file of all values, with the group options whose types they have."""
+    values = OmegaConf.to_yaml(config, resolve=True)
+    if "recipe" not in choices:
+        return f"# What jointq {command} did, in full.\n\n{values}"
+    head = [
+        "# @package _global_",
+        f"# What jointq {command} did, in full. As FOLDER/recipe/{config.name}.yaml it does the same again:",
+        f"#   jointq {command} --config-dir FOLDER recipe={config.name}",
+        "",
+        "defaults:",
+        *(f"  - override /{group}: {choices[group]}" for group in map(str, config) if group in choices),
+        "",
+    ]
+    return "\n".join([*head, values])
 
 
 class _JobFailed(Exception):
@@ -156,7 +182,7 @@ class _SweepStopped(BaseException):
 
 @functools.cache
 def _thawed(schema: type[Any]) -> type[Any]:
-    """The same fields without `frozen`, which OmegaConf would take for "yaml and overrides may not set this"."""
+    """The same fields without `frozen`, which OmegaConf takes for: not to be set by yaml or overrides."""
     hints = typing.get_type_hints(schema)
     fields = [(field.name, _field_type(hints[field.name])) for field in dataclasses.fields(schema)]
     bases = tuple(_thawed(base) for base in schema.__bases__ if dataclasses.is_dataclass(base))
@@ -170,16 +196,19 @@ def _field_type(annotation: Any) -> Any:
 
 def _hydra_main(command: str, function: Callable[[DictConfig], None]) -> Callable[[], None]:
     directory = str(resources.config_dir())
-    main: Callable[[], None] = hydra.main(version_base="1.3", config_path=directory, config_name=command)(function)
+    decorate = hydra.main(version_base="1.3", config_path=directory, config_name=command)
+    main: Callable[[], None] = decorate(function)
     return main
 
 
 def _options_last(command: str, arguments: list[str]) -> list[str]:
     """Overrides, then options: argparse refuses overrides on both sides of an option. Raises UsageError."""
-    known, rest = get_args_parser().parse_known_args(arguments)
+    parser = get_args_parser()
+    parser.prog, parser.usage = f"jointq {command}", "%(prog)s [KEY=VALUE ...] [OPTION ...], see --help"
+    known, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.startswith("-"):
-            raise UsageError(f"jointq {command} has no option {word}; settings are written KEY=VALUE, see --help")
+            raise UsageError(f"jointq {command} has no option {word}; settings are KEY=VALUE, see --help")
     overrides = [*known.overrides, *rest]
     return overrides + [word for word in arguments if word not in overrides]
 
@@ -209,16 +238,10 @@ def _raised_by_hydra() -> Iterator[None]:
             os.environ[_FULL_ERROR] = before
 
 
-def _made_by_hydra(error: BaseException) -> bool:
-    """Whether the function that raised, or that called into the standard library, is Hydra's."""
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return not any(name.startswith("jointq_cli.") for name in modules[2:]) and any(
-        name.startswith("hydra.") for name in modules
-    )
-
-
-def _remove_if_empty(directory: Path) -> None:
-    """Hydra made it before the recipe was found wanting; so it did the folders above."""
+def _remove_empty(directory: Path, above: Path) -> None:
+    """Takes back what Hydra made below `above` before the recipe was refused; never what has content."""
     with suppress(OSError):
-        for folder in (directory, directory.parent, directory.parent.parent):
+        for folder in (directory, *directory.parents):
+            if not folder.is_relative_to(above) or folder == above:
+                return
             folder.rmdir()

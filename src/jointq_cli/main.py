@@ -1,4 +1,7 @@
-"""The words after `jointq` find their command. Imports neither torch nor hydra: help and typing errors answer at once."""
+"""The words after `jointq` find their command.
+
+Imports neither torch nor hydra: help and mistyped commands answer at once.
+"""
 
 import difflib
 import importlib
@@ -16,7 +19,7 @@ COMMANDS = {
     "recipes": "list the recipes that come with jointq, or show one",
     "report": "render a finished run again",
 }
-COMPOSED = ("quantize", "evaluate", "calibrate")  # commands that read a config; the others have an argparse of their own
+COMPOSED = ("quantize", "evaluate", "calibrate")  # these read a config, the others have an argparse each
 USAGE_ERROR = 2  # as argparse and most shells have it
 INTERRUPTED = 130  # 128 + SIGINT, where nothing was begun that could be continued
 

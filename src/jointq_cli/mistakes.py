@@ -18,6 +18,7 @@ from omegaconf.errors import (
     ConfigKeyError,
     ConfigTypeError,
     ConfigValueError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
@@ -36,11 +37,12 @@ class UsageError(ConfigError):
 
 
 class Mistakes:
-    """Tells the mistakes that can be made in a config with these keys; `schemas` has its types by name."""
+    """Tells mistakes in `arguments`, made with a config of these keys; `schemas` has its types by name."""
 
-    def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]]) -> None:
+    def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]], arguments: list[str]) -> None:
         self._schemas = schemas
-        self._keys = [*dict.fromkeys(keys), "recipe"]
+        self._arguments = arguments
+        self._keys = list(dict.fromkeys(keys))
 
     def told(self, error: BaseException) -> JointqError:
         """The error that says in one line what `error` means."""
@@ -50,29 +52,28 @@ class Mistakes:
             return ConfigError(self._unknown_option(error))
         if isinstance(error, OverrideParseException):
             return ConfigError(self._unreadable(error.override))
-        config_error = next((link for link in _chain(error) if isinstance(link, OmegaConfBaseException)), None)
-        if config_error is not None:
-            return ConfigError(_place(error) + self._broken_rule(config_error, str(error)))
+        for link in _chain(error):
+            if isinstance(link, OmegaConfBaseException):
+                return ConfigError(_place(error) + self._broken_rule(link, str(error)))
         if isinstance(error, yaml.YAMLError):
             return ConfigError(_one_line(f"not readable as yaml: {error}"))
         if isinstance(error, OSError):
-            return ResourceError(f"output_dir: cannot make the run directory {error.filename}: {error.strerror}")
-        return ConfigError(_composition(str(error)))
+            return ResourceError(f"output_dir: cannot make {error.filename}: {error.strerror}")
+        return ConfigError(self._composition(str(error)))
 
-    def unknown_key(self, key: str, owner: str) -> str:
-        """`key` does not exist in a config of type `owner`."""
+    def unknown_key(self, key: str, prefix: str, owner: str) -> str:
+        """`key` does not exist. `prefix`, empty or with a dot at its end, does, and is of type `owner`."""
         message = f"no such key {key}"
         if owner not in self._schemas:
             return message
-        prefix = key[: key.rfind(".") + 1]
         here = [prefix + field.name for field in dataclasses.fields(self._schemas[owner])]
         if key in self._keys:
             others = ", ".join(name for name in self._owners(key.removeprefix(prefix)) if name != owner)
             return f"{message} with {owner}: it belongs to {others}"
-        meant = _nearest(key, here, [name for name in self._keys if not (prefix and name.startswith(prefix))])
-        if meant:
-            return f"{message}; did you mean {meant}?"
-        return f"{message}; there are {', '.join(here)}"
+        above = [name for name in self._keys if key.startswith(f"{name}.")]
+        beside = [name for name in self._keys if prefix and name.startswith(prefix)]  # of other types there
+        meant = _nearest(key, here, [name for name in self._keys if name not in above + beside])
+        return f"{message}; did you mean {meant}?" if meant else f"{message}; there are {', '.join(here)}"
 
     def _owners(self, name: str) -> list[str]:
         return [
@@ -90,11 +91,15 @@ class Mistakes:
             return f"{key}: has no value; give one with {key}=..."
         if isinstance(error, ConfigKeyError | ConfigAttributeError):
             typed = re.search(r"Could not override '([^']+)'", context)
-            return self.unknown_key(typed.group(1) if typed else key, owner)
+            return self.unknown_key(typed.group(1) if typed else key, key[: key.rfind(".") + 1], owner)
+        if given.startswith("~"):
+            return f"{given}: cannot be taken out of a recipe"
+        if isinstance(error, InterpolationResolutionError):
+            return f"{key}: {_first_line(error)}"
         kind = self._kind(owner, str(error.key))
         if isinstance(error, ValidationError | ConfigValueError | ConfigTypeError) and kind:
             return f"{given}: must be {kind}"
-        return f"{given}: {_one_line(str(error.msg or error).splitlines()[0])}"
+        return f"{given}: {_first_line(error)}"
 
     def _kind(self, owner: str, name: str) -> str:
         """What a field holds, in words; empty when that is not known."""
@@ -114,8 +119,8 @@ class Mistakes:
         if not error.options:
             return f"{group}={option}: there is no config group {group}"
         close = difflib.get_close_matches(option, error.options, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{group}={option}: no such {group}; {hint}There are {', '.join(error.options)}"
+        hint = f"did you mean {close[0]}? It " if close else ""
+        return f"{group}={option}: {hint}must be one of {', '.join(error.options)}"
 
     def _unreadable(self, override: str) -> str:
         if "=" in override:
@@ -124,6 +129,20 @@ class Mistakes:
         close = difflib.get_close_matches(override, recipes, n=1)
         hint = f"did you mean recipe={close[0]}?" if close else "see --help"
         return f"{override}: settings are written KEY=VALUE; {hint}"
+
+    def _composition(self, message: str) -> str:
+        sweep = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", message)
+        if sweep:
+            rule = "several values make a sweep, which needs --multirun (-m); a list is written [a,b]"
+            return f"{sweep.group(1)}: {rule}"
+        no_group = re.match(r"Could not override '([^']+)'\.\s+No match", message)
+        if no_group:
+            there = ", ".join(key for key in self._keys if "." not in key)
+            return f"no such group {no_group.group(1)}; there are {there}"
+        nulls = [word for word in self._arguments if word.lower().endswith("=null")]
+        if message.startswith("Config group override must be") and nulls:
+            return f"{nulls[0]}: a group needs one of its options"
+        return _one_line("\n".join(line for line in message.splitlines() if not line.startswith("To append")))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -140,20 +159,20 @@ def _place(error: BaseException) -> str:
 
 
 def _nearest(key: str, here: list[str], elsewhere: list[str]) -> str | None:
-    """A similar key of the same group, else one of the same last name anywhere, else a similar one anywhere."""
-    name = key.rpartition(".")[2]
-    close = difflib.get_close_matches(key, here, n=1, cutoff=0.7)
-    same_name = [other for other in elsewhere if other.rpartition(".")[2] == name]
-    return next(iter([*close, *same_name, *difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)]), None)
+    """A similar name in the same place, else the same name anywhere, else a similar key anywhere."""
+    name = _last(key)
+    close = difflib.get_close_matches(name, map(_last, here), n=1)
+    similar = [other for other in here if [_last(other)] == close]
+    same = [other for other in elsewhere if _last(other) == name]
+    return next(iter([*similar, *same, *difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)]), None)
 
 
-def _composition(message: str) -> str:
-    sweep = re.match(r"Ambiguous value for argument '(.*)'", message) or re.match(
-        r"Sweep parameters '(.*)' requires", message
-    )
-    if sweep:
-        return f"{sweep.group(1)}: several values make a sweep, which needs --multirun (-m); a list is written [a,b]"
-    return _one_line("\n".join(line for line in message.splitlines() if not line.startswith("To append")))
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return _one_line(str(error.msg or error).splitlines()[0])
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`jointq -sc install=bash` and the questions that a shell asks later. Hydra answers, for the command on the line."""
+"""`jointq -sc install=bash`, and what a shell asks later: Hydra answers for the command on the line."""
 
 import os
 import re

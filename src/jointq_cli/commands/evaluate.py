@@ -3,7 +3,7 @@
 from jointq_cli.config import EvaluateRecipe
 from jointq_cli.launch import Job, launch
 from jointq_cli.pipeline import evaluate
-from jointq_cli.report.console import Console
+from jointq_cli.report import Console
 from jointq_cli.run_directory import RunDirectory
 
 
@@ -13,4 +13,7 @@ def main(arguments: list[str]) -> int:
 
 def run(recipe: EvaluateRecipe, job: Job) -> None:
     directory = RunDirectory(job.directory)
-    evaluate(recipe, directory, Console(directory))
+    directory.write_recipe(job.config)
+    directory.write_overrides(job.overrides)
+    with Console(directory.log) as console:
+        evaluate(recipe, directory, console)

@@ -1,10 +1,10 @@
-"""`jointq COMMAND --help` for the commands that compose a config: read from the config tree, without Hydra."""
+"""`jointq COMMAND --help` for the commands that compose a config: from the config tree, without Hydra."""
 
 from jointq_cli import resources
 
 GROUPS = {
-    "quantize": ["recipe", "model", "calibration", "layers", "quantizer", "qep", "rotation", "evaluation", "runtime"],
-    "evaluate": ["model", "evaluation", "runtime"],
+    "quantize": ["recipe", "model", "calibration", "quantizer", "qep", "rotation", "evaluation"],
+    "evaluate": ["model", "evaluation"],
     "calibrate": ["recipe", "model", "calibration"],
 }
 

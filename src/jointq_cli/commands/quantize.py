@@ -5,7 +5,7 @@ from jointq_cli.errors import JointqError
 from jointq_cli.launch import Job, launch
 from jointq_cli.pipeline import quantize
 from jointq_cli.records import RunReport
-from jointq_cli.report.console import Console
+from jointq_cli.report import Console
 from jointq_cli.run_directory import RunDirectory
 
 
@@ -16,10 +16,13 @@ def main(arguments: list[str]) -> int:
 def run(recipe: Recipe, job: Job) -> None:
     """Raises JointqError when the run went through but its result cannot be trusted."""
     directory = RunDirectory(job.directory)
-    report = quantize(recipe, directory, Console(directory))
-    found = faults(report)
-    if found:
-        raise JointqError(f"{'; '.join(found)}; see {job.directory / 'report.md'}")
+    directory.write_recipe(job.config)
+    directory.write_overrides(job.overrides)
+    with Console(directory.log) as console:
+        report = quantize(recipe, directory, console)
+        found = faults(report)
+        if found:
+            raise JointqError(f"{'; '.join(found)}; see {directory.report_markdown}")
 
 
 def faults(report: RunReport) -> list[str]:
@@ -27,9 +30,10 @@ def faults(report: RunReport) -> list[str]:
     found = []
     failed = [layer.name for layer in report.layers if layer.verdict == "fallback"]
     if failed:
-        found.append(f"{len(failed)} of {len(report.layers)} layers could not be solved and fell back to RTN: {failed[0]} ...")
+        count = f"{len(failed)} of {len(report.layers)} layers"
+        found.append(f"{count} could not be solved and fell back to RTN, the first is {failed[0]}")
     if not report.audit.passed:
         found.append("the checkpoint's other tensors differ from the source's")
     if report.reload_check != "identical":
-        found.append(f"the checkpoint read back from disk differs from the model in memory: {report.reload_check}")
+        found.append(f"the checkpoint as read back differs from the model in memory: {report.reload_check}")
     return found

@@ -1,0 +1,36 @@
+"""`jointq report`: a finished run, rendered again from its report.json."""
+
+import argparse
+from pathlib import Path
+
+from jointq_cli.records import RunReport
+from jointq_cli.report import Console, load_report
+from jointq_cli.report.markdown import render_markdown
+from jointq_cli.run_directory import RunDirectory
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("jointq report", description="Render a finished run again.")
+    parser.add_argument("run_directory", type=Path, help="a run directory, such as runs/NAME/DATE_TIME")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--terminal", action="store_true", help="the closing table (default)")
+    forms.add_argument("--markdown", action="store_true", help="print it as markdown")
+    forms.add_argument("--html", action="store_true", help="write report.html anew")
+    parsed = parser.parse_args(arguments)
+    report = load_report(parsed.run_directory / "report.json")
+    if parsed.markdown:
+        print(render_markdown(report), end="")
+    elif parsed.html:
+        print(_write_page(report, parsed.run_directory))
+    else:
+        with Console() as console:
+            console.closing(report, parsed.run_directory)
+    return 0
+
+
+def _write_page(report: RunReport, directory: Path) -> Path:
+    from jointq_cli.report.page import render_page  # brings matplotlib, for this form only
+
+    run = RunDirectory(directory)
+    run.write(run.report_html, render_page(report))
+    return run.report_html

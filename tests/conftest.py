@@ -1,0 +1,6 @@
+"""What holds for every test: no network, no display, and a working directory that is nobody's."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests marked network are run with HF_HUB_OFFLINE=0
+os.environ.setdefault("MPLBACKEND", "Agg")

@@ -1,0 +1,485 @@
+"""The words after `jointq`: dispatch, help, errors in one line, completion, sweeps. No model is touched."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jointq_cli import __version__, resources
+from jointq_cli.commands import completion, help
+from jointq_cli.config import RECIPES, Recipe, concrete, keys
+from jointq_cli.errors import Interrupted, NumericsError
+from jointq_cli.launch import Job, complete, launch
+from jointq_cli.main import COMMANDS, COMPOSED, main
+from jointq_cli.quantizers import GPTQ, RTN, Quantizer
+
+SOURCES = Path(__file__).parent.parent / "src" / "jointq_cli"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def jobs() -> list[tuple[Any, Job]]:
+    """What a task has been given, in order."""
+    return []
+
+
+def run(words: str, jobs: list[tuple[Any, Job]]) -> int:
+    command, *arguments = words.split()
+    return launch(command, arguments, lambda recipe, job: jobs.append((recipe, job)))
+
+
+# --- help
+
+
+def loaded_by(words: str) -> set[str]:
+    """Top-level modules that are loaded after `jointq WORDS`."""
+    script = (
+        "import sys; from jointq_cli.main import main; main(sys.argv[1:]); "
+        "print('\\n' + ' '.join({m.split('.')[0] for m in sys.modules}))"
+    )
+    command = [sys.executable, "-c", script, *words.split()]
+    return set(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split()
+    )
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "quantize --help", "recipes", "quantise"])
+def test_what_needs_no_config_loads_neither_torch_nor_hydra(words: str) -> None:
+    assert not loaded_by(words) & {"torch", "hydra", "omegaconf", "transformers", "rich", "numpy"}
+
+
+def test_completion_loads_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "jointq quantize recipe=po")
+    assert not loaded_by("-sc query=bash") & {"torch", "transformers"}
+
+
+def test_no_arguments_and_help_give_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    bare = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == bare
+    assert all(name in bare for name in COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jointq {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMPOSED)
+def test_the_help_of_a_command_names_every_option_of_its_groups(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["help", command]) == 0
+    assert capsys.readouterr().out == shown
+    for group in help.GROUPS[command]:
+        names = resources.options(group)
+        assert len(names) < 2 or all(f"    {name} " in shown for name in names)
+
+
+@pytest.mark.parametrize("command", COMPOSED)
+def test_every_example_of_a_help_text_composes(command: str, jobs: list[tuple[Any, Job]]) -> None:
+    examples = [line.split("   ")[0] for line in map(str.strip, help.OPENINGS[command].splitlines())]
+    examples = [line.removeprefix("jointq ") for line in examples if line.startswith(f"jointq {command}")]
+    assert len(examples) >= 1
+    for example in examples:
+        assert run(example, jobs) == 0
+    assert len(jobs) >= len(examples)
+
+
+# --- errors in one line
+
+MISTAKES = {
+    "quantize recipe=pocket_w4g12": (
+        1,
+        "recipe=pocket_w4g12: did you mean pocket_w4g128? It must be one of ci_",
+    ),
+    "quantize quantizer=gtpq": (1, "quantizer=gtpq: did you mean gptq? It must be one of gptq, rtn"),
+    "quantize quantizer.bit=4": (1, "no such key quantizer.bit; did you mean quantizer.bits?"),
+    "quantize quantiser.bits=4": (1, "no such key quantiser.bits; did you mean quantizer.bits?"),
+    "quantize quantiser=gptq": (1, "no such key quantiser; did you mean quantizer?"),
+    "quantize bits=3": (1, "no such key bits; did you mean quantizer.bits?"),
+    "quantize foo=1": (1, "no such key foo; there are name, description, model, calibration, layers,"),
+    "quantize +quantizer.foo=1": (
+        1,
+        "no such key quantizer.foo; there are quantizer.bits, quantizer.group_size",
+    ),
+    "quantize quantizer=rtn quantizer.damping=0.1": (
+        1,
+        "no such key quantizer.damping with RTN: it belongs to GPTQ",
+    ),
+    "quantize quantizer=rtn +quantizer.damping=0.1": (
+        1,
+        "no such key quantizer.damping with RTN: it belongs to GPTQ",
+    ),
+    "quantize quantizer.bits=four": (1, "quantizer.bits=four: must be an integer"),
+    "quantize quantizer.bits=3.5": (1, "quantizer.bits=3.5: must be an integer"),
+    "quantize quantizer.bits=null": (1, "quantizer.bits=null: must be an integer"),
+    "quantize quantizer.group_size=big": (1, "quantizer.group_size=big: must be an integer or null"),
+    "quantize quantizer.mse=maybe": (1, "quantizer.mse=maybe: must be true or false"),
+    "quantize quantizer.damping=some": (1, "quantizer.damping=some: must be a number"),
+    "quantize model.path=[1,2]": (1, "model.path=[1,2]: must be text"),
+    "quantize layers.exclude_layer_names=lm_head": (
+        1,
+        "layers.exclude_layer_names=lm_head: must be a list, such as [a,b]",
+    ),
+    "quantize quantizer.bits=0": (1, "quantizer.bits=0: must be from 1 to 8"),
+    "quantize quantizer.bits=9": (1, "quantizer.bits=9: must be from 1 to 8"),
+    "quantize quantizer.on_failure=shrug": (1, "quantizer.on_failure=shrug: must be"),
+    "quantize calibration.strategy=best": (1, "calibration.strategy=best: must be one of concat_chunk,"),
+    "quantize runtime.dtype=int8": (1, "runtime.dtype=int8: must be auto, float32,"),
+    "quantize model=checkpoint": (1, "model.path: has no value; give one with model.path=..."),
+    "quantize calibration=text": (1, "calibration.path: has no value; give one with calibration.path=..."),
+    "quantize pocket_w3g128": (
+        1,
+        "pocket_w3g128: settings are written KEY=VALUE; did you mean recipe=pocket_w3g128?",
+    ),
+    "quantize quantizer.bits=3,4": (
+        1,
+        "quantizer.bits=3,4: several values make a sweep, which needs --multirun (-m)",
+    ),
+    "quantize quantizer=null": (1, "quantizer=null: a group needs one of its options"),
+    "quantize ~quantizer.bits": (1, "~quantizer.bits: cannot be taken out of a recipe"),
+    "quantize quantizer.bits=${nothing}": (1, "quantizer.bits: Interpolation key 'nothing' not found"),
+    "quantize name=a/b": (1, "name=a/b: must be a plain name"),
+    "quantize output_dir=/dev/null/runs": (1, "output_dir: cannot make /dev/null/runs/pocket_w4g128/"),
+    "quantize --bits 4": (2, "jointq quantize has no option --bits; settings are KEY=VALUE, see --help"),
+    "quantize --config-dir nowhere": (1, "Additional config directory"),
+    "evaluate quantizer=rtn": (1, "no such group quantizer; there are name, model, reference,"),
+    "evaluate reference=[a]": (1, "reference=[a]: must be text or null"),
+    "calibrate calibration.num_samples=0": (1, "calibration.num_samples=0: must be at least 1"),
+    "recipes show pocket": (1, "recipe=pocket: did you mean pocket_w"),
+    "report nowhere": (1, "nowhere/report.json: cannot be read"),
+    "quantise": (2, "no command 'quantise'; did you mean 'quantize'?"),
+    "recipe=ci_smoke": (2, "'recipe=ci_smoke' is a setting and needs a command before it"),
+    "frobnicate": (2, "no command 'frobnicate'; there are quantize, evaluate,"),
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_gives_one_line_its_exit_code_and_leaves_nothing_behind(
+    words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, message = MISTAKES[words]
+    assert main(words.split()) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert [path for path in tmp_path.rglob("*") if path.name != "runs"] == []
+
+
+def test_a_folder_that_was_there_before_survives_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert main(["quantize", "output_dir=mine", "quantizer.bits=9"]) == 1
+    assert main(["calibrate", "quantizer.bits=9"]) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
+def test_a_mistake_in_a_recipe_file_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path, "mine", "quantizer:\n  bit: 3\n")
+    assert main(["quantize", "--config-dir", str(tmp_path), "recipe=mine"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "error: recipe/mine.yaml: no such key quantizer.bit; did you mean quantizer.bits?\n"
+    )
+
+
+def test_a_recipe_file_that_is_no_yaml_gives_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path, "mine", "quantizer: {bits\n")
+    assert main(["quantize", "--config-dir", str(tmp_path), "recipe=mine"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: not readable as yaml: ")
+    assert "mine.yaml" in told
+    assert told.count("\n") == 1
+
+
+def test_hydra_full_error_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="no such key") as caught:
+        main(["quantize", "quantizer.bit=4"])
+    assert "Could not override 'quantizer.bit'" in str(caught.value.__cause__)
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def write_recipe(folder: Path, name: str, body: str) -> None:
+    (folder / "recipe").mkdir()
+    (folder / "recipe" / f"{name}.yaml").write_text(
+        f"# @package _global_\nname: {name}\ndescription: d\n{body}"
+    )
+
+
+# --- from a composed config to a job
+
+
+def test_the_task_gets_a_typed_recipe_its_folder_and_the_overrides(
+    jobs: list[tuple[Any, Job]], tmp_path: Path
+) -> None:
+    assert run("quantize recipe=ci_smoke quantizer.bits=3", jobs) == 0
+    [(recipe, job)] = jobs
+    assert isinstance(recipe, Recipe)
+    assert isinstance(recipe.quantizer, GPTQ)
+    assert recipe.quantizer.bits == 3
+    assert recipe.store == "runs/store"
+    assert job.directory.parent == tmp_path / "runs" / "ci_smoke"
+    assert job.directory.is_dir()
+    assert job.overrides == ["recipe=ci_smoke", "quantizer.bits=3"]
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(jobs: list[tuple[Any, Job]]) -> None:
+    assert run("quantize recipe=ci_smoke -m quantizer.bits=3,4", jobs) == 0
+    assert [recipe.quantizer.bits for recipe, _ in jobs] == [3, 4]
+
+
+def test_the_config_of_a_job_is_a_recipe_that_gives_the_same_again(
+    jobs: list[tuple[Any, Job]], tmp_path: Path
+) -> None:
+    run("quantize recipe=ci_smoke quantizer=rtn quantizer.bits=5 evaluation.max_windows=3", jobs)
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "again.yaml").write_text(jobs[0][1].config)
+    run(f"quantize --config-dir {tmp_path} recipe=again", jobs)
+    assert jobs[0][0] == jobs[1][0]
+
+
+def test_an_own_recipe_may_extend_a_shipped_one(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
+    write_recipe(tmp_path, "mine", "defaults:\n  - ci_smoke\n  - _self_\nquantizer:\n  bits: 2\n")
+    assert run(f"quantize --config-dir {tmp_path} recipe=mine", jobs) == 0
+    assert jobs[0][0].quantizer.bits == 2
+    assert jobs[0][0].calibration.seqlen == 128
+
+
+def test_the_task_sees_the_whole_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["before"])
+    seen: list[list[str]] = []
+    launch("quantize", ["recipe=ci_smoke"], lambda recipe, job: seen.append(sys.argv))
+    assert seen == [["jointq", "quantize", "recipe=ci_smoke"]]
+    assert sys.argv == ["before"]
+
+
+def test_cfg_job_prints_the_config_and_runs_nothing(
+    jobs: list[tuple[Any, Job]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("quantize --cfg job quantizer.bits=7", jobs) == 0
+    assert "bits: 7" in capsys.readouterr().out
+    assert jobs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibrate_makes_no_run_directory(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
+    assert run("calibrate recipe=llama1b_w4g128", jobs) == 0
+    assert jobs[0][0].output == "llama1b_w4g128.tokens.safetensors"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def task(recipe: Any, job: Job) -> None:
+        raise ValueError("ours")
+
+    with pytest.raises(ValueError, match="ours"):
+        launch("quantize", [], task)
+
+
+def test_an_error_of_the_task_is_raised_as_it_is() -> None:
+    error = NumericsError("layer x")
+
+    def task(recipe: Any, job: Job) -> None:
+        raise error
+
+    with pytest.raises(NumericsError) as caught:
+        launch("quantize", [], task)
+    assert caught.value is error
+
+
+# --- sweeps
+
+
+def failing_on(error: Exception, bits: int, done: list[int]) -> Any:
+    def task(recipe: Recipe, job: Job) -> None:
+        if recipe.quantizer.bits == bits:
+            raise error
+        done.append(recipe.quantizer.bits)
+
+    return task
+
+
+@pytest.mark.parametrize("error", [NumericsError("layer x"), ValueError("a bug")])
+def test_a_failed_job_of_a_sweep_is_told_and_the_others_go_on(
+    error: Exception, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    done: list[int] = []
+    assert launch("quantize", ["-m", "quantizer.bits=3,4"], failing_on(error, 3, done)) == 1
+    assert done == [4]
+    captured = capsys.readouterr()
+    assert str(error) in captured.err
+    assert "job 1: quantizer.bits=4" in captured.out
+    [sweep] = (tmp_path / "runs" / "pocket_w4g128").iterdir()
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+
+
+def test_a_sweep_without_failures_succeeds() -> None:
+    done: list[int] = []
+    assert launch("quantize", ["-m", "quantizer.bits=2,4"], failing_on(ValueError(), 3, done)) == 0
+    assert done == [2, 4]
+
+
+def test_a_value_out_of_range_fails_its_job_only(jobs: list[tuple[Any, Job]]) -> None:
+    assert run("quantize -m quantizer.bits=9,4", jobs) == 1
+    assert [recipe.quantizer.bits for recipe, _ in jobs] == [4]
+
+
+def test_an_interrupted_sweep_stops_with_its_exit_code() -> None:
+    done: list[int] = []
+    with pytest.raises(Interrupted) as caught:
+        launch("quantize", ["-m", "quantizer.bits=3,4"], failing_on(Interrupted("stopped"), 3, done))
+    assert caught.value.exit_code == 75
+    assert done == []
+
+
+# --- completion
+
+QUESTIONS = {
+    "jointq ": set(COMMANDS),
+    "jointq qu": {"quantize"},
+    "jointq quantize rec": {"recipe="},
+    "jointq quantize recipe=pocket": {"recipe=pocket_w3g128", "recipe=pocket_w4g128"},
+    "jointq quantize recipe=qwen": {"recipe=qwen3_0.6b_w4g128"},
+    "jointq quantize quantizer.da": {"quantizer.damping="},
+    "jointq quantize quantizer=rtn quantizer.": {
+        f"quantizer.{key}=" for key in ("bits", "group_size", "symmetric", "mse")
+    },
+    "jointq evaluate evaluation=": {f"evaluation={name}" for name in resources.options("evaluation")},
+    "jointq recipes ": {"show"},
+    "jointq recipes show ": set(resources.options("recipe")),
+    "jointq report ": set(),
+}
+
+
+@pytest.mark.parametrize("line", QUESTIONS)
+def test_a_shell_is_told_what_may_come_next(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert completion.main(["-sc", "query=bash"]) == 0
+    assert set(capsys.readouterr().out.split()) == QUESTIONS[line]
+
+
+def test_keys_and_groups_are_offered_but_no_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "jointq quantize ")
+    answer = completion._answers(["-sc", "query=bash"])
+    assert {"recipe=", "quantizer=", "quantizer.", "output_dir="} <= set(answer)
+    assert not [word for word in answer if word.startswith("schema")]
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_the_installed_completion_is_for_jointq(shell: str) -> None:
+    assert "jointq" in "\n".join(complete("quantize", ["-sc", f"install={shell}"]))
+
+
+def test_bash_completes_a_recipe() -> None:
+    """The real shell with the real script, its question answered by this interpreter."""
+    script = complete("quantize", ["-sc", "install=bash"])
+    driver = f"""
+jointq() {{ {sys.executable} -c "from jointq_cli.main import main; main()" "$@"; }}
+command() {{ echo /bin/sh; }}
+compgen() {{ builtin compgen "$@"; }}
+{chr(10).join(line for line in script if "complete -" not in line)}
+COMP_LINE="jointq quantize recipe=pocket_w3"; COMP_POINT=${{#COMP_LINE}}; COMP_CWORD=2
+hydra_bash_completion
+echo "${{COMPREPLY[@]}}"
+"""
+    answer = subprocess.run(["bash", "-c", driver], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["recipe=pocket_w3g128"], answer.stderr
+
+
+# --- the shape of the code
+
+
+def test_keys_cover_every_quantizer() -> None:
+    known = set(keys(RECIPES["quantize"]))
+    assert {"quantizer.bits", "quantizer.damping", "model.path", "calibration.dataset"} <= known
+
+
+def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
+    assert {GPTQ, RTN} <= set(concrete(Quantizer))
+    assert Quantizer not in concrete(Quantizer)
+
+
+ONLY_IN = {
+    "hydra": {"launch", "mistakes"},
+    "omegaconf": {"launch", "mistakes"},
+    "datasets": {"text"},
+    "rich": {"report"},
+    "jinja2": {"report"},
+    "matplotlib": {"report"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCES).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_is_known_in_its_rooms_only(library: str) -> None:
+    users = {
+        room(path)
+        for path in SOURCES.rglob("*.py")
+        if library in {name.split(".")[0] for name in imports(path)}
+    }
+    assert users <= ONLY_IN[library]
+
+
+# From the commands down: a room may import what stands in a later row, and its own row.
+ROWS = [
+    {"__main__"},
+    {"main"},
+    {"commands"},
+    {"launch"},
+    {"mistakes"},
+    {"pipeline"},
+    {"stages"},
+    {"config"},
+    {"blockwise", "assembly", "report"},
+    {"run_directory", "workspace", "evaluation"},
+    {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
+    {"kernels", "selection", "runtime", "interrupts", "checkpoint", "grid", "pydoc_text"},
+    {"store", "machine", "records", "errors", "resources", "__init__"},
+]
+
+
+def test_every_room_has_its_row() -> None:
+    assert {room(path) for path in SOURCES.rglob("*.py")} <= set().union(*ROWS)
+
+
+def test_imports_point_one_way() -> None:
+    height = {name: number for number, row in enumerate(ROWS) for name in row}
+    upward = {
+        f"{room(path)} imports {other}"
+        for path in SOURCES.rglob("*.py")
+        for other in (name.split(".")[1] for name in imports(path) if name.startswith("jointq_cli."))
+        if height[other] < height[room(path)]
+    }
+    assert upward <= {"commands imports main"}  # the list of commands, for completion

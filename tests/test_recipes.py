@@ -1,0 +1,185 @@
+"""Every shipped yaml: it composes, has all its keys, says what it is, and its numbers are as promised."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jointq_cli import resources
+from jointq_cli.commands.recipes import listing
+from jointq_cli.config import RECIPES, Recipe, concrete, schemas
+from jointq_cli.launch import Job, launch
+from jointq_cli.main import main
+from jointq_cli.quantizers import GPTQ, Quantizer
+
+NAMES = list(resources.options("recipe"))
+GROUPS = {group: names for group, names in resources.groups().items() if group != "recipe"}
+OPTIONS = [(group, option) for group, names in GROUPS.items() for option in names]
+PROMISED = {
+    "pocket_w4g128",
+    "pocket_w3g128",
+    "smollm2_135m_w4g64",
+    "llama1b_w4g128",
+    "tinyllama_w4g128",
+    "llama3_8b_w4g128",
+    "qwen3_0.6b_w4g128",
+    "ci_smoke",
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@functools.cache
+def compose(*overrides: str) -> Recipe:
+    found: list[Any] = []
+
+    def task(recipe: Recipe, job: Job) -> None:
+        found.append(recipe)
+
+    assert launch("quantize", list(overrides), task) == 0
+    return found[0]
+
+
+def text_of(name: str) -> str:
+    return resources.options("recipe")[name].read_text(encoding="utf-8")
+
+
+def test_the_promised_recipes_are_there() -> None:
+    assert set(NAMES) >= PROMISED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_composes_and_is_called_as_its_file(name: str) -> None:
+    recipe = compose(f"recipe={name}")
+    assert isinstance(recipe, Recipe)
+    assert recipe.name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_a_recipe_tells_bits_and_group(name: str) -> None:
+    promised = re.search(r"_w(\d)g(\d+)$", name)
+    quantizer = compose(f"recipe={name}").quantizer
+    assert promised is None or (quantizer.bits, quantizer.group_size) == tuple(map(int, promised.groups()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_in_the_head_of_a_recipe_is_its_own(name: str) -> None:
+    lines = text_of(name).splitlines()
+    assert lines[0] == "# @package _global_"
+    words = lines[1].removeprefix("# jointq quantize ").split()
+    assert compose(*words).name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_is_for_and_what_it_needs(name: str) -> None:
+    path = resources.options("recipe")[name]
+    description = yaml.safe_load(text_of(name))["description"]
+    assert resources.summary(path) == description
+    assert f"{name}\n    {description}\n    needs: {resources.needs(path)}\n" in listing()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_without_the_hub_in_its_needs_uses_none(name: str) -> None:
+    recipe = compose(f"recipe={name}")
+    uses = {recipe.calibration.dataset, recipe.evaluation.dataset} & {"wikitext2", "c4"}
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", recipe.model.path) and not recipe.model.path.startswith(
+        "models/"
+    )
+    assert bool(uses or on_hub) == resources.needs(resources.options("recipe")[name]).startswith("the hub")
+
+
+@pytest.mark.parametrize("quantizer", sorted(set(GROUPS["quantizer"]) - {"gptq"}))
+def test_every_recipe_takes_the_other_quantizers_too(quantizer: str) -> None:
+    for name in NAMES:
+        compose(f"recipe={name}", f"quantizer={quantizer}")
+
+
+def test_the_default_recipe_is_the_bundled_model_with_strong_gptq() -> None:
+    recipe = compose()
+    assert recipe == compose("recipe=pocket_w4g128")
+    assert recipe.model.path == "pocket"
+    assert (recipe.calibration.dataset, recipe.evaluation.dataset) == ("pydoc", "pydoc")
+    assert recipe.quantizer == GPTQ(
+        bits=4,
+        group_size=128,
+        symmetric=False,
+        mse=True,
+        act_order=True,
+        static_groups=False,
+        damping=0.01,
+        block_size=128,
+        on_failure="error",
+    )
+
+
+def test_the_two_pocket_recipes_differ_in_bits_alone() -> None:
+    four, three = (yaml.safe_load(show(name)) for name in ("pocket_w4g128", "pocket_w3g128"))
+    assert three["quantizer"].pop("bits") == 3
+    assert four["quantizer"].pop("bits") == 4
+    for values in (four, three):
+        del values["name"], values["description"]
+    assert four == three
+
+
+def show(name: str) -> str:
+    found: list[str] = []
+    launch("quantize", [f"recipe={name}"], lambda recipe, job: found.append(job.config))
+    return found[0]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("llama", "tiny", "qwen"))])
+def test_hub_recipes_evaluate_by_the_gptq_protocol(name: str) -> None:
+    recipe = compose(f"recipe={name}")
+    assert (recipe.evaluation.dataset, recipe.evaluation.split) == ("wikitext2", "test")
+    assert (recipe.evaluation.seqlen, recipe.evaluation.stride, recipe.evaluation.max_windows) == (
+        2048,
+        None,
+        None,
+    )
+    assert (recipe.calibration.num_samples, recipe.calibration.seqlen) == (128, 2048)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_an_option_has_every_key_of_its_schema_and_a_summary(group: str, option: str) -> None:
+    path = GROUPS[group][option]
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    reference = content.pop("defaults")[0]["/schema@_here_"]
+    [schema] = [schema for schema in schemas() if schema.__name__ == reference]
+    assert list(content) == list(schema.__dataclass_fields__)
+    assert resources.summary(path)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group: str, option: str) -> None:
+    missing = yaml.safe_load(GROUPS[group][option].read_text(encoding="utf-8")).get("path") == "???"
+    compose(f"{group}={option}", *([f"{group}.path=x.txt"] if missing else []))
+
+
+@pytest.mark.parametrize("schema", concrete(Quantizer))
+def test_every_quantizer_has_a_yaml(schema: type[Quantizer]) -> None:
+    assert any(
+        f"/schema@_here_: {schema.__name__}\n" in path.read_text() for path in GROUPS["quantizer"].values()
+    )
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_every_command_composes_as_it_is(command: str) -> None:
+    found: list[Any] = []
+    assert launch(command, [], lambda recipe, job: found.append(recipe)) == 0
+    assert type(found[0]) is RECIPES[command]
+
+
+def test_recipes_lists_all_and_show_prints_one_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n{name}\n" in f"\n{listed}" for name in NAMES)
+    assert main(["recipes", "show", "qwen3_0.6b_w4g128", "quantizer.bits=3"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["path"] == "Qwen/Qwen3-0.6B-Base"
+    assert shown["quantizer"]["bits"] == 3
