@@ -1,5 +1,7 @@
 """The compiled kernels against plain torch, and against themselves with other threads and neighbours."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -143,3 +145,8 @@ def test_rows_do_not_depend_on_their_neighbours(threads: int) -> None:
 def test_a_cpu_gets_the_compiled_kernels_and_a_gpu_plain_torch() -> None:
     assert kernels.for_device(torch.device("cpu")) is CpuKernels
     assert kernels.for_device(torch.device("cuda", 0)) is ReferenceKernels
+
+
+def test_numba_is_not_imported_before_a_kernel_is_asked_for() -> None:
+    program = "import sys, jointq_cli.quantizers; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
