@@ -266,8 +266,11 @@ def test_an_own_recipe_may_extend_a_shipped_one(jobs: list[tuple[Any, Job]], tmp
 def test_the_task_sees_the_whole_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["before"])
     seen: list[list[str]] = []
-    launch("quantize", ["recipe=ci_smoke"], lambda recipe, job: seen.append(sys.argv))
-    assert seen == [["jointq", "quantize", "recipe=ci_smoke"]]
+    folder = ["--config-dir", "."]
+    launch("quantize", [*folder, "recipe=ci_smoke"], lambda recipe, job: seen.append(sys.argv))
+    launch("quantize", ["-m", *folder, "quantizer.bits=3,4"], lambda recipe, job: seen.append(sys.argv))
+    settings = ["recipe=ci_smoke", "quantizer.bits=3", "quantizer.bits=4"]
+    assert seen == [["jointq", "quantize", setting, *folder] for setting in settings]
     assert sys.argv == ["before"]
 
 

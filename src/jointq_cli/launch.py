@@ -58,15 +58,15 @@ def launch(command: str, arguments: list[str], task: Task) -> int:
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.config import RECIPES, Recipe, keys, schemas
 
-    arguments = _options_last(command, arguments)
+    overrides, options = _overrides_and_options(command, arguments)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=_thawed(schema))
     recipe = RECIPES[command]
     groups = ["recipe"] if issubclass(recipe, Recipe) else []
-    mistakes = Mistakes([*keys(recipe), *groups], types, arguments)
-    border = _Border(command, task, types, mistakes)
-    with _command_line(arguments), _raised_by_hydra():
+    mistakes = Mistakes([*keys(recipe), *groups], types, overrides)
+    border = _Border(command, options, task, types, mistakes)
+    with _command_line([*overrides, *options]), _raised_by_hydra():
         return border.cross()
 
 
@@ -87,8 +87,11 @@ def complete(command: str, arguments: list[str]) -> list[str]:
 class _Border:
     """Takes one composed config after the other across, and remembers how the jobs ended."""
 
-    def __init__(self, command: str, task: Task, types: dict[str, type[Any]], mistakes: Mistakes) -> None:
+    def __init__(
+        self, command: str, options: list[str], task: Task, types: dict[str, type[Any]], mistakes: Mistakes
+    ) -> None:
         self._command = command
+        self._options = [word for word in options if word not in ("-m", "--multirun")]
         self._task = task
         self._types = types
         self._mistakes = mistakes
@@ -140,7 +143,7 @@ class _Border:
             _remove_empty(directory, Path(config.output_dir).absolute())
             raise self._mistakes.told(error) from error
         overrides = list(context.overrides.task)
-        with _command_line([self._command, *overrides]):
+        with _command_line([self._command, *overrides, *self._options]):
             text = _as_recipe(config, self._command, context.runtime.choices)
             self._task(recipe, Job(directory, overrides, text))
 
@@ -201,8 +204,8 @@ def _hydra_main(command: str, function: Callable[[DictConfig], None]) -> Callabl
     return main
 
 
-def _options_last(command: str, arguments: list[str]) -> list[str]:
-    """Overrides, then options: argparse refuses overrides on both sides of an option. Raises UsageError."""
+def _overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Apart, since argparse refuses overrides on both sides of an option. Raises UsageError."""
     parser = get_args_parser()
     parser.prog, parser.usage = f"jointq {command}", "%(prog)s [KEY=VALUE ...] [OPTION ...], see --help"
     known, rest = parser.parse_known_args(arguments)
@@ -210,7 +213,7 @@ def _options_last(command: str, arguments: list[str]) -> list[str]:
         if word.startswith("-"):
             raise UsageError(f"jointq {command} has no option {word}; settings are KEY=VALUE, see --help")
     overrides = [*known.overrides, *rest]
-    return overrides + [word for word in arguments if word not in overrides]
+    return overrides, [word for word in arguments if word not in overrides]
 
 
 @contextmanager

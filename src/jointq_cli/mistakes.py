@@ -37,11 +37,11 @@ class UsageError(ConfigError):
 
 
 class Mistakes:
-    """Tells mistakes in `arguments`, made with a config of these keys; `schemas` has its types by name."""
+    """Tells mistakes in `overrides`, made with a config of these keys; `schemas` has its types by name."""
 
-    def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]], arguments: list[str]) -> None:
+    def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]], overrides: list[str]) -> None:
         self._schemas = schemas
-        self._arguments = arguments
+        self._overrides = overrides
         self._keys = list(dict.fromkeys(keys))
 
     def told(self, error: BaseException) -> JointqError:
@@ -139,7 +139,7 @@ class Mistakes:
         if no_group:
             there = ", ".join(key for key in self._keys if "." not in key)
             return f"no such group {no_group.group(1)}; there are {there}"
-        nulls = [word for word in self._arguments if word.lower().endswith("=null")]
+        nulls = [word for word in self._overrides if word.lower().endswith("=null")]
         if message.startswith("Config group override must be") and nulls:
             return f"{nulls[0]}: a group needs one of its options"
         return _one_line("\n".join(line for line in message.splitlines() if not line.startswith("To append")))
