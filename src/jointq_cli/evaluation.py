@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class ScoredWindows:
 
     ids: Tensor
     scored: Tensor
+    provenance: dict[str, str] = field(default_factory=dict)  # of the text: revision, sha256 and the like
 
     @property
     def hash(self) -> str:
@@ -74,7 +75,9 @@ class Scores:
     agreements: Tensor  # tokens where both models have the same most likely token
 
 
-def cut_windows(ids: Tensor, evaluation: Evaluation, bos_id: int | None) -> ScoredWindows:
+def cut_windows(
+    ids: Tensor, evaluation: Evaluation, bos_id: int | None, provenance: dict[str, str] | None = None
+) -> ScoredWindows:
     """Windows over a text of ids (tokens,) int64; an incomplete last window is dropped, as the field does.
 
     Raises ConfigError when `bos` asks for a token the tokenizer does not have, TextError when not one window fits.
@@ -98,7 +101,7 @@ def cut_windows(ids: Tensor, evaluation: Evaluation, bos_id: int | None) -> Scor
         windows = torch.cat([torch.full((len(windows), 1), bos_id or 0), windows], dim=1)
         scored = torch.cat([torch.zeros(len(scored), 1, dtype=torch.bool), scored], dim=1)
     scored[:, 0] = False  # nothing comes before it
-    return ScoredWindows(windows, scored)
+    return ScoredWindows(windows, scored, provenance or {})
 
 
 def final_hidden(

@@ -130,7 +130,8 @@ class StreamedModel:
         """Block `index` over hidden states (batch, tokens, hidden) of a shape that `embed` has seen."""
         call = self._calls[tuple(hidden.shape[:2])][index]
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of final hidden states (batch, tokens, hidden). Needs `outer`."""

@@ -33,7 +33,8 @@ from jointq_cli.grid import check_group_size
 from jointq_cli.interrupts import Interrupts
 from jointq_cli.model import StreamedModel
 from jointq_cli.records import LayerRecord, StageRecord
-from jointq_cli.report.console import Bar, Console, Stage
+from jointq_cli.report.console import Console, Stage
+from jointq_cli.report.screens import Bar
 from jointq_cli.runtime import Runtime
 from jointq_cli.sources import ModelSource, fetch
 from jointq_cli.store import Artifact, Store
@@ -117,8 +118,8 @@ class Stages:
 
     def evaluation_windows(self, evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> ScoredWindows:
         with self.stage("evaluation tokens"):
-            ids, _ = evaluation_ids(evaluation, tokenizer)
-            return cut_windows(ids, evaluation, tokenizer.bos_token_id)
+            ids, provenance = evaluation_ids(evaluation, tokenizer)
+            return cut_windows(ids, evaluation, tokenizer.bos_token_id, provenance)
 
     def quantize(self, model: StreamedModel, tokens: Tokens, recipe: Recipe) -> Quantized:
         """Quantises block by block; continues where an earlier run was stopped."""
@@ -218,10 +219,10 @@ class Stages:
             return final_hidden(model, ids, batch, bar.advance, self.pause)
 
     def _tell_position(self, workspace: Workspace, model: StreamedModel, names: list[str], bar: Bar) -> None:
-        position = workspace.position()
-        if position:
-            self.console.note(f"continuing at block {position + 1} of {len(model)}")
-            bar.advance(sum(model.block_of(name) < position for name in names))
+        finished = range(workspace.position())
+        if finished:
+            self.console.note(f"continuing at block {len(finished) + 1} of {len(model)}")
+            bar.advance(sum(model.block_of(name) in finished for name in names))
 
 
 def selected_layers(model: StreamedModel, recipe: Recipe) -> list[str]:

@@ -103,7 +103,7 @@ def link_files(source: Path, target: Path, pattern: str = "*") -> None:
     """
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob(pattern)):
-        write_atomically(target / file.name, lambda scratch, file=file: _link_or_copy(file, scratch))
+        write_atomically(target / file.name, functools.partial(_link_or_copy, file))
 
 
 def _link_or_copy(file: Path, scratch: Path) -> None:

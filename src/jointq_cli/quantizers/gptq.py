@@ -91,7 +91,7 @@ class GPTQ(Quantizer):
             upper=factor.upper,
             damping=factor.damping,
             verdict="damped" if factor.rungs else "ok",
-            notes={"dead_columns": int(dead.sum()), "condition": factor.condition},
+            notes={"dead_columns": int(dead.sum()), "min_condition": factor.condition},
         )
 
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
