@@ -1,0 +1,80 @@
+"""What a run should remember of the machine and the software under it. Imports no torch."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from jointq_cli import __version__
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+    "numba",
+    "hydra-core",
+    "omegaconf",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions by name: this package, Python, and those libraries that decide a result and are installed."""
+    found = {"jointq": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes of the largest resident set this process has had since its program started.
+
+    Counts what lies in main memory: shared libraries and touched pages of mapped files too, the memory of a
+    GPU and of child processes not. Linux tells it as VmHWM; `ru_maxrss`, the portable figure, is only the
+    second choice there, because a process inherits that of the parent which started it.
+    """
+    return _linux_high_water_mark() or _maximum_resident_set()
+
+
+def cpu_count() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def project_commit() -> str | None:
+    """Commit of the checkout this package runs from, "-dirty" if it was changed since; None when installed."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
+def _linux_high_water_mark() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _maximum_resident_set() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere

@@ -1,0 +1,14 @@
+"""How a run is told: the console while it goes on, and the report files at its end.
+
+    console      what the engine calls; screens (silent, plain), terminal (rich), log_file, pace
+    writers      report.json, layers.csv, report.md, report.html; json_form, markdown, page, pictures
+    summary      what is said; lines: as rows of text; units: as numbers
+
+The only room that knows rich, jinja2 and matplotlib. Imports of the last two wait until a page is rendered.
+"""
+
+from jointq_cli.report.console import Console
+from jointq_cli.report.json_form import load_report
+from jointq_cli.report.writers import write_report
+
+__all__ = ["Console", "load_report", "write_report"]

@@ -1,0 +1,98 @@
+"""The JSON form of a report, and back: strict in both directions. Knows dataclasses, not what they mean.
+
+JSON has no NaN and no infinities; where a float is meant they become the strings "nan", "inf", "-inf".
+"""
+
+import dataclasses
+import json
+import math
+import types
+from pathlib import Path
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+
+from jointq_cli.errors import JointqError
+from jointq_cli.records import RunReport
+
+NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def encode(report: RunReport) -> str:
+    """`dataclasses.asdict` as indented JSON. Notes that JSON does not know raise TypeError."""
+    plain = _strings_for_not_finite(dataclasses.asdict(report))
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load_report(path: Path) -> RunReport:
+    """Reads report.json.
+
+    Raises JointqError in one line when the file is missing or is not JSON, and for the first key that is
+    unknown, missing or of another type than the records have.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JointqError(f"{path}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise JointqError(f"{path}: not valid JSON ({error})") from error
+    try:
+        return cast(RunReport, _decode(RunReport, value, ""))
+    except _Mismatch as mismatch:
+        raise JointqError(f"{path}: not a report of this version: {mismatch}") from None
+
+
+class _Mismatch(Exception):
+    """Where a JSON value is not what the records say."""
+
+
+def _strings_for_not_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strings_for_not_finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strings_for_not_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a `kind`: a dataclass, a list, a dictionary, an optional or a plain type."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_record(cast(type[Any], kind), value, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is list:
+        items = _checked(list, value, where)
+        return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items)]
+    if origin is dict:
+        entries = _checked(dict, value, where)
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
+    if origin in (Union, types.UnionType):
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        return None if value is None and len(kinds) < len(arguments) else _decode(kinds[0], value, where)
+    return value if kind is Any else _decode_plain(kind, value, where)
+
+
+def _decode_record(kind: type[Any], value: Any, where: str) -> Any:
+    entries = _checked(dict, value, where)
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    prefix = f"{where}." if where else ""
+    for name in entries:
+        if name not in names:
+            raise _Mismatch(f"unknown key {prefix}{name}")
+    for name in names:
+        if name not in entries:
+            raise _Mismatch(f"missing key {prefix}{name}")
+    return kind(**{name: _decode(hints[name], entries[name], f"{prefix}{name}") for name in names})
+
+
+def _decode_plain(kind: type, value: Any, where: str) -> Any:
+    if kind is float and (value in NOT_FINITE or (isinstance(value, int) and not isinstance(value, bool))):
+        return float(value)
+    return _checked(kind, value, where)
+
+
+def _checked(kind: type, value: Any, where: str) -> Any:
+    # bool is an int in Python and is not one here.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _Mismatch(f"{where or 'the whole'} must be {kind.__name__}, not {type(value).__name__}")
+    return value

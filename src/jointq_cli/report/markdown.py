@@ -1,0 +1,96 @@
+"""A report as Markdown: key figures, kinds of layers, the worst layers, where everything came from."""
+
+from collections.abc import Iterable, Sequence
+
+from jointq_cli.records import LayerRecord, RunReport
+from jointq_cli.report import lines, summary, units
+
+WORST = 10  # layers; layers.csv has them all
+
+
+def render_markdown(report: RunReport) -> str:
+    parts = [
+        f"# {summary.title(report)}",
+        f"**{summary.headline(report)}**",
+        summary.explanation(report),
+        *(f"> **Problem:** {_inline(problem)}" for problem in summary.problems(report)),
+        _table(
+            ("figure", "value", "remark"),
+            ((figure.label, figure.value, figure.detail) for figure in summary.key_figures(report)),
+        ),
+        f"Protocol: `{report.protocol.line()}`",
+        "## Layers by kind",
+        _kinds(report),
+        *_helped(report),
+        f"## The {min(WORST, len(report.layers))} layers of largest output error",
+        _layers(summary.worst_layers(report, WORST)),
+        "All layers are in `layers.csv`. E_y is the relative error of a layer's output on the calibration "
+        "tokens, E_w that of its weight.",
+        "## Where the time went",
+        _stages(report),
+        "## Where it came from",
+        _table(("what", "value"), summary.provenance(report)),
+        *_warnings(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _kinds(report: RunReport) -> str:
+    rows = (
+        (
+            kind.kind,
+            str(kind.layers),
+            units.relative_error(kind.median_output_error),
+            units.relative_error(kind.largest_output_error),
+            units.relative_error(kind.median_weight_error),
+            units.duration(kind.seconds),
+        )
+        for kind in summary.kind_summaries(report.layers)
+    )
+    return _table(("kind", "layers", "median E_y", "largest E_y", "median E_w", "time"), rows, numbers_from=1)
+
+
+def _helped(report: RunReport) -> list[str]:
+    helped = [layer for layer in report.layers if layer.verdict != "ok"]
+    return ["## Layers that needed help", _layers(helped)] if helped else []
+
+
+def _layers(layers: Sequence[LayerRecord]) -> str:
+    rows = (
+        (
+            f"`{layer.name}`",
+            layer.verdict,
+            f"{layer.out_features} x {layer.in_features}",
+            units.relative_error(layer.output_error),
+            units.relative_error(layer.weight_error),
+            units.damping(layer.damping),
+            units.duration(layer.seconds),
+            lines.layer_notes(layer),
+        )
+        for layer in layers
+    )
+    return _table(("layer", "verdict", "out x in", "E_y", "E_w", "damping", "time", "notes"), rows)
+
+
+def _stages(report: RunReport) -> str:
+    rows = ((stage.name, lines.stage_cost(stage), units.size(stage.peak_memory)) for stage in report.stages)
+    return _table(("stage", "time", "peak memory so far"), rows, numbers_from=1)
+
+
+def _warnings(report: RunReport) -> list[str]:
+    if not report.warnings:
+        return []
+    return ["## Warnings", "\n".join(f"- {_inline(warning)}" for warning in report.warnings)]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int | None = None) -> str:
+    """numbers_from: the column from which on cells are right-aligned."""
+    right = len(header) if numbers_from is None else numbers_from
+    rule = ["---:" if index >= right else "---" for index in range(len(header))]
+    cells = [header, rule, *([_inline(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _inline(text: str) -> str:
+    """On one line, and without accidental HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")

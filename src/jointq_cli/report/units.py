@@ -1,0 +1,115 @@
+"""Numbers as people read them: as many digits as mean something, and a unit. Knows nothing of reports."""
+
+import math
+
+SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+COUNTS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """`value` to so many significant digits: 12.31, 0.05123, 1.235e+06."""
+    if not math.isfinite(value):
+        return str(value)
+    if value != 0 and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{_decimals(value, digits)}f}"
+
+
+def plus_minus(value: float, standard_error: float) -> str:
+    """`value` to the digit that its standard error leaves meaningful: "12.31 ± 0.21".
+
+    A standard error of zero or NaN (one window has none) is left out.
+    """
+    if not math.isfinite(value) or not math.isfinite(standard_error) or standard_error <= 0:
+        return significant(value)
+    if abs(value) >= 1e6:
+        return f"{value:.3e} ± {standard_error:.1e}"
+    decimals = min(_decimals(standard_error, 2), 6)
+    return f"{value:.{decimals}f} ± {standard_error:.{decimals}f}"
+
+
+def percent(share: float, digits: int = 3) -> str:
+    """A share of one: "91.2 %". More digits near 100 %, where the rest is what matters."""
+    if not math.isfinite(share):
+        return str(share)
+    if 0.99 <= share < 1:
+        return f"{100 * share:.2f} %"
+    return f"{significant(100 * share, digits)} %"
+
+
+def change(ratio: float, standard_error: float = math.nan) -> str:
+    """A relative change with its sign and, where it is known, its standard error: "+5.42 ± 0.31 %"."""
+    if not math.isfinite(ratio):
+        return str(ratio)
+    sign = "+" if ratio >= 0 else "-"  # a plain hyphen: every terminal has it
+    if math.isfinite(standard_error) and standard_error > 0:
+        return f"{sign}{plus_minus(abs(100 * ratio), 100 * standard_error)} %"
+    magnitude = abs(100 * ratio)
+    decimals = 2 if magnitude < 1 else 1 if magnitude < 100 else 0
+    return f"{sign}{magnitude:.{decimals}f} %"
+
+
+def relative_error(value: float) -> str:
+    """E_y or E_w: three digits and the power of ten, "1.23e-3"; an exact zero is "0"."""
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return str(value)
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def damping(value: float | None) -> str:
+    """Fraction of the Hessian's mean diagonal; "-" where none is used."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: "2.47 GB"."""
+    return _scaled(count, SIZES, "B", " ")
+
+
+def parameters(count: int) -> str:
+    """A number of parameters: "134.5M"."""
+    return _scaled(count, COUNTS, "", "", digits=4)
+
+
+def duration(seconds: float) -> str:
+    """ "0.42 s", "12.3 s", "3 min 20 s", "2 h 05 min"."""
+    if not math.isfinite(seconds):
+        return str(seconds)
+    if seconds < 99.95:
+        return f"{seconds:.{2 if seconds < 9.995 else 1}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 layer", "210 layers"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def shortened(name: str, width: int) -> str:
+    """`name` in at most `width` characters, cut from the left, at a dot if possible: "…0.mlp.up_proj"."""
+    if len(name) <= width:
+        return name
+    rest = name
+    while "." in rest and len(rest) + 1 > width:
+        rest = rest.split(".", 1)[1]
+    return "…" + (rest if len(rest) + 1 <= width else rest[len(rest) + 1 - width :])
+
+
+def _scaled(count: int, scales: tuple[tuple[int, str], ...], unit: str, gap: str, digits: int = 3) -> str:
+    for scale, symbol in scales:
+        if count >= scale:
+            return f"{significant(count / scale, digits)}{gap}{symbol}"
+    return f"{count}{gap}{unit}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    if value == 0:
+        return 1
+    return max(0, digits - 1 - math.floor(math.log10(abs(value))))

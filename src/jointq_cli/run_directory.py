@@ -1,0 +1,129 @@
+"""The directory that a run leaves behind: what was asked, by what it was done, and where each result lies.
+
+Knows names and atomic writes. Knows nothing of what the reports say or how a model is stored.
+"""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from jointq_cli import machine
+from jointq_cli.store import translated_disk_errors, write_atomically
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What somebody needs in order to repeat a run elsewhere, and to see why the result may differ there."""
+
+    command: list[str]  # as typed
+    created: str  # local time with its offset
+    versions: dict[str, str]
+    commit: str | None  # of this project, None when it was installed
+    platform: str
+    device: str
+    cpu_count: int  # cores the process may use
+    threads: int  # that the computation uses
+    seeds: dict[str, int]  # by the key of the recipe
+    hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation text
+
+
+def take_manifest(
+    command: Sequence[str], device: str, threads: int, seeds: dict[str, int], hashes: dict[str, str]
+) -> Manifest:
+    """The manifest of a run that this process does now."""
+    return Manifest(
+        command=list(command),
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        versions=machine.versions(),
+        commit=machine.project_commit(),
+        platform=platform.platform(),
+        device=device,
+        cpu_count=machine.cpu_count(),
+        threads=threads,
+        seeds=seeds,
+        hashes=hashes,
+    )
+
+
+class RunDirectory:
+    """The results of one run, each under its fixed name.
+
+    Creates the directory, and tries at once whether it can write there: hours later is too late to find out.
+    Every write is atomic. Raises ResourceError, which names the path, where the disk is full, read-only or
+    forbidden.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with translated_disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.touch()
+            probe.unlink()
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        return self.path / "overrides.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def layers(self) -> Path:
+        return self.path / "layers.csv"
+
+    @property
+    def report_json(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def report_markdown(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The quantised model as an ordinary Hugging Face directory; made by whoever writes it."""
+        return self.path / "checkpoint"
+
+    @property
+    def codes(self) -> Path:
+        """The codes, scales and zero-points as safetensors; made by whoever writes them."""
+        return self.path / "codes"
+
+    def write_recipe(self, text: str) -> None:
+        """text: the resolved recipe as yaml."""
+        self.write(self.recipe, text)
+
+    def write_overrides(self, overrides: Sequence[str]) -> None:
+        """overrides: as typed, such as "quantizer.bits=3"."""
+        # A JSON string is a quoted yaml scalar.
+        lines = [f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides]
+        self.write(self.overrides, "".join(lines) or "[]\n")
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        self.write(self.manifest, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+
+    def write(self, path: Path, text: str) -> None:
+        """Puts `text` at `path` as UTF-8, whole or not at all."""
+        with translated_disk_errors(path):
+            write_atomically(path, lambda scratch: _write_text(scratch, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

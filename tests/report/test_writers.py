@@ -1,0 +1,213 @@
+"""The files of a report: they can be read again, and a person can read them."""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from jointq_cli.errors import JointqError, ResourceError
+from jointq_cli.records import LayerRecord, Perplexity
+from jointq_cli.report import load_report, write_report
+from jointq_cli.report.page import render_page
+from jointq_cli.run_directory import RunDirectory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return RunDirectory(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def page(troubled):
+    """The page of the troubled run; to draw it takes a second."""
+    return render_page(troubled)
+
+
+def test_a_report_comes_back_from_its_json_as_it_was(troubled, directory):
+    write_report(troubled, directory)
+    assert load_report(directory.report_json) == troubled
+
+
+def test_numbers_that_are_none_come_back_too_and_the_file_stays_json(report, directory):
+    layers = [replace(report.layers[0], output_error=math.inf, damping=None), *report.layers[1:]]
+    odd = replace(report, layers=layers, quantized=Perplexity(math.nan, math.nan, math.nan, math.nan))
+    write_report(odd, directory)
+    json.loads(directory.report_json.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    again = load_report(directory.report_json)
+    assert again.layers == odd.layers
+    assert math.isnan(again.quantized.value)
+
+
+def break_key(value, path, change):
+    for step in path[:-1]:
+        value = value[step]
+    change(value, path[-1])
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        (["colour"], lambda at, key: at.update({key: 1}), "unknown key colour"),
+        (["protocol", "strid"], lambda at, key: at.update({key: 1}), r"unknown key protocol\.strid"),
+        (["layers", 3, "bits"], lambda at, key: at.pop(key), r"missing key layers\[3\]\.bits"),
+        (
+            ["layers", 0, "bits"],
+            lambda at, key: at.update({key: "4"}),
+            r"layers\[0\]\.bits must be int, not str",
+        ),
+        (["parameters"], lambda at, key: at.update({key: True}), "parameters must be int, not bool"),
+        (["layers"], lambda at, key: at.update({key: None}), "layers must be list, not NoneType"),
+        (["audit"], lambda at, key: at.update({key: []}), "audit must be dict, not list"),
+    ],
+)
+def test_a_key_that_does_not_belong_is_told_in_one_line(report, directory, path, change, message):
+    write_report(report, directory)
+    value = json.loads(directory.report_json.read_text(encoding="utf-8"))
+    break_key(value, path, change)
+    directory.report_json.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(JointqError, match=message) as caught:
+        load_report(directory.report_json)
+    assert "\n" not in str(caught.value)
+    assert str(directory.report_json) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_a_damaged_report_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(JointqError, match="not valid JSON"):
+        load_report(tmp_path / "report.json")
+
+
+def test_a_missing_report_is_told_in_one_line(tmp_path):
+    with pytest.raises(JointqError, match=r"report\.json: cannot be read"):
+        load_report(tmp_path / "report.json")
+
+
+def test_the_csv_has_a_row_per_layer_at_full_precision(troubled, directory):
+    write_report(troubled, directory)
+    with directory.layers.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [field.name for field in dataclasses.fields(LayerRecord)]
+    assert [row["name"] for row in rows] == [layer.name for layer in troubled.layers]
+    assert [float(row["output_error"]) for row in rows] == [layer.output_error for layer in troubled.layers]
+    assert json.loads(rows[7]["notes"]) == {"reason": "not definite"}
+
+
+def test_the_same_report_gives_the_same_bytes(troubled, page):
+    assert render_page(troubled) == page
+
+
+def test_the_markdown_has_the_verdict_the_worst_layer_and_what_is_wrong(troubled, directory):
+    write_report(troubled, directory)
+    text = directory.report_markdown.read_text(encoding="utf-8")
+    assert "**4.31 bits per weight; perplexity 18.27 → 19.34 (+5.8 %), KL 0.0513 nats**" in text
+    assert "> **Problem:** 1 layer fell back to RTN: model.layers.1.self_attn.q_proj" in text
+    assert "| `model.layers.1.self_attn.q_proj` | fallback |" in text
+    assert "the calibration text was &lt;used> twice" in text
+    assert troubled.protocol.line() in text
+
+
+def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_header(troubled, directory):
+    write_report(troubled, directory)
+    text = directory.report_markdown.read_text(encoding="utf-8")
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_the_page_is_well_formed_and_shows_every_layer(troubled, page):
+    root = ElementTree.fromstring(page)
+    rows = root.findall(".//table[@id='layers']/tbody/tr")
+    assert len(rows) == len(troubled.layers)
+    assert rows[7].get("class") == "fallback"
+    assert [item.text for item in root.findall(".//li")] == troubled.warnings
+
+
+def test_the_page_names_no_address_outside_itself(page):
+    assert "http:" not in page.replace("http-equiv", "")
+    assert "https:" not in page
+    assert "@import" not in page
+
+    class References(HTMLParser):
+        found: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag, attrs):
+            self.found += [
+                value for name, value in attrs if name in ("src", "href", "action", "data") and value
+            ]
+
+    parser = References()
+    parser.feed(page)
+    assert parser.found
+    assert all(reference.startswith("#") for reference in parser.found)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_no_two_elements_of_the_page_share_an_id_and_every_reference_finds_one(page):
+    ids = re.findall(r'\sid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+
+
+def test_the_pictures_take_their_colours_from_the_page(page):
+    svgs = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
+    assert len(svgs) == 5
+    for svg in svgs:
+        assert not re.search(r"(fill|stroke): #[0-9a-f]{6}", svg)
+        assert "var(--ink)" in svg
+
+
+def test_every_point_over_depth_tells_its_layers_name(report):
+    page = render_page(report)
+    assert "not drawn" not in page
+    for layer in (report.layers[0], report.layers[100], report.layers[-1]):
+        assert f"<title>{layer.name}: E_y " in page
+    assert page.count("<title>model.layers.") == 2 * len(report.layers)
+
+
+def test_a_layer_without_error_is_left_off_the_logarithmic_axis_and_the_caption_says_so(page):
+    assert "1 layer without a positive error is not drawn" in page
+
+
+@pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
+def test_a_page_without_any_error_that_can_be_drawn_is_still_a_page(report, error):
+    layers = [replace(layer, output_error=error, weight_error=error) for layer in report.layers]
+    page = render_page(replace(report, layers=layers))
+    assert len(re.findall("<svg ", page)) == 2
+
+
+def test_a_run_of_one_layer_one_window_and_a_broken_model_is_still_a_page(report):
+    broken = Perplexity(math.nan, math.nan, math.nan, math.nan)
+    page = render_page(replace(report, layers=report.layers[:1], quantized=broken, stages=[]))
+    ElementTree.fromstring(page)
+    assert "perplexity is nan" in page
+
+
+def test_a_perplexity_that_explodes_is_drawn_on_a_logarithmic_axis(report):
+    page = render_page(replace(report, quantized=Perplexity(43_211.0, 2_000.0, 10.67, 0.05)))
+    assert "43211 ± 2000" in page
+    assert "1e+4" in page
+
+
+def test_more_kinds_than_colours_are_drawn_all_the_same(report):
+    layers = [replace(layer, kind=f"kind_{index % 21}") for index, layer in enumerate(report.layers)]
+    page = render_page(replace(report, layers=layers))
+    assert all(f"kind_{index}<" in page for index in range(21))
+
+
+def test_names_from_outside_cannot_become_markup(report):
+    page = render_page(replace(report, model="<script>alert(1)</script>", warnings=["<b>"]))
+    assert "<script>alert" not in page
+    assert "<b>" not in page
+
+
+def test_a_directory_that_has_become_a_file_is_a_resource_error(report, directory):
+    directory.path.rmdir()
+    directory.path.write_text("")
+    with pytest.raises(ResourceError):
+        write_report(report, directory)

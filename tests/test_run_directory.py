@@ -1,0 +1,132 @@
+"""The run directory: fixed names, atomic writes, clear words when the disk will not."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jointq_cli import machine, run_directory
+from jointq_cli.errors import ResourceError
+from jointq_cli.run_directory import RunDirectory, take_manifest
+
+
+def test_what_was_asked_is_kept_as_yaml(tmp_path):
+    directory = RunDirectory(tmp_path / "a" / "b")
+    overrides = ["quantizer.bits=3", 'model.path="a b"', "text=ä: #1", "-x"]
+    directory.write_recipe("quantizer:\n  bits: 3\n")
+    directory.write_overrides(overrides)
+    assert yaml.safe_load(directory.recipe.read_text(encoding="utf-8")) == {"quantizer": {"bits": 3}}
+    assert yaml.safe_load(directory.overrides.read_text(encoding="utf-8")) == overrides
+
+
+def test_no_overrides_are_an_empty_list(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write_overrides([])
+    assert yaml.safe_load(directory.overrides.read_text(encoding="utf-8")) == []
+
+
+def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write_manifest(
+        take_manifest(
+            ["jointq", "quantize"], "cpu", 2, seeds={"calibration.seed": 0}, hashes={"model": "5c1f"}
+        )
+    )
+    manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
+    assert manifest["command"] == ["jointq", "quantize"]
+    assert manifest["seeds"] == {"calibration.seed": 0}
+    assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"jointq", "torch", "transformers"} <= set(manifest["versions"])
+    assert manifest["threads"] == 2
+    assert manifest["cpu_count"] >= 1
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    directory.write_recipe("old")
+
+    def full(path: Path, text: str) -> None:
+        path.write_text("ne", encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_directory, "_write_text", full)
+    with pytest.raises(ResourceError, match=r"recipe\.yaml.*full"):
+        directory.write_recipe("new")
+    assert directory.recipe.read_text(encoding="utf-8") == "old"
+
+
+def test_a_rename_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    directory.write_recipe("old")
+
+    def refused(source: Path, target: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(target))
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(ResourceError, match=r"recipe\.yaml: cannot be written \(Read-only file system\)"):
+        directory.write_recipe("new")
+    assert directory.recipe.read_text(encoding="utf-8") == "old"
+
+
+def test_a_finished_write_leaves_nothing_beside_the_file(tmp_path):
+    RunDirectory(tmp_path).write_recipe("x")
+    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_place_under_a_file_is_refused_with_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="file"):
+        RunDirectory(tmp_path / "file" / "run")
+    with pytest.raises(ResourceError, match="file"):
+        RunDirectory(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_forbidden_directory_is_refused_before_any_work(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ResourceError, match="cannot be written"):
+        RunDirectory(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_directory_that_takes_no_file_is_refused_before_any_work(tmp_path, monkeypatch, number):
+    def refused(self: Path) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "touch", refused)
+    with pytest.raises(ResourceError, match=str(tmp_path)):
+        RunDirectory(tmp_path)
+
+
+def test_peak_memory_grows_by_what_is_touched_and_stays_when_that_is_given_back():
+    before = machine.peak_memory()
+    block = b"\1" * 300_000_000
+    after = machine.peak_memory()
+    del block
+    assert after - before > 100_000_000 or before > 300_000_000
+    # The kernel keeps its counters per core and adds them up now and then.
+    assert machine.peak_memory() > after - 20_000_000
+
+
+def test_peak_memory_is_not_inherited_from_the_parent():
+    block = b"\1" * 300_000_000
+    program = "from jointq_cli.machine import peak_memory; print(peak_memory())"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    del block
+    assert 1_000_000 < int(told.stdout) < 200_000_000
+
+
+def test_the_second_choice_is_in_bytes_too():
+    assert 1_000_000 < machine._maximum_resident_set() < 10**12
+
+
+def test_the_commit_is_that_of_this_project_or_none(monkeypatch, tmp_path):
+    commit = machine.project_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "site-packages" / "jointq_cli" / "machine.py"))
+    assert machine.project_commit() is None
