@@ -52,7 +52,7 @@ def cpu_count() -> int:
 
 
 def project_commit() -> str | None:
-    """Commit of the checkout this package runs from, "-dirty" if it was changed since; None when installed."""
+    """Commit of the checkout this package runs from, "-dirty" after changes; None when installed."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None
