@@ -350,3 +350,14 @@ def test_layers_of_an_unknown_naming_keep_the_end_of_their_names(report, clock):
     with Console(stream=terminal, width=80, clock=clock) as console:
         console.layer(odd)
     assert "…o_dots_at_all_in_it_q" in without_styles(terminal.getvalue())
+
+
+def test_a_path_is_never_folded_and_is_told_from_here(report, clock, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long = tmp_path / ("a directory with " + "a long name " * 9)
+    terminal = FakeTerminal()
+    with Console(stream=terminal, width=80, clock=clock) as console:
+        console.closing(report, long)
+    text = without_styles(terminal.getvalue())
+    assert f"jointq evaluate 'model.path={long.name}/checkpoint'\n" in text
+    assert f"  {long.name}/report.html\n" in text

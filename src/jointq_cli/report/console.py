@@ -130,11 +130,11 @@ class Console:
 
     def closing(self, report: RunReport, run_directory: Path) -> None:
         """The result of a quantisation, where it lies, and what to do next."""
-        self._close(lines.closing_of_run(report, run_directory))
+        self._close(lines.closing_of_run(report, _from_here(run_directory)))
 
     def measured(self, report: EvaluationReport, run_directory: Path) -> None:
         """The result of an evaluation."""
-        self._close(lines.closing_of_evaluation(report, run_directory))
+        self._close(lines.closing_of_evaluation(report, _from_here(run_directory)))
 
     def _close(self, closing: lines.Closing) -> None:
         self._write("\n".join(closing.as_text()))
@@ -156,6 +156,11 @@ def _screen(stream: TextIO, quiet: bool, width: int | None, clock: Callable[[], 
     from jointq_cli.report.terminal import TerminalScreen  # rich takes a while to import
 
     return TerminalScreen(stream, clock, width)
+
+
+def _from_here(path: Path) -> Path:
+    """The shorter way to write a path under the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _last_words(error: BaseException) -> str:

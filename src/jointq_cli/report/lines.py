@@ -4,6 +4,7 @@ Knows what a row holds and how wide it may be. Writes nothing.
 """
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,7 @@ class Closing:
 
 def closing_of_run(report: RunReport, run_directory: Path) -> Closing:
     """What `jointq quantize` ends with."""
+    checkpoint = shlex.quote(f"model.path={run_directory / 'checkpoint'}")
     return Closing(
         verdict=summary.headline(report),
         problems=summary.problems(report),
@@ -127,7 +129,7 @@ def closing_of_run(report: RunReport, run_directory: Path) -> Closing:
         next_steps=[
             ("results", str(run_directory)),
             ("look at it", str(run_directory / "report.html")),
-            ("measure again", f"jointq evaluate model.path={run_directory / 'checkpoint'}"),
+            ("measure again", f"jointq evaluate {checkpoint}"),
         ],
     )
 

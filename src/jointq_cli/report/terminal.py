@@ -54,7 +54,9 @@ class TerminalScreen(Screen):
         style = STATE_STYLES[state]
         self._rich.print(
             Text.assemble(
-                (f"{STATE_MARKS[state]} ", style), f"{name:<14} ", (lines.outcome(state, seconds), style)
+                (f"{STATE_MARKS[state]} ", style),
+                f"{name:<{LABEL_WIDTH - 2}}  ",
+                (lines.outcome(state, seconds), style),
             )
         )
 
@@ -68,7 +70,7 @@ class TerminalScreen(Screen):
             self._heading_due = False
         line = Text(lines.layer_line(record, width), style=VERDICT_STYLES.get(record.verdict, ""))
         notes = lines.layer_notes(record)
-        if len(line) + len(notes) + 2 < self._rich.width:
+        if notes and len(line) + len(notes) + 2 < self._rich.width:
             line.append(f"  {notes}", style="dim")
         self._print_line(line)
 
@@ -85,9 +87,13 @@ class TerminalScreen(Screen):
         style = "red" if closing.problems else "green"
         self._rich.print(Panel(verdict, box=ROUNDED, border_style=style, width=self._panel_width()))
         self._rich.print(_figures(closing.figures))
-        for pairs in (closing.details, closing.next_steps):
-            self._rich.print()
-            self._rich.print(_grid(pairs, LABEL_WIDTH))
+        self._rich.print()
+        self._rich.print(_grid(closing.details, LABEL_WIDTH))
+        self._rich.print()
+        for label, value in closing.next_steps:
+            # Never folded: whoever copies a path or a command wants it in one piece.
+            line = Text.assemble((f"{label:<{LABEL_WIDTH}}  ", LABEL_STYLE), value)
+            self._rich.print(line, soft_wrap=True)
 
     def close(self) -> None:
         self._open.clear()
