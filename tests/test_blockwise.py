@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import FAMILIES, write_checkpoint
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
 from jointq_cli.assembly import assemble, audit
 from jointq_cli.blockwise import Plan, quantize_blocks
 from jointq_cli.checkpoint import Checkpoint
@@ -17,9 +21,6 @@ from jointq_cli.model import StreamedModel
 from jointq_cli.quantizers import GPTQ, RTN, Prepared, Quantizer, Solution
 from jointq_cli.records import LayerRecord
 from jointq_cli.workspace import Workspace, load_layer
-from tiny_models import FAMILIES, write_checkpoint
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 ROUND = RTN(bits=4, group_size=32, symmetric=False, mse=False)
@@ -87,7 +88,9 @@ def test_with_original_inputs_every_hessian_is_that_of_the_whole_original_model(
     directory = write_checkpoint(tmp_path / "model")
     quantize(directory, tmp_path / "work", Spy(**vars(ROUND)), inputs="original")
     expected = [
-        hessian_by_hooks(directory, windows(), f"model.layers.{block}.{kind}") for block in range(3) for kind in LLAMA_GROUPS
+        hessian_by_hooks(directory, windows(), f"model.layers.{block}.{kind}")
+        for block in range(3)
+        for kind in LLAMA_GROUPS
     ]
     assert len(SEEN) == len(expected)
     for seen, wanted in zip(SEEN, expected, strict=True):
@@ -115,7 +118,9 @@ def test_with_quantised_inputs_every_hessian_is_that_of_the_model_quantised_so_f
         ("gpt_neox", [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]),
     ],
 )
-def test_layers_that_share_an_input_share_their_preparation(family: str, groups: list[list[str]], tmp_path: Path) -> None:
+def test_layers_that_share_an_input_share_their_preparation(
+    family: str, groups: list[list[str]], tmp_path: Path
+) -> None:
     _, _, records = quantize(write_checkpoint(tmp_path / "model", family), tmp_path / "work", Spy(**vars(ROUND)))
     assert [record.kind for record in records] == [kind for group in groups for kind in group] * 3
     assert len(SEEN) == 3 * len(groups)
@@ -171,7 +176,9 @@ def test_blocks_without_a_selected_layer_are_passed_through(tmp_path: Path) -> N
     assert [record.name for record in records] == ["model.layers.1.mlp.down_proj"]
     result = Checkpoint(tmp_path / "work" / "checkpoint")
     changed = [
-        name for name in result.tensors if not torch.equal(result.read([name])[name], model.checkpoint.read([name])[name])
+        name
+        for name in result.tensors
+        if not torch.equal(result.read([name])[name], model.checkpoint.read([name])[name])
     ]
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
 

@@ -91,9 +91,7 @@ def three_documents(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("bos", [False, True])
-def test_every_window_is_whole_consecutive_and_without_padding(
-    three_documents: str, strategy: str, bos: bool
-) -> None:
+def test_every_window_is_whole_consecutive_and_without_padding(three_documents: str, strategy: str, bos: bool) -> None:
     ours = tokenizer(bos)
     windows = calibration_tokens(config(three_documents, strategy=strategy), ours).windows
     whole = [list(range(4, 34)), list(range(44, 47)), list(range(54, 74))]
@@ -139,9 +137,7 @@ def test_a_text_gives_as_many_windows_as_it_holds_and_no_more_than_asked(
 def test_the_same_seed_gives_the_same_tokens(
     three_documents: str, plain: PreTrainedTokenizerFast, strategy: str
 ) -> None:
-    first, second = (
-        calibration_tokens(config(three_documents, strategy=strategy, seed=7), plain) for _ in range(2)
-    )
+    first, second = (calibration_tokens(config(three_documents, strategy=strategy, seed=7), plain) for _ in range(2))
     assert first.hash == second.hash
     assert first.provenance == second.provenance
 
@@ -151,15 +147,12 @@ def test_another_seed_moves_random_windows_and_no_others(
     three_documents: str, plain: PreTrainedTokenizerFast, strategy: str
 ) -> None:
     hashes = {
-        calibration_tokens(config(three_documents, strategy=strategy, seed=seed), plain).hash
-        for seed in range(4)
+        calibration_tokens(config(three_documents, strategy=strategy, seed=seed), plain).hash for seed in range(4)
     }
     assert (len(hashes) > 1) == strategy.endswith("rand")
 
 
-def test_random_windows_start_at_distinct_places(
-    three_documents: str, plain: PreTrainedTokenizerFast
-) -> None:
+def test_random_windows_start_at_distinct_places(three_documents: str, plain: PreTrainedTokenizerFast) -> None:
     # 53 words and three EOS have 52 windows of five tokens, each with ids of its own.
     asked = config(three_documents, strategy="concat_rand", num_samples=100)
     windows = calibration_tokens(asked, plain).windows
@@ -175,9 +168,7 @@ def test_consecutive_windows_are_the_text_cut_without_gaps(
 
 
 @pytest.mark.parametrize("strategy", ["drop_head", "drop_rand"])
-def test_short_documents_are_dropped(
-    three_documents: str, plain: PreTrainedTokenizerFast, strategy: str
-) -> None:
+def test_short_documents_are_dropped(three_documents: str, plain: PreTrainedTokenizerFast, strategy: str) -> None:
     tokens = calibration_tokens(config(three_documents, strategy=strategy), plain)
     assert len(tokens.windows) == 2
     assert [int(window[0]) < 34 for window in tokens.windows] == [True, False]
@@ -273,9 +264,7 @@ def test_a_text_longer_than_the_context_is_not_warned_about(
 # --- what a person is told
 
 
-def test_too_few_windows_are_a_warning_that_is_kept(
-    three_documents: str, plain: PreTrainedTokenizerFast
-) -> None:
+def test_too_few_windows_are_a_warning_that_is_kept(three_documents: str, plain: PreTrainedTokenizerFast) -> None:
     tokens = calibration_tokens(config(three_documents, num_samples=40), plain)
     assert tokens.windows.shape == (11, 5)
     assert tokens.warning == "calibration.num_samples=40: the text gives only 11 windows of 5 tokens"
@@ -283,9 +272,7 @@ def test_too_few_windows_are_a_warning_that_is_kept(
     assert calibration_tokens(config(three_documents), plain).warning == ""
 
 
-def test_overlapping_random_windows_are_a_warning(
-    three_documents: str, plain: PreTrainedTokenizerFast
-) -> None:
+def test_overlapping_random_windows_are_a_warning(three_documents: str, plain: PreTrainedTokenizerFast) -> None:
     tokens = calibration_tokens(config(three_documents, num_samples=12, strategy="concat_rand"), plain)
     assert tokens.warning.endswith("windows of 5 tokens overlap, the text has only 56 tokens")
 
@@ -302,9 +289,7 @@ def test_a_text_too_short_for_one_window_says_what_there_is_and_what_to_change(
     assert "lower calibration.seqlen or" in str(caught.value)
 
 
-def test_provenance_tells_text_tokenizer_and_cut(
-    three_documents: str, plain: PreTrainedTokenizerFast
-) -> None:
+def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: PreTrainedTokenizerFast) -> None:
     tokens = calibration_tokens(config(three_documents), plain)
     told = tokens.provenance
     assert told["files"] == "00.txt 01.txt 02.txt"
@@ -377,9 +362,7 @@ def test_a_run_takes_frozen_tokens_instead_of_the_text(frozen: Path, plain: PreT
         calibration_tokens(config("nowhere.txt", tokens=str(frozen), seqlen=6), plain)
 
 
-def test_tokens_of_another_tokenizer_are_refused_with_both_named(
-    frozen: Path, plain: PreTrainedTokenizerFast
-) -> None:
+def test_tokens_of_another_tokenizer_are_refused_with_both_named(frozen: Path, plain: PreTrainedTokenizerFast) -> None:
     other = tokenizer(bos=True)
     with pytest.raises(TextError) as caught:
         load_tokens(frozen, other)
@@ -388,9 +371,7 @@ def test_tokens_of_another_tokenizer_are_refused_with_both_named(
 
 
 @pytest.mark.parametrize("id", [-1, 205])
-def test_ids_that_the_tokenizer_lacks_are_refused(
-    tmp_path: Path, plain: PreTrainedTokenizerFast, id: int
-) -> None:
+def test_ids_that_the_tokenizer_lacks_are_refused(tmp_path: Path, plain: PreTrainedTokenizerFast, id: int) -> None:
     tokens = Tokens(torch.tensor([[4, id]]), {"tokenizer_sha256": tokenizer_hash(plain)})
     save_tokens(tmp_path / "tokens", tokens)
     with pytest.raises(TextError, match=rf"has ids from .*{id}.*, but the tokenizer knows 0 to 204"):
@@ -426,9 +407,7 @@ def test_an_unwritable_place_is_a_resource_error(tmp_path: Path) -> None:
 # --- tokenizers
 
 
-def test_a_tokenizer_has_the_same_hash_wherever_it_lies(
-    tmp_path: Path, plain: PreTrainedTokenizerFast
-) -> None:
+def test_a_tokenizer_has_the_same_hash_wherever_it_lies(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
     plain.save_pretrained(tmp_path / "here")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     hashes = {tokenizer_hash(load_tokenizer(tmp_path / place, False)) for place in ("here", "there")}
@@ -445,10 +424,7 @@ def test_use_leaves_the_hash_of_a_tokenizer_alone() -> None:
 def test_what_changes_the_ids_changes_the_hash() -> None:
     more = tokenizer()
     more.add_tokens(["w0w1"])
-    assert (
-        len({tokenizer_hash(ours) for ours in (tokenizer(), more, tokenizer(bos=True), tokenizer(eos=False))})
-        == 4
-    )
+    assert len({tokenizer_hash(ours) for ours in (tokenizer(), more, tokenizer(bos=True), tokenizer(eos=False))}) == 4
 
 
 def test_a_directory_without_a_usable_tokenizer_is_a_model_error(tmp_path: Path) -> None:

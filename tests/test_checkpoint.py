@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from jointq_cli.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, save_tensors, write_index
-from jointq_cli.errors import ModelError, NumericsError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
+
+from jointq_cli.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, save_tensors, write_index
+from jointq_cli.errors import ModelError, NumericsError
 
 
 def refusal(directory: Path) -> str:
@@ -130,7 +131,9 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, directory / SINGLE, {"format": "pt"})
     checkpoint = Checkpoint(directory)
-    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"):
+    with pytest.raises(
+        NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"
+    ):
         checkpoint.read(checkpoint.tensors)
 
 
@@ -139,6 +142,6 @@ def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path, monkeypatch:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("jointq_cli.checkpoint.save_file", full)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match="No space left") as error:
         save_tensors(tmp_path / "shard", {"a": torch.ones(1)})
     assert error.value.errno == errno.ENOSPC

@@ -47,9 +47,7 @@ def loaded_by(words: str) -> set[str]:
         "print('\\n' + ' '.join({m.split('.')[0] for m in sys.modules}))"
     )
     command = [sys.executable, "-c", script, *words.split()]
-    return set(
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split()
-    )
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split())
 
 
 @pytest.mark.parametrize("words", ["--help", "--version", "quantize --help", "recipes", "quantise"])
@@ -187,20 +185,15 @@ def test_a_folder_that_was_there_before_survives_a_mistake(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 
-def test_a_mistake_in_a_recipe_file_names_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_in_a_recipe_file_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_recipe(tmp_path, "mine", "quantizer:\n  bit: 3\n")
     assert main(["quantize", "--config-dir", str(tmp_path), "recipe=mine"]) == 1
     assert (
-        capsys.readouterr().err
-        == "error: recipe/mine.yaml: no such key quantizer.bit; did you mean quantizer.bits?\n"
+        capsys.readouterr().err == "error: recipe/mine.yaml: no such key quantizer.bit; did you mean quantizer.bits?\n"
     )
 
 
-def test_a_recipe_file_that_is_no_yaml_gives_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recipe_file_that_is_no_yaml_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_recipe(tmp_path, "mine", "quantizer: {bits\n")
     assert main(["quantize", "--config-dir", str(tmp_path), "recipe=mine"]) == 1
     told = capsys.readouterr().err
@@ -219,17 +212,13 @@ def test_hydra_full_error_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -
 
 def write_recipe(folder: Path, name: str, body: str) -> None:
     (folder / "recipe").mkdir()
-    (folder / "recipe" / f"{name}.yaml").write_text(
-        f"# @package _global_\nname: {name}\ndescription: d\n{body}"
-    )
+    (folder / "recipe" / f"{name}.yaml").write_text(f"# @package _global_\nname: {name}\ndescription: d\n{body}")
 
 
 # --- from a composed config to a job
 
 
-def test_the_task_gets_a_typed_recipe_its_folder_and_the_overrides(
-    jobs: list[tuple[Any, Job]], tmp_path: Path
-) -> None:
+def test_the_task_gets_a_typed_recipe_its_folder_and_the_overrides(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
     assert run("quantize recipe=ci_smoke quantizer.bits=3", jobs) == 0
     [(recipe, job)] = jobs
     assert isinstance(recipe, Recipe)
@@ -246,9 +235,7 @@ def test_overrides_may_stand_on_both_sides_of_an_option(jobs: list[tuple[Any, Jo
     assert [recipe.quantizer.bits for recipe, _ in jobs] == [3, 4]
 
 
-def test_the_config_of_a_job_is_a_recipe_that_gives_the_same_again(
-    jobs: list[tuple[Any, Job]], tmp_path: Path
-) -> None:
+def test_the_config_of_a_job_is_a_recipe_that_gives_the_same_again(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
     run("quantize recipe=ci_smoke quantizer=rtn quantizer.bits=5 evaluation.max_windows=3", jobs)
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "again.yaml").write_text(jobs[0][1].config)
@@ -447,11 +434,7 @@ def room(path: Path) -> str:
 
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_a_library_is_known_in_its_rooms_only(library: str) -> None:
-    users = {
-        room(path)
-        for path in SOURCES.rglob("*.py")
-        if library in {name.split(".")[0] for name in imports(path)}
-    }
+    users = {room(path) for path in SOURCES.rglob("*.py") if library in {name.split(".")[0] for name in imports(path)}}
     assert users <= ONLY_IN[library]
 
 

@@ -64,9 +64,7 @@ def test_each_fault_is_named(changes: dict[str, Any], said: str) -> None:
 def test_a_faulty_run_is_an_error_in_one_line_after_everything_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(
-        quantize, "quantize", lambda recipe, run, console: report(reload_check="differs by 1")
-    )
+    monkeypatch.setattr(quantize, "quantize", lambda recipe, run, console: report(reload_check="differs by 1"))
     with pytest.raises(JointqError, match=r"differs by 1; see .*report\.md") as caught:
         quantize.run(SimpleNamespace(), Job(tmp_path, ["a=1"], "name: x\n"))  # type: ignore[arg-type]
     assert caught.value.exit_code == 1

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from jointq_cli.workspace import load_layer
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jointq_cli.workspace import load_layer
 
 SMOKE = ["quantize", "recipe=ci_smoke", "output_dir=out", "hydra.run.dir=out/run"]
 
@@ -66,7 +67,9 @@ def test_a_run_leaves_everything_that_was_promised(finished: tuple[Path, str]) -
     assert "\x1b" not in out  # a pipe is no terminal
 
 
-def test_plain_transformers_loads_the_checkpoint_and_its_codes_say_the_same(finished: tuple[Path, str]) -> None:
+def test_plain_transformers_loads_the_checkpoint_and_its_codes_say_the_same(
+    finished: tuple[Path, str],
+) -> None:
     directory, _ = finished
     model = AutoModelForCausalLM.from_pretrained(directory / "checkpoint")
     assert model.dtype == torch.bfloat16
@@ -104,8 +107,19 @@ def test_a_finished_run_is_rendered_again(finished: tuple[Path, str]) -> None:
 
 def test_evaluating_the_checkpoint_gives_the_perplexity_of_the_report(finished: tuple[Path, str]) -> None:
     directory, _ = finished
-    arguments = ["evaluation.seqlen=128", "evaluation.max_windows=8", "reference=pocket", "hydra.run.dir=out/evaluated"]
-    code, _, err = run(directory.parent.parent, "evaluate", f"model.path={directory}/checkpoint", "output_dir=out", *arguments)
+    arguments = [
+        "evaluation.seqlen=128",
+        "evaluation.max_windows=8",
+        "reference=pocket",
+        "hydra.run.dir=out/evaluated",
+    ]
+    code, _, err = run(
+        directory.parent.parent,
+        "evaluate",
+        f"model.path={directory}/checkpoint",
+        "output_dir=out",
+        *arguments,
+    )
     assert (code, err) == (0, "")
     found = json.loads((directory.parent / "evaluated" / "evaluation.json").read_text())
     report = json.loads((directory / "report.json").read_text())
@@ -140,8 +154,7 @@ def test_ctrl_c_stops_with_75_and_the_same_command_continues(finished: tuple[Pat
     assert "same command continues" in err
     done = layer_files(tmp_path)
     assert 5 <= done < 28
-    code, out, _ = run(tmp_path, *SMOKE)
-    assert code == 0
+    assert run(tmp_path, *SMOKE)[0] == 0
     assert hashes(tmp_path / "out" / "run" / "checkpoint") == hashes(finished[0] / "checkpoint")
 
 
@@ -164,7 +177,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
     mounted = shutil.which("mount") and os.geteuid() == 0
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+    if (
+        not mounted
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode
+    ):
         pytest.skip("needs the right to mount a small tmpfs")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
@@ -205,19 +221,40 @@ BAD = {
     "wrong type": (["quantizer.bits=four"], "quantizer.bits=four: must be an integer"),
     "unknown recipe": (["recipe=pocket_w4g12"], "did you mean pocket_w4g128?"),
     "mistyped key": (["quantizer.bit=4"], "did you mean quantizer.bits?"),
-    "group that does not divide": (["quantizer.group_size=96"], "quantizer.group_size=96: must divide in_features"),
-    "pattern without a match": (["layers.include_layer_names=[qproj]"], "layers.include_layer_names: 'qproj' matches none"),
-    "rules that leave nothing": (["layers.exclude_layer_keywords=[proj]"], "select none of the model's 28 linear layers"),
+    "group that does not divide": (
+        ["quantizer.group_size=96"],
+        "quantizer.group_size=96: must divide in_features",
+    ),
+    "pattern without a match": (
+        ["layers.include_layer_names=[qproj]"],
+        "layers.include_layer_names: 'qproj' matches none",
+    ),
+    "rules that leave nothing": (
+        ["layers.exclude_layer_keywords=[proj]"],
+        "select none of the model's 28 linear layers",
+    ),
     "missing model": (["model.path=./nowhere"], "nowhere: no such directory"),
     "hub out of reach": (["model.path=some/model"], "offline, give a downloaded directory: model.path=DIR"),
-    "text of the hub out of reach": (["evaluation=wikitext2"], "offline, give a local copy: evaluation.path=FILE"),
-    "text too short": (["evaluation=text", "evaluation.path=short.txt"], "the text has 2 tokens, not one window"),
+    "text of the hub out of reach": (
+        ["evaluation=wikitext2"],
+        "offline, give a local copy: evaluation.path=FILE",
+    ),
+    "text too short": (
+        ["evaluation=text", "evaluation.path=short.txt"],
+        "the text has 2 tokens, not one window",
+    ),
     "calibration too short": (["calibration=text", "calibration.path=short.txt"], "calibration.seqlen=128"),
     "empty file": (["evaluation=text", "evaluation.path=empty.txt"], "empty.txt: is empty"),
-    "not UTF-8": (["evaluation=text", "evaluation.path=latin.txt"], "latin.txt: is not UTF-8: byte 0xe9 at offset 3"),
+    "not UTF-8": (
+        ["evaluation=text", "evaluation.path=latin.txt"],
+        "latin.txt: is not UTF-8: byte 0xe9 at offset 3",
+    ),
     "CUDA that is not there": (["runtime.device=cuda:7"], "runtime.device=cuda:7: this machine offers"),
     "half-downloaded": (["model.path=half"], "half-downloaded"),
-    "NaN": (["model.path=nan", "quantizer.group_size=32"], "o_proj.weight holds 1 values that are NaN or Inf"),
+    "NaN": (
+        ["model.path=nan", "quantizer.group_size=32"],
+        "o_proj.weight holds 1 values that are NaN or Inf",
+    ),
     "no tokenizer": (["model.path=no tokenizer"], "has no tokenizer"),
     "lacking tensors": (["model.path=lacks"], "lacks 9 of the"),
     "unknown architecture": (["model.path=unknown"], "nonesuch"),

@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.errors import ConfigError, TextError
-from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, compare, cut_windows, final_hidden, perplexity, score
-from jointq_cli.model import StreamedModel
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 from transformers import AutoModelForCausalLM
+
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.errors import ConfigError, TextError
+from jointq_cli.evaluation import (
+    Evaluation,
+    ScoredWindows,
+    Scores,
+    compare,
+    cut_windows,
+    final_hidden,
+    perplexity,
+    score,
+)
+from jointq_cli.model import StreamedModel
 
 CPU = torch.device("cpu")
 
@@ -58,7 +68,9 @@ def test_bos_each_scores_every_token_of_every_window() -> None:
 
 
 def test_max_windows_keeps_the_first() -> None:
-    assert torch.equal(cut_windows(TEXT, evaluation(max_windows=2), None).ids, cut_windows(TEXT, evaluation(), None).ids[:2])
+    assert torch.equal(
+        cut_windows(TEXT, evaluation(max_windows=2), None).ids, cut_windows(TEXT, evaluation(), None).ids[:2]
+    )
 
 
 def test_a_text_shorter_than_a_window_says_how_long_it_is() -> None:
@@ -67,7 +79,7 @@ def test_a_text_shorter_than_a_window_says_how_long_it_is() -> None:
 
 
 def test_a_bos_that_the_tokenizer_does_not_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match="evaluation.bos=each: this tokenizer has no BOS token"):
+    with pytest.raises(ConfigError, match=r"evaluation\.bos=each: this tokenizer has no BOS token"):
         cut_windows(TEXT, evaluation(bos="each"), None)
 
 
@@ -95,7 +107,9 @@ def scores_and_logits(tmp_path: Path, windows: ScoredWindows) -> tuple[Scores, l
     directories = two_models(tmp_path)
     models = [StreamedModel(Checkpoint(directory), CPU, torch.float32) for directory in directories]
     hidden = [final_hidden(model, windows.ids, batch=2) for model in models]
-    expected = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval()(windows.ids).logits for d in directories]
+    expected = [
+        AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval()(windows.ids).logits for d in directories
+    ]
     return score(models[0], hidden[0], models[1], hidden[1], windows), expected
 
 

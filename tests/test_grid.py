@@ -148,9 +148,7 @@ def test_null_and_minus_one_mean_one_scale_per_row(group_size: int | None) -> No
     assert group_columns(group_size, 7) == 7
 
 
-def stored(
-    bits: int, symmetric: bool, permuted: bool, dtype: torch.dtype = torch.bfloat16
-) -> QuantizedWeight:
+def stored(bits: int, symmetric: bool, permuted: bool, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
     grid, generator = Grid(bits, symmetric), torch.Generator().manual_seed(bits)
     shape = (6, 16)
     codes = torch.randint(grid.lowest, grid.highest + 1, shape, generator=generator).to(grid.code_dtype)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import FAMILIES, edit_config, write_checkpoint
+from transformers import AutoModelForCausalLM
+
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ModelError
 from jointq_cli.model import StreamedModel
-from tiny_models import FAMILIES, edit_config, write_checkpoint
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -65,7 +66,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tmp_path: Path) -> 
 def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     edit_config(directory, intermediate_size=96)
-    with pytest.raises(ModelError, match=r"mlp\.gate_proj\.weight has shape \[128, 64\], but config.json asks for \[96, 64\]"):
+    with pytest.raises(
+        ModelError, match=r"mlp\.gate_proj\.weight has shape \[128, 64\], but config.json asks for \[96, 64\]"
+    ):
         StreamedModel(Checkpoint(directory), CPU, torch.float32)
 
 

@@ -49,17 +49,13 @@ def jointq(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(script: Path, *words: str, folder: Path) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [script, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([script, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_installed_package_is_not_the_checkout(jointq: Path, tmp_path: Path) -> None:
-    where = run(
-        jointq.with_name("python"), "-c", "import jointq_cli; print(jointq_cli.__file__)", folder=tmp_path
-    )
+    where = run(jointq.with_name("python"), "-c", "import jointq_cli; print(jointq_cli.__file__)", folder=tmp_path)
     assert not Path(where.strip()).is_relative_to(ROOT)
 
 

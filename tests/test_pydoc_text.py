@@ -146,9 +146,7 @@ def test_no_long_paragraph_is_trained_on_twice(tmp_path: Path, monkeypatch: pyte
     assert pydoc_text.training_documents(())[-2:] == [f"File a.\n\n{repeated}\n", "File b.\n"]
 
 
-def test_docstrings_stand_under_the_name_that_they_document(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_docstrings_stand_under_the_name_that_they_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "shapes.py"
     path.write_text(
         '"""Shapes."""\n'
@@ -171,9 +169,7 @@ def test_docstrings_stand_under_the_name_that_they_document(
     ]
 
 
-def test_a_docstring_is_kept_once_and_a_broken_file_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_docstring_is_kept_once_and_a_broken_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text('"""The same words."""\n', encoding="utf-8")
     (tmp_path / "b.py").write_text('"""The same words."""\n', encoding="utf-8")
     (tmp_path / "c.py").write_text("def broken(:\n", encoding="utf-8")

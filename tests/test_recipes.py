@@ -88,9 +88,7 @@ def test_a_recipe_says_what_it_is_for_and_what_it_needs(name: str) -> None:
 def test_a_recipe_without_the_hub_in_its_needs_uses_none(name: str) -> None:
     recipe = compose(f"recipe={name}")
     uses = {recipe.calibration.dataset, recipe.evaluation.dataset} & {"wikitext2", "c4"}
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", recipe.model.path) and not recipe.model.path.startswith(
-        "models/"
-    )
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", recipe.model.path) and not recipe.model.path.startswith("models/")
     assert bool(uses or on_hub) == resources.needs(resources.options("recipe")[name]).startswith("the hub")
 
 
@@ -170,9 +168,7 @@ def test_every_option_composes(row: int) -> None:
 
 @pytest.mark.parametrize("schema", concrete(Quantizer))
 def test_every_quantizer_has_a_yaml(schema: type[Quantizer]) -> None:
-    assert any(
-        f"/schema@_here_: {schema.__name__}\n" in path.read_text() for path in GROUPS["quantizer"].values()
-    )
+    assert any(f"/schema@_here_: {schema.__name__}\n" in path.read_text() for path in GROUPS["quantizer"].values())
 
 
 @pytest.mark.parametrize("command", RECIPES)

@@ -1,6 +1,7 @@
 """Layer selection: the reference's rules in the reference's order, and no pattern that does nothing."""
 
 import pytest
+
 from jointq_cli.errors import ConfigError
 from jointq_cli.selection import LayerSelection
 
@@ -13,9 +14,8 @@ KNOWN = [*NAMES, "lm_head"]
 
 
 def select(**fields: object) -> list[str]:
-    empty: dict[str, object] = dict.fromkeys(
-        ("include_layer_names", "include_layer_keywords", "exclude_layer_names", "exclude_layer_keywords"), []
-    )
+    filters = ("include_layer_names", "include_layer_keywords", "exclude_layer_names", "exclude_layer_keywords")
+    empty: dict[str, object] = {name: [] for name in filters}
     return LayerSelection(**{**empty, "num_layers": None, **fields}).select(NAMES, KNOWN)  # type: ignore[arg-type]
 
 

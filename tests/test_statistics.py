@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from jointq_cli.statistics import PANEL, Hessian, output_error, weight_error
 
 CPU = torch.device("cpu")

@@ -6,6 +6,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+
 from jointq_cli.errors import ResourceError
 from jointq_cli.store import Store, artifact_key, write_atomically
 

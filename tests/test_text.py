@@ -222,9 +222,7 @@ def test_an_unreachable_hub_says_how_to_go_offline(
         read(source(dataset, split="train"))
     message = str(caught.value)
     assert message.startswith(f"evaluation.dataset={dataset}: cannot fetch ")
-    assert message.endswith(
-        "evaluation.path=FILE, or take evaluation.dataset=pydoc evaluation.split=evaluation"
-    )
+    assert message.endswith("evaluation.path=FILE, or take evaluation.dataset=pydoc evaluation.split=evaluation")
     assert "\n" not in message
     assert not datasets.config.HF_HUB_OFFLINE
 
@@ -267,9 +265,7 @@ def test_a_cached_data_set_serves_offline_and_tells_its_commit(monkeypatch: pyte
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Cached([{"text": "row"}]))
     assert read(source("wikitext2", split="test")).origin["revision"] == COMMIT
     assert read(source("wikitext2", split="test", revision=COMMIT[:7])).origin["revision"] == COMMIT
-    with pytest.raises(
-        ResourceError, match=f"revision={'f' * 40}: the hub cannot be reached, and the cache holds"
-    ):
+    with pytest.raises(ResourceError, match=f"revision={'f' * 40}: the hub cannot be reached, and the cache holds"):
         read(source("wikitext2", split="test", revision="f" * 40))
 
 

@@ -32,7 +32,10 @@ FAMILIES = {
     "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
     "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=16),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **GROUPED, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        **GROUPED,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "phi3": lambda: transformers.Phi3Config(**GROUPED),
     "olmo2": lambda: transformers.Olmo2Config(**GROUPED),
@@ -41,7 +44,12 @@ FAMILIES = {
 
 
 def write_checkpoint(
-    directory: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: object
+    directory: Path,
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+    **changes: object,
 ) -> Path:
     """A random model of `family` in `directory`, the same one every time."""
     config = FAMILIES[family]()
@@ -66,7 +74,10 @@ def write_tokenizer(directory: Path) -> None:
     vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.Split("", "isolated")]
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Split("", "isolated"),
+        ]
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(directory)

@@ -31,7 +31,11 @@ def assemble(model: StreamedModel, workspace: Workspace, target: Path, *, code: 
 
 
 def audit(
-    source: Checkpoint, result: Checkpoint, stored_names: dict[str, str], layers: Iterable[LayerRecord], codes: Path
+    source: Checkpoint,
+    result: Checkpoint,
+    stored_names: dict[str, str],
+    layers: Iterable[LayerRecord],
+    codes: Path,
 ) -> Audit:
     """Compares every tensor of `result` with the source's, and every quantised one with what its codes say.
 

@@ -135,7 +135,7 @@ class _Loop:
         return [group for _, group in seen]
 
     def _collect(self, index: int, groups: list[list[Layer]], hidden: Tensor, *, stop: bool) -> list[Tensor]:
-        """Hessians of the groups' inputs. Replaces `hidden` by the block's output unless it may `stop` at the inputs."""
+        """Hessians of the groups' inputs. `hidden` becomes the block's output, unless it may `stop` at the inputs."""
         hessians = {group[0]: Hessian(group[0].module.in_features, self.model.device) for group in groups}
 
         def add(layer: Layer, given: Tensor) -> None:

@@ -200,9 +200,7 @@ class Reading:
 
     def _encode(self, text: str, special: bool) -> Tensor:
         # verbose=False: being longer than the model's context is the point, not a reason to warn.
-        encoded = self.tokenizer(
-            text, add_special_tokens=special, truncation=False, padding=False, verbose=False
-        )
+        encoded = self.tokenizer(text, add_special_tokens=special, truncation=False, padding=False, verbose=False)
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
@@ -288,9 +286,7 @@ def _warning(config: Calibration, count: int, reading: Reading) -> str:
     if count < config.num_samples:
         return f"{asked}: the text gives only {count} windows of {config.seqlen} tokens"
     if config.strategy == "concat_rand" and reading.tokens < count * config.seqlen:
-        return (
-            f"{asked}: windows of {config.seqlen} tokens overlap, the text has only {reading.tokens} tokens"
-        )
+        return f"{asked}: windows of {config.seqlen} tokens overlap, the text has only {reading.tokens} tokens"
     return ""
 
 

@@ -104,9 +104,7 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """
     rounded = scale.to(dtype).to(torch.float32)
     if not bool(torch.isfinite(rounded).all()):
-        raise NumericsError(
-            f"a scale of {scale.max().item():.3g} does not fit in {str(dtype).removeprefix('torch.')}"
-        )
+        raise NumericsError(f"a scale of {scale.max().item():.3g} does not fit in {str(dtype).removeprefix('torch.')}")
     return rounded.clamp_min_(_smallest_scale(dtype))
 
 
@@ -136,9 +134,7 @@ def fit(values: Tensor, grid: Grid, mse: bool, scale_dtype: torch.dtype) -> tupl
     return scale.view(values.shape[:-1]), zero_point.to(torch.uint8).view(values.shape[:-1])
 
 
-def _clipped(
-    groups: Tensor, low: Tensor, widest: Tensor, grid: Grid, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _clipped(groups: Tensor, low: Tensor, widest: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The best of the shrunken ranges of each group: scale and low end, both (groups,) float32."""
     search = kernels.for_device(groups.device).clip_search
     shrink = 1.0 - torch.arange(SHRINK_STEPS, dtype=torch.float32, device=groups.device) / 100

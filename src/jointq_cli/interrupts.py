@@ -28,7 +28,7 @@ class Interrupts:
 
 @contextmanager
 def deferred() -> Iterator[Interrupts]:
-    """Inside, SIGINT waits for `raise_if_requested`. Outside the main thread, where signals never arrive, does nothing."""
+    """Inside, SIGINT waits for `raise_if_requested`. Does nothing outside the main thread: no signal arrives there."""
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts

@@ -40,7 +40,11 @@ class StreamedModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -73,7 +77,9 @@ class StreamedModel:
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Every tensor that belongs to no block: embeddings, final norm, head, and what the model does not use."""
-        return self.checkpoint.read(stored for stored, name in self._module_names.items() if self.block_of(name) is None)
+        return self.checkpoint.read(
+            stored for stored, name in self._module_names.items() if self.block_of(name) is None
+        )
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its full name, lm_head included."""
@@ -84,7 +90,10 @@ class StreamedModel:
         """Inside, the embeddings, the final norm and the head are loaded: `embed` and `logits` work."""
         names = [name for name, _ in _state(self.module) if self.block_of(name) is None]
         try:
-            self._load("", self.checkpoint.read(self._stored_names[name] for name in names if name in self._stored_names))
+            self._load(
+                "",
+                self.checkpoint.read(self._stored_names[name] for name in names if name in self._stored_names),
+            )
             self.module.tie_weights()
             yield
         finally:
@@ -120,8 +129,8 @@ class StreamedModel:
         hidden, calls = self._note_calls(windows.to(self.device))
         if shape in self._calls and not _same_calls(self._calls[shape], calls):
             raise ModelError(
-                f"{self.checkpoint.directory}: {type(self.module).__name__} hands its blocks tensors that depend on the "
-                "tokens; the block-wise engine cannot walk it"
+                f"{self.checkpoint.directory}: {type(self.module).__name__} hands its blocks tensors that depend on "
+                "the tokens; the block-wise engine cannot walk it"
             )
         self._calls[shape] = calls
         return hidden
@@ -212,9 +221,8 @@ class StreamedModel:
         for name, tensor in state.items():
             info = self.checkpoint.tensors.get(self._stored_names.get(name, ""))
             if info and tuple(tensor.shape) != info.shape:
-                raise ModelError(
-                    f"{info.file}: tensor {name} has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
-                )
+                shapes = f"has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
+                raise ModelError(f"{info.file}: tensor {name} {shapes}")
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -278,9 +286,7 @@ def _unload(module: nn.Module, keep: list[nn.Module] | None = None) -> None:
                 setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
-def _split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The hidden states apart from the rest of a block's arguments."""
     if args:
         return args[0], args[1:], kwargs

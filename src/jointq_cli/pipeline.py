@@ -58,7 +58,9 @@ def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console) -> Eva
         original = _reference(recipe, stages) or model
         tokenizer = load_tokenizer(model.checkpoint.directory, recipe.model.trust_remote_code)
         windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
-        console.header([("model", recipe.model.path), ("protocol", _protocol(recipe.evaluation, windows, model).line())])
+        console.header(
+            [("model", recipe.model.path), ("protocol", _protocol(recipe.evaluation, windows, model).line())]
+        )
         scores = stages.measure(original, model, windows)
         report = EvaluationReport(
             model=recipe.model.path,
@@ -104,16 +106,20 @@ def _protocol(evaluation: Evaluation, windows: ScoredWindows, model: StreamedMod
     return protocol(evaluation, windows, model.dtype)
 
 
-def _header(
-    recipe: Recipe, model: StreamedModel, tokens: Tokens, windows: ScoredWindows
-) -> list[tuple[str, str]]:
+def _header(recipe: Recipe, model: StreamedModel, tokens: Tokens, windows: ScoredWindows) -> list[tuple[str, str]]:
     return [
         ("recipe", recipe.name),
-        ("model", f"{recipe.model.path} ({type(model.module).__name__}, {model.checkpoint.parameters / 1e6:,.1f} M)"),
+        (
+            "model",
+            f"{recipe.model.path} ({type(model.module).__name__}, {model.checkpoint.parameters / 1e6:,.1f} M)",
+        ),
         ("quantizer", recipe.quantizer.describe()),
         ("calibration", f"{tokens.describe()} inputs={recipe.calibration.inputs}"),
         ("protocol", _protocol(recipe.evaluation, windows, model).line()),
-        ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"),
+        (
+            "device",
+            f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+        ),
     ]
 
 

@@ -44,6 +44,4 @@ def summary(path: Path) -> str:
 
 def needs(recipe: Path) -> str:
     """What the head comment of a recipe says after `Needs:`."""
-    return next(
-        line.removeprefix("Needs:").strip() for line in head_comment(recipe) if line.startswith("Needs:")
-    )
+    return next(line.removeprefix("Needs:").strip() for line in head_comment(recipe) if line.startswith("Needs:"))

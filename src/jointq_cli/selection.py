@@ -53,7 +53,9 @@ class LayerSelection:
         ):
             for pattern in getattr(self, key):
                 if not any(matches(name, [pattern]) for name in known):
-                    raise ConfigError(f"layers.{key}: {pattern!r} matches none of the model's {len(known)} linear layers")
+                    raise ConfigError(
+                        f"layers.{key}: {pattern!r} matches none of the model's {len(known)} linear layers"
+                    )
 
 
 def _named(name: str, patterns: list[str]) -> bool:

@@ -77,7 +77,10 @@ def convert_gguf(file: Path, target: Path) -> None:
             warnings.simplefilter("ignore")
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=GGUF_DTYPE, quantization_config=GgufConfig(dequantize=True)
+                file.parent,
+                gguf_file=file.name,
+                dtype=GGUF_DTYPE,
+                quantization_config=GgufConfig(dequantize=True),
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ModelError(f"{file}: transformers cannot read this GGUF file: {_one_line(error)}") from error

@@ -153,9 +153,7 @@ class Stages:
             layers = [Workspace(artifact.path).record(name) for name in names]
             return Quantized(artifact, Checkpoint(artifact.path / "checkpoint"), layers)
 
-    def final_hidden(
-        self, model: StreamedModel, windows: ScoredWindows, name: str = "evaluate original"
-    ) -> Artifact:
+    def final_hidden(self, model: StreamedModel, windows: ScoredWindows, name: str = "evaluate original") -> Artifact:
         """A model's final hidden states on the evaluation windows: every quantised model is compared with them."""
         batch = self.batch(windows.ids)
 
@@ -244,7 +242,10 @@ def load_hidden(artifact: Artifact) -> Tensor:
 
 
 def _save_scores(directory: Path, scores: Scores) -> None:
-    save_tensors(directory / "scores.safetensors", {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)})
+    save_tensors(
+        directory / "scores.safetensors",
+        {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)},
+    )
 
 
 def _load_scores(directory: Path) -> Scores:

@@ -45,7 +45,13 @@ class Store:
             self._scratch.mkdir(parents=True, exist_ok=True)
 
     def reuse(
-        self, stage: str, spec: object, inputs: list[str], make: Callable[[Path], None], *, resumable: bool = False
+        self,
+        stage: str,
+        spec: object,
+        inputs: list[str],
+        make: Callable[[Path], None],
+        *,
+        resumable: bool = False,
     ) -> Artifact:
         """The artifact of `stage` for these settings and inputs, made by `make(scratch directory)` if it is not there.
 

@@ -79,9 +79,7 @@ class TextSource:
         if self.dataset == "text" and not self.path:
             raise ConfigError(f"{self.section}.dataset=text: needs {self.section}.path=FILE")
         if self.dataset == "pydoc" and self.path:
-            raise ConfigError(
-                f"{self.section}.path={self.path}: pydoc reads no file; add {self.section}.dataset=text"
-            )
+            raise ConfigError(f"{self.section}.path={self.path}: pydoc reads no file; add {self.section}.dataset=text")
         if self.dataset != "text" and self.split not in self._splits:
             raise ConfigError(
                 f"{self.section}.split={self.split}: must be one of {', '.join(self._splits)} "
@@ -241,9 +239,7 @@ def _typed_rows(kind: str, file: Path) -> Iterator[dict[str, Any]]:
     # Offline, since `datasets` reports even the reading of a local file to a counter in the network.
     with _datasets(offline=True) as datasets, tempfile.TemporaryDirectory() as cache:
         name = glob.escape(str(file))
-        yield from datasets.load_dataset(
-            kind, data_files=name, split="train", streaming=True, cache_dir=cache
-        )
+        yield from datasets.load_dataset(kind, data_files=name, split="train", streaming=True, cache_dir=cache)
 
 
 def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -47,9 +47,7 @@ def losses(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: 
 
 @pytest.mark.parametrize("implementation", [CpuKernels, ReferenceKernels])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_the_clip_search_is_never_worse_than_the_plain_grid(
-    grid: Grid, implementation: type[kernels.Kernels]
-) -> None:
+def test_the_clip_search_is_never_worse_than_the_plain_grid(grid: Grid, implementation: type[kernels.Kernels]) -> None:
     problem = search_problem(grid, 64, 32)
     found = losses(*problem).gather(1, implementation.clip_search(*problem)[:, None])[:, 0]
     assert (found <= 1.001 * losses(*problem).amin(1)).all()
@@ -87,9 +85,7 @@ def column_problem(grid: Grid, rows: int, size: int, columns: int) -> dict[str, 
     }
 
 
-def run_columns(
-    implementation: type[kernels.Kernels], problem: dict[str, Tensor], grid: Grid
-) -> dict[str, Tensor]:
+def run_columns(implementation: type[kernels.Kernels], problem: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
     copy = {name: tensor.clone() for name, tensor in problem.items()}
     implementation.quantize_columns(
         **copy, span=range(4, 20), block=range(4, 28), lowest=grid.lowest, highest=grid.highest
@@ -137,9 +133,7 @@ def test_rows_do_not_depend_on_their_neighbours(threads: int) -> None:
         own = {name: tensor[rows] for name, tensor in columns.items() if name not in shared}
         assert torch.equal(run_columns(CpuKernels, shared | own, grid)["errors"], together[rows])
         values, low, shrink, scales, *edges = search
-        assert torch.equal(
-            CpuKernels.clip_search(values[rows], low[rows], shrink, scales[rows], *edges), best[rows]
-        )
+        assert torch.equal(CpuKernels.clip_search(values[rows], low[rows], shrink, scales[rows], *edges), best[rows])
 
 
 def test_a_cpu_gets_the_compiled_kernels_and_a_gpu_plain_torch() -> None:

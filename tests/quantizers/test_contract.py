@@ -26,9 +26,7 @@ KINDS = list(OPTIONS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def build(
-    kind: type[Quantizer], bits: int, group_size: int | None, symmetric: bool, **options: Any
-) -> Quantizer:
+def build(kind: type[Quantizer], bits: int, group_size: int | None, symmetric: bool, **options: Any) -> Quantizer:
     return kind(bits=bits, group_size=group_size, symmetric=symmetric, **(OPTIONS[kind] | options))
 
 
@@ -41,9 +39,7 @@ def layer(out_features: int = 12, in_features: int = 48, seed: int = 0) -> tuple
     return weight, inputs.T @ inputs / len(inputs)
 
 
-def solve(
-    quantizer: Quantizer, weight: Tensor, hessian: Tensor, dtype: torch.dtype = torch.float32
-) -> Solution:
+def solve(quantizer: Quantizer, weight: Tensor, hessian: Tensor, dtype: torch.dtype = torch.float32) -> Solution:
     return quantizer.quantize(weight, quantizer.prepare(hessian), dtype)
 
 
@@ -90,19 +86,14 @@ def test_more_bits_err_less(kind: type[Quantizer], symmetric: bool) -> None:
     weight, hessian = layer()
     errors = []
     for bits in range(1, 9):
-        error = (
-            solve(build(kind, bits, 24, symmetric), weight, hessian).quantized.dequantize(torch.float64)
-            - weight
-        )
+        error = solve(build(kind, bits, 24, symmetric), weight, hessian).quantized.dequantize(torch.float64) - weight
         errors.append(float(torch.trace(error @ hessian @ error.T)))
     assert errors == sorted(errors, reverse=True)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_and_inputs_times_powers_of_two_keep_their_codes(
-    kind: type[Quantizer], symmetric: bool
-) -> None:
+def test_weights_and_inputs_times_powers_of_two_keep_their_codes(kind: type[Quantizer], symmetric: bool) -> None:
     weight, hessian = layer()
     quantizer = build(kind, 3, 16, symmetric)
     plain = solve(quantizer, weight, hessian, torch.bfloat16).quantized

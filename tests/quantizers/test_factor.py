@@ -21,9 +21,7 @@ def test_the_factor_squares_to_the_inverse_of_the_damped_permuted_hessian(size: 
     factor = factorize(matrix, order, damping=0.1)
     damped = (matrix + 0.1 * matrix.diagonal().mean() * torch.eye(size, dtype=torch.float64))[order][:, order]
     upper = factor.upper.double()
-    torch.testing.assert_close(
-        upper.T @ upper @ damped, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-5)
     assert torch.equal(upper, upper.triu())
     assert factor.upper.is_contiguous()
     assert (factor.damping, factor.rungs) == (0.1, 0)
@@ -55,9 +53,7 @@ def test_damping_is_raised_tenfold_until_the_factorisation_stands() -> None:
 
 def test_the_ladder_has_five_rungs_and_then_names_its_key() -> None:
     matrix = torch.full((8, 8), -1e9, dtype=torch.float64).fill_diagonal_(1.0)
-    with pytest.raises(
-        NumericsError, match=rf"quantizer.damping=0.001: .* even with {0.001 * 10**LADDER:g} of"
-    ):
+    with pytest.raises(NumericsError, match=rf"quantizer.damping=0.001: .* even with {0.001 * 10**LADDER:g} of"):
         factorize(matrix, torch.arange(8), damping=0.001)
 
 

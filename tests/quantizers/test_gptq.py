@@ -31,9 +31,7 @@ def gptq(**options: Any) -> GPTQ:
     return dataclasses.replace(PLAIN, **options)
 
 
-def layer(
-    out_features: int, in_features: int, seed: int = 0, tokens: int | None = None
-) -> tuple[Tensor, Tensor]:
+def layer(out_features: int, in_features: int, seed: int = 0, tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """weight (out, in) float32 and the Hessian (in, in) of correlated inputs of various loudness."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64)
@@ -57,11 +55,7 @@ def dense(quantizer: GPTQ | RTN, weight: Tensor, hessian: Tensor) -> Tensor:
 def textbook(quantizer: GPTQ, weight: Tensor, hessian: Tensor) -> Tensor:
     """GPTQ as published: inverse, its Cholesky factor, one column after the other. Dequantised (out, in)."""
     diagonal = hessian.diagonal()
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True)
-        if quantizer.act_order
-        else torch.arange(len(hessian))
-    )
+    order = torch.argsort(diagonal, descending=True, stable=True) if quantizer.act_order else torch.arange(len(hessian))
     damped = hessian + torch.eye(len(hessian)) * quantizer.damping * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
@@ -170,9 +164,7 @@ def test_uncorrelated_inputs_turn_gptq_into_rtn(act_order: bool, mse: bool, symm
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_errs_less_than_rtn_on_correlated_inputs(bits: int, act_order: bool) -> None:
     weight, hessian = layer(64, 128)
-    error = output_error(
-        weight, dense(gptq(bits=bits, group_size=32, act_order=act_order), weight, hessian), hessian
-    )
+    error = output_error(weight, dense(gptq(bits=bits, group_size=32, act_order=act_order), weight, hessian), hessian)
     plain = output_error(weight, dense(RTN(bits, 32, False, False), weight, hessian), hessian)
     assert float(error.sum()) < 0.7 * float(plain.sum())
 

@@ -15,9 +15,7 @@ class Kernels(Protocol):
     """What a module of this package offers."""
 
     @staticmethod
-    def clip_search(
-        values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int
-    ) -> Tensor:
+    def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
         """Which candidate grid rounds a group best: argmin over k of sum_j |w_j - nearest level|^2.4.
 
         Candidate k of a group has scales[:, k] and the zero-point that puts code `lowest` near shrink[k] *

@@ -140,9 +140,7 @@ class CpuKernels(Kernels):
     """See `Kernels` for the contract."""
 
     @staticmethod
-    def clip_search(
-        values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int
-    ) -> Tensor:
+    def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
         best = torch.empty(len(values), dtype=torch.int64)
         v, w, p, s, b = values.numpy(), low.numpy(), shrink.numpy(), scales.numpy(), best.numpy()
 
@@ -171,8 +169,6 @@ class CpuKernels(Kernels):
         edges = (span.start, span.stop, block.start, block.stop)
 
         def body(rows: slice) -> None:
-            _quantize_columns(
-                w[rows], c[rows], e[rows], u, s[rows], z[rows], g, *edges, f32(lowest), f32(highest)
-            )
+            _quantize_columns(w[rows], c[rows], e[rows], u, s[rows], z[rows], g, *edges, f32(lowest), f32(highest))
 
         _over_rows(work.shape[0], len(span), body)

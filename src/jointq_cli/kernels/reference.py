@@ -10,9 +10,7 @@ class ReferenceKernels(Kernels):
     """See `Kernels` for the contract."""
 
     @staticmethod
-    def clip_search(
-        values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int
-    ) -> Tensor:
+    def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
         losses = torch.empty_like(scales)
         for k in range(scales.shape[1]):
             scale = scales[:, k, None]

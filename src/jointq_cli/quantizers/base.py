@@ -71,9 +71,7 @@ class Quantizer(ABC):
 
     def describe(self) -> str:
         """One line for people: "RTN W4 g128 asymmetric mse"."""
-        return " ".join(
-            [type(self).__name__, f"W{self.bits}", self._describe_groups(), *self._describe_options()]
-        )
+        return " ".join([type(self).__name__, f"W{self.bits}", self._describe_groups(), *self._describe_options()])
 
     def _describe_groups(self) -> str:
         groups = "per-channel" if self.group_size in (None, -1) else f"g{self.group_size}"

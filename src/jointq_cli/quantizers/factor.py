@@ -54,8 +54,7 @@ def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor:
             condition = float((pivots.max() / pivots.min()).square())
             return Factor(_inverse(lower), fraction, rung, condition)
     raise NumericsError(
-        f"quantizer.damping={damping:g}: the Hessian is singular even with {fraction:g} of its mean diagonal"
-        " added"
+        f"quantizer.damping={damping:g}: the Hessian is singular even with {fraction:g} of its mean diagonal added"
     )
 
 

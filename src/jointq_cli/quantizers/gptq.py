@@ -56,9 +56,7 @@ class GPTQ(Quantizer):
     """See the module. `damping` is a fraction of the Hessian's mean diagonal."""
 
     mse: bool
-    act_order: (
-        bool  # columns with the largest activations first; groups follow that order unless static_groups
-    )
+    act_order: bool  # columns with the largest activations first; groups follow that order unless static_groups
     static_groups: bool  # groups are the original neighbours, scales from the original weights
     damping: float
     block_size: int
@@ -108,9 +106,7 @@ class GPTQ(Quantizer):
             return self._fall_back(weight, scale_dtype, str(error))
         return Solution(quantized, prepared.damping, prepared.verdict, dict(prepared.notes))
 
-    def _solve(
-        self, weight: Tensor, columns: int, prepared: Propagation, scale_dtype: torch.dtype
-    ) -> QuantizedWeight:
+    def _solve(self, weight: Tensor, columns: int, prepared: Propagation, scale_dtype: torch.dtype) -> QuantizedWeight:
         order = prepared.order
         work = weight.masked_fill(prepared.dead, 0.0).index_select(1, order)
         scale, zero_point, column_groups = self._groups(work, order, columns, scale_dtype)
