@@ -33,7 +33,9 @@ def test_no_overrides_are_an_empty_list(tmp_path):
 def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.write_manifest(
-        take_manifest(["jointq", "quantize"], "cpu", 2, seeds={"calibration.seed": 0}, hashes={"model": "5c1f"})
+        take_manifest(
+            ["jointq", "quantize"], "cpu", 2, seeds={"calibration.seed": 0}, hashes={"model": "5c1f"}, texts={}
+        )
     )
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
     assert manifest["command"] == ["jointq", "quantize"]

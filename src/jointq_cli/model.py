@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ModelError
+from jointq_cli.machine import release_freed_memory
 
 SKELETON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
 
@@ -107,6 +108,7 @@ class StreamedModel:
             yield self.blocks[index]
         finally:
             _unload(self.blocks[index])
+            release_freed_memory()
 
     def embed_all(self, windows: Tensor, batch: int) -> Tensor:
         """Hidden states (windows, tokens, hidden) that enter the first block, `batch` windows at a time."""

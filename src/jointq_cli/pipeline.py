@@ -6,8 +6,6 @@ Each step is a stage that reads artifacts and writes an artifact through the sto
 here knows Hydra.
 """
 
-import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from jointq_cli.interrupts import deferred
 from jointq_cli.machine import peak_memory, versions
 from jointq_cli.model import StreamedModel
 from jointq_cli.records import EvaluationReport, Protocol, RunReport
-from jointq_cli.report import Console, write_report
+from jointq_cli.report import Console, encode, write_report
 from jointq_cli.run_directory import RunDirectory, take_manifest
 from jointq_cli.runtime import Runtime
 from jointq_cli.sources import ModelSource
@@ -46,7 +44,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
         hidden = stages.final_hidden(original, windows)
         scores, reload_check = stages.score(original, hidden, quantized, windows, tokens, recipe.model)
         report = _report(recipe, stages, original, tokens, windows, quantized, scores, reload_check)
-        _write(run, recipe, report, tokens)
+        _write(run, recipe, report, tokens, windows)
         console.closing(report, run.path)
         return report
 
@@ -72,7 +70,7 @@ def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console) -> Eva
             stages=stages.records,
             versions=versions(),
         )
-        run.write(run.path / "evaluation.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        run.write(run.path / "evaluation.json", encode(report))
         console.measured(report, run.path)
         return report
 
@@ -162,12 +160,14 @@ def _report(
     )
 
 
-def _write(run: RunDirectory, recipe: Recipe, report: RunReport, tokens: Tokens) -> None:
+def _write(run: RunDirectory, recipe: Recipe, report: RunReport, tokens: Tokens, windows: ScoredWindows) -> None:
     seeds = {"calibration.seed": recipe.calibration.seed}
     hashes = {
         "model": report.model_hash,
         "calibration tokens": tokens.hash,
-        "evaluation text": report.protocol.text_hash,
+        "evaluation windows": windows.hash,
     }
-    run.write_manifest(take_manifest(sys.argv, report.device, torch.get_num_threads(), seeds, hashes))
+    texts = {"calibration": tokens.provenance, "evaluation": windows.provenance}
+    manifest = take_manifest(sys.argv, report.device, torch.get_num_threads(), seeds, hashes, texts)
+    run.write_manifest(manifest)
     write_report(report, run)

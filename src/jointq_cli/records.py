@@ -7,6 +7,8 @@ Knows no torch, no files and no terminal. The engine fills these in, `report` re
 from dataclasses import dataclass, field
 from typing import Any
 
+IDENTICAL = "identical"  # what a reload check says that found no difference
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -117,7 +119,7 @@ class RunReport:
     original: Perplexity
     quantized: Perplexity
     comparison: Comparison
-    reload_check: str  # "identical", or by how much the reloaded checkpoint differs from the in-memory model
+    reload_check: str  # IDENTICAL, or by how much the reloaded checkpoint differs from the in-memory model
     audit: Audit
     bits_per_weight: float  # over the quantised layers
     layers: list[LayerRecord]

@@ -27,11 +27,17 @@ class Manifest:
     cpu_count: int  # cores the process may use
     threads: int  # that the computation uses
     seeds: dict[str, int]  # by the key of the recipe
-    hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation text
+    hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation windows
+    texts: dict[str, dict[str, str]]  # where calibration and evaluation text came from: revision, sha256, tokenizer
 
 
 def take_manifest(
-    command: Sequence[str], device: str, threads: int, seeds: dict[str, int], hashes: dict[str, str]
+    command: Sequence[str],
+    device: str,
+    threads: int,
+    seeds: dict[str, int],
+    hashes: dict[str, str],
+    texts: dict[str, dict[str, str]],
 ) -> Manifest:
     """The manifest of a run that this process does now."""
     return Manifest(
@@ -45,6 +51,7 @@ def take_manifest(
         threads=threads,
         seeds=seeds,
         hashes=hashes,
+        texts=texts,
     )
 
 

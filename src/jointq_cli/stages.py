@@ -32,7 +32,7 @@ from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows
 from jointq_cli.grid import check_group_size
 from jointq_cli.interrupts import Interrupts
 from jointq_cli.model import StreamedModel
-from jointq_cli.records import LayerRecord, StageRecord
+from jointq_cli.records import IDENTICAL, LayerRecord, StageRecord
 from jointq_cli.report.console import Console, Stage
 from jointq_cli.report.screens import Bar
 from jointq_cli.runtime import Runtime
@@ -40,8 +40,6 @@ from jointq_cli.sources import ModelSource, fetch
 from jointq_cli.store import Artifact, Store
 from jointq_cli.text import HUB
 from jointq_cli.workspace import Workspace
-
-IDENTICAL = "identical"  # what a reload check says that found nothing
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,13 @@ def code_version() -> str:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write(scratch file)`, then rename over `path`: readers see the old file or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.partial")
-    write(scratch)
-    _sync(scratch)
-    os.replace(scratch, path)
+    try:
+        write(scratch)
+        _sync(scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def link_files(source: Path, target: Path, pattern: str = "*") -> None:

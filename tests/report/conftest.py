@@ -115,9 +115,7 @@ def troubled(report: RunReport) -> RunReport:
     layers[20] = replace(layers[20], verdict="damped", damping=0.1)
     layers[33] = replace(layers[33], output_error=0.0, weight_error=0.0)
     audit = replace(report.audit, changed=["model.norm.weight"])
-    return replace(
-        report, layers=layers, audit=audit, warnings=["the calibration text was <used> twice & more"]
-    )
+    return replace(report, layers=layers, audit=audit, warnings=["the calibration text was <used> twice & more"])
 
 
 class Clock:

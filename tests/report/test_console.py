@@ -245,9 +245,9 @@ def test_the_log_has_everything_with_its_time(troubled, clock, tmp_path):
     tell(Console(tmp_path / "log.txt", quiet=True, clock=clock), troubled, clock)
     entries = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  ", entry) for entry in entries)
-    assert sum(
-        "model.layers." in entry and re.search(r"x(576|1536) ", entry) is not None for entry in entries
-    ) >= len(troubled.layers)
+    assert sum("model.layers." in entry and re.search(r"x(576|1536) ", entry) is not None for entry in entries) >= len(
+        troubled.layers
+    )
     assert any("WARNING a warning" in entry for entry in entries)
     assert any("tokens reused" in entry for entry in entries)
     assert any("19.34 ± 0.55" in entry for entry in entries)

@@ -70,9 +70,7 @@ def test_sizes_are_decimal(count, text):
 
 @given(st.floats(min_value=1e-6, max_value=1e8), st.integers(min_value=1, max_value=6))
 def test_significant_digits_are_true_to_the_value(value, digits):
-    assert float(units.significant(value, digits)) == pytest.approx(
-        value, rel=0.5 * 10 ** (1 - digits) * 1.001
-    )
+    assert float(units.significant(value, digits)) == pytest.approx(value, rel=0.5 * 10 ** (1 - digits) * 1.001)
 
 
 @given(st.text(alphabet="ab.", max_size=60), st.integers(min_value=2, max_value=40))

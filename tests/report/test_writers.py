@@ -137,9 +137,7 @@ def test_the_page_names_no_address_outside_itself(page):
         found: list[str] = []  # noqa: RUF012
 
         def handle_starttag(self, tag, attrs):
-            self.found += [
-                value for name, value in attrs if name in ("src", "href", "action", "data") and value
-            ]
+            self.found += [value for name, value in attrs if name in ("src", "href", "action", "data") and value]
 
     parser = References()
     parser.feed(page)

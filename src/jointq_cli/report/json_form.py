@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import RunReport
+from jointq_cli.records import EvaluationReport, RunReport
 
 NOT_FINITE = ("nan", "inf", "-inf")
 
 
-def encode(report: RunReport) -> str:
+def encode(report: RunReport | EvaluationReport) -> str:
     """`dataclasses.asdict` as indented JSON. Notes that JSON does not know raise TypeError."""
     plain = _strings_for_not_finite(dataclasses.asdict(report))
     return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -83,9 +83,7 @@ def outcome(state: str, seconds: float) -> str:
 
 def progress(pace: Pace) -> str:
     """ "120/210, 57 %, 1 min 20 s, 59.1 s left"; without the last where the speed is unknown."""
-    rest = (
-        "" if math.isnan(pace.remaining) or not pace.remaining else f", {units.duration(pace.remaining)} left"
-    )
+    rest = "" if math.isnan(pace.remaining) or not pace.remaining else f", {units.duration(pace.remaining)} left"
     return f"{pace.done}/{pace.total}, {100 * pace.share:.0f} %, {units.duration(pace.elapsed)}{rest}"
 
 
@@ -140,9 +138,7 @@ def closing_of_evaluation(report: EvaluationReport, run_directory: Path) -> Clos
     reference = [("reference", report.reference)] if report.reference else []
     return Closing(
         verdict=f"perplexity {value}",
-        problems=[]
-        if math.isfinite(report.perplexity.value)
-        else [f"the perplexity is {report.perplexity.value}"],
+        problems=[] if math.isfinite(report.perplexity.value) else [f"the perplexity is {report.perplexity.value}"],
         figures=summary.measured_figures(report),
         details=[
             ("model", report.model),

@@ -73,12 +73,8 @@ def draw_pictures(report: RunReport) -> list[Picture]:
     """Every picture for which the report has something to show."""
     layers = report.layers
     return [
-        *_over_depth(
-            "E_y", "Output error over depth", layers, _output_error, "Relative error of each layer's output"
-        ),
-        *_over_depth(
-            "E_w", "Weight error over depth", layers, _weight_error, "Relative error of each weight matrix"
-        ),
+        *_over_depth("E_y", "Output error over depth", layers, _output_error, "Relative error of each layer's output"),
+        *_over_depth("E_w", "Weight error over depth", layers, _weight_error, "Relative error of each weight matrix"),
         *_by_kind(layers),
         *_perplexities(report),
         *_times(report),
@@ -123,9 +119,7 @@ def _over_depth(
                 label=kind,
                 gid=group,
             )
-            tips[group] = [
-                f"{layer.name}: {symbol} {units.relative_error(error(layer))}" for layer in members
-            ]
+            tips[group] = [f"{layer.name}: {symbol} {units.relative_error(error(layer))}" for layer in members]
         _mark_fallbacks(axes, shown, error)
         axes.set_yscale("log")
         _log_ticks(axes.yaxis, [error(layer) for layer in shown])
@@ -224,9 +218,7 @@ def _perplexities(report: RunReport) -> list[Picture]:
 
 def _with_error_bar(axes: Axes, row: int, perplexity: Perplexity, colour: str) -> None:
     spread = perplexity.standard_error if math.isfinite(perplexity.standard_error) else 0.0
-    axes.errorbar(
-        perplexity.value, row, xerr=spread, fmt="o", color=colour, markersize=8, capsize=5, linewidth=1.8
-    )
+    axes.errorbar(perplexity.value, row, xerr=spread, fmt="o", color=colour, markersize=8, capsize=5, linewidth=1.8)
     text = units.plus_minus(perplexity.value, perplexity.standard_error)
     axes.annotate(text, (perplexity.value, row), xytext=(0, 12), textcoords="offset points", ha="center")
 
@@ -249,11 +241,7 @@ def _times(report: RunReport) -> list[Picture]:
         axes.set_xlabel("seconds")
         svg = canvas.svg("times", {})
     total = units.duration(summary.total_seconds(report))
-    return [
-        Picture(
-            "Where the time went", f"{total} in all; reused stages cost nothing this time", svg, wide=True
-        )
-    ]
+    return [Picture("Where the time went", f"{total} in all; reused stages cost nothing this time", svg, wide=True)]
 
 
 class _canvas:
@@ -283,9 +271,7 @@ class _canvas:
         matplotlib.rcParams["svg.hashsalt"] = name
         buffer = StringIO()
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # a layout too narrow for its labels is no trouble of the user
+            warnings.simplefilter("ignore", UserWarning)  # a layout too narrow for its labels is no trouble of the user
             self._figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         return _inline(buffer.getvalue(), name, tips)
 
@@ -313,9 +299,7 @@ def _with_tips(svg: str, group: str, texts: Iterable[str]) -> str:
 
     def titled(match: re.Match[str]) -> str:
         text = next(remaining, None)
-        return (
-            match.group(0) if text is None else f"{match.group(0)[:-2]}><title>{escape(text)}</title></use>"
-        )
+        return match.group(0) if text is None else f"{match.group(0)[:-2]}><title>{escape(text)}</title></use>"
 
     return head + re.sub(r"<use [^>]*/>", titled, tail) if start >= 0 else svg
 
@@ -334,13 +318,9 @@ def _fits_log_axis(value: float) -> bool:
 def _log_ticks(axis: Axis, values: Sequence[float]) -> None:
     """Ticks such as "2e-4", at as many digits of each power of ten as the range of `values` has room for."""
     decades = math.log10(max(values) / min(values))
-    digits = (
-        (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(map(float, range(1, 10)))
-    )
+    digits = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(map(float, range(1, 10)))
     axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+"))
-    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")))
     axis.set_minor_formatter(NullFormatter())
 
 

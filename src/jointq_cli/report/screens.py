@@ -182,9 +182,7 @@ class PlainScreen(Screen):
 class PlainBar(Bar):
     """A line after every tenth of the way, but not more often than every two seconds."""
 
-    def __init__(
-        self, description: str, total: int, clock: Callable[[], float], write: Callable[[str], None]
-    ) -> None:
+    def __init__(self, description: str, total: int, clock: Callable[[], float], write: Callable[[str], None]) -> None:
         super().__init__(total, clock)
         self._description = description
         self._write = write

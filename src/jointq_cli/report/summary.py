@@ -9,12 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointq_cli.records import Comparison, EvaluationReport, LayerRecord, RunReport
+from jointq_cli.records import IDENTICAL, Comparison, EvaluationReport, LayerRecord, RunReport
 from jointq_cli.report import units
 
 FALLBACK = "fallback"
 DAMPED = "damped"
-IDENTICAL = "identical"  # a reload check that found nothing
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,7 @@ def explanation(report: RunReport) -> str:
         f"in {agreement} of all positions."
     ]
     if within_noise(report):
-        sentences.append(
-            "The change in perplexity is within two standard errors: too small for this text to show."
-        )
+        sentences.append("The change in perplexity is within two standard errors: too small for this text to show.")
     if report.audit.packed_bytes and report.audit.source_bytes:
         ratio = report.audit.source_bytes / report.audit.packed_bytes
         sentences.append(
@@ -105,9 +102,7 @@ def problems(report: RunReport) -> list[str]:
     if fallbacks:
         found.append(f"{units.plural(len(fallbacks), 'layer')} fell back to RTN: {_listed(fallbacks)}")
     if report.reload_check != IDENTICAL:
-        found.append(
-            f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}"
-        )
+        found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
     return found
 
 
@@ -153,9 +148,7 @@ def key_figures(report: RunReport) -> list[KeyFigure]:
             units.significant(report.bits_per_weight, 3),
             "codes, scales, zero-points, permutation",
         ),
-        KeyFigure(
-            "packed size", units.size(audit.packed_bytes), f"original {units.size(audit.source_bytes)}"
-        ),
+        KeyFigure("packed size", units.size(audit.packed_bytes), f"original {units.size(audit.source_bytes)}"),
         KeyFigure("time", units.duration(total_seconds(report)), f"on {report.device}"),
         KeyFigure("peak memory", units.size(report.peak_memory), "resident set of the process"),
     ]
@@ -172,9 +165,7 @@ def comparison_figures(comparison: Comparison) -> list[KeyFigure]:
             units.plus_minus(comparison.kl_divergence, comparison.kl_divergence_standard_error),
             "nats per token, original || quantised",
         ),
-        KeyFigure(
-            "top-1 agreement", units.percent(comparison.top1_agreement), "both put the same token first"
-        ),
+        KeyFigure("top-1 agreement", units.percent(comparison.top1_agreement), "both put the same token first"),
     ]
 
 

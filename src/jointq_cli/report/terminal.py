@@ -41,9 +41,7 @@ class TerminalScreen(Screen):
 
     def header(self, pairs: list[tuple[str, str]]) -> None:
         title = Text(f"jointq {__version__}", style="bold")
-        self._rich.print(
-            Panel(_grid(pairs), title=title, title_align="left", box=ROUNDED, width=self._panel_width())
-        )
+        self._rich.print(Panel(_grid(pairs), title=title, title_align="left", box=ROUNDED, width=self._panel_width()))
 
     def stage_starts(self, name: str) -> None:
         self._heading_due = True
@@ -140,9 +138,7 @@ class TerminalScreen(Screen):
 class TerminalBar(Bar):
     """The live line of a phase."""
 
-    def __init__(
-        self, description: str, total: int, clock: Callable[[], float], screen: TerminalScreen
-    ) -> None:
+    def __init__(self, description: str, total: int, clock: Callable[[], float], screen: TerminalScreen) -> None:
         super().__init__(total, clock)
         self._screen = screen
         self._task = screen.show_live(description, self.pace)
@@ -189,9 +185,7 @@ def _figures(figures: list[summary.KeyFigure]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(min_width=LABEL_WIDTH)
     for figure in figures:
-        table.add_row(
-            Text(figure.label), Text(figure.value, style="bold"), Text(figure.detail, style=LABEL_STYLE)
-        )
+        table.add_row(Text(figure.label), Text(figure.value, style="bold"), Text(figure.detail, style=LABEL_STYLE))
     return table
 
 
