@@ -27,6 +27,9 @@ INTERRUPTED = 130  # 128 + SIGINT, where nothing was begun that could be continu
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for an error told in one line, 2 for wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Before torch: idle OpenMP threads should sleep. Where another process wants a core too, threads that spin at the
+    # end of each product made a GPTQ layer of 256 x 1024 take 0.18 s instead of 0.035 s.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(arguments)
     except JointqError as error:
