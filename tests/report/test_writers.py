@@ -189,7 +189,7 @@ def test_a_run_of_one_layer_one_window_and_a_broken_model_is_still_a_page(report
 def test_a_perplexity_that_explodes_is_drawn_on_a_logarithmic_axis(report):
     page = render_page(replace(report, quantized=Perplexity(43_211.0, 2_000.0, 10.67, 0.05)))
     assert "43211 ± 2000" in page
-    assert "1e+4" in page
+    assert ">10000<" in page
 
 
 def test_more_kinds_than_colours_are_drawn_all_the_same(report):

@@ -315,12 +315,18 @@ def _fits_log_axis(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
+def _power(value: float) -> str:
+    """A tick's value with as many digits as it has: 2e-3, 1.5e-2."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
 def _log_ticks(axis: Axis, values: Sequence[float]) -> None:
     """Ticks such as "2e-4", at as many digits of each power of ten as the range of `values` has room for."""
     decades = math.log10(max(values) / min(values))
     digits = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(map(float, range(1, 10)))
     axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 0.1 else _power(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
