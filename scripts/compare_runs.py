@@ -13,11 +13,12 @@ from jointq_cli.report import load_report
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories; others are passed over")
     print("| quantizer | bits per weight | perplexity | original | KL divergence | top-1 | quantise |")
     print("|---|---|---|---|---|---|---|")
     for run in parser.parse_args().runs:
-        print(row(load_report(run / "report.json")))
+        if (run / "report.json").exists():
+            print(row(load_report(run / "report.json")))
 
 
 def row(report: RunReport) -> str:
