@@ -70,11 +70,11 @@ def test_companions_leave_the_old_index_and_readme_behind(tmp_path: Path) -> Non
     (source / "modeling_x.py").write_text("")
     target = tmp_path / "target"
     target.mkdir()
-    copy_companions(source, target, code=False)
+    copy_companions(Checkpoint(source), target, code=False)
     copied = {path.name for path in target.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= copied
     assert not copied & {INDEX, "README.md", "modeling_x.py"}
-    copy_companions(source, target, code=True)
+    copy_companions(Checkpoint(source), target, code=True)
     assert (target / "modeling_x.py").exists()
 
 

@@ -36,6 +36,33 @@ def test_walking_block_by_block_gives_the_logits_of_transformers(family: str, tm
     torch.testing.assert_close(walk(streamed, windows(), batch=2), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+@torch.no_grad()
+def test_logits_need_no_walk_before_them(family: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, family))
+    hidden = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    walked, fresh = (StreamedModel(checkpoint, CPU, torch.float32) for _ in range(2))
+    walk(walked, windows(), batch=5)
+    with walked.outer(), fresh.outer():
+        assert torch.equal(walked.logits(hidden), fresh.logits(hidden))
+
+
+@torch.no_grad()
+def test_a_head_that_differs_from_the_embeddings_it_is_said_to_be_tied_to_is_believed(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, tie_word_embeddings=True)
+    expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(windows()).logits
+    model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
+    for _ in range(2):
+        torch.testing.assert_close(walk(model, windows(), batch=5), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ids_that_the_model_does_not_know_are_refused_in_one_line(tmp_path: Path) -> None:
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path)), CPU, torch.float32)
+    with pytest.raises(ModelError, match="ids up to 999"):
+        model.embed_all(torch.full((1, 4), 999), batch=1)
+
+
 @torch.no_grad()
 def test_outside_its_contexts_no_parameter_is_in_memory(tmp_path: Path) -> None:
     model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "llama_tied")), CPU, torch.float32)
@@ -85,4 +112,4 @@ def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     edit_config(directory, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ModelError, match="quantised already"):
-        StreamedModel(Checkpoint(directory), CPU, torch.float32)
+        Checkpoint(directory)

@@ -166,7 +166,7 @@ def test_every_option_composes(row: int) -> None:
     compose(*(f"{group}={option}" for group, option in chosen.items()), *missing)
 
 
-@pytest.mark.parametrize("schema", concrete(Quantizer))
+@pytest.mark.parametrize("schema", [q for q in concrete(Quantizer) if q.__module__.startswith("jointq_cli.")])
 def test_every_quantizer_has_a_yaml(schema: type[Quantizer]) -> None:
     assert any(f"/schema@_here_: {schema.__name__}\n" in path.read_text() for path in GROUPS["quantizer"].values())
 

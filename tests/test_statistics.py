@@ -1,5 +1,7 @@
 """Hessians: X^T X / tokens, however the tokens arrive."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -37,6 +39,11 @@ def test_a_layer_of_zeros_has_no_error() -> None:
     zeros = torch.zeros(2, 3)
     assert output_error(zeros, zeros, torch.eye(3, dtype=torch.float64)) == 0.0
     assert weight_error(zeros, zeros) == 0.0
+
+
+def test_a_broken_hessian_is_no_perfect_layer() -> None:
+    ones = torch.ones(2, 3)
+    assert math.isnan(output_error(ones, ones / 2, torch.full((3, 3), math.nan, dtype=torch.float64)))
 
 
 def test_no_token_is_no_division_by_zero() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jointq_cli.errors import ResourceError
-from jointq_cli.store import Store, artifact_key, write_atomically
+from jointq_cli.store import Store, artifact_key, link_files, write_atomically
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,36 @@ def test_two_processes_that_want_the_same_artifact_make_it_once(tmp_path: Path) 
         worker.join()
         assert worker.exitcode == 0
     assert log.read_text() == "made\n"
+
+
+def test_waiting_for_another_process_is_told_and_can_be_stopped(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    def make(scratch: Path) -> None:
+        with pytest.raises(Stop):
+            Store(tmp_path, pause=stop, tell=told.append).reuse("stage", Spec(4), [], write_one)
+        write_one(scratch)
+
+    assert not Store(tmp_path).reuse("stage", Spec(4), [], make).reused
+    assert len(told) == 1
+    assert "waiting for another process, which makes stage-" in told[0]
+
+
+def test_linked_files_are_those_of_the_last_source_and_nothing_else(tmp_path: Path) -> None:
+    for name, files in {"one": ["a.safetensors", "b.json"], "two": ["a.safetensors"]}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text(name)
+    target = tmp_path / "target"
+    for name in ("one", "one", "two"):  # twice the same: the second rename is onto another link of the same file
+        link_files(tmp_path / name, target)
+    assert {file.name: file.read_text() for file in target.iterdir()} == {"a.safetensors": "two"}
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -216,6 +216,7 @@ def test_an_unreachable_hub_says_how_to_go_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_hub)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("asked for an address"))
     with pytest.raises(ResourceError) as caught:

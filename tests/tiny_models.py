@@ -40,6 +40,7 @@ FAMILIES = {
     "phi3": lambda: transformers.Phi3Config(**GROUPED),
     "olmo2": lambda: transformers.Olmo2Config(**GROUPED),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "falcon": lambda: transformers.FalconConfig(**SIZES),  # its blocks return tuples
 }
 
 

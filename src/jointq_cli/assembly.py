@@ -25,7 +25,7 @@ def assemble(model: StreamedModel, workspace: Workspace, target: Path, *, code: 
     for index, shard in enumerate(shards[1:]):
         if workspace.shard(index).exists():
             os.replace(workspace.shard(index), shard)
-    copy_companions(model.checkpoint.directory, target, code=code)
+    copy_companions(model.checkpoint, target, code=code)
     (target / INDEX).unlink(missing_ok=True)
     write_index(target, shards)
 
@@ -46,7 +46,11 @@ def audit(
     changed = [
         name
         for name in common
-        if _header(source, name) != _header(result, name) or not _as_expected(source, result, name, by_tensor, codes)
+        if not (
+            _says_its_codes(result, name, codes / f"{by_tensor[name].name}.safetensors")
+            if name in by_tensor
+            else source.same_bytes(result, name)
+        )
     ]
     plain = [name for name in common if name not in by_tensor]
     return Audit(
@@ -61,36 +65,12 @@ def audit(
     )
 
 
-def _header(checkpoint: Checkpoint, name: str) -> tuple[str, tuple[int, ...]]:
-    info = checkpoint.tensors[name]
-    return info.dtype, info.shape
-
-
-def _as_expected(
-    source: Checkpoint, result: Checkpoint, name: str, by_tensor: dict[str, LayerRecord], codes: Path
-) -> bool:
+def _says_its_codes(result: Checkpoint, name: str, codes: Path) -> bool:
     found = result.read([name])[name]
-    if name in by_tensor:
-        expected = load_layer(codes / f"{by_tensor[name].name}.safetensors").dequantize(found.dtype)
-    else:
-        expected = source.read([name])[name]
-    return torch.equal(found, expected)
+    return torch.equal(found, load_layer(codes).dequantize(found.dtype))
 
 
 def _packed_bytes(result: Checkpoint, plain: list[str], layers: Iterable[LayerRecord]) -> int:
-    kept = sum(_tensor_bytes(result, name) for name in plain)
+    kept = sum(result.tensors[name].nbytes for name in plain)
     packed = sum(layer.bits_per_weight * layer.out_features * layer.in_features / 8 for layer in layers)
     return kept + round(packed)
-
-
-def _tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
-    dtype, shape = _header(checkpoint, name)
-    return torch.Size(shape).numel() * _BYTES[dtype]
-
-
-_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-}

@@ -62,14 +62,20 @@ def quantize_blocks(
     loses nothing and may raise. Raises NumericsError, naming the layer, where a layer cannot be solved.
     """
     start = workspace.position()
-    embedded = model.embed_all(windows, plan.batch)
-    streams = Streams(embedded, embedded[: plan.batch].clone())
-    if start:
-        kept = workspace.streams()
-        streams = Streams(kept.calibration.to(model.device), kept.probe.to(model.device))
+    streams = _streams(model, windows, plan, workspace)
     loop = _Loop(model, plan, workspace, on_layer, pause)
     for index in range(start, len(model)):
         streams = loop.quantize_block(index, streams)
+
+
+def _streams(model: StreamedModel, windows: Tensor, plan: Plan, workspace: Workspace) -> Streams:
+    """What enters the first unfinished block."""
+    if not workspace.position():
+        hidden = model.embed_all(windows, plan.batch)
+        return Streams(hidden, hidden[: plan.batch].clone())
+    model.note_shapes(windows, plan.batch)
+    kept = workspace.streams()
+    return Streams(kept.calibration.to(model.device), kept.probe.to(model.device))
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class _Loop:
                 handle.remove()
 
     def _finished(self, group: list[Layer]) -> bool:
-        return all(self.workspace.layer(layer.name) for layer in group)
+        return all(self.workspace.has_layer(layer.name) for layer in group)
 
     def _quantize_group(self, group: list[Layer], hessian: Tensor | None, tensors: dict[str, Tensor]) -> None:
         prepared: Prepared | None = None

@@ -30,7 +30,22 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # What belongs to a model beside its weights. A README is left out: it describes the original.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
+STRANGERS = (INDEX, PICKLES[1], "adapter_config.json")  # match the patterns above, and belong to other weights
+DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CHUNK = 1 << 24  # bytes that are looked at at once
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,8 @@ class TensorInfo:
     file: Path
     dtype: str  # safetensors' name, such as BF16
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
 
 
 class Checkpoint:
@@ -52,6 +69,8 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = _read_config(directory)
+        if "quantization_config" in self.config:
+            raise ModelError(f"{directory}: is quantised already (its config.json has a quantization_config)")
         self.tensors = _read_headers(directory)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -59,15 +78,18 @@ class Checkpoint:
 
         Raises ModelError for a name that is not there, NumericsError for one that holds NaN or Inf.
         """
-        read: dict[str, torch.Tensor] = {}
-        for file, wanted in self._by_file(names).items():
-            with safe_open(file, framework="pt") as shard:
-                for name in wanted:
-                    # Off the memory map: a view into it is neither aligned as torch's own memory nor counted as ours.
-                    tensor = shard.get_tensor(name).clone()
-                    _check_finite(name, tensor, file)
-                    read[name] = tensor
-        return read
+        return {name: self._read_one(name) for name in names}
+
+    def same_bytes(self, other: "Checkpoint", name: str) -> bool:
+        """Whether tensor `name` has the same dtype, shape and bytes in both; looks at a little at a time."""
+        ours, theirs = self.tensors[name], other.tensors[name]
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return False
+        with ours.file.open("rb") as one, theirs.file.open("rb") as two:
+            one.seek(ours.offset)
+            two.seek(theirs.offset)
+            sizes = [min(CHUNK, ours.nbytes - done) for done in range(0, ours.nbytes, CHUNK)]
+            return all(one.read(size) == two.read(size) for size in sizes)
 
     def check_finite(self) -> None:
         """Reads every tensor once. Raises NumericsError for the first that holds NaN or Inf."""
@@ -82,12 +104,23 @@ class Checkpoint:
             digests = list(pool.map(file_hash, [self.directory / "config.json", *files]))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
+    def companions(self, *, code: bool) -> list[Path]:
+        """What belongs to the model beside its weights; its Python files only when remote code was allowed."""
+        patterns = (*COMPANIONS, "*.py") if code else COMPANIONS
+        found = {file for pattern in patterns for file in self.directory.glob(pattern) if file.is_file()}
+        return sorted(file for file in found if file.name not in STRANGERS)
+
+    def companions_hash(self, *, code: bool) -> str:
+        """sha256 over names and bytes of `companions`."""
+        named = [file.name + file_hash(file) for file in self.companions(code=code)]
+        return hashlib.sha256("".join(named).encode()).hexdigest()
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """The floating dtype that most of the weights are stored in."""
         sizes: Counter[str] = Counter()
         for info in self.tensors.values():
-            if info.dtype in DTYPES:
+            if info.dtype in ("F32", "BF16", "F16"):
                 sizes[info.dtype] += math.prod(info.shape)
         return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
 
@@ -99,13 +132,21 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
 
-    def _by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            if name not in self.tensors:
-                raise ModelError(f"{self.directory}: holds no tensor {name}, which its config.json asks for")
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        return by_file
+    def _read_one(self, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            raise ModelError(f"{self.directory}: holds no tensor {name}, which its config.json asks for")
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise ModelError(f"{info.file}: tensor {name} has dtype {info.dtype}, which is not supported")
+        # Read, not mapped: mapped pages would count as memory beside the copy that has to be made of them.
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        with info.file.open("rb") as file:
+            file.seek(info.offset)
+            if file.readinto(raw.numpy().data) != info.nbytes:
+                raise ModelError(f"{info.file}: ends before tensor {name} does; half-downloaded?")
+        tensor = raw.view(DTYPES[info.dtype]).reshape(info.shape)
+        _check_finite(name, tensor, info.file)
+        return tensor
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -128,20 +169,17 @@ def write_index(directory: Path, shards: list[Path]) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for shard in shards:
-        with safe_open(shard, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                weight_map[name] = shard.name
-                total += opened.get_tensor(name).nbytes
+        for name, info in _read_header(shard).items():
+            weight_map[name] = shard.name
+            total += info.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, target: Path, *, code: bool) -> None:
+def copy_companions(source: Checkpoint, target: Path, *, code: bool) -> None:
     """Copies config, generation config, tokenizer and the like; Python files only when remote code was allowed."""
-    for pattern in (*COMPANIONS, "*.py") if code else COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.name != INDEX and file.is_file():
-                shutil.copyfile(file, target / file.name)
+    for file in source.companions(code=code):
+        shutil.copyfile(file, target / file.name)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -188,17 +226,29 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """What the file's header says, once safetensors has found the file whole and sound."""
     try:
-        with safe_open(file, framework="pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            return {name: TensorInfo(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: damaged or half-downloaded ({error})") from error
+    header.pop("__metadata__", None)
+    return {
+        name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + size + start, stop - start)
+        for name, entry in header.items()
+        for start, stop in [entry["data_offsets"]]
+    }
 
 
 def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+    if not tensor.is_floating_point() or tensor.element_size() < 2:  # torch has no isfinite for 8 bits
+        return
+    # A million values at a time: the mask of a whole embedding matrix would be the run's peak of memory.
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
+    if bad:
         raise NumericsError(f"{file}: tensor {name} holds {bad} values that are NaN or Inf")
 
 

@@ -54,6 +54,7 @@ class ScoredWindows:
 
     ids: Tensor
     scored: Tensor
+    stride: int  # tokens of text from one window to the next
     provenance: dict[str, str] = field(default_factory=dict)  # of the text: revision, sha256 and the like
 
     @property
@@ -101,7 +102,7 @@ def cut_windows(
         windows = torch.cat([torch.full((len(windows), 1), bos_id or 0), windows], dim=1)
         scored = torch.cat([torch.zeros(len(scored), 1, dtype=torch.bool), scored], dim=1)
     scored[:, 0] = False  # nothing comes before it
-    return ScoredWindows(windows, scored, provenance or {})
+    return ScoredWindows(windows, scored, stride, provenance or {})
 
 
 def final_hidden(
@@ -130,11 +131,18 @@ def score(
     quantized: StreamedModel,
     quantized_hidden: Tensor,
     windows: ScoredWindows,
+    on_window: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Scores both models on the same windows from their final hidden states (windows, tokens, hidden).
 
-    Given the same model twice, its logits are made once.
+    Given the same model twice, its logits are made once. on_window is called after each window and may raise. Raises
+    ConfigError when the models have different vocabularies.
     """
+    if _vocabulary(original) != _vocabulary(quantized):
+        raise ConfigError(
+            f"reference: has a vocabulary of {_vocabulary(original)} tokens, and the model one of "
+            f"{_vocabulary(quantized)}; only models with the same tokens can be compared"
+        )
     rows = [torch.zeros(5, dtype=torch.float64) for _ in windows.ids]
     with ExitStack() as loaded:
         for model in {id(m): m for m in (original, quantized)}.values():
@@ -147,6 +155,7 @@ def score(
                 p = _log_probabilities(original, original_hidden[number, part])
                 q = p if quantized is original else _log_probabilities(quantized, quantized_hidden[number, part])
                 rows[number] += _sums(p, q, ids[part + 1].to(p.device))
+            on_window()
     return Scores(*torch.stack(rows).unbind(1))
 
 
@@ -175,7 +184,7 @@ def protocol(evaluation: Evaluation, windows: ScoredWindows, dtype: torch.dtype)
         split=evaluation.split,
         text_hash=windows.hash[:16],
         window=evaluation.seqlen,
-        stride=evaluation.stride or evaluation.seqlen,
+        stride=windows.stride,
         bos=evaluation.bos,
         dtype=str(dtype).removeprefix("torch."),
         windows=len(windows.ids),

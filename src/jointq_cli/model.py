@@ -96,6 +96,7 @@ class StreamedModel:
                 self.checkpoint.read(self._stored_names[name] for name in names if name in self._stored_names),
             )
             self.module.tie_weights()
+            self._untie()
             yield
         finally:
             _unload(self.module, keep=self.blocks)
@@ -113,7 +114,19 @@ class StreamedModel:
     def embed_all(self, windows: Tensor, batch: int) -> Tensor:
         """Hidden states (windows, tokens, hidden) that enter the first block, `batch` windows at a time."""
         with self.outer():
-            return torch.cat([self.embed(part) for part in windows.split(batch)])
+            parts = windows.split(batch)
+            first = self.embed(parts[0])
+            hidden = first.new_empty((len(windows), *first.shape[1:]))
+            hidden[:batch] = first
+            for number, part in enumerate(parts[1:], 1):
+                hidden[number * batch : number * batch + len(part)] = self.embed(part)
+            return hidden
+
+    def note_shapes(self, windows: Tensor, batch: int) -> None:
+        """What `embed_all` notes of how blocks are called, without the hidden states."""
+        with self.outer():
+            for part in {len(part): part for part in windows.split(batch)}.values():
+                self.embed(part)
 
     def run_all(self, index: int, hidden: Tensor, batch: int, pause: Callable[[], None] = lambda: None) -> Tensor:
         """Block `index` over all hidden states (windows, tokens, hidden), in place; calls `pause` between batches."""
@@ -146,6 +159,8 @@ class StreamedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of final hidden states (batch, tokens, hidden). Needs `outer`."""
+        if not self._calls:  # only a walk tells how the blocks hand on their output
+            self.embed(torch.zeros(1, 2, dtype=torch.long))
 
         def stand_aside(index: int, given: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
             return hidden if index == len(self) - 1 else given
@@ -164,13 +179,23 @@ class StreamedModel:
             calls.append(BlockCall(args, kwargs))
             return given
 
+        trouble: Exception | None = None
         with self._replaced_blocks(note):
-            self.module.base_model(input_ids=windows, use_cache=False)
-        if any(given.shape != seen[0].shape for given in seen) and not self._wraps_output:
+            try:
+                self.module.base_model(input_ids=windows, use_cache=False)
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                trouble = error
+        sound = trouble is None and len(calls) == len(self) and all(given.shape == seen[0].shape for given in seen)
+        if not sound and len(seen) > 1 and not self._wraps_output:
             # The model unpacks what its blocks return: it took element 0 of our tensor. Give it tuples.
             self._wraps_output = True
             return self._note_calls(windows)
-        if len(calls) != len(self) or any(given.shape != seen[0].shape for given in seen):
+        if trouble is not None:
+            raise ModelError(
+                f"{self.checkpoint.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
+                f"tokens with ids up to {int(windows.max())}: {' '.join(str(trouble).split())[:200]}"
+            ) from trouble
+        if not sound:
             raise ModelError(
                 f"{self.checkpoint.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
                 "after the other; the block-wise engine cannot walk it"
@@ -194,6 +219,15 @@ class StreamedModel:
         finally:
             for block in self.blocks:
                 block.__dict__.pop("forward", None)
+
+    def _untie(self) -> None:
+        """Where the config ties tensors of which the file has two different ones, transformers believes the file."""
+        for name in getattr(self.module, "all_tied_weights_keys", None) or ():
+            if name in self._stored_names:
+                stored = self._stored_names[name]
+                tensor = self.checkpoint.read([stored])[stored].to(self.device, self.dtype)
+                if not torch.equal(tensor, self.module.get_parameter(name)):
+                    self._load("", {stored: tensor})
 
     def _load(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         module = self.module.get_submodule(prefix.removesuffix("."))
@@ -228,8 +262,6 @@ class StreamedModel:
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    if "quantization_config" in checkpoint.config:
-        raise ModelError(f"{checkpoint.directory}: is quantised already (its config.json has a quantization_config)")
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):

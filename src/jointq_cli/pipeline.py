@@ -90,7 +90,7 @@ def calibrate(recipe: CalibrateRecipe, console: Console) -> Tokens:
 def _stages(store: str, runtime: Runtime, console: Console) -> Iterator[Stages]:
     root = Path(store)
     with deferred() as interrupts, translated_disk_errors(root), torch.no_grad():
-        yield Stages(Store(root), console, runtime, interrupts)
+        yield Stages(Store(root, interrupts.raise_if_requested, console.note), console, runtime, interrupts)
 
 
 def _reference(recipe: EvaluateRecipe, stages: Stages) -> StreamedModel | None:

@@ -1,5 +1,6 @@
 """Where and in what precision a run computes. Knows nothing of models."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"runtime.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
-        if self.device not in ("auto", "cpu") and self.device.split(":")[0] != "cuda":
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"runtime.num_threads={self.num_threads}: must be at least 1, or null for all cores")

@@ -25,6 +25,8 @@ from jointq_cli.store import Store
 BUNDLED = Path(__file__).parent / "pocket"
 GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight
 
+UNWANTED = ["*/*", "consolidated*"]  # what repositories hold beside the checkpoint: other formats of the same weights
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -91,7 +93,9 @@ def convert_gguf(file: Path, target: Path) -> None:
 def _downloaded(source: ModelSource) -> Path:
     patterns = ["*.safetensors", *COMPANIONS, *(["*.py"] if source.trust_remote_code else [])]
     try:
-        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(source.path, revision=source.revision, allow_patterns=patterns, ignore_patterns=UNWANTED)
+        )
     except HFValidationError as error:
         raise ModelError(f"model.path={source.path}: neither a directory here nor a hub id ({error})") from error
     except GatedRepoError as error:

@@ -126,10 +126,12 @@ class Stages:
         spec = {
             "quantizer": recipe.quantizer,
             "qep": recipe.qep,
+            "rotation": recipe.rotation,
             "layers": names,
             "inputs": plan.inputs,
             "batch": plan.batch,
             "dtype": str(model.dtype),
+            "device": self.device.type,  # CPU and GPU round differently, and the reload check wants the same bits
         }
 
         def make(scratch: Path) -> None:
@@ -145,7 +147,8 @@ class Stages:
             assemble(model, workspace, scratch / "checkpoint", code=recipe.model.trust_remote_code)
 
         with self.stage("quantize") as stage:
-            inputs = [model.checkpoint.content_hash, tokens.hash]
+            companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
+            inputs = [model.checkpoint.content_hash, companions, tokens.hash]
             artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True)
             _mark(stage, artifact)
             layers = [Workspace(artifact.path).record(name) for name in names]
@@ -159,7 +162,7 @@ class Stages:
             save_tensors(scratch / "hidden.safetensors", {"hidden": self._walk(model, windows.ids, batch)})
 
         with self.stage(name) as stage:
-            spec = {"batch": batch, "dtype": str(model.dtype)}
+            spec = {"batch": batch, "dtype": str(model.dtype), "device": self.device.type}
             artifact = self.store.reuse("hidden", spec, [model.checkpoint.content_hash, windows.hash], make)
             _mark(stage, artifact)
             return artifact
@@ -179,7 +182,7 @@ class Stages:
         def make(scratch: Path) -> None:
             reloaded = self.model(quantized.checkpoint, source)
             hidden = self._walk(reloaded, windows.ids, batch)
-            scores = score(original, load_hidden(original_hidden), reloaded, hidden, windows)
+            scores = self._score(original, load_hidden(original_hidden), reloaded, hidden, windows)
             first = self.batch(tokens.windows)
             probe = final_hidden(reloaded, tokens.windows[:first], first, pause=self.pause)
             (scratch / "reload.txt").write_text(_difference(probe.cpu(), quantized.probe), encoding="utf-8")
@@ -198,7 +201,7 @@ class Stages:
         def make(scratch: Path) -> None:
             first = load_hidden(hidden)
             second = first if model is original else self._walk(model, windows.ids, batch)
-            _save_scores(scratch, score(original, first, model, second, windows))
+            _save_scores(scratch, self._score(original, first, model, second, windows))
 
         with self.stage("score") as stage:
             inputs = [model.checkpoint.content_hash, hidden.key]
@@ -213,6 +216,17 @@ class Stages:
     def _walk(self, model: StreamedModel, ids: Tensor, batch: int) -> Tensor:
         with self.console.bar("evaluate", total=len(model)) as bar:
             return final_hidden(model, ids, batch, bar.advance, self.pause)
+
+    def _score(
+        self, original: StreamedModel, first: Tensor, model: StreamedModel, second: Tensor, windows: ScoredWindows
+    ) -> Scores:
+        with self.console.bar("score", total=len(windows.ids)) as bar:
+
+            def on_window() -> None:
+                bar.advance()
+                self.pause()
+
+            return score(original, first, model, second, windows, on_window)
 
     def _tell_position(self, workspace: Workspace, model: StreamedModel, names: list[str], bar: Bar) -> None:
         finished = range(workspace.position())

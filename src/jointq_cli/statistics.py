@@ -42,13 +42,13 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Relative output error tr(E H E^T) / tr(W H W^T), E = W - W_quantised; weights (out, in) float32."""
     error = _energy(weight - quantized, hessian)
     signal = _energy(weight, hessian)
-    return error / signal if signal > 0 else 0.0
+    return 0.0 if signal == 0 else error / signal
 
 
 def weight_error(weight: Tensor, quantized: Tensor) -> float:
     """Relative weight error |E|^2 / |W|^2 (Frobenius)."""
     signal = weight.double().square().sum().item()
-    return (weight.double() - quantized.double()).square().sum().item() / signal if signal > 0 else 0.0
+    return 0.0 if signal == 0 else (weight.double() - quantized.double()).square().sum().item() / signal
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> float:

@@ -13,13 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from jointq_cli.errors import ResourceError
 
@@ -38,8 +38,13 @@ class Artifact:
 class Store:
     """Artifacts under one directory. Raises ResourceError where it cannot write."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self, root: Path, pause: Callable[[], None] = lambda: None, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """pause: called while waiting, may raise. tell: hears what is being waited for."""
         self.root = root
+        self._pause = pause
+        self._tell = tell
         self._scratch = root / "partial"
         with translated_disk_errors(root):
             self._scratch.mkdir(parents=True, exist_ok=True)
@@ -63,7 +68,7 @@ class Store:
         if final.is_dir():
             return Artifact(final, key, reused=True)
         scratch = self._scratch / final.name
-        with translated_disk_errors(self.root), FileLock(f"{scratch}.lock"):
+        with translated_disk_errors(self.root), self._alone(scratch):
             if final.is_dir():
                 return Artifact(final, key, reused=True)
             if not resumable:
@@ -72,8 +77,28 @@ class Store:
             make(scratch)
             _sync_tree(scratch)
             os.rename(scratch, final)
+            _sync(self.root)
         # The lock file stays: to delete it while another process waits on it would give out the same lock twice.
         return Artifact(final, key, reused=False)
+
+    @contextlib.contextmanager
+    def _alone(self, scratch: Path) -> Iterator[None]:
+        """Inside, no other process makes this artifact."""
+        lock = FileLock(f"{scratch}.lock")
+        waiting = False
+        while True:
+            try:
+                lock.acquire(timeout=1)
+                break
+            except Timeout:
+                if not waiting:
+                    self._tell(f"waiting for another process, which makes {scratch.name}")
+                waiting = True
+                self._pause()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def artifact_key(stage: str, spec: object, inputs: list[str]) -> str:
@@ -101,18 +126,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(scratch)
         _sync(scratch)
         os.replace(scratch, path)
-    except BaseException:
+    finally:  # also after a rename onto another link of the same file, which leaves both names
         scratch.unlink(missing_ok=True)
-        raise
 
 
 def link_files(source: Path, target: Path, pattern: str = "*") -> None:
-    """The files of directory `source` in `target`: weights as hard links where the disk allows, the rest as copies.
+    """The files of directory `source`, and nothing else, in `target`: weights as hard links where the disk allows.
 
     A weight file is never edited in place, so it may be shared with the store; a config.json may well be.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.glob(pattern)):
+    files = sorted(source.glob(pattern))
+    for old in target.iterdir():  # of an earlier run into this directory
+        if old.name not in {file.name for file in files}:
+            old.unlink()
+    for file in files:
         write_atomically(target / file.name, functools.partial(_link_or_copy, file))
 
 
@@ -153,10 +181,8 @@ def _canonical(value: object) -> Any:
 
 
 def _sync_tree(directory: Path) -> None:
-    for file in directory.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    _sync(directory)
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

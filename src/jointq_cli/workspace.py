@@ -67,9 +67,12 @@ class Workspace:
 
     def layer(self, name: str) -> tuple[QuantizedWeight, LayerRecord] | None:
         """A finished layer, or None."""
-        if not (self.directory / "layers" / f"{name}.json").exists():
+        if not self.has_layer(name):
             return None
         return load_layer(self.directory / "layers" / f"{name}.safetensors"), self.record(name)
+
+    def has_layer(self, name: str) -> bool:
+        return (self.directory / "layers" / f"{name}.json").exists()
 
     def record(self, name: str) -> LayerRecord:
         """The record of a finished layer."""

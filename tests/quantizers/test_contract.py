@@ -44,10 +44,11 @@ def solve(quantizer: Quantizer, weight: Tensor, hessian: Tensor, dtype: torch.dt
 
 
 def test_every_quantizer_of_the_package_is_under_this_contract() -> None:
-    def leaves(kind: type[Quantizer]) -> set[type[Quantizer]]:
-        return {kind} if not kind.__subclasses__() else set().union(*map(leaves, kind.__subclasses__()))
+    def below(kind: type[Quantizer]) -> set[type[Quantizer]]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
 
-    assert leaves(Quantizer) == set(KINDS)
+    # Tests have subclasses of their own.
+    assert {kind for kind in below(Quantizer) if kind.__module__.startswith("jointq_cli.")} == {Quantizer, *KINDS}
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
