@@ -299,6 +299,18 @@ def test_bad_input_gets_one_line_and_leaves_nothing_that_looks_finished(
     assert not (tmp_path / "out" / "run" / "report.json").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_does_what_a_cpu_does(finished: tuple[Path, str], tmp_path: Path) -> None:
+    code, _, err = run(tmp_path, *SMOKE, "runtime.device=cuda")
+    assert (code, err) == (0, "")
+    found, expected = (
+        json.loads((directory / "report.json").read_text()) for directory in (tmp_path / "out" / "run", finished[0])
+    )
+    assert found["reload_check"] == "identical"
+    assert found["quantized"]["nll"] == pytest.approx(expected["quantized"]["nll"], rel=5e-3)
+
+
 def test_a_checkpoint_directory_of_any_name_is_a_model(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "mine", "qwen3", dtype=torch.bfloat16)
     settings = ["model.path=mine", "quantizer.group_size=32", "calibration.seqlen=32", "evaluation.seqlen=32"]

@@ -84,7 +84,8 @@ def convert_gguf(file: Path, target: Path) -> None:
                 dtype=GGUF_DTYPE,
                 quantization_config=GgufConfig(dequantize=True),
             )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    # What a damaged file raises depends on where it is damaged: struct.error, KeyError, ValueError and more.
+    except Exception as error:
         raise ModelError(f"{file}: transformers cannot read this GGUF file: {_one_line(error)}") from error
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
