@@ -86,13 +86,13 @@ def test_a_broken_gguf_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere", "a/b/c", "nowhere.gguf"])
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no such (directory|file)"):
+    with pytest.raises(ModelError, match=r"no such (directory|file)"):
         fetch(source(path), Store(tmp_path))
 
 
 def test_a_hub_out_of_reach_says_how_to_go_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ResourceError, match="model.path=some/model: no such directory here.*model.path=DIR"):
+    with pytest.raises(ResourceError, match=r"model\.path=some/model: no such directory here.*model\.path=DIR"):
         fetch(source("some/model"), Store(tmp_path))
 
 
