@@ -51,8 +51,10 @@ def fetch(source: ModelSource, store: Store) -> Checkpoint:
     local = Path(source.path).expanduser()
     if local.suffix == ".gguf":
         return Checkpoint(_converted_gguf(local, store))
-    if local.exists() or _looks_local(source.path):
+    if local.exists():
         return Checkpoint(local)
+    if _looks_local(source.path):
+        raise ModelError(f"model.path={source.path}: no such directory; `jointq recipes` says what a recipe needs")
     return Checkpoint(_downloaded(source))
 
 
