@@ -127,7 +127,7 @@ def closing_of_run(report: RunReport, run_directory: Path) -> Closing:
         next_steps=[
             ("results", str(run_directory)),
             ("look at it", str(run_directory / "report.html")),
-            ("measure again", f"jointq evaluate {checkpoint}"),
+            ("evaluate it", f"jointq evaluate {checkpoint}"),
         ],
     )
 
