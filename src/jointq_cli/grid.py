@@ -21,6 +21,7 @@ from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, ModelError, NumericsError
 
 SHRINK_STEPS = 80  # GPTQ's clip search: maxshrink 0.8 on a grid of 100, that is factors 1.00, 0.99 .. 0.21
+_MANTISSA = {torch.bfloat16: (7, -126), torch.float16: (10, -14), torch.float32: (23, -126)}  # digits, least exponent
 _GROUPS_AT_ONCE = 1 << 15  # bounds the memory of the clip search's tables, 10 MiB each
 
 
@@ -38,6 +39,11 @@ class Grid:
     @property
     def highest(self) -> int:
         return self.lowest + (1 << self.bits) - 1
+
+    @property
+    def box(self) -> kernels.Box:
+        """What code - zero_point may be, whichever the zero-point."""
+        return kernels.Box(self.lowest - (0 if self.symmetric else self.highest), self.highest, (1 << self.bits) - 1)
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -106,6 +112,14 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if not bool(torch.isfinite(rounded).all()):
         raise NumericsError(f"a scale of {scale.max().item():.3g} does not fit in {str(dtype).removeprefix('torch.')}")
     return rounded.clamp_min_(_smallest_scale(dtype))
+
+
+def scale_rounding(dtype: torch.dtype, exponent: int = 0) -> kernels.Rounding:
+    """How `round_scale` rounds, for kernels that work on weights divided by 2^exponent."""
+    if dtype not in _MANTISSA:
+        raise ConfigError(f"the checkpoint's dtype {dtype}: scales can be stored as {', '.join(map(str, _MANTISSA))}")
+    digits, least_normal = _MANTISSA[dtype]
+    return kernels.Rounding(digits, least_normal - exponent, math.ldexp(_smallest_scale(dtype), -exponent))
 
 
 def _smallest_scale(dtype: torch.dtype) -> float:

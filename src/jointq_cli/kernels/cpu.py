@@ -9,30 +9,23 @@ torch's in one process.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jointq_cli.kernels import Kernels
+from jointq_cli.kernels import CANCELLED, TOLERANCE, Box, Kernels, Rounding, cpu_flips
+from jointq_cli.kernels.compiled import compiled
 
-F = TypeVar("F", bound=Callable[..., Any])
 Floats = NDArray[np.float32]
 f32 = np.float32
 
 _WORTH_A_THREAD = 1 << 15  # weights; below it, starting a thread costs more than it saves
-
-
-def compiled(function: F) -> F:
-    """Compile at the first call, and keep the machine code on disk where a place for it can be found."""
-    try:
-        return cast(F, numba.njit(function, nogil=True, error_model="numpy", cache=True))
-    except RuntimeError:  # neither the package's directory nor the user's cache directory can be written to
-        return cast(F, numba.njit(function, nogil=True, error_model="numpy"))
+_LOOKS = 8  # at least so often a search of levels looks at each weight
 
 
 @compiled
@@ -136,6 +129,11 @@ def _over_rows(rows: int, columns: int, body: Callable[[slice], None]) -> None:
         list(pool.map(body, parts))
 
 
+def _scratch(levels: NDArray[Any]) -> NDArray[Any]:
+    """An integer for each column, as wide as a level."""
+    return np.empty(levels.shape[1], np.dtype(f"i{levels.itemsize}"))
+
+
 class CpuKernels(Kernels):
     """See `Kernels` for the contract."""
 
@@ -172,3 +170,69 @@ class CpuKernels(Kernels):
             _quantize_columns(w[rows], c[rows], e[rows], u, s[rows], z[rows], g, *edges, f32(lowest), f32(highest))
 
         _over_rows(work.shape[0], len(span), body)
+
+    @staticmethod
+    def weighted_clip(
+        values: Tensor,
+        weights: Tensor,
+        low: Tensor,
+        widest: Tensor,
+        levels: Tensor,
+        scale: Tensor,
+        box: Box,
+        steps: int,
+    ) -> None:
+        x, w, a, b, z, s = (t.numpy() for t in (values, weights, low, widest, levels, scale))
+
+        def body(rows: slice) -> None:
+            cpu_flips.weighted_clip(x[rows], w, a[rows], b[rows], z[rows], s[rows], astuple(box), steps)
+
+        _over_rows(values.shape[0], values.shape[1] * steps // 4, body)
+
+    @staticmethod
+    def flip_search(
+        correlation: Tensor,
+        metric: Tensor,
+        products: Tensor,
+        levels: Tensor,
+        scale: Tensor,
+        box: Box,
+        rounding: Rounding,
+        *,
+        guarded: bool,
+    ) -> tuple[Tensor, Tensor]:
+        steps = torch.empty(len(levels), dtype=torch.int64)
+        fall = torch.empty(len(levels), dtype=torch.float64)
+        h, m, v, z, s = (t.numpy() for t in (correlation, metric, products, levels, scale))
+        limits, form, care = astuple(box), astuple(rounding), (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps)
+        n, f, most = steps.numpy(), fall.numpy(), box.most_steps(levels.shape[1])
+
+        def body(rows: slice) -> None:
+            cpu_flips.flip_search(
+                h[rows], m, v[rows], z[rows], s[rows], limits, form, care, most, guarded, n[rows], f[rows], _scratch(z)
+            )
+
+        _over_rows(levels.shape[0], _LOOKS * levels.shape[1], body)
+        return steps, fall
+
+    @staticmethod
+    def anneal(
+        correlation: Tensor,
+        metric: Tensor,
+        products: Tensor,
+        levels: Tensor,
+        scale: Tensor,
+        box: Box,
+        rounding: Rounding,
+        *,
+        temperature: float,
+        noise: Tensor,
+    ) -> None:
+        h, m, v, z, s = (t.numpy() for t in (correlation, metric, products, levels, scale))
+        limits, form, care = astuple(box), astuple(rounding), (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps)
+        bonus = (noise * temperature).numpy()
+
+        def body(rows: slice) -> None:
+            cpu_flips.anneal(h[rows], m, v[rows], z[rows], s[rows], limits, form, care, bonus, _scratch(z))
+
+        _over_rows(levels.shape[0], _LOOKS * levels.shape[1], body)

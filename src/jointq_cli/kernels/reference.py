@@ -1,13 +1,18 @@
 """The kernels in plain torch: slow on a CPU, right everywhere. Knows no device and no library but torch."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from jointq_cli.kernels import Kernels
+from jointq_cli.kernels import CANCELLED, Box, Kernels, Rounding
+from jointq_cli.kernels.reference_flips import PlainSteps, dots, nearest
 
 
 class ReferenceKernels(Kernels):
-    """See `Kernels` for the contract."""
+    """See `Kernels` for the contract. A subclass may have faster steps."""
+
+    steps: ClassVar[type[PlainSteps]] = PlainSteps
 
     @staticmethod
     def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
@@ -46,3 +51,75 @@ class ReferenceKernels(Kernels):
             errors[:, j - block.start] = error
             rest = slice(j + 1, block.stop)
             work[:, rest] -= error[:, None] * upper[j, rest]
+
+    @classmethod
+    def weighted_clip(
+        cls,
+        values: Tensor,
+        weights: Tensor,
+        low: Tensor,
+        widest: Tensor,
+        levels: Tensor,
+        scale: Tensor,
+        box: Box,
+        steps: int,
+    ) -> None:
+        shrink = torch.tensor([1.0 - 0.8 * k / steps for k in range(steps)], dtype=torch.float64)
+        trials = widest[:, None] * shrink.to(widest)
+        floor = torch.round(low / widest).clamp_(box.first, box.last - box.span)
+        best = cls.steps.best_trial(values, weights, floor, trials, box.span)
+        scale.copy_(trials.gather(1, best[:, None])[:, 0])
+        levels.copy_(nearest(values, scale, floor, box.span))
+
+    @classmethod
+    def flip_search(
+        cls,
+        correlation: Tensor,
+        metric: Tensor,
+        products: Tensor,
+        levels: Tensor,
+        scale: Tensor,
+        box: Box,
+        rounding: Rounding,
+        *,
+        guarded: bool,
+    ) -> tuple[Tensor, Tensor]:
+        levels_before, reached_before = levels.clone(), products * scale.double()[:, None]
+        taken, exact = cls.steps.profiled(correlation, products, levels, metric, box)
+        best = torch.where(exact > 0, rounded(exact, rounding).to(scale.dtype), scale)
+        taken += cls.steps.settled(correlation, products, levels, metric, best, box)
+        # From what changed, for the two f agree in many digits: u R x' - 2 h u' with u = s z - s' z', x = s z + s' z'.
+        reached = products * best.double()[:, None]
+        change = levels * best.double()[:, None] - levels_before * scale.double()[:, None]
+        fall = change.mul_(2.0 * correlation.double() - reached - reached_before).sum(dim=1)
+        kept = fall > 0 if guarded else torch.ones_like(fall, dtype=torch.bool)
+        scale.copy_(torch.where(kept, best, scale))
+        levels.copy_(torch.where(kept[:, None], levels, levels_before))
+        return torch.where(kept & (fall != 0), taken.clamp_min(1), 0), torch.where(kept, fall, 0.0)
+
+    @classmethod
+    def anneal(
+        cls,
+        correlation: Tensor,
+        metric: Tensor,
+        products: Tensor,
+        levels: Tensor,
+        scale: Tensor,
+        box: Box,
+        rounding: Rounding,
+        *,
+        temperature: float,
+        noise: Tensor,
+    ) -> None:
+        cls.steps.wandered(correlation, products, levels, metric, scale, box, noise * temperature)
+        q, o, e = dots(correlation, products, levels, metric.diagonal())
+        seen = o > CANCELLED * torch.finfo(levels.dtype).eps * e
+        scale.copy_(torch.where(seen & (q > 0), rounded(q / o, rounding).to(scale.dtype), scale))
+
+
+def rounded(scale: Tensor, rounding: Rounding) -> Tensor:
+    """`scale` (float64) > 0 in the format that stores it: to nearest, ties to even, never 0."""
+    exponent = torch.frexp(scale).exponent.long() - 1
+    power = exponent.clamp_(min=rounding.min_exponent) - rounding.digits
+    step = (power + 1023 << 52).view(torch.float64)  # 2^power, written as its bits
+    return torch.round(scale / step).mul_(step).clamp_(min=rounding.least)

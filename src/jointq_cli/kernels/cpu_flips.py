@@ -1,0 +1,287 @@
+"""JointQ's loops over one row and group, compiled by numba. `cpu` shares the rows out among threads.
+
+Knows arrays of one floating type, float32 or float64: every constant takes the arrays' own type, for a float64 constant
+would turn a vector loop of float32 into a slow one. Loops over columns are written so that they become vector code
+without any sum being reordered: gains first, then their maximum, which only integers have as vector code, then its
+place. `care` is what counts as rounding, (TOLERANCE, CANCELLED in the arrays' type): no constant comes from another
+module, for numba would not notice that it has changed since the machine code was kept.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jointq_cli.kernels.compiled import compiled
+
+
+@compiled
+def rounded(scale: float, rounding: Any) -> Any:
+    """`scale` > 0 in the format that stores it: to nearest, ties to even, never 0."""
+    digits, min_exponent, least = rounding
+    step = math.ldexp(1.0, max(math.frexp(scale)[1] - 1, min_exponent) - digits)
+    return max(np.rint(scale / step) * step, least)
+
+
+@compiled
+def _profiled_gains(
+    h: Any, v: Any, z: Any, r: Any, s: Any, o: Any, q: Any, e: Any, low: Any, high: Any, care: Any, gains: Any
+) -> None:
+    """What each step z_j +- 1 gains with the scale profiled out, less the tolerance; 0 where it gains nothing.
+
+    (q + a)^2 / (o + b) - q^2 / o with a = +-h_j, b = +-2 v_j + R_jj and s = q / o, written with the residual
+    g = h - s v, which does not cancel: (o s (2 |g_j| - s R_jj) + h_j^2) / (o + b).
+    """
+    one, two, none = r.dtype.type(1), r.dtype.type(2), r.dtype.type(0)
+    tolerance, cancelled = r.dtype.type(care[0]), r.dtype.type(care[1])
+    energy = o * s
+    slack = tolerance * s * s
+    for j in range(len(h)):
+        g = h[j] - s * v[j]
+        sign = one if g > none else -one
+        level = z[j] + sign
+        rest = o + two * sign * v[j] + r[j]
+        gain = (energy * (two * abs(g) - s * r[j]) + h[j] * h[j]) / rest - slack * r[j]
+        allowed = (level >= low) & (level <= high) & (q + sign * h[j] > none) & (rest > cancelled * (e + r[j]))
+        gains[j] = gain if allowed & (gain > none) else none
+
+
+@compiled
+def _fixed_gains(h: Any, v: Any, z: Any, r: Any, s: Any, low: Any, high: Any, bonus: Any, gains: Any) -> None:
+    """The same at the fixed scale s and in units of s: 2 |g_j| - s R_jj, plus s R_jj times a bonus."""
+    one, two, none = r.dtype.type(1), r.dtype.type(2), r.dtype.type(0)
+    for j in range(len(h)):
+        g = h[j] - s * v[j]
+        level = z[j] + (one if g > none else -one)
+        gain = two * abs(g) - s * r[j] + s * r[j] * bonus[j]
+        gains[j] = gain if (level >= low) & (level <= high) & (gain > none) else none
+
+
+@compiled
+def _first_of_largest(gains: Any, bits: Any) -> int:
+    """Where the largest gain is; `bits` are those of `gains`, whose order is the same as none is below 0."""
+    largest = bits[0]
+    for j in range(len(bits)):
+        largest = max(largest, bits[j])
+    place = len(bits)
+    for j in range(len(bits)):
+        place = min(place, j if bits[j] == largest else len(bits))
+    return place
+
+
+@compiled
+def _extremes(z: Any) -> Any:
+    kind = z.dtype.type
+    low = high = np.int32(z[0])
+    for j in range(len(z)):
+        low = min(low, np.int32(z[j]))
+        high = max(high, np.int32(z[j]))
+    return kind(low), kind(high)
+
+
+@compiled
+def _sign(h: Any, v: Any, s: Any, j: int) -> Any:
+    """In which direction a step of z_j lowers f."""
+    one = v.dtype.type(1)
+    return one if h[j] - s * v[j] > v.dtype.type(0) else -one
+
+
+@compiled
+def _step(v: Any, z: Any, row: Any, j: int, sign: Any) -> None:
+    z[j] += sign
+    for k in range(len(v)):
+        v[k] += sign * row[k]
+
+
+@compiled
+def _dots(h: Any, v: Any, z: Any, r: Any) -> Any:
+    """q = h z', o = v z' and e = sum_j R_jj z_j^2, in float64."""
+    q = o = e = 0.0
+    for j in range(len(h)):
+        q += np.float64(h[j]) * np.float64(z[j])
+        o += np.float64(v[j]) * np.float64(z[j])
+        e += np.float64(r[j]) * np.float64(z[j]) * np.float64(z[j])
+    return q, o, e
+
+
+@compiled
+def _sum(values: Any) -> float:
+    total = 0.0
+    for j in range(len(values)):
+        total += values[j]
+    return total
+
+
+@compiled
+def _profiled(
+    h: Any, v: Any, z: Any, metric: Any, r: Any, sums: Any, box: Any, care: Any, most: int, gains: Any, bits: Any
+) -> Any:
+    """Steps with the scale profiled out, until none gains. Returns how many, and the best scale or 0 for none."""
+    kind = v.dtype.type
+    first, last, span = kind(box[0]), kind(box[1]), kind(box[2])
+    tolerance, cancelled = care
+    q, o, e = _dots(h, v, z, r)
+    if e > 0 and o <= cancelled * e:
+        return 0, 0.0
+    if o > 0 and q <= 0:  # the best scale is 0, and so might all levels be
+        z[:] = 0
+        v[:] = 0
+        q = o = e = 0.0
+    h_sum, v_sum, total, trace = _sum(h), _sum(v), _sum(sums), _sum(r)
+    for taken in range(most):
+        s = q / o if o > 0 and q > 0 else 0.0
+        zmin, zmax = _extremes(z)
+        low, high = max(first, zmax - span), min(last, zmin + span)
+        _profiled_gains(h, v, z, r, kind(s), kind(o), kind(q), kind(e), low, high, care, gains)
+        j = _first_of_largest(gains, bits)
+        best = np.float64(gains[j])
+        shift = 0
+        for sign in (1, -1):
+            a, b = sign * h_sum, sign * 2.0 * v_sum + total
+            if first <= zmin + sign and zmax + sign <= last and q + a > 0 and o + b > cancelled * (e + trace):
+                gain = (o * s * (2.0 * a - s * b) + a * a) / (o + b) - tolerance * s * s * total / len(h)
+                if gain > best:
+                    best, shift = gain, sign
+        if best <= 0:
+            return taken, s
+        if shift != 0:
+            for k in range(len(v)):
+                z[k] += kind(shift)
+                v[k] += kind(shift) * sums[k]
+            q += shift * h_sum
+            o += shift * 2.0 * v_sum + total
+            v_sum += shift * total
+            e = _dots(h, v, z, r)[2]
+        else:
+            sign_j = _sign(h, v, kind(s), j)
+            step = np.float64(sign_j)
+            a, b = step * h[j], step * 2.0 * v[j] + r[j]
+            if (q + a) * (q + a) / (o + b) - s * q <= tolerance * s * s * r[j]:
+                return taken, s  # a gain in float32 only
+            q += a
+            o += b
+            v_sum += step * sums[j]
+            e += (step * 2.0 * z[j] + 1.0) * r[j]
+            _step(v, z, metric[j], j, sign_j)
+    return most, q / o if o > 0 and q > 0 else 0.0
+
+
+@compiled
+def _settle(
+    h: Any, v: Any, z: Any, metric: Any, r: Any, s: Any, box: Any, most: int, bonus: Any, gains: Any, bits: Any
+) -> int:
+    """Steps at the fixed scale s, until none gains. Returns how many."""
+    kind = v.dtype.type
+    first, last, span = kind(box[0]), kind(box[1]), kind(box[2])
+    for taken in range(most):
+        zmin, zmax = _extremes(z)
+        _fixed_gains(h, v, z, r, s, max(first, zmax - span), min(last, zmin + span), bonus, gains)
+        j = _first_of_largest(gains, bits)
+        if gains[j] <= 0:
+            return taken
+        _step(v, z, metric[j], j, _sign(h, v, s, j))
+    return most
+
+
+@compiled
+def _fall(h: Any, v: Any, z: Any, s: float, v_before: Any, z_before: Any, s_before: float) -> float:
+    """By how much f fell, from what changed: u R x' - 2 h u' with u = s z - s' z' and x = s z + s' z'.
+
+    The two f themselves agree in many digits. And where nothing changed, this is 0 whatever rounding did to v.
+    """
+    fall = 0.0
+    for j in range(len(h)):
+        change = s * z[j] - s_before * z_before[j]
+        fall += change * (2.0 * h[j] - s * v[j] - s_before * v_before[j])
+    return fall
+
+
+@compiled
+def _diagonal_and_sums(metric: Any) -> Any:
+    diagonal = np.empty(len(metric), metric.dtype)
+    sums = np.zeros(len(metric), metric.dtype)
+    for j in range(len(metric)):
+        diagonal[j] = metric[j, j]
+        for k in range(len(metric)):
+            sums[k] += metric[j, k]
+    return diagonal, sums
+
+
+@compiled
+def flip_search(
+    correlation: Any, metric: Any, products: Any, levels: Any, scale: Any, box: Any, rounding: Any, care: Any,
+    most: int, guarded: bool, steps: Any, fall: Any, bits: Any,
+) -> None:  # fmt: skip
+    """See `Kernels.flip_search`; box and rounding are tuples of their fields, bits is scratch for d integers as wide
+    as a level."""
+    kind = levels.dtype.type
+    r, sums = _diagonal_and_sums(metric)
+    gains = bits.view(levels.dtype)
+    z_before, v_before = np.empty_like(r), np.empty_like(r)
+    no_bonus = np.full_like(r, -care[0])
+    for i in range(len(levels)):
+        h, v, z, s_before = correlation[i], products[i], levels[i], np.float64(scale[i])
+        z_before[:], v_before[:] = z, v
+        taken, best = _profiled(h, v, z, metric, r, sums, box, care, most, gains, bits)
+        s = kind(rounded(best, rounding)) if best > 0 else scale[i]
+        taken += _settle(h, v, z, metric, r, s, box, most, no_bonus, gains, bits)
+        fall[i] = _fall(h, v, z, np.float64(s), v_before, z_before, s_before)
+        steps[i] = max(taken, 1) if fall[i] != 0 else 0
+        if guarded and not fall[i] > 0:
+            z[:] = z_before
+            steps[i], fall[i] = 0, 0.0
+        else:
+            scale[i] = s
+
+
+@compiled
+def anneal(
+    correlation: Any, metric: Any, products: Any, levels: Any, scale: Any, box: Any, rounding: Any, care: Any,
+    bonus: Any, bits: Any,
+) -> None:  # fmt: skip
+    """See `Kernels.anneal`; bonus is the noise times the temperature, bits as in `flip_search`."""
+    kind = levels.dtype.type
+    first, last, span = kind(box[0]), kind(box[1]), kind(box[2])
+    r, _ = _diagonal_and_sums(metric)
+    gains = bits.view(levels.dtype)
+    for i in range(len(levels)):
+        h, v, z, s = correlation[i], products[i], levels[i], scale[i]
+        for k in range(len(bonus)):
+            zmin, zmax = _extremes(z)
+            _fixed_gains(h, v, z, r, s, max(first, zmax - span), min(last, zmin + span), bonus[k], gains)
+            j = _first_of_largest(gains, bits)
+            if gains[j] > 0:
+                _step(v, z, metric[j], j, _sign(h, v, s, j))
+        q, o, e = _dots(h, v, z, r)
+        if o > care[1] * e and q > 0:
+            scale[i] = kind(rounded(q / o, rounding))
+
+
+@compiled
+def weighted_clip(
+    values: Any, weights: Any, low: Any, widest: Any, levels: Any, scale: Any, box: Any, candidates: int
+) -> None:
+    """See `Kernels.weighted_clip`. The innermost loop is over candidates: independent sums vectorise."""
+    rows, d = values.shape
+    kind = values.dtype.type
+    loss = np.empty(candidates, values.dtype)
+    trial, inverse = np.empty_like(loss), np.empty_like(loss)
+    span = kind(box[2])
+    for i in range(rows):
+        floor = min(max(np.rint(low[i] / widest[i]), kind(box[0])), kind(box[1] - box[2]))
+        for k in range(candidates):
+            loss[k] = kind(0)
+            trial[k] = widest[i] * kind(1.0 - 0.8 * k / candidates)
+            inverse[k] = kind(1) / trial[k]
+        for j in range(d):
+            value, weight = values[i, j], weights[j]
+            for k in range(candidates):
+                error = value - trial[k] * min(max(np.rint(value * inverse[k]), floor), floor + span)
+                loss[k] += weight * error * error
+        best = 0
+        for k in range(1, candidates):
+            if loss[k] < loss[best]:
+                best = k
+        scale[i] = trial[best]
+        for j in range(d):
+            levels[i, j] = min(max(np.rint(values[i, j] * inverse[best]), floor), floor + span)

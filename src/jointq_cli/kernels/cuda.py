@@ -1,0 +1,81 @@
+"""The kernels for CUDA devices: JointQ's loops as Triton programs, all else in plain torch.
+
+Knows how the programs of `cuda_flips` are launched. Imported only where a tensor is on a CUDA device and Triton is
+installed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from jointq_cli.kernels import CANCELLED, Box, cuda_flips
+from jointq_cli.kernels.reference import ReferenceKernels
+from jointq_cli.kernels.reference_flips import PlainSteps
+
+_WIDEST = 1 << 14  # columns whose levels, products and gains a program can hold in registers
+
+
+class TritonSteps(PlainSteps):
+    """See `PlainSteps`, which also takes on groups too wide for a program."""
+
+    @staticmethod
+    def profiled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+        if h.shape[1] > _WIDEST:
+            return PlainSteps.profiled(h, v, z, metric, box)
+        taken = torch.empty(len(h), dtype=torch.int64, device=h.device)
+        scale = torch.empty_like(taken, dtype=torch.float64)
+        r, sums = metric.diagonal().contiguous(), metric.sum(dim=0)
+        cancelled = CANCELLED * torch.finfo(h.dtype).eps
+        most = box.most_steps(h.shape[1])
+        _launch(
+            cuda_flips.profiled, h, v, z, metric, r, sums, scale, taken, most=most, cancelled=cancelled, **_window(box)
+        )
+        return taken, scale
+
+    @staticmethod
+    def settled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box) -> Tensor:
+        if h.shape[1] > _WIDEST:
+            return PlainSteps.settled(h, v, z, metric, s, box)
+        taken = torch.empty(len(h), dtype=torch.int64, device=h.device)
+        r, most = metric.diagonal().contiguous(), box.most_steps(h.shape[1])
+        _launch(cuda_flips.fixed, h, v, z, metric, r, s, r, taken, most, wanders=False, **_window(box))
+        return taken
+
+    @staticmethod
+    def wandered(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor) -> None:
+        if h.shape[1] > _WIDEST:
+            return PlainSteps.wandered(h, v, z, metric, s, box, bonus)
+        taken = torch.empty(len(h), dtype=torch.int64, device=h.device)
+        r = metric.diagonal().contiguous()
+        _launch(cuda_flips.fixed, h, v, z, metric, r, s, bonus, taken, len(bonus), wanders=True, **_window(box))
+
+    @staticmethod
+    def best_trial(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
+        if values.shape[1] > _WIDEST:
+            return PlainSteps.best_trial(values, weights, floor, trials, span)
+        best = torch.empty(len(values), dtype=torch.int64, device=values.device)
+        _launch(cuda_flips.best_trial, values, weights, floor, trials, best, span=span, trials=trials.shape[1])
+        return best
+
+
+class CudaKernels(ReferenceKernels):
+    """See `Kernels` for the contract."""
+
+    steps: ClassVar[type[PlainSteps]] = TritonSteps
+
+
+def _window(box: Box) -> Mapping[str, int]:
+    return {"first": box.first, "last": box.last, "span": box.span}
+
+
+def _launch(program: Any, rows: Tensor, *arguments: Any, **constants: Any) -> None:
+    """One program for each of `rows` (rows, d), with a warp for 256 columns; blocks are powers of two."""
+    count, columns = rows.shape
+    block = 1 << (columns - 1).bit_length()
+    warps = max(1, min(32, block // 256))
+    with torch.cuda.device_of(rows):  # nothing where the tensor is not on a GPU, as in Triton's interpreter
+        program[(count,)](
+            rows, *arguments, d=columns, block=block, num_warps=warps, enable_fp_fusion=False, **constants
+        )

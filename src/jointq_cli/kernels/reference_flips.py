@@ -1,0 +1,161 @@
+"""JointQ's steps of levels in plain torch, all rows at once: a step is taken by every row that still gains from one.
+
+Knows no scales to be stored and no guard: `reference` has those, and asks a class like `PlainSteps` for the steps
+themselves, whose decisions are those of `cpu_flips` to the letter. Correlation h (rows, d), metric R (d, d), products
+v = z R and levels z (rows, d) are of one dtype; v and z are updated in place. Scalars of a row are float64.
+"""
+
+import torch
+from torch import Tensor
+
+from jointq_cli.kernels import CANCELLED, TOLERANCE, Box
+
+f64 = torch.float64
+
+
+class PlainSteps:
+    """The loops over steps and over candidates that other hardware does better."""
+
+    @staticmethod
+    def profiled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+        """Steps with the scale profiled out, until none gains. Returns how many (rows,) int64, and the best scale or 0
+        for none (rows,)."""
+        r, sums = metric.diagonal(), metric.sum(dim=0)
+        total, trace = sums.sum(dtype=f64), r.sum(dtype=f64)
+        q, o, e = dots(h, v, z, r)
+        cancelled = CANCELLED * torch.finfo(z.dtype).eps
+        vain = (e > 0) & (o <= cancelled * e)
+        lost = (o > 0) & (q <= 0) & ~vain  # the best scale is 0, and so might all levels be
+        for each in (v, z, q, o):
+            each[lost] = 0
+        h_sum, v_sum = h.sum(dim=1, dtype=f64), v.sum(dim=1, dtype=f64)
+        taken = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+        rows = torch.nonzero(~vain)[:, 0]
+        for _ in range(box.most_steps(h.shape[1])):
+            s = torch.where((o > 0) & (q > 0), q / o, 0.0)[rows]
+            _, _, e = dots(h[rows], v[rows], z[rows], r)
+            gains, signs = _profiled_gains(h[rows], v[rows], z[rows], r, s, o[rows], q[rows], e, box)
+            best, j = gains.max(dim=1)
+            best = best.to(f64)
+            shift = torch.zeros_like(best)
+            for sign in (1.0, -1.0):
+                a, b = sign * h_sum[rows], sign * 2.0 * v_sum[rows] + total
+                gain = _shift_gain(a, b, s, o[rows], q[rows], total, h.shape[1], cancelled * (e + trace))
+                wins = (gain > best) & _fits(z[rows], sign, box)
+                best, shift = torch.where(wins, gain, best), torch.where(wins, sign, shift)
+            single = shift == 0
+            step = torch.where(single, signs.gather(1, j[:, None])[:, 0].to(f64), 0.0)
+            a = torch.where(single, step * h[rows, j], shift * h_sum[rows])
+            b = torch.where(single, step * 2.0 * v[rows, j] + r[j], shift * 2.0 * v_sum[rows] + total)
+            gain = (q[rows] + a).square() / (o[rows] + b) - s * q[rows]
+            gaining = (best > 0) & (~single | (gain > TOLERANCE * s * s * r[j]))  # and not in float32 only
+            rows, j, shift, step, a, b = (each[gaining] for each in (rows, j, shift, step, a, b))
+            if not len(rows):
+                break
+            q[rows] += a
+            o[rows] += b
+            v_sum[rows] += step * sums[j] + shift * total
+            z[rows] += shift[:, None].to(z.dtype)
+            z[rows, j] += step.to(z.dtype)
+            v[rows] += step[:, None].to(v.dtype) * metric[j] + shift[:, None].to(v.dtype) * sums
+            taken[rows] += 1
+        return taken, torch.where((o > 0) & (q > 0) & ~vain, q / o, 0.0)
+
+    @staticmethod
+    def settled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box) -> Tensor:
+        """Steps at the fixed scale s (rows,) of the levels' dtype, until none gains. Returns how many."""
+        taken = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+        rows = torch.arange(len(h), device=h.device)
+        bonus = torch.full_like(metric[0], -TOLERANCE)
+        for _ in range(box.most_steps(h.shape[1])):
+            rows = _fixed_step(h, v, z, metric, s, box, bonus, rows)
+            if not len(rows):
+                break
+            taken[rows] += 1
+        return taken
+
+    @staticmethod
+    def wandered(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor) -> None:
+        """A step at the fixed scale s for each row of bonus (steps, d), where gain and bonus together are positive."""
+        rows = torch.arange(len(h), device=h.device)
+        for own in bonus:
+            _fixed_step(h, v, z, metric, s, box, own, rows)
+
+    @staticmethod
+    def best_trial(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
+        """Which of the scales trials (rows, candidates) has the least weighted error, the first of equals."""
+        losses = torch.empty_like(trials)
+        for k in range(trials.shape[1]):
+            scale = trials[:, k]
+            errors = values - nearest(values, scale, floor, span).mul_(scale[:, None])
+            losses[:, k] = (weights * errors).mul_(errors).sum(dim=1)
+        return losses.argmin(dim=1)
+
+
+def nearest(values: Tensor, scale: Tensor, floor: Tensor, span: int) -> Tensor:
+    """Levels (rows, d) out of the window of span + 1 that begins at `floor` (rows,)."""
+    low = floor[:, None]
+    return torch.round(values * (1.0 / scale)[:, None]).clamp_(low, low + span)
+
+
+def dots(h: Tensor, v: Tensor, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q = h z', o = v z' and e = sum_j R_jj z_j^2 of each row."""
+    wide = z.to(f64)
+    return (h * wide).sum(dim=1), (v * wide).sum(dim=1), (r * wide * wide).sum(dim=1)
+
+
+def _limits(z: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+    """Between what a level may move while all others stay, (rows, 1) each."""
+    least, most = torch.aminmax(z, dim=1, keepdim=True)
+    return (most - box.span).clamp_min_(box.first), (least + box.span).clamp_max_(box.last)
+
+
+def _fits(z: Tensor, shift: float, box: Box) -> Tensor:
+    least, most = torch.aminmax(z, dim=1)
+    return (least + shift >= box.first) & (most + shift <= box.last)
+
+
+def _profiled_gains(
+    h: Tensor, v: Tensor, z: Tensor, r: Tensor, s: Tensor, o: Tensor, q: Tensor, e: Tensor, box: Box
+) -> tuple[Tensor, Tensor]:
+    """See `cpu_flips._profiled_gains`. Returns the sign of each step as well."""
+    low, high = _limits(z, box)
+    s, o, q, e = (each[:, None].to(h.dtype) for each in (s, o, q, e))
+    g = h - s * v
+    signs = torch.where(g > 0, 1.0, -1.0).to(h.dtype)
+    rest = o + 2.0 * signs * v + r
+    gains = (o * s * (2.0 * g.abs() - s * r) + h * h) / rest - TOLERANCE * s * s * r
+    allowed = (
+        (z + signs >= low)
+        & (z + signs <= high)
+        & (q + signs * h > 0)
+        & (rest > CANCELLED * torch.finfo(r.dtype).eps * (e + r))
+    )
+    return torch.where(allowed & (gains > 0), gains, 0.0), signs
+
+
+def _shift_gain(
+    a: Tensor, b: Tensor, s: Tensor, o: Tensor, q: Tensor, total: Tensor, columns: int, least: Tensor
+) -> Tensor:
+    """What moving all levels gains, which adds a to q and b to o; 0 where it is not allowed."""
+    gain = (o * s * (2.0 * a - s * b) + a * a) / (o + b) - TOLERANCE * s * s * total / columns
+    return torch.where((q + a > 0) & (o + b > least), gain, 0.0)
+
+
+def _fixed_step(
+    h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor, rows: Tensor
+) -> Tensor:
+    """The step at the scale s that has most of gain and bonus (d,) together. Returns those of `rows` that took one."""
+    low, high = _limits(z[rows], box)
+    scale, r = s[rows, None], metric.diagonal()
+    g = h[rows] - scale * v[rows]
+    signs = torch.where(g > 0, 1.0, -1.0).to(h.dtype)
+    level = z[rows] + signs
+    gains = 2.0 * g.abs() - scale * r + scale * r * bonus
+    best, j = torch.where((level >= low) & (level <= high), gains, 0.0).max(dim=1)
+    gaining = best > 0
+    rows, j, signs = rows[gaining], j[gaining], signs[gaining]
+    step = signs.gather(1, j[:, None])
+    z[rows, j] += step[:, 0]
+    v[rows] += step * metric[j]
+    return rows
