@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from jointq_cli.assembly import assemble, audit
 from jointq_cli.blockwise import Plan, quantize_blocks
 from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.errors import NumericsError
+from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.evaluation import final_hidden
 from jointq_cli.model import StreamedModel
-from jointq_cli.quantizers import GPTQ, RTN, Prepared, Quantizer, Solution
+from jointq_cli.quantizers import GPTQ, RTN, HeldOut, JointQ, Prepared, Quantizer, Solution
+from jointq_cli.quantizers.jointq import GptqStart
 from jointq_cli.records import LayerRecord
 from jointq_cli.workspace import Workspace, load_layer
 
@@ -27,6 +28,16 @@ ROUND = RTN(bits=4, group_size=32, symmetric=False, mse=False)
 SOLVE = GPTQ(
     bits=3, group_size=32, symmetric=False, mse=True, act_order=True, static_groups=False, damping=0.01, block_size=32,
     on_failure="error",
+)  # fmt: skip
+
+JOINT = JointQ(
+    bits=3, group_size=32, symmetric=False, act_order=False, lambda_mode="fixed_lambda", regularization_lambda=0.01,
+    regularization_mode="diagonal", regularization_gamma=1.0, regularization_reference="mean_diagonal",
+    lambda_list=[0.0, 0.1, 1.0], incremental_eps_y=0.03, incremental_eps_w=0.1,
+    incremental_initial_skip_ew_threshold=0.3, heldout_share=0.25, enable_schur=True, enable_clip_optimize=False,
+    enable_clip_optimize_ep=False, enable_gptq=False, gptq=GptqStart(mse=True, damping=0.01, block_size=32),
+    max_sweeps=2, annealing_sweeps=0, annealing_temperature=0.2, ils_enabled=False, ils_num_iterations=1,
+    ils_num_clones=1, ils_num_channels=None, batch_size=None, on_failure="error",
 )  # fmt: skip
 
 
@@ -41,13 +52,16 @@ def quantize(
     inputs: str = "quantized",
     keep: Callable[[str], bool] = lambda name: True,
     pause: Callable[[], None] = lambda: None,
+    tokens: Tensor | None = None,
+    batch: int = 4,
 ) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
     scratch.mkdir(exist_ok=True)
     workspace, records = Workspace(scratch), []
     with torch.no_grad():
-        quantize_blocks(model, windows(), Plan(quantizer, names, inputs, batch=4), workspace, records.append, pause)
+        plan = Plan(quantizer, names, inputs, batch)
+        quantize_blocks(model, windows() if tokens is None else tokens, plan, workspace, records.append, pause)
         assemble(model, workspace, scratch / "checkpoint", code=False)
     return model, workspace, records
 
@@ -56,7 +70,7 @@ def quantize(
 class Spy(RTN):
     """Rounds to nearest and keeps the Hessians it was given."""
 
-    def prepare(self, hessian: Tensor) -> Prepared:
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         SEEN.append(hessian.clone())
         return super().prepare(hessian)
 
@@ -240,9 +254,86 @@ def test_solving_beats_rounding_on_the_outputs(tmp_path: Path) -> None:
     rounding = replace(ROUND, bits=3, mse=True)
     errors = [
         sum(record.output_error for record in quantize(directory, tmp_path / name, quantizer, "original")[2])
-        for name, quantizer in (("rtn", rounding), ("gptq", SOLVE))
+        for name, quantizer in (("rtn", rounding), ("gptq", SOLVE), ("jointq", JOINT))
     ]
-    assert errors[1] < errors[0]
+    assert errors[2] < errors[1] < errors[0]
+
+
+@dataclass(frozen=True)
+class Curious(RTN):
+    """Rounds to nearest, asks for held-out tokens and keeps what it was given."""
+
+    share: float = 0.25
+
+    @property
+    def heldout(self) -> float:
+        return self.share
+
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
+        assert heldout is not None
+        APART.append((hessian.clone(), heldout))
+        return super().prepare(hessian)
+
+
+APART: list[tuple[Tensor, HeldOut]] = []
+
+
+# windows, windows per pass, share asked for: how many of the last windows are held out
+PASSES = [
+    (6, 4, 0.25, 2),
+    (6, 1, 0.25, 2),
+    (6, 1, 0.5, 3),
+    (6, 2, 0.01, 2),
+    (7, 3, 0.3, 1),
+    (6, 1, 0.99, 5),
+    (6, 4, 0.9, 2),
+]
+
+
+@pytest.mark.parametrize("inputs", ["original", "quantized"])
+@pytest.mark.parametrize(("count", "batch", "share", "held"), PASSES)
+def test_the_last_passes_are_held_out_and_some_are_left(
+    count: int, batch: int, share: float, held: int, inputs: str, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    tokens = windows(count)
+    APART.clear()
+    quantizer = Curious(**vars(ROUND), share=share)
+    quantize(
+        directory, tmp_path / "work", quantizer, inputs, lambda name: "layers.0" in name, tokens=tokens, batch=batch
+    )
+    seen = tmp_path / "work" / "checkpoint" if inputs == "quantized" else directory
+    assert len(APART) == len(LLAMA_GROUPS)
+    for (everything, part), kind in zip(APART, LLAMA_GROUPS, strict=True):
+        assert part.share == pytest.approx(held / count)
+        name = f"model.layers.0.{kind}"
+        torch.testing.assert_close(everything, hessian_by_hooks(seen, tokens, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(part.hessian, hessian_by_hooks(seen, tokens[-held:], name), rtol=1e-4, atol=1e-5)
+        rest = hessian_by_hooks(seen, tokens[:-held], name)
+        torch.testing.assert_close(part.complement(everything), rest, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", ["original", "quantized"])
+def test_jointq_chooses_lambda_per_layer_by_held_out_windows(inputs: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    quantizer = replace(JOINT, lambda_mode="heldout")
+    _, _, records = quantize(directory, tmp_path / "work", quantizer, inputs, batch=1)
+    chosen = [record.notes["lambda"] for record in records]
+    assert set(chosen) <= {0.1, 1.0}  # not 0: there are fewer tokens than columns, or hardly more
+    assert {record.verdict for record in records} <= {"ok", "damped"}
+    again = quantize(directory, tmp_path / "again", quantizer, inputs, batch=1)[2]
+    assert [record.notes["lambda"] for record in again] == chosen
+    assert file_hashes(tmp_path / "again" / "checkpoint") == file_hashes(tmp_path / "work" / "checkpoint")
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_too_few_windows_to_hold_a_pass_out_are_an_error_before_any_work(count: int, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    message = rf"^calibration.num_samples={count}: must be more than the 4 windows .* lower runtime.batch_tokens$"
+    with pytest.raises(ConfigError, match=message):
+        quantize(directory, tmp_path / "work", replace(JOINT, lambda_mode="heldout"), tokens=windows(count))
+    assert not list((tmp_path / "work").rglob("*.safetensors"))
+    quantize(directory, tmp_path / "fixed", JOINT, tokens=windows(count), keep=lambda name: "0.self_attn.q" in name)
 
 
 def test_the_source_of_a_linear_layer_keeps_its_bias(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from jointq_cli.config import RECIPES, Recipe, concrete, keys
 from jointq_cli.errors import Interrupted, NumericsError
 from jointq_cli.launch import Job, complete, launch
 from jointq_cli.main import COMMANDS, COMPOSED, main
-from jointq_cli.quantizers import GPTQ, RTN, Quantizer
+from jointq_cli.quantizers import GPTQ, RTN, JointQ, Quantizer
 
 SOURCES = Path(__file__).parent.parent / "src" / "jointq_cli"
 
@@ -103,7 +103,7 @@ MISTAKES = {
         1,
         "recipe=pocket_w4g12: did you mean pocket_w4g128? It must be one of ci_",
     ),
-    "quantize quantizer=gtpq": (1, "quantizer=gtpq: did you mean gptq? It must be one of gptq, rtn"),
+    "quantize quantizer=gtpq": (1, "quantizer=gtpq: did you mean gptq? It must be one of gptq, jointq, rtn"),
     "quantize quantizer.bit=4": (1, "no such key quantizer.bit; did you mean quantizer.bits?"),
     "quantize quantiser.bits=4": (1, "no such key quantiser.bits; did you mean quantizer.bits?"),
     "quantize quantiser=gptq": (1, "no such key quantiser; did you mean quantizer?"),
@@ -125,8 +125,44 @@ MISTAKES = {
     "quantize quantizer.bits=3.5": (1, "quantizer.bits=3.5: must be an integer"),
     "quantize quantizer.bits=null": (1, "quantizer.bits=null: must be an integer"),
     "quantize quantizer.group_size=big": (1, "quantizer.group_size=big: must be an integer or null"),
-    "quantize quantizer.mse=maybe": (1, "quantizer.mse=maybe: must be true or false"),
-    "quantize quantizer.damping=some": (1, "quantizer.damping=some: must be a number"),
+    "quantize quantizer=gptq quantizer.mse=maybe": (1, "quantizer.mse=maybe: must be true or false"),
+    "quantize quantizer=gptq quantizer.damping=some": (1, "quantizer.damping=some: must be a number"),
+    "quantize quantizer.enable_schur=maybe": (1, "quantizer.enable_schur=maybe: must be true or false"),
+    "quantize quantizer.gptq.damping=some": (1, "quantizer.gptq.damping=some: must be a number"),
+    "quantize quantizer.lambda_mode=incremental_lambda": (
+        1,
+        "quantizer.regularization_mode=diagonal: lambda_mode=incremental_lambda works with identity only",
+    ),
+    "quantize quantizer.lambda_mode=heldout quantizer.lambda_list=[]": (
+        1,
+        "quantizer.lambda_list=[]: lambda_mode=heldout needs at least one value",
+    ),
+    "quantize quantizer.lambda_mode=heldout quantizer.lambda_list=[0.2,0.1]": (
+        1,
+        "quantizer.lambda_list=[0.2, 0.1]: must rise from value to value",
+    ),
+    "quantize quantizer.lambda_list=0.1": (1, "quantizer.lambda_list=0.1: must be a list, such as [a,b]"),
+    "quantize quantizer.batch_size=0": (1, "quantizer.batch_size=0: must be at least 1"),
+    "quantize quantizer.heldout_share=1": (1, "quantizer.heldout_share=1.0: must be between 0 and 1"),
+    "quantize quantizer.gptq.damping=-1": (1, "quantizer.gptq.damping=-1.0: must be at least 0"),
+    "quantize quantizer.gptq.block=3": (
+        1,
+        "no such key quantizer.gptq.block; did you mean quantizer.gptq.block_size?",
+    ),
+    "quantize quantizer.actorder=true": (1, "no such key quantizer.actorder; did you mean quantizer.act_order?"),
+    "quantize quantizer.enable_schur=false": (1, "quantizer.enable_schur=false: one start is needed, of enable_schur,"),
+    "quantize quantizer.ils_enabled=true quantizer.max_sweeps=0": (
+        1,
+        "quantizer.max_sweeps=0: ils_enabled=true needs at least 1",
+    ),
+    "quantize quantizer.lambda_mode=best": (
+        1,
+        "quantizer.lambda_mode=best: must be fixed_lambda or incremental_lambda or heldout",
+    ),
+    "quantize quantizer.regularization_lambda=-1": (
+        1,
+        "quantizer.regularization_lambda=-1.0: must be at least 0 and finite",
+    ),
     "quantize model.path=[1,2]": (1, "model.path=[1,2]: must be text"),
     "quantize layers.exclude_layer_names=lm_head": (
         1,
@@ -222,7 +258,7 @@ def test_the_task_gets_a_typed_recipe_its_folder_and_the_overrides(jobs: list[tu
     assert run("quantize recipe=ci_smoke quantizer.bits=3", jobs) == 0
     [(recipe, job)] = jobs
     assert isinstance(recipe, Recipe)
-    assert isinstance(recipe.quantizer, GPTQ)
+    assert isinstance(recipe.quantizer, JointQ)
     assert recipe.quantizer.bits == 3
     assert recipe.store == "runs/store"
     assert job.directory.parent == tmp_path / "runs" / "ci_smoke"
@@ -346,9 +382,12 @@ QUESTIONS = {
     "jointq ": set(COMMANDS),
     "jointq qu": {"quantize"},
     "jointq quantize rec": {"recipe="},
-    "jointq quantize recipe=pocket": {"recipe=pocket_w3g128", "recipe=pocket_w4g128"},
+    "jointq quantize recipe=pocket": {"recipe=pocket_w2g128", "recipe=pocket_w3g128", "recipe=pocket_w4g128"},
     "jointq quantize recipe=qwen": {"recipe=qwen3_0.6b_w4g128"},
-    "jointq quantize quantizer.da": {"quantizer.damping="},
+    "jointq quantize quantizer=gptq quantizer.da": {"quantizer.damping="},
+    "jointq quantize quantizer.regularization_": {
+        f"quantizer.regularization_{key}=" for key in ("lambda", "mode", "gamma", "reference")
+    },
     "jointq quantize quantizer=rtn quantizer.": {
         f"quantizer.{key}=" for key in ("bits", "group_size", "symmetric", "mse")
     },
@@ -405,7 +444,7 @@ def test_keys_cover_every_quantizer() -> None:
 
 
 def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
-    assert {GPTQ, RTN} <= set(concrete(Quantizer))
+    assert {GPTQ, RTN, JointQ} <= set(concrete(Quantizer))
     assert Quantizer not in concrete(Quantizer)
 
 
@@ -469,3 +508,53 @@ def test_imports_point_one_way() -> None:
         if height[other] < height[room(path)]
     }
     assert upward <= {"commands imports main"}  # the list of commands, for completion
+
+
+# The same inside a room, module by module: none in a row knows another one of the same row.
+QUANTIZER_ROWS = [
+    {"__init__"},
+    {"jointq"},
+    {"layer"},
+    {"search", "gptq"},
+    {"metric", "rtn", "tiles"},
+    {"factor", "base"},
+]
+KERNEL_ROWS = [
+    {"cpu", "cuda"},
+    {"reference"},
+    {"cpu_flips", "cuda_flips", "reference_flips"},
+    {"compiled"},
+    {"__init__"},
+]
+
+
+def imports_at_the_top(path: Path, package: str) -> Iterator[str]:
+    """Modules of `package` that one of them imports, but not inside a function, where a kernel is asked for."""
+    modules = {other.stem for other in path.parent.glob("*.py")}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(package):
+            continue
+        if node.module != package:
+            yield (node.module or "").removeprefix(f"{package}.")
+        else:
+            yield from {name.name if name.name in modules else "__init__" for name in node.names}
+
+
+@pytest.mark.parametrize(("package", "rows"), [("quantizers", QUANTIZER_ROWS), ("kernels", KERNEL_ROWS)])
+def test_imports_inside_a_room_point_one_way_too(package: str, rows: list[set[str]]) -> None:
+    height = {name: number for number, row in enumerate(rows) for name in row}
+    paths = {path.stem: path for path in (SOURCES / package).glob("*.py")}
+    assert set(paths) == set(height)
+    upward = {
+        f"{name} imports {other}"
+        for name, path in paths.items()
+        for other in imports_at_the_top(path, f"jointq_cli.{package}")
+        if height[other] <= height[name]
+    }
+    assert upward == set()
+
+
+@pytest.mark.parametrize(("library", "rooms"), [("numba", {"compiled"}), ("triton", {"cuda_flips"})])
+def test_a_compiler_is_known_to_one_module(library: str, rooms: set[str]) -> None:
+    users = {path.stem for path in SOURCES.rglob("*.py") if library in {name.split(".")[0] for name in imports(path)}}
+    assert users == rooms

@@ -1,6 +1,8 @@
 """Laws of the grid: bits, groups, rounded scales, the stored form."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointq_cli.errors import ConfigError, ModelError, NumericsError
-from jointq_cli.grid import Grid, QuantizedWeight, check_bits, check_group_size, fit, group_columns
+from jointq_cli.grid import (
+    Grid,
+    QuantizedWeight,
+    check_bits,
+    check_group_size,
+    fit,
+    group_columns,
+    round_scale,
+    scale_rounding,
+)
+from jointq_cli.kernels import Rounding
 
 GRIDS = [Grid(bits, symmetric) for bits in range(1, 9) for symmetric in (False, True)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -217,3 +229,50 @@ def test_any_finite_group_gets_a_usable_grid(
     assert (scale > 0).all()
     assert int(zero_point) <= max(0, grid.highest)
     assert rounded(group, grid, mse, dtype).abs().max() <= 2.02 * group.abs().max()
+
+
+# --- what kernels are told of the grid
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.bits <= 3], ids=str)
+def test_the_box_holds_the_levels_of_every_zero_point_and_no_others(grid: Grid) -> None:
+    zero_points = [0] if grid.symmetric else range(grid.highest + 1)
+    codes = range(grid.lowest, grid.highest + 1)
+    reachable = {frozenset((one - zero, other - zero)) for zero in zero_points for one in codes for other in codes}
+    box, around = grid.box, range(-2 << grid.bits, 2 << grid.bits)
+    inside = {
+        frozenset((one, other))
+        for one, other in itertools.product(around, around)
+        if box.first <= min(one, other) and max(one, other) <= box.last and abs(one - other) <= box.span
+    }
+    assert inside == reachable
+
+
+def rounded_by(rounding: Rounding, value: float) -> float:
+    """The contract of `Rounding` in exact arithmetic."""
+    exponent = max(math.frexp(value)[1] - 1, rounding.min_exponent)
+    step = Fraction(2) ** (exponent - rounding.digits)
+    return max(float(round(Fraction(value) / step) * step), rounding.least)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    mantissa=st.floats(0.5, 1.0, exclude_max=True, width=32),
+    exponent=st.integers(-140, 14),
+    dtype=st.sampled_from(DTYPES),
+    shift=st.integers(-30, 30),
+)
+def test_kernels_round_scales_as_they_will_be_stored(
+    mantissa: float, exponent: int, dtype: torch.dtype, shift: int
+) -> None:
+    """Of a layer that is divided by 2^shift, too."""
+    scale = torch.tensor(math.ldexp(mantissa, exponent))
+    stored = round_scale(scale, dtype).item()
+    assert rounded_by(scale_rounding(dtype), scale.item()) == stored
+    shifted = rounded_by(scale_rounding(dtype, shift), math.ldexp(scale.item(), -shift))
+    assert math.ldexp(shifted, shift) == stored
+
+
+def test_a_dtype_that_no_kernel_knows_is_an_error_with_a_list_of_the_others() -> None:
+    with pytest.raises(ConfigError, match=r"torch.float64: scales can be stored as torch.bfloat16, torch.float16"):
+        scale_rounding(torch.float64)

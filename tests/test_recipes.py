@@ -13,14 +13,16 @@ from jointq_cli.commands.recipes import listing
 from jointq_cli.config import RECIPES, Recipe, concrete, schemas
 from jointq_cli.launch import Job, launch
 from jointq_cli.main import main
-from jointq_cli.quantizers import GPTQ, Quantizer
+from jointq_cli.quantizers import GPTQ, JointQ, Quantizer
 
 NAMES = list(resources.options("recipe"))
 GROUPS = {group: names for group, names in resources.groups().items() if group != "recipe"}
 OPTIONS = [(group, option) for group, names in GROUPS.items() for option in names]
 PROMISED = {
     "pocket_w4g128",
+    "pocket_w2g128",
     "pocket_w3g128",
+    "smollm2_135m_w3g64",
     "smollm2_135m_w4g64",
     "llama1b_w4g128",
     "tinyllama_w4g128",
@@ -92,18 +94,32 @@ def test_a_recipe_without_the_hub_in_its_needs_uses_none(name: str) -> None:
     assert bool(uses or on_hub) == resources.needs(resources.options("recipe")[name]).startswith("the hub")
 
 
-@pytest.mark.parametrize("quantizer", sorted(set(GROUPS["quantizer"]) - {"gptq"}))
+@pytest.mark.parametrize("quantizer", sorted(set(GROUPS["quantizer"]) - {"jointq"}))
 def test_every_recipe_takes_the_other_quantizers_too(quantizer: str) -> None:
     for name in NAMES:
         compose(f"recipe={name}", f"quantizer={quantizer}")
 
 
-def test_the_default_recipe_is_the_bundled_model_with_strong_gptq() -> None:
+def test_the_default_recipe_is_the_bundled_model_with_jointq() -> None:
     recipe = compose()
     assert recipe == compose("recipe=pocket_w4g128")
     assert recipe.model.path == "pocket"
     assert (recipe.calibration.dataset, recipe.evaluation.dataset) == ("pydoc", "pydoc")
-    assert recipe.quantizer == GPTQ(
+    assert isinstance(recipe.quantizer, JointQ)
+    assert (recipe.quantizer.bits, recipe.quantizer.group_size, recipe.quantizer.symmetric) == (4, 128, False)
+
+
+def test_jointq_starts_from_the_schur_metric_alone_and_penalises_by_the_diagonal() -> None:
+    quantizer = compose().quantizer
+    assert isinstance(quantizer, JointQ)
+    starts = ("enable_schur", "enable_clip_optimize", "enable_clip_optimize_ep", "enable_gptq")
+    assert [name for name in starts if getattr(quantizer, name)] == ["enable_schur"]
+    assert (quantizer.lambda_mode, quantizer.regularization_mode) == ("fixed_lambda", "diagonal")
+    assert (quantizer.regularization_reference, quantizer.regularization_gamma) == ("mean_diagonal", 1.0)
+
+
+def test_gptq_ships_with_its_strong_settings() -> None:
+    assert compose("quantizer=gptq").quantizer == GPTQ(
         bits=4,
         group_size=128,
         symmetric=False,
@@ -116,13 +132,21 @@ def test_the_default_recipe_is_the_bundled_model_with_strong_gptq() -> None:
     )
 
 
-def test_the_two_pocket_recipes_differ_in_bits_alone() -> None:
-    four, three = (yaml.safe_load(show(name)) for name in ("pocket_w4g128", "pocket_w3g128"))
-    assert three["quantizer"].pop("bits") == 3
+@pytest.mark.parametrize(
+    ("base", "other", "bits"),
+    [
+        ("pocket_w4g128", "pocket_w3g128", 3),
+        ("pocket_w4g128", "pocket_w2g128", 2),
+        ("smollm2_135m_w4g64", "smollm2_135m_w3g64", 3),
+    ],
+)
+def test_recipes_of_one_family_differ_in_bits_alone(base: str, other: str, bits: int) -> None:
+    four, fewer = (yaml.safe_load(show(name)) for name in (base, other))
+    assert fewer["quantizer"].pop("bits") == bits
     assert four["quantizer"].pop("bits") == 4
-    for values in (four, three):
+    for values in (four, fewer):
         del values["name"], values["description"]
-    assert four == three
+    assert four == fewer
 
 
 def show(name: str) -> str:

@@ -18,10 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from jointq_cli.errors import ModelError, NumericsError
+from jointq_cli.errors import ConfigError, ModelError, NumericsError
 from jointq_cli.grid import QuantizedWeight
 from jointq_cli.model import StreamedModel
-from jointq_cli.quantizers.base import Prepared, Quantizer
+from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer
 from jointq_cli.records import LayerRecord
 from jointq_cli.statistics import Hessian, output_error, weight_error
 from jointq_cli.workspace import Streams, Workspace
@@ -37,6 +37,14 @@ class Plan:
     layers: frozenset[str]  # full names of the linear layers to quantise
     inputs: str  # "original" | "quantized": whose activations a layer is solved for
     batch: int  # windows per forward pass
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was collected of one input: the Hessian of all tokens, and of a part of them where one is asked for."""
+
+    hessian: Tensor
+    heldout: HeldOut | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,11 @@ def quantize_blocks(
     windows: (windows, tokens) int64. on_layer is told of every layer of these blocks, pause is called wherever stopping
     loses nothing and may raise. Raises NumericsError, naming the layer, where a layer cannot be solved.
     """
+    if plan.quantizer.heldout and len(windows) <= plan.batch:
+        raise ConfigError(
+            f"calibration.num_samples={len(windows)}: must be more than the {plan.batch} windows of one forward pass, "
+            "for the quantizer holds whole passes out; lower runtime.batch_tokens"
+        )
     start = workspace.position()
     streams = _streams(model, windows, plan, workspace)
     loop = _Loop(model, plan, workspace, on_layer, pause)
@@ -101,19 +114,19 @@ class _Loop:
         self, index: int, groups: list[list[Layer]], tensors: dict[str, Tensor], streams: Streams
     ) -> Streams:
         for group in groups:
-            hessian = None
+            statistics = None
             if not self._finished(group):
-                [hessian] = self._collect(index, [group], streams.calibration, stop=True)
-            self._quantize_group(group, hessian, tensors)
+                [statistics] = self._collect(index, [group], streams.calibration, stop=True)
+            self._quantize_group(group, statistics, tensors)
         hidden = self.model.run_all(index, streams.calibration, self.plan.batch, self.pause)
         return Streams(hidden, hidden[: self.plan.batch])
 
     def _solve_on_original(
         self, index: int, groups: list[list[Layer]], tensors: dict[str, Tensor], streams: Streams
     ) -> Streams:
-        hessians = self._collect(index, groups, streams.calibration, stop=False)
+        statistics = self._collect(index, groups, streams.calibration, stop=False)
         while groups:  # each Hessian is freed when its group is done
-            self._quantize_group(groups.pop(0), hessians.pop(0), tensors)
+            self._quantize_group(groups.pop(0), statistics.pop(0), tensors)
         return Streams(streams.calibration, self.model.run_all(index, streams.probe, self.plan.batch, self.pause))
 
     def _input_groups(self, index: int, block: nn.Module, hidden: Tensor) -> list[list[Layer]]:
@@ -140,21 +153,31 @@ class _Loop:
             raise ModelError(f"{idle[0]}: no token reaches this layer, so it cannot be calibrated; exclude it")
         return [group for _, group in seen]
 
-    def _collect(self, index: int, groups: list[list[Layer]], hidden: Tensor, *, stop: bool) -> list[Tensor]:
-        """Hessians of the groups' inputs. `hidden` becomes the block's output, unless it may `stop` at the inputs."""
-        hessians = {group[0]: Hessian(group[0].module.in_features, self.model.device) for group in groups}
+    def _collect(self, index: int, groups: list[list[Layer]], hidden: Tensor, *, stop: bool) -> list[Statistics]:
+        """Statistics of the groups' inputs. `hidden` becomes the block's output, unless it may `stop` at the inputs."""
+        parts = hidden.split(self.plan.batch)
+        share = self.plan.quantizer.heldout
+        # Some must be left to solve with.
+        held_parts = min(max(1, round(share * len(parts))), len(parts) - 1) if share else 0
+        held_from = len(parts) - held_parts
+        everything, held = self._hessians(groups), self._hessians(groups if share else [])
 
         def add(layer: Layer, given: Tensor) -> None:
-            hessians[layer].add(given)
+            everything[layer].add(given)
+            if number >= held_from:
+                held[layer].add(given)
             if stop:
                 raise _InputSeen
 
-        for part in hidden.split(self.plan.batch):
-            output = self._run_hooked(index, part, dict.fromkeys(hessians, add))
+        for number, part in enumerate(parts):  # noqa: B007 - `add` reads it
+            output = self._run_hooked(index, part, dict.fromkeys(everything, add))
             if not stop and output is not None:
                 part.copy_(output)
             self.pause()
-        return [hessian.finish() for hessian in hessians.values()]
+        return [Statistics(everything[group[0]].finish(), _held_out(group[0], everything, held)) for group in groups]
+
+    def _hessians(self, groups: list[list[Layer]]) -> dict[Layer, Hessian]:
+        return {group[0]: Hessian(group[0].module.in_features, self.model.device) for group in groups}
 
     def _run_hooked(
         self, index: int, hidden: Tensor, hooks: dict[Layer, Callable[[Layer, Tensor], None]]
@@ -175,23 +198,26 @@ class _Loop:
     def _finished(self, group: list[Layer]) -> bool:
         return all(self.workspace.has_layer(layer.name) for layer in group)
 
-    def _quantize_group(self, group: list[Layer], hessian: Tensor | None, tensors: dict[str, Tensor]) -> None:
+    def _quantize_group(self, group: list[Layer], statistics: Statistics | None, tensors: dict[str, Tensor]) -> None:
         prepared: Prepared | None = None
         share = 0.0  # of the preparation, in each layer's seconds
         for layer in group:
             kept = self.workspace.layer(layer.name)
             if kept is None:
-                assert hessian is not None  # collected, since the group is not finished
+                assert statistics is not None  # collected, since the group is not finished
                 if prepared is None:
                     started = time.perf_counter()
-                    prepared = self._named(layer, lambda: self.plan.quantizer.prepare(hessian))
+                    prepared = self._named(layer, lambda: self._prepare(statistics))
                     share = (time.perf_counter() - started) / len(group)
-                kept = self._quantize_layer(layer, prepared, hessian, tensors[self._key(layer)], share)
+                kept = self._quantize_layer(layer, prepared, statistics.hessian, tensors[self._key(layer)], share)
                 self.workspace.keep_layer(*kept)
             weight, record = kept
             self._replace(layer, weight, tensors)
             self.on_layer(record)
             self.pause()
+
+    def _prepare(self, statistics: Statistics) -> Prepared:
+        return self.plan.quantizer.prepare(statistics.hessian, statistics.heldout)
 
     def _quantize_layer(
         self, layer: Layer, prepared: Prepared, hessian: Tensor, stored: Tensor, share: float
@@ -234,6 +260,13 @@ class _Loop:
             return solve()
         except NumericsError as error:
             raise NumericsError(f"{layer.name}: {error}") from error
+
+
+def _held_out(layer: Layer, everything: dict[Layer, Hessian], held: dict[Layer, Hessian]) -> HeldOut | None:
+    if layer not in held:
+        return None
+    share = held[layer].tokens / everything[layer].tokens
+    return HeldOut(held[layer].finish(), share)
 
 
 class _InputSeen(Exception):

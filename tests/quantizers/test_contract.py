@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from jointq_cases import PLAIN
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.quantizers import GPTQ, RTN, Quantizer, Solution
+from jointq_cli.quantizers import GPTQ, RTN, HeldOut, JointQ, Quantizer, Solution
 
 OPTIONS: dict[type[Quantizer], dict[str, Any]] = {
     RTN: {"mse": True},
@@ -21,6 +22,7 @@ OPTIONS: dict[type[Quantizer], dict[str, Any]] = {
         "block_size": 16,
         "on_failure": "error",
     },
+    JointQ: {name: value for name, value in vars(PLAIN).items() if name not in ("bits", "group_size", "symmetric")},
 }
 KINDS = list(OPTIONS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -116,7 +118,7 @@ def test_the_same_call_twice_gives_the_same_bits(kind: type[Quantizer]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_quantised_alike_whatever_the_other_rows(kind: type[Quantizer]) -> None:
     weight, hessian = layer(64, 96)
-    quantizer = build(kind, 4, 32, False, **({} if kind is RTN else {"block_size": 96}))
+    quantizer = build(kind, 4, 32, False, **({"block_size": 96} if kind is GPTQ else {}))
     together = solve(quantizer, weight, hessian).quantized.codes
     apart = [solve(quantizer, part, hessian).quantized.codes for part in weight.split([1, 20, 43])]
     assert torch.equal(torch.cat(apart), together)
@@ -155,6 +157,16 @@ def test_a_group_size_that_does_not_divide_is_refused(kind: type[Quantizer]) -> 
     weight, hessian = layer()
     with pytest.raises(ConfigError, match=r"quantizer.group_size=20: must divide in_features"):
         solve(build(kind, 4, 20, False), weight, hessian)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_tokens_are_taken_and_no_harm_where_they_are_not_asked_for(kind: type[Quantizer]) -> None:
+    weight, hessian = layer()
+    quantizer = build(kind, 4, 16, False)
+    assert quantizer.heldout == 0.0
+    prepared = quantizer.prepare(hessian, HeldOut(hessian, 0.5))
+    plain = solve(quantizer, weight, hessian).quantized
+    assert torch.equal(quantizer.quantize(weight, prepared, torch.float32).quantized.codes, plain.codes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,12 +35,69 @@ def test_a_triangular_matrix_is_inverted_in_place(layout: str) -> None:
     torch.testing.assert_close(work @ lower, torch.eye(391, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-def test_the_condition_is_a_lower_bound_of_the_true_one() -> None:
-    matrix = hessian(64)
-    matrix[5] *= 1e4
-    matrix[:, 5] *= 1e4
-    factor = factorize(matrix, torch.arange(64), damping=0.0)
-    assert 1e7 < factor.condition <= float(torch.linalg.cond(matrix)) * (1 + 1e-9)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_penalty_is_so_much_added_to_the_diagonal_in_the_columns_own_order(dtype: torch.dtype) -> None:
+    matrix = hessian(130)
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(1))
+    penalty = torch.linspace(0.1, 2.0, 130, dtype=torch.float64)
+    before = matrix.clone()
+    factor = factorize(matrix, order, 0.0, penalty, dtype)
+    plain = factorize(matrix + torch.diag(penalty), order, 0.0, None, dtype)
+    assert factor.upper.dtype == dtype
+    assert torch.equal(factor.upper, plain.upper)
+    assert factor.condition == pytest.approx(plain.condition)
+    assert torch.equal(matrix, before)
+    error = factor.upper.double().T @ factor.upper.double() @ (matrix + torch.diag(penalty))[order][:, order]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(error, torch.eye(130, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+def test_damping_is_a_share_of_the_penalised_diagonal() -> None:
+    matrix = hessian(32)
+    penalty = torch.full((32,), 9.0, dtype=torch.float64)
+    factor = factorize(matrix, torch.arange(32), 0.1, penalty, torch.float64)
+    mean = matrix.diagonal().mean() + 9.0
+    damped = matrix + (9.0 + 0.1 * mean) * torch.eye(32, dtype=torch.float64)
+    torch.testing.assert_close(factor.upper.T @ factor.upper, torch.linalg.inv(damped))
+
+
+def test_a_penalty_makes_a_singular_hessian_regular_and_a_dead_column_live() -> None:
+    matrix = hessian(32, tokens=8)
+    matrix[3], matrix[:, 3] = 0.0, 0.0
+    penalty = torch.full((32,), 1e-3, dtype=torch.float64)
+    factor = factorize(matrix, torch.arange(32), 0.0, penalty, torch.float64)
+    assert factor.rungs == 0
+    upper = factor.upper
+    assert float((upper.T @ upper)[3, 3]) == pytest.approx(1e3)
+
+
+def test_a_hessian_of_zeros_is_an_error_with_a_penalty_too() -> None:
+    with pytest.raises(NumericsError, match="the Hessian is zero: no calibration token reached this layer"):
+        factorize(torch.zeros(8, 8, dtype=torch.float64), torch.arange(8), 0.0, torch.ones(8, dtype=torch.float64))
+
+
+def loud(size: int, spread: bool) -> Tensor:
+    """A Hessian with one direction of 1e8, in one column or over all of them."""
+    direction = torch.zeros(size, dtype=torch.float64)
+    direction[slice(None) if spread else 5] = 1e4 / (size**0.5 if spread else 1.0)
+    return hessian(size) + torch.outer(direction, direction)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("damping", [0.0, 1e-4])
+def test_the_condition_is_a_lower_bound_of_the_true_one_and_sees_loud_directions(damping: float, spread: bool) -> None:
+    matrix = loud(64, spread)
+    factor = factorize(matrix, torch.arange(64), damping)
+    true = float(torch.linalg.cond(matrix + damping * matrix.diagonal().mean() * torch.eye(64, dtype=torch.float64)))
+    assert 0.005 * true < factor.condition <= true * (1 + 1e-9)
+
+
+def test_the_condition_does_not_depend_on_the_order_or_the_scale() -> None:
+    matrix = loud(64, True)
+    plain = factorize(matrix, torch.arange(64), 0.0).condition
+    assert factorize(matrix * 2.0**30, torch.arange(64), 0.0).condition == plain
+    shuffle = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    assert factorize(matrix, shuffle, 0.0).condition == pytest.approx(plain, rel=1e-3)
 
 
 def test_damping_is_raised_tenfold_until_the_factorisation_stands() -> None:

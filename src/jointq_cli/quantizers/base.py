@@ -23,6 +23,23 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """A part of the calibration tokens, by its own Hessian (in, in) float64 and its share of all of them."""
+
+    hessian: Tensor
+    share: float
+
+    def complement(self, everything: Tensor) -> Tensor:
+        """The Hessian of the other tokens, given that of all; new memory."""
+        rest = (everything - self.share * self.hessian).div_(1.0 - self.share)
+        # Columns that no other token reaches hold what rounding left, of either sign.
+        unreached = rest.diagonal() <= 1e-12 * everything.diagonal()
+        rest[unreached] = 0.0
+        rest[:, unreached] = 0.0
+        return rest
+
+
+@dataclass(frozen=True)
 class Solution:
     """A quantised layer and how it went.
 
@@ -53,9 +70,16 @@ class Quantizer(ABC):
     def grid(self) -> Grid:
         return Grid(self.bits, self.symmetric)
 
+    @property
+    def heldout(self) -> float:
+        """The share of the calibration tokens that `prepare` wants to see apart as well; 0: none."""
+        return 0.0
+
     @abstractmethod
-    def prepare(self, hessian: Tensor) -> Prepared:
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         """What depends on the layer's input alone. `hessian` (in, in) float64 is read, never written to.
+
+        `heldout` describes a part of the tokens in `hessian`, for a quantizer that asks for a share of them.
 
         Raises NumericsError where the Hessian cannot be used.
         """

@@ -22,11 +22,12 @@ _LEAF = 128  # columns below which a triangular inverse is left to LAPACK
 
 @dataclass(frozen=True)
 class Factor:
-    """U (n, n) float32 upper triangular with H^-1 = U^T U, H damped and with rows and columns in `order`.
+    """U (n, n) upper triangular with H^-1 = U^T U, H damped and with rows and columns in `order`.
 
     damping is the fraction of the mean live diagonal that it took, rungs how often it was raised. condition
-    is (max / min)^2 of the Cholesky factor's diagonal: a lower bound of the damped Hessian's condition
-    number.
+    is the largest norm of a row of the damped Hessian times the mean diagonal of its inverse: a lower bound of
+    its condition number, and near what float32 loses. The factor's own diagonal misses a loud direction that is
+    spread over many columns.
     """
 
     upper: Tensor
@@ -35,24 +36,33 @@ class Factor:
     condition: float
 
 
-def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor:
-    """Factorise `hessian` (n, n) float64 with rows and columns taken in `order` (n,) int64.
+def factorize(
+    hessian: Tensor,
+    order: Tensor,
+    damping: float,
+    penalty: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Factor:
+    """Factorise `hessian` (n, n) float64 with rows and columns taken in `order` (n,) int64; U comes as `dtype`.
+
+    `penalty` (n,) float64, in the original order, is added to the diagonal, before the mean is taken and besides any
+    damping.
 
     Dead columns (H_ii = 0) get the mean of the live diagonal, which changes nothing for the others.
     Raises NumericsError where the Hessian is empty, not finite, or singular at the top of the damping ladder.
     """
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal() if penalty is None else hessian.diagonal() + penalty
     if not bool(torch.isfinite(hessian.sum())) and not bool(torch.isfinite(hessian).all()):
         raise NumericsError("the Hessian holds NaN or Inf")
-    if not bool((diagonal > 0).any()):
+    if not bool((hessian.diagonal() > 0).any()):
         raise NumericsError("the Hessian is zero: no calibration token reached this layer")
     mean = float(diagonal[diagonal > 0].mean())
     for rung, fraction in enumerate(_ladder(damping)):
-        lower = _cholesky(_reversed(hessian, order, mean, fraction))
+        lower = _cholesky(_reversed(hessian, order, diagonal, fraction * mean, mean))
         if lower is not None:
-            pivots = lower.diagonal()
-            condition = float((pivots.max() / pivots.min()).square())
-            return Factor(_inverse(lower), fraction, rung, condition)
+            invert_lower(lower)
+            damped = torch.where(diagonal == 0, mean, diagonal) + fraction * mean
+            return Factor(_upper(lower, dtype), fraction, rung, _condition(hessian, damped, lower))
     raise NumericsError(
         f"quantizer.damping={damping:g}: the Hessian is singular even with {fraction:g} of its mean diagonal added"
     )
@@ -64,16 +74,15 @@ def _ladder(damping: float) -> Iterator[float]:
         yield max(damping, _LOWEST_RUNG) * 10**rung
 
 
-def _reversed(hessian: Tensor, order: Tensor, mean: float, damping: float) -> Tensor:
-    """The damped Hessian with rows and columns in the reverse of `order`, as new memory."""
+def _reversed(hessian: Tensor, order: Tensor, diagonal: Tensor, damping: float, dead: float) -> Tensor:
+    """The Hessian with this diagonal, damped, rows and columns in the reverse of `order`; as new memory."""
     backwards = order.flip(0)
     result = hessian.index_select(0, backwards)
     for start in range(0, len(result), 256):  # in place, for a second full copy would be a third matrix
         rows = result[start : start + 256]
         rows.copy_(rows.index_select(1, backwards))
-    diagonal = result.diagonal()
-    diagonal[diagonal == 0] = mean
-    diagonal += damping * mean
+    live = torch.where(diagonal == 0, dead, diagonal)
+    result.diagonal().copy_(live[backwards] + damping)
     return result
 
 
@@ -87,10 +96,15 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return lower if sound else None
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """J L^-1 J in float32, row-major for the kernels; overwrites `lower`, which LAPACK left column-major."""
-    invert_lower(lower)
-    return lower.to(torch.float32, memory_format=torch.contiguous_format).flip(0, 1)
+def _upper(inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """J L^-1 J as `dtype`, row-major for the kernels; L^-1 is column-major as LAPACK left it."""
+    return inverse.to(dtype, memory_format=torch.contiguous_format).flip(0, 1)
+
+
+def _condition(hessian: Tensor, diagonal: Tensor, inverse: Tensor) -> float:
+    """See `Factor`; of `hessian` with this diagonal, whose inverse has the trace |L^-1|^2."""
+    rows = torch.linalg.vector_norm(hessian, dim=1).square() - hessian.diagonal().square() + diagonal.square()
+    return float(rows.max().sqrt() * torch.linalg.vector_norm(inverse).square() / len(inverse))
 
 
 def invert_lower(lower: Tensor) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.grid import QuantizedWeight, fit
-from jointq_cli.quantizers.base import Prepared, Quantizer, Solution
+from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer, Solution
 from jointq_cli.quantizers.factor import factorize
 from jointq_cli.quantizers.rtn import RTN
 
@@ -71,7 +71,7 @@ class GPTQ(Quantizer):
         if self.on_failure not in ("error", "rtn"):
             raise ConfigError(f"quantizer.on_failure={self.on_failure}: must be error or rtn")
 
-    def prepare(self, hessian: Tensor) -> Prepared:
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         diagonal = hessian.diagonal()
         order = torch.arange(len(hessian), device=hessian.device)
         if self.act_order:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.grid import QuantizedWeight, fit
-from jointq_cli.quantizers.base import Prepared, Quantizer, Solution
+from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer, Solution
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class RTN(Quantizer):
 
     mse: bool
 
-    def prepare(self, hessian: Tensor) -> Prepared:
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         return Prepared()
 
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
