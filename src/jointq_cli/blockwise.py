@@ -265,6 +265,8 @@ class _Loop:
 def _held_out(layer: Layer, everything: dict[Layer, Hessian], held: dict[Layer, Hessian]) -> HeldOut | None:
     if layer not in held:
         return None
+    if not 0 < held[layer].tokens < everything[layer].tokens:
+        raise NumericsError(f"{layer.name}: all or none of its tokens are held out; use lambda_mode=fixed_lambda")
     share = held[layer].tokens / everything[layer].tokens
     return HeldOut(held[layer].finish(), share)
 

@@ -273,3 +273,28 @@ def test_a_scale_that_does_not_fit_is_not_hidden_by_the_fallback() -> None:
     for on_failure in ("error", "rtn"):
         with pytest.raises(NumericsError, match="does not fit in float16"):
             solve(jointq(on_failure=on_failure), weight * 1e8, hessian, torch.float16)
+
+
+def test_a_group_of_denormal_weights_beside_a_zero_is_solved() -> None:
+    weight, hessian = layer(4, 32)
+    weight[:, :8] = 1e-39
+    weight[:, 0] = 0.0
+    diagonal = torch.diag(hessian.diagonal())
+    quantizer = jointq(group_size=8)
+    found = quantizer.quantize(weight, quantizer.prepare(diagonal), torch.bfloat16).quantized.dequantize(torch.float32)
+    assert found.isfinite().all()
+
+
+def test_a_lambda_list_may_begin_with_a_zero_that_is_passed_over_and_badly_conditioned() -> None:
+    weight, hessian = layer(4, 64, tokens=20)
+    hessian += 1e-9 * torch.eye(64, dtype=torch.float64)
+    quantizer = jointq(
+        bits=2,
+        lambda_mode="incremental_lambda",
+        regularization_mode="identity",
+        lambda_list=[0.0, 0.3, 0.5],
+        incremental_initial_skip_ew_threshold=0.0,
+    )
+    solution = quantizer.quantize(weight, quantizer.prepare(hessian), torch.bfloat16)
+    assert solution.notes["lambda"] in (0.3, 0.5)
+    assert solution.verdict == "ok"

@@ -6,7 +6,7 @@ from jointq_cases import layer
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantizers.metric import Metric, activation_order, measure, natural_order, penalty, reweighted
+from jointq_cli.quantizers.metric import Metric, activation_order, measure, natural_order, penalty
 
 NOTHING = torch.zeros(24, dtype=torch.float64)
 
@@ -107,16 +107,6 @@ def test_the_metric_does_not_know_the_size_of_the_inputs() -> None:
     assert plain.condition == loud.condition
 
 
-def test_another_penalty_changes_the_diagonal_of_the_metric_and_its_unit() -> None:
-    matrix = hessian()
-    first, second = (penalty(matrix, strength, "diagonal", 0.5, "mean_diagonal") for strength in (0.01, 0.4))
-    metric = metric_of(matrix, 8, first)
-    changed = reweighted(metric, matrix, second)
-    assert torch.equal(changed.full, metric_of(matrix, 8, second).full)
-    assert not torch.equal(changed.full, metric.full)
-    assert torch.equal(changed.order, metric.order)
-
-
 def test_float64_is_taken_where_the_condition_is_large() -> None:
     matrix = hessian()
     assert metric_of(matrix).full.dtype == torch.float32
@@ -125,7 +115,6 @@ def test_float64_is_taken_where_the_condition_is_large() -> None:
     metric = metric_of(matrix + torch.outer(loud, loud))
     assert metric.condition > 1e9
     assert (metric.full.dtype, metric.schur.dtype) == (torch.float64, torch.float64)
-    assert reweighted(metric, matrix, NOTHING).full.dtype == torch.float64
 
 
 def test_a_singular_hessian_is_damped_for_the_start_only() -> None:

@@ -19,7 +19,7 @@ from jointq_cli.grid import check_group_size, group_columns
 from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer, Solution
 from jointq_cli.quantizers.gptq import GPTQ
 from jointq_cli.quantizers.layer import Layer
-from jointq_cli.quantizers.metric import Metric, activation_order, measure, natural_order, penalty, reweighted
+from jointq_cli.quantizers.metric import Metric, activation_order, measure, natural_order, penalty
 from jointq_cli.quantizers.rtn import RTN
 from jointq_cli.quantizers.search import Search, Solved, State
 
@@ -139,6 +139,8 @@ class JointQ(Quantizer):
             )
         if self.ils_enabled and self.max_sweeps == 0:
             yield "max_sweeps=0: ils_enabled=true needs at least 1, for it searches from where a search ended"
+        if (self.ils_enabled or self.annealing_sweeps) and self.annealing_temperature == 0:
+            yield "annealing_temperature=0: must be above 0 where ils_enabled or annealing_sweeps ask for random steps"
 
     # what layers with the same input share
 
@@ -281,12 +283,11 @@ class JointQ(Quantizer):
 
     def _next(self, layer: Layer, given: Input, strength: float, known: Solved | None) -> tuple[Metric, Solved]:
         """The solution for one of several lambda: from what is known for a smaller one, else from the starts."""
-        extra = self._penalty(given.hessian, strength)
-        if known is not None:
-            metric = reweighted(given.metric, given.hessian, extra)
-            return metric, layer.solve(metric, self._go_on, known.state)
         first = strength == self.lambda_list[0]
+        extra = self._penalty(given.hessian, strength)
         metric = given.metric if first else measure(given.hessian, given.metric.order, given.columns, extra)
+        if known is not None:
+            return metric, layer.solve(metric, self._go_on, known.state)
         return metric, self._from_starts(layer, metric, given.gptq)
 
     def _go_on(self, search: Search, target: Tensor, state: State | None) -> Solved:
@@ -340,7 +341,13 @@ class JointQ(Quantizer):
             return best
 
         better = layer.rows(worst).solve(metric, solve, solved.state.take(worst))
-        return solved.with_rows(worst, replace(better, start_cost=solved.start_cost[worst]))
+        whole = replace(
+            better,
+            start_cost=solved.start_cost[worst],
+            sweeps=solved.sweeps[worst] + better.sweeps,
+            steps=solved.steps[worst] + better.steps,
+        )
+        return solved.with_rows(worst, whole)
 
     def _fall_back(self, weight: Tensor, scale_dtype: torch.dtype, reason: str) -> Solution:
         rtn = RTN(self.bits, self.group_size, self.symmetric, mse=True)
@@ -348,9 +355,23 @@ class JointQ(Quantizer):
         return Solution(solution.quantized, damping=None, verdict="fallback", notes={"failure": reason})
 
     def _describe_options(self) -> list[str]:
-        strength = f"lambda={self.regularization_lambda:g}" if self.lambda_mode == "fixed_lambda" else self.lambda_mode
-        flags = ["act_order"] if self.act_order else []
-        return [*flags, strength]
+        """What the result depends on, where it is not what ships."""
+        fixed = self.lambda_mode == "fixed_lambda"
+        gamma = "" if self.regularization_gamma == 1 else f"^{self.regularization_gamma:g}"
+        shape = "identity" if self.regularization_mode == "identity" else f"diagonal{gamma}"
+        starts = ("enable_clip_optimize", "enable_clip_optimize_ep", "enable_gptq")
+        told = {
+            "act_order": self.act_order,
+            f"lambda={self.regularization_lambda:g}" if fixed else self.lambda_mode: True,
+            shape: shape != "diagonal",
+            "absolute": self.regularization_reference == "absolute",
+            "no-schur": not self.enable_schur,
+            **{name.removeprefix("enable_"): getattr(self, name) for name in starts},
+            f"sweeps={self.max_sweeps}": self.max_sweeps != 3,
+            f"annealing={self.annealing_sweeps}": self.annealing_sweeps > 0,
+            "ils": self.ils_enabled,
+        }
+        return [text for text, said in told.items() if said]
 
 
 def _share(cost: Tensor, signal: float) -> float:

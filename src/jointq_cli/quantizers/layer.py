@@ -47,7 +47,7 @@ class Layer:
 
         def one(tile: slice) -> Solved:
             target = self._target(self.weight[tile], metric)
-            part = None if state is None else _padded(state, tile, len(target))
+            part = None if state is None else _padded(state, tile, target)
             return solve(search, target, part).head(tile.stop - tile.start)
 
         return Solved.joined(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
@@ -108,8 +108,10 @@ class Layer:
         return _with_rows(ordered.to(metric.full.dtype), len(weight) + -len(weight) % PADDING, 0.0)
 
 
-def _padded(state: State, tile: slice, rows: int) -> State:
-    return State(_with_rows(state.levels[tile], rows, 0.0), _with_rows(state.scale[tile], rows, 1.0))
+def _padded(state: State, tile: slice, target: Tensor) -> State:
+    """The tile's part, with as many rows as `target` and of its dtype, which may differ from lambda to lambda."""
+    levels, scale = state.levels[tile].to(target.dtype), state.scale[tile].to(target.dtype)
+    return State(_with_rows(levels, len(target), 0.0), _with_rows(scale, len(target), 1.0))
 
 
 def _with_rows(tensor: Tensor, rows: int, value: float) -> Tensor:

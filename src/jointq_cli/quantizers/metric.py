@@ -5,7 +5,7 @@ Knows float64 linear algebra, groups of columns and the penalty; no weights, no 
 e H_l e' with H_l = H + lambda R.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from jointq_cli.quantizers.factor import factorize
 
 _DEAD = 1e-6  # curvature of a dead column, as a share of the mean: it rounds to nearest and sways no scale
-_WELL_CONDITIONED = 1e7  # above it float32 loses too much of e H_l e', measured in tests/quantizers/test_jointq.py
+_WELL_CONDITIONED = 1e7  # above it float32 loses too much of e H_l e' (tests/quantizers/test_jointq_numerics.py)
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,6 @@ def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metr
         rungs=factor.rungs,
         condition=factor.condition,
     )
-
-
-def reweighted(metric: Metric, hessian: Tensor, extra: Tensor) -> Metric:
-    """The same with another penalty, for descents from a solution: `schur` stays as it was."""
-    mean = float((hessian.diagonal() + extra).mean())
-    return replace(metric, full=_ordered(hessian, metric.order, extra, mean, metric.full.dtype))
 
 
 def _ordered(hessian: Tensor, order: Tensor, extra: Tensor, mean: float, kind: torch.dtype) -> Tensor:

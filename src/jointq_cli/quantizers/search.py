@@ -145,7 +145,7 @@ class Search:
     def _clip(self, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(wanted, dim=1)
         low, high = low.clamp_max_(0.0), high.clamp_min_(0.0)
-        widest = self.grid.covering_scale(low, high)
+        widest = self.grid.covering_scale(low, high).clamp_min_(2.0**-100)  # weights are near 1: below it all is 0
         levels = torch.empty_like(wanted)
         scale = torch.empty_like(widest)
         self._kernels(target=wanted).weighted_clip(

@@ -24,5 +24,9 @@ def over_tiles(rows: int, batch_size: int | None, device: torch.device, solve: C
     tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     if device.type != "cpu":
         return [solve(tile) for tile in tiles]
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(solve, tiles))
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(solve, tiles))
+    finally:
+        torch.set_num_threads(threads)  # what a pool's thread sets, all threads that are yet to come inherit
