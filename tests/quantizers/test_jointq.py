@@ -343,7 +343,7 @@ def test_with_act_order_the_order_in_which_columns_are_stored_is_nothing() -> No
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "act_order": {"act_order": True, "group_size": None, "bits": 4},
-    "annealing": {"group_size": 64, "bits": 2, "annealing_sweeps": 2},
+    "annealing": {"group_size": 48, "bits": 2, "annealing_sweeps": 2},
     "ils": {"ils_enabled": True, "ils_num_iterations": 1, "ils_num_clones": 2},
     "starts": {"enable_clip_optimize": True, "enable_clip_optimize_ep": True, "symmetric": True},
 }
@@ -362,7 +362,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     ("variant", "massive"), [*((name, False) for name in VARIANTS), ("default", True), ("ils", True)]
 )
 def test_a_row_has_the_same_bits_alone_among_others_and_in_any_batch(variant: str, massive: bool) -> None:
-    weight, hessian = layer(60, 128)
+    weight, hessian = layer(36, 96)
     if massive:
         hessian[5, 5] += 1e10
     quantizer = jointq(**VARIANTS[variant])
@@ -373,12 +373,12 @@ def test_a_row_has_the_same_bits_alone_among_others_and_in_any_batch(variant: st
     torch.set_num_threads(before)
     assert isinstance(prepared, Input)
     assert prepared.metric.full.dtype == (torch.float64 if massive else torch.float32)
-    for rows in (slice(0, 1), slice(57, 58), slice(20, 37), torch.arange(59, -1, -1)):
+    for rows in (slice(0, 1), slice(34, 35), slice(10, 27), torch.arange(35, -1, -1)):
         assert same(whole, quantizer.quantize(weight[rows], prepared, torch.bfloat16).quantized, rows), rows
-    for batch_size in (1, 16, 48, 7):
+    for batch_size in (1, 16, 33):
         batched = dataclasses.replace(quantizer, batch_size=batch_size)
         assert same(whole, batched.quantize(weight, prepared, torch.bfloat16).quantized), batch_size
-    more = torch.cat([layer(230, 128, seed=3)[0], weight])
+    more = torch.cat([layer(230, 96, seed=3)[0], weight])
     assert same(quantizer.quantize(more, prepared, torch.bfloat16).quantized, whole, slice(230, None))
 
 

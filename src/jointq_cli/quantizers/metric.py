@@ -13,7 +13,7 @@ from torch import Tensor
 from jointq_cli.quantizers.factor import factorize
 
 _DEAD = 1e-6  # curvature of a dead column, as a share of the mean: it rounds to nearest and sways no scale
-_WELL_CONDITIONED = 1e7  # above it float32 loses too much of e H_l e' (tests/quantizers/test_jointq_numerics.py)
+_WELL_CONDITIONED = 1e6  # above it float32 loses too much of e H_l e' (tests/quantizers/test_jointq_numerics.py)
 
 
 @dataclass(frozen=True)
