@@ -2,12 +2,14 @@
 
 import itertools
 import threading
+from typing import Any
 
 import pytest
 import torch
 from jointq_cases import layer
 from torch import Tensor
 
+from jointq_cli import kernels
 from jointq_cli.grid import Grid, round_scale, scale_rounding
 from jointq_cli.quantizers.metric import Metric, measure, natural_order, penalty
 from jointq_cli.quantizers.search import PADDING, Search, Solved, State
@@ -142,6 +144,23 @@ def test_without_warmth_annealing_never_costs_more() -> None:
     assert (search.cost(target, cold) <= search.cost(target, start) * (1 + 1e-5)).all()
     warm = search.anneal(target, start, 1, 5.0, seed=0)
     assert (search.cost(target, warm) > search.cost(target, start)).any()
+
+
+def test_annealing_cools_from_sweep_to_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    search, target = problem(columns=16)
+    used: list[float] = []
+    anneal = kernels.for_device(CPU).anneal
+
+    def spy(*arguments: Any, temperature: float, noise: Tensor) -> None:
+        used.append(temperature)
+        anneal(*arguments, temperature=temperature, noise=noise)
+
+    monkeypatch.setattr(kernels.for_device(CPU), "anneal", staticmethod(spy))
+    search.anneal(target, search.schur_start(target), 4, 2.0, seed=0)
+    assert used[::2] == used[1::2]  # both groups of a sweep
+    assert used[0] == 2.0
+    assert used[::2] == sorted(set(used), reverse=True)
+    assert 0 < used[-1] < 0.5
 
 
 def test_annealing_is_its_seeds() -> None:
