@@ -18,9 +18,11 @@ from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.evaluation import final_hidden
 from jointq_cli.model import StreamedModel
-from jointq_cli.quantizers import GPTQ, RTN, HeldOut, JointQ, Prepared, Quantizer, Solution
+from jointq_cli.qep import Correction, NoQep, Propagation, Qep
+from jointq_cli.quantizers import GPTQ, RTN, JointQ, Prepared, Quantizer, Solution
 from jointq_cli.quantizers.jointq import GptqStart
 from jointq_cli.records import LayerRecord
+from jointq_cli.statistics import HeldOut, Statistics, TokenWeights
 from jointq_cli.workspace import Workspace, load_layer
 
 CPU = torch.device("cpu")
@@ -41,6 +43,14 @@ JOINT = JointQ(
 )  # fmt: skip
 
 
+NO_QEP = NoQep()
+QEP = Qep(
+    perccorr=0.5, perccorr_mode="fixed", heldout_share=0.25, percdamp=0.01, pull="original",
+    exclude_layer_keywords=["mlp.down_proj"],
+)  # fmt: skip
+EQUAL = TokenWeights(power=0.0, first_token=1.0)
+
+
 def windows(count: int = 6) -> Tensor:
     return torch.randint(3, 256, (count, 16), generator=torch.Generator().manual_seed(2))
 
@@ -54,13 +64,16 @@ def quantize(
     pause: Callable[[], None] = lambda: None,
     tokens: Tensor | None = None,
     batch: int = 4,
+    qep: Propagation = NO_QEP,
+    weights: TokenWeights = EQUAL,
+    waiting: float = 1e9,
 ) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
     scratch.mkdir(exist_ok=True)
     workspace, records = Workspace(scratch), []
     with torch.no_grad():
-        plan = Plan(quantizer, names, inputs, batch)
+        plan = Plan(quantizer, qep, names, inputs, weights, batch, waiting)
         quantize_blocks(model, windows() if tokens is None else tokens, plan, workspace, records.append, pause)
         assemble(model, workspace, scratch / "checkpoint", code=False)
     return model, workspace, records
@@ -148,7 +161,7 @@ def test_the_checkpoint_is_what_the_engine_had_in_memory(family: str, inputs: st
     reloaded = Checkpoint(tmp_path / "work" / "checkpoint")
     with torch.no_grad():
         hidden = final_hidden(StreamedModel(reloaded, CPU, torch.float32), windows()[:4], batch=4)
-    assert torch.equal(hidden, workspace.streams().probe)
+    assert torch.equal(hidden, workspace.streams().quantized)
     names = {record.name: model.stored_name(f"{record.name}.weight") for record in records}
     audited = audit(model.checkpoint, reloaded, names, records, tmp_path / "work" / "layers")
     assert audited.passed
@@ -201,11 +214,15 @@ def file_hashes(directory: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if p.suffix != ".json"}
 
 
-@pytest.mark.parametrize("inputs", ["original", "quantized"])
-def test_a_run_stopped_anywhere_ends_with_the_bits_of_an_undisturbed_one(inputs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("inputs", "qep"), [("original", NO_QEP), ("quantized", NO_QEP), ("quantized", QEP)])
+def test_a_run_stopped_anywhere_ends_with_the_bits_of_an_undisturbed_one(
+    inputs: str, qep: Propagation, tmp_path: Path
+) -> None:
     directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     ticks = Counter[str]()
-    _, undisturbed, _ = quantize(directory, tmp_path / "whole", SOLVE, inputs, pause=lambda: ticks.update(["pause"]))
+    _, undisturbed, _ = quantize(
+        directory, tmp_path / "whole", SOLVE, inputs, pause=lambda: ticks.update(["pause"]), qep=qep
+    )
     expected = file_hashes(tmp_path / "whole" / "checkpoint"), file_hashes(undisturbed.directory / "layers")
 
     class Stop(Exception):
@@ -222,9 +239,10 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_an_undisturbed_one(inputs:
 
         scratch = tmp_path / f"stopped{stop}"
         with pytest.raises(Stop):
-            quantize(directory, scratch, SOLVE, inputs, pause=pause)
-        quantize(directory, scratch, SOLVE, inputs)
+            quantize(directory, scratch, SOLVE, inputs, pause=pause, qep=qep)
+        _, workspace, _ = quantize(directory, scratch, SOLVE, inputs, qep=qep)
         assert (file_hashes(scratch / "checkpoint"), file_hashes(scratch / "layers")) == expected
+        assert workspace.blocks() == undisturbed.blocks()
 
 
 def test_a_finished_layer_is_never_solved_again(tmp_path: Path) -> None:
@@ -343,3 +361,145 @@ def test_the_source_of_a_linear_layer_keeps_its_bias(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.bias"
     result = Checkpoint(tmp_path / "work" / "checkpoint")
     assert torch.equal(result.read([name])[name], model.checkpoint.read([name])[name])
+
+
+# QEP: both streams
+
+
+@dataclass(frozen=True)
+class SpyQep(Qep):
+    """Corrects, and keeps the cross terms it was given."""
+
+    def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
+        assert statistics.cross is not None
+        CROSSED.append(statistics.cross.clone())
+        return super().correction(statistics, ridge)
+
+
+CROSSED: list[Tensor] = []
+
+
+def inputs_by_hooks(directory: Path, name: str) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    seen: list[Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(windows())
+    return seen[0].double()
+
+
+@pytest.mark.parametrize("waiting", [0.0, 1e9])
+def test_cross_terms_pair_the_original_model_with_the_one_quantised_so_far(waiting: float, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    CROSSED.clear()
+    quantize(directory, tmp_path / "work", ROUND, qep=SpyQep(**vars(QEP)), waiting=waiting)
+    names = [f"model.layers.{block}.{kind}" for block in range(3) for kind in LLAMA_GROUPS[:3]]  # not down_proj
+    assert len(CROSSED) == len(names)
+    for found, name in zip(CROSSED, names, strict=True):
+        original, given = inputs_by_hooks(directory, name), inputs_by_hooks(tmp_path / "work" / "checkpoint", name)
+        torch.testing.assert_close(found, (original - given).T @ given / len(given), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qep_brings_every_quantizer_closer_to_the_original_model(family: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", family)
+    tokens = windows(40)
+    whole = replace(QEP, perccorr=1.0, exclude_layer_keywords=[])
+    for name, quantizer in (("rtn", ROUND), ("gptq", SOLVE), ("jointq", JOINT)):
+        drift = [
+            quantize(directory, tmp_path / f"{name}_{qep.describe()}", quantizer, tokens=tokens, qep=qep)[1].blocks()
+            for qep in (NO_QEP, whole)
+        ]
+        assert drift[1][-1].output_error < drift[0][-1].output_error
+
+
+def test_the_same_bits_whether_passes_wait_or_start_anew(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    one_pass = 4 * 16 * (2 * 64 + 128) * 4  # bytes: windows, tokens, features of a pass of this model, float32
+    hashes = []
+    for number, waiting in enumerate((0.0, 2.5 * one_pass, 1e9)):
+        quantize(directory, tmp_path / str(number), SOLVE, qep=QEP, waiting=waiting, batch=1)
+        hashes.append(file_hashes(tmp_path / str(number) / "checkpoint"))
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+# inputs, qep, what waits -> forward passes per block: 5 batches in each stream that is solved for, 1 in the other,
+# 1 to find the groups. Started anew, a stream that shows the inputs of g groups takes g passes more.
+COUNTS = [
+    ("original", NO_QEP, 1e9, 5 + 1 + 1),
+    ("quantized", NO_QEP, 1e9, 5 + 1 + 1),
+    ("quantized", QEP, 1e9, 5 + 5 + 1),
+    ("quantized", NO_QEP, 0.0, 5 * 5 + 1 + 1),
+    ("quantized", QEP, 0.0, 5 * 5 + 5 * 4 + 1),
+]
+
+
+@pytest.mark.parametrize(("inputs", "qep", "waiting", "expected"), COUNTS)
+def test_no_more_forward_passes_than_needed(
+    inputs: str, qep: Propagation, waiting: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    runs = Counter[int]()
+    run = StreamedModel.run
+
+    def counting(self: StreamedModel, index: int, hidden: Tensor) -> Tensor:
+        runs[index] += 1
+        return run(self, index, hidden)
+
+    monkeypatch.setattr(StreamedModel, "run", counting)
+    quantize(directory, tmp_path / "work", inputs=inputs, qep=qep, waiting=waiting, tokens=windows(5), batch=1)
+    assert runs == {0: expected, 1: expected, 2: expected}
+
+
+def test_qep_needs_quantised_inputs(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"^calibration\.inputs=original: qep needs quantized"):
+        quantize(directory, tmp_path / "work", inputs="original", qep=QEP)
+
+
+def test_two_opinions_on_what_is_held_out_are_an_error(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    qep = replace(QEP, perccorr_mode="heldout", heldout_share=0.5)
+    with pytest.raises(ConfigError, match=r"^qep\.heldout_share=0\.5: must be the quantizer's 0\.25"):
+        quantize(directory, tmp_path / "work", replace(JOINT, lambda_mode="heldout"), qep=qep, batch=1)
+
+
+def test_alpha_is_chosen_per_layer_and_recorded(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    qep = replace(QEP, perccorr_mode="heldout")
+    _, _, records = quantize(directory, tmp_path / "work", SOLVE, qep=qep, tokens=windows(40), batch=4)
+    alphas = {record.name: record.notes.get("alpha") for record in records}
+    assert all(alpha is None for name, alpha in alphas.items() if "down_proj" in name)
+    later = [alpha for name, alpha in alphas.items() if "layers.0." not in name and "down_proj" not in name]
+    assert all(isinstance(alpha, float) and 0 < alpha <= 1 for alpha in later)
+    assert len(set(later)) > 5
+
+
+@pytest.mark.parametrize(("inputs", "qep"), [("original", NO_QEP), ("quantized", NO_QEP), ("quantized", QEP)])
+def test_the_error_of_a_block_is_that_of_the_whole_model_up_to_it(
+    inputs: str, qep: Propagation, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    _, workspace, _ = quantize(directory, tmp_path / "work", inputs=inputs, qep=qep)
+    for record in workspace.blocks()[:2]:  # the model's own last hidden state is behind a norm
+        original, quantized = (
+            AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+            .eval()(windows()[:4], output_hidden_states=True)
+            .hidden_states[record.block + 1]
+            for where in (directory, tmp_path / "work" / "checkpoint")
+        )
+        expected = (quantized - original).square().sum() / original.square().sum()
+        assert record.output_error == pytest.approx(expected.item(), rel=1e-3)
+    assert len(workspace.blocks()) == 3
+
+
+def test_weighed_tokens_enter_the_hessian(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    weights = TokenWeights(power=2.0, first_token=1.0)
+    quantize(directory, tmp_path / "work", Spy(**vars(ROUND)), inputs="original", weights=weights)
+    for hessian in SEEN:  # mean of x x^T / rms(x)^2, over the mean of 1 / rms(x)^2
+        assert bool(torch.isfinite(hessian).all())
+    name = "model.layers.0.mlp.down_proj"
+    x = inputs_by_hooks(directory, name)
+    counts = x.square().mean(dim=1).pow(-1)
+    torch.testing.assert_close(SEEN[3], (x * counts[:, None]).T @ x / counts.sum(), rtol=1e-4, atol=1e-6)

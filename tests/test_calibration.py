@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,7 @@ def write(folder: Path, *texts: str) -> str:
 
 
 def config(path: str | None, **changes: object) -> Calibration:
-    given = Calibration("text", path, None, "all", None, None, 4, 5, 0, "concat_chunk", None, "original")
+    given = Calibration("text", path, None, "all", None, None, 4, 5, 0, "concat_chunk", None, "original", 0.0, 1.0)
     return dataclasses.replace(given, **changes)  # type: ignore[arg-type]
 
 
@@ -315,6 +316,8 @@ def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: Pr
             {"strategy": "concat"},
             r"calibration\.strategy=concat: must be one of concat_chunk, concat_rand, drop",
         ),
+        ({"token_power": -1.0}, r"calibration\.token_power=-1\.0: must be at least 0"),
+        ({"first_token_weight": math.inf}, r"calibration\.first_token_weight=inf: must be at least 0"),
         ({"inputs": "both"}, r"calibration\.inputs=both: must be one of original, quantized"),
         ({"dataset": "c5"}, r"calibration\.dataset=c5: must be one of pydoc, text, wikitext2, c4"),
     ],

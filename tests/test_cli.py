@@ -488,9 +488,9 @@ ROWS = [
     {"stages"},
     {"config"},
     {"blockwise", "assembly", "report"},
-    {"run_directory", "workspace", "evaluation"},
+    {"block", "run_directory", "workspace", "evaluation"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
-    {"kernels", "selection", "runtime", "interrupts", "checkpoint", "grid", "pydoc_text"},
+    {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "grid", "pydoc_text"},
     {"store", "machine", "records", "errors", "resources", "__init__"},
 ]
 

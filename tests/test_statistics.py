@@ -1,4 +1,4 @@
-"""Hessians: X^T X / tokens, however the tokens arrive."""
+"""Moments of a layer's input, however the tokens arrive and whatever they weigh."""
 
 import math
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from jointq_cli.statistics import PANEL, Hessian, output_error, weight_error
+from jointq_cli.errors import NumericsError
+from jointq_cli.statistics import PANEL, Accumulator, HeldOut, TokenWeights, output_error, weight_error
 
 CPU = torch.device("cpu")
 
@@ -15,11 +17,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("width", [1, 7, PANEL, PANEL + 1, 2 * PANEL + 3])
 def test_the_hessian_is_the_mean_outer_product(width: int) -> None:
     inputs = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(0))
-    hessian = Hessian(width, CPU)
-    hessian.add(inputs[:1])
-    hessian.add(inputs[1:])
+    moments = Accumulator(width, CPU)
+    moments.add(inputs[:1])
+    moments.add(inputs[1:])
     flat = inputs.reshape(-1, width).double()
-    found = hessian.finish()
+    found = moments.hessian()
+    assert moments.cross() is None
     torch.testing.assert_close(found, flat.T @ flat / 15, rtol=1e-5, atol=1e-6)
     assert torch.equal(found, found.T)
 
@@ -47,4 +50,88 @@ def test_a_broken_hessian_is_no_perfect_layer() -> None:
 
 
 def test_no_token_is_no_division_by_zero() -> None:
-    assert torch.equal(Hessian(3, CPU).finish(), torch.zeros(3, 3, dtype=torch.float64))
+    moments = Accumulator(3, CPU, cross=True)
+    for found in (moments.hessian(), moments.cross()):
+        assert torch.equal(found, torch.zeros(3, 3, dtype=torch.float64))
+
+
+def streams(width: int = 5) -> tuple[Tensor, Tensor]:
+    """What a layer is given, and what the original model gives it: (windows, tokens, width)."""
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(4, 6, width, generator=generator)
+    return given, given + 0.1 * torch.randn(4, 6, width, generator=generator)
+
+
+def test_the_cross_term_pairs_what_was_lost_with_what_is_there() -> None:
+    given, original = streams()
+    moments = Accumulator(5, CPU, cross=True)
+    moments.add(given[:3], original[:3])
+    moments.add(given[3:], original[3:])
+    x, o = given.reshape(-1, 5).double(), original.reshape(-1, 5).double()
+    torch.testing.assert_close(moments.cross(), (o - x).T @ x / 24, rtol=1e-5, atol=1e-6)
+
+
+def test_other_tokens_in_the_original_model_are_an_error() -> None:
+    given, original = streams()
+    moments = Accumulator(5, CPU, cross=True)
+    for wrong in (None, original[:, :4]):
+        with pytest.raises(NumericsError, match="qep cannot pair them"):
+            moments.add(given, wrong)
+
+
+def test_a_token_of_weight_two_is_a_token_seen_twice() -> None:
+    given, original = streams()
+    once, twice = Accumulator(5, CPU, cross=True), Accumulator(5, CPU, cross=True)
+    weights = torch.ones(4, 6)
+    weights[1] = 2.0
+    once.add(given, original, weights)
+    for batch in (slice(None), slice(1, 2)):
+        twice.add(given[batch], original[batch])
+    assert once.tokens == twice.tokens == 30
+    torch.testing.assert_close(once.hessian(), twice.hessian(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(once.cross(), twice.cross(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_rest_is_everything_without_the_held_out_tokens() -> None:
+    given, original = streams()
+    found = []
+    for part in (slice(None), slice(3), slice(3, 4)):
+        moments = Accumulator(5, CPU, cross=True)
+        moments.add(given[part], original[part])
+        found.append((moments.hessian(), moments.cross()))
+    everything, rest, held = found
+    heldout = HeldOut(held[0], 0.25, held[1])
+    torch.testing.assert_close(heldout.complement(everything[0]), rest[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(heldout.cross_complement(everything[1]), rest[1], rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_are_weighed_by_their_rms() -> None:
+    given, _ = streams()
+    given[2, 3] *= 100.0
+    weights = TokenWeights(power=2.0, first_token=1.0).of(given)
+    assert weights is not None
+    normalised = given * weights.sqrt()[..., None]
+    torch.testing.assert_close(normalised.square().mean(dim=-1), torch.ones(4, 6))
+    soft = TokenWeights(power=1.0, first_token=1.0).of(given)
+    torch.testing.assert_close(soft, weights.sqrt())
+
+
+def test_the_first_token_of_every_window_is_weighed_apart() -> None:
+    given, _ = streams()
+    weights = TokenWeights(power=0.0, first_token=0.25).of(given)
+    assert weights is not None
+    assert torch.equal(weights[:, 0], torch.full((4,), 0.25))
+    assert torch.equal(weights[:, 1:], torch.ones(4, 5))
+
+
+def test_equal_tokens_need_no_weights() -> None:
+    assert TokenWeights(power=0.0, first_token=1.0).of(streams()[0]) is None
+
+
+def test_a_token_of_zeros_does_no_harm() -> None:
+    given, _ = streams()
+    given[0, 0] = 0.0
+    moments = Accumulator(5, CPU)
+    moments.add(given, weights=TokenWeights(power=2.0, first_token=1.0).of(given))
+    assert moments.tokens < 100
+    assert bool(torch.isfinite(moments.hessian()).all())

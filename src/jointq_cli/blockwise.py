@@ -1,32 +1,34 @@
 """The inner loop: statistics, solve, replace, propagate, one decoder block at a time.
 
-    for block, hidden in walk(decoder blocks):
+    for block in walk(decoder blocks):
         for layers that share an input:
-            Hessian of that input  ->  quantizer  ->  the quantised weight in the block
+            moments of that input  ->  qep  ->  quantizer  ->  the quantised weight in the block
         hidden = block(hidden)
 
-Knows neither recipes nor terminals. With `inputs: quantized` a layer sees what the quantised model before it produces,
-its own block included, so each group of layers gets a pass of its own; with `inputs: original` one pass over the
-original block serves all its layers, and the Hessians do not depend on the quantizer.
+Two streams of hidden states run through every block, one through its original weights, one through the quantised ones.
+`inputs` says which of them the layers are solved for, and QEP compares both. A stream that nobody needs for that is
+only as long as one batch, which tells how far the two have drifted apart. Knows neither recipes nor terminals.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import repeat
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jointq_cli.errors import ConfigError, ModelError, NumericsError
+from jointq_cli.block import Block, Layer, Stream
+from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.grid import QuantizedWeight
 from jointq_cli.model import StreamedModel
-from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer
-from jointq_cli.records import LayerRecord
-from jointq_cli.statistics import Hessian, output_error, weight_error
+from jointq_cli.passes import stops
+from jointq_cli.qep import Corrected, Correction, NoCorrection, Propagation
+from jointq_cli.quantizers.base import Prepared, Quantizer
+from jointq_cli.records import BlockRecord, LayerRecord
+from jointq_cli.statistics import Accumulator, HeldOut, Statistics, TokenWeights, output_error, weight_error
 from jointq_cli.workspace import Streams, Workspace
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,35 @@ class Plan:
     """What the loop does to every block."""
 
     quantizer: Quantizer
+    qep: Propagation
     layers: frozenset[str]  # full names of the linear layers to quantise
     inputs: str  # "original" | "quantized": whose activations a layer is solved for
+    weights: TokenWeights  # of the calibration tokens in the statistics
     batch: int  # windows per forward pass
+    waiting: float  # bytes of activations that may wait in stopped forward passes
 
+    @property
+    def heldout(self) -> float:
+        """The share of the windows that somebody wants to see apart."""
+        return max(self.quantizer.heldout, self.qep.heldout)
 
-@dataclass(frozen=True)
-class Statistics:
-    """What was collected of one input: the Hessian of all tokens, and of a part of them where one is asked for."""
-
-    hessian: Tensor
-    heldout: HeldOut | None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer that is about to be quantised."""
-
-    name: str
-    block: int
-    module: nn.Linear
+    def check(self, windows: int) -> None:
+        """Raises ConfigError where quantizer, qep and so many windows do not go together."""
+        if self.inputs == "original" and any(map(self.qep.corrects, self.layers)):
+            raise ConfigError(
+                "calibration.inputs=original: qep needs quantized, for it compares what a layer is given with what the "
+                "original model gives it"
+            )
+        if self.heldout and windows <= self.batch:
+            raise ConfigError(
+                f"calibration.num_samples={windows}: must be more than the {self.batch} windows of one forward pass, "
+                "for whole passes are held out; lower runtime.batch_tokens"
+            )
+        if self.quantizer.heldout and self.qep.heldout and self.quantizer.heldout != self.qep.heldout:
+            raise ConfigError(
+                f"qep.heldout_share={self.qep.heldout:g}: must be the quantizer's {self.quantizer.heldout:g}, "
+                "since both hold out the same tokens"
+            )
 
 
 def quantize_blocks(
@@ -69,11 +80,7 @@ def quantize_blocks(
     windows: (windows, tokens) int64. on_layer is told of every layer of these blocks, pause is called wherever stopping
     loses nothing and may raise. Raises NumericsError, naming the layer, where a layer cannot be solved.
     """
-    if plan.quantizer.heldout and len(windows) <= plan.batch:
-        raise ConfigError(
-            f"calibration.num_samples={len(windows)}: must be more than the {plan.batch} windows of one forward pass, "
-            "for the quantizer holds whole passes out; lower runtime.batch_tokens"
-        )
+    plan.check(len(windows))
     start = workspace.position()
     streams = _streams(model, windows, plan, workspace)
     loop = _Loop(model, plan, workspace, on_layer, pause)
@@ -85,10 +92,13 @@ def _streams(model: StreamedModel, windows: Tensor, plan: Plan, workspace: Works
     """What enters the first unfinished block."""
     if not workspace.position():
         hidden = model.embed_all(windows, plan.batch)
-        return Streams(hidden, hidden[: plan.batch].clone())
+        first = hidden[: plan.batch]
+        if plan.inputs == "original":
+            return Streams(hidden, first.clone())
+        return Streams((hidden if any(map(plan.qep.corrects, plan.layers)) else first).clone(), hidden)
     model.note_shapes(windows, plan.batch)
     kept = workspace.streams()
-    return Streams(kept.calibration.to(model.device), kept.probe.to(model.device))
+    return Streams(kept.original.to(model.device), kept.quantized.to(model.device))
 
 
 @dataclass(frozen=True)
@@ -101,131 +111,95 @@ class _Loop:
 
     def quantize_block(self, index: int, streams: Streams) -> Streams:
         tensors = self.model.block_tensors(index)
-        with self.model.block(index, tensors) as block:
-            groups = self._input_groups(index, block, streams.calibration[: self.plan.batch])
-            after = self._solve_on_quantized if self.plan.inputs == "quantized" else self._solve_on_original
-            streams = after(index, groups, tensors, streams)
-        if index == len(self.model) - 1:  # nothing reads the calibration stream any more, but for gigabytes of disk
-            streams = Streams(streams.calibration[:0], streams.probe)
-        self.workspace.finish_block(index, tensors, streams)
+        with self.model.block(index, tensors):
+            block = Block(self.model, index, tensors, self.plan.layers)
+            groups = block.input_groups(streams.quantized[: self.plan.batch])
+            original, quantized = self._under_way(block, streams, groups)
+            with stops([[layer.module for layer in group] for group in groups]):
+                for number, group in enumerate(groups):
+                    self._quantize_group(block, number, group, original, quantized)
+            streams = Streams(original.finish(self.pause), quantized.finish(self.pause))
+        record = BlockRecord(index, _drift(streams.first(self.plan.batch)))
+        if index == len(self.model) - 1:  # nothing reads what was for calibration any more, but for gigabytes of disk
+            streams = streams.first(self.plan.batch)
+        self.workspace.finish_block(record, tensors, streams)
         return streams
 
-    def _solve_on_quantized(
-        self, index: int, groups: list[list[Layer]], tensors: dict[str, Tensor], streams: Streams
-    ) -> Streams:
-        for group in groups:
-            statistics = None
-            if not self._finished(group):
-                [statistics] = self._collect(index, [group], streams.calibration, stop=True)
-            self._quantize_group(group, statistics, tensors)
-        hidden = self.model.run_all(index, streams.calibration, self.plan.batch, self.pause)
-        return Streams(hidden, hidden[: self.plan.batch])
+    def _under_way(self, block: Block, streams: Streams, groups: list[list[Layer]]) -> tuple[Stream, Stream]:
+        solved_for = [hidden for hidden in vars(streams).values() if len(hidden) > self.plan.batch]
+        waiting = self._waiting(groups, streams.quantized) // max(1, len(solved_for))
+        return (
+            Stream(block, "original", streams.original, self.plan.batch, waiting),
+            Stream(block, "quantized", streams.quantized, self.plan.batch, waiting),
+        )
 
-    def _solve_on_original(
-        self, index: int, groups: list[list[Layer]], tensors: dict[str, Tensor], streams: Streams
-    ) -> Streams:
-        statistics = self._collect(index, groups, streams.calibration, stop=False)
-        while groups:  # each Hessian is freed when its group is done
-            self._quantize_group(groups.pop(0), statistics.pop(0), tensors)
-        return Streams(streams.calibration, self.model.run_all(index, streams.probe, self.plan.batch, self.pause))
+    def _waiting(self, groups: list[list[Layer]], hidden: Tensor) -> int:
+        """How many passes may wait between two groups."""
+        widest = max((group[0].module.in_features for group in groups), default=0)
+        # What lies in a pass that waits: the residual stream, something made of it, and what the layers are given.
+        bytes_per_token = (2 * hidden.shape[-1] + widest) * hidden.element_size()
+        return int(self.plan.waiting / (self.plan.batch * hidden.shape[1] * bytes_per_token))
 
-    def _input_groups(self, index: int, block: nn.Module, hidden: Tensor) -> list[list[Layer]]:
-        """The block's selected layers in the order they run, those that read the same tensor together."""
-        prefix = self.model.prefix(index)
-        layers = [
-            Layer(prefix + name, index, module)
-            for name, module in block.named_modules()
-            if prefix + name in self.plan.layers and isinstance(module, nn.Linear)
-        ]
-        seen: list[tuple[Tensor, list[Layer]]] = []
-
-        def note(layer: Layer, given: Tensor) -> None:
-            for tensor, group in seen:
-                if tensor is given:
-                    return group.append(layer)
-            seen.append((given, [layer]))
-            return None
-
-        self._run_hooked(index, hidden, {layer: note for layer in layers})
-        reached = {layer.name for _, group in seen for layer in group}
-        idle = [layer.name for layer in layers if layer.name not in reached]
-        if idle:
-            raise ModelError(f"{idle[0]}: no token reaches this layer, so it cannot be calibrated; exclude it")
-        return [group for _, group in seen]
-
-    def _collect(self, index: int, groups: list[list[Layer]], hidden: Tensor, *, stop: bool) -> list[Statistics]:
-        """Statistics of the groups' inputs. `hidden` becomes the block's output, unless it may `stop` at the inputs."""
-        parts = hidden.split(self.plan.batch)
-        share = self.plan.quantizer.heldout
-        # Some must be left to solve with.
-        held_parts = min(max(1, round(share * len(parts))), len(parts) - 1) if share else 0
-        held_from = len(parts) - held_parts
-        everything, held = self._hessians(groups), self._hessians(groups if share else [])
-
-        def add(layer: Layer, given: Tensor) -> None:
-            everything[layer].add(given)
-            if number >= held_from:
-                held[layer].add(given)
-            if stop:
-                raise _InputSeen
-
-        for number, part in enumerate(parts):  # noqa: B007 - `add` reads it
-            output = self._run_hooked(index, part, dict.fromkeys(everything, add))
-            if not stop and output is not None:
-                part.copy_(output)
-            self.pause()
-        return [Statistics(everything[group[0]].finish(), _held_out(group[0], everything, held)) for group in groups]
-
-    def _hessians(self, groups: list[list[Layer]]) -> dict[Layer, Hessian]:
-        return {group[0]: Hessian(group[0].module.in_features, self.model.device) for group in groups}
-
-    def _run_hooked(
-        self, index: int, hidden: Tensor, hooks: dict[Layer, Callable[[Layer, Tensor], None]]
-    ) -> Tensor | None:
-        """Runs the block and hands each hooked layer's input to its hook; None if a hook stopped the run."""
-        handles = [
-            layer.module.register_forward_pre_hook(lambda _, args, layer=layer, hook=hook: hook(layer, args[0]))
-            for layer, hook in hooks.items()
-        ]
-        try:
-            return self.model.run(index, hidden)
-        except _InputSeen:
-            return None
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _finished(self, group: list[Layer]) -> bool:
-        return all(self.workspace.has_layer(layer.name) for layer in group)
-
-    def _quantize_group(self, group: list[Layer], statistics: Statistics | None, tensors: dict[str, Tensor]) -> None:
-        prepared: Prepared | None = None
-        share = 0.0  # of the preparation, in each layer's seconds
+    def _quantize_group(
+        self, block: Block, number: int, group: list[Layer], original: Stream, quantized: Stream
+    ) -> None:
+        given: _Given | None = None
         for layer in group:
             kept = self.workspace.layer(layer.name)
             if kept is None:
-                assert statistics is not None  # collected, since the group is not finished
-                if prepared is None:
-                    started = time.perf_counter()
-                    prepared = self._named(layer, lambda: self._prepare(statistics))
-                    share = (time.perf_counter() - started) / len(group)
-                kept = self._quantize_layer(layer, prepared, statistics.hessian, tensors[self._key(layer)], share)
+                given = given or self._prepare(group, self._collect(number, group, original, quantized))
+                kept = self._quantize_layer(layer, block.weight(layer), given)
                 self.workspace.keep_layer(*kept)
             weight, record = kept
-            self._replace(layer, weight, tensors)
+            block.replace(layer, weight)
             self.on_layer(record)
             self.pause()
 
-    def _prepare(self, statistics: Statistics) -> Prepared:
-        return self.plan.quantizer.prepare(statistics.hessian, statistics.heldout)
+    def _collect(self, number: int, group: list[Layer], original: Stream, quantized: Stream) -> Statistics:
+        """The moments of a group's input over all batches, and those of the held-out ones apart."""
+        crossed = any(self.plan.qep.corrects(layer.name) for layer in group)
+        stream = original if self.plan.inputs == "original" else quantized
+        held_from = self._held_from(len(stream))
+        everything = self._accumulator(group, crossed)
+        held = self._accumulator(group, crossed) if held_from < len(stream) else None
+        wanted = original.inputs(number) if crossed else repeat(None)
+        for batch, (given, original_given) in enumerate(zip(stream.inputs(number), wanted, strict=False)):
+            if given is not None:
+                weights = self.plan.weights.of(given)
+                with _named(group[0]):
+                    everything.add(given, original_given, weights)
+                    if held is not None and batch >= held_from:
+                        held.add(given, original_given, weights)
+            self.pause()
+        with _named(group[0]):
+            heldout = _held_out(everything, held)
+            return Statistics(everything.hessian(), everything.cross(), heldout)
 
-    def _quantize_layer(
-        self, layer: Layer, prepared: Prepared, hessian: Tensor, stored: Tensor, share: float
-    ) -> tuple[QuantizedWeight, LayerRecord]:
+    def _accumulator(self, group: list[Layer], crossed: bool) -> Accumulator:
+        return Accumulator(group[0].module.in_features, self.model.device, cross=crossed)
+
+    def _held_from(self, batches: int) -> int:
+        """The first of the batches that are held out, and some must be left to solve with; their number if none is."""
+        share = self.plan.heldout
+        return batches - min(max(1, round(share * batches)), batches - 1) if share else batches
+
+    def _prepare(self, group: list[Layer], statistics: Statistics) -> "_Given":
+        quantizer = self.plan.quantizer
+        started = time.perf_counter()
+        with _named(group[0]):
+            prepared = quantizer.prepare(statistics.hessian, statistics.heldout)
+            correction: Correction = NoCorrection()
+            if statistics.cross is not None:
+                correction = self.plan.qep.correction(statistics, quantizer.ridge(statistics.hessian))
+        return _Given(statistics.hessian, prepared, correction, (time.perf_counter() - started) / len(group))
+
+    def _quantize_layer(self, layer: Layer, stored: Tensor, given: "_Given") -> tuple[QuantizedWeight, LayerRecord]:
         weight = stored.to(self.model.device, torch.float32)
         started = time.perf_counter()
-        solution = self._named(layer, lambda: self.plan.quantizer.quantize(weight, prepared, stored.dtype))
-        seconds = share + time.perf_counter() - started
+        with _named(layer):
+            wanted = given.correction.apply(weight) if self.plan.qep.corrects(layer.name) else Corrected(weight)
+            solution = self.plan.quantizer.quantize(wanted.weight, given.prepared, stored.dtype)
+        seconds = given.seconds + time.perf_counter() - started
         quantized = solution.quantized
         as_stored = quantized.dequantize(stored.dtype).float()
         record = LayerRecord(
@@ -237,39 +211,45 @@ class _Loop:
             bits=quantized.bits,
             group_size=quantized.group_size,
             bits_per_weight=quantized.bits_per_weight,
-            output_error=output_error(weight, as_stored, hessian),
-            weight_error=weight_error(weight, as_stored),
+            output_error=output_error(wanted.weight, as_stored, given.hessian),
+            weight_error=weight_error(wanted.weight, as_stored),
             damping=solution.damping,
             seconds=seconds,
             verdict=solution.verdict,
-            notes=dict(solution.notes),
+            notes={**solution.notes, **wanted.notes},
         )
         return quantized, record
 
-    def _replace(self, layer: Layer, weight: QuantizedWeight, tensors: dict[str, Tensor]) -> None:
-        key = self._key(layer)
-        stored = weight.dequantize(tensors[key].dtype)
-        tensors[key] = stored.cpu()
-        layer.module.weight = nn.Parameter(stored.to(self.model.device, self.model.dtype), requires_grad=False)
 
-    def _key(self, layer: Layer) -> str:
-        return self.model.stored_name(f"{layer.name}.weight")
+@dataclass(frozen=True)
+class _Given:
+    """What the layers of a group have in common when they are solved."""
 
-    def _named(self, layer: Layer, solve: Callable[[], T]) -> T:
-        try:
-            return solve()
-        except NumericsError as error:
-            raise NumericsError(f"{layer.name}: {error}") from error
+    hessian: Tensor
+    prepared: Prepared
+    correction: Correction
+    seconds: float  # of all this, the share of one layer
 
 
-def _held_out(layer: Layer, everything: dict[Layer, Hessian], held: dict[Layer, Hessian]) -> HeldOut | None:
-    if layer not in held:
+def _held_out(everything: Accumulator, held: Accumulator | None) -> HeldOut | None:
+    if held is None:
         return None
-    if not 0 < held[layer].tokens < everything[layer].tokens:
-        raise NumericsError(f"{layer.name}: all or none of its tokens are held out; use lambda_mode=fixed_lambda")
-    share = held[layer].tokens / everything[layer].tokens
-    return HeldOut(held[layer].finish(), share)
+    if not 0 < held.tokens < everything.tokens:
+        raise NumericsError("all or none of its tokens are held out; hold none out")
+    return HeldOut(held.hessian(), held.tokens / everything.tokens, held.cross())
 
 
-class _InputSeen(Exception):
-    """Ends a forward pass whose only purpose was a layer's input."""
+def _drift(streams: Streams) -> float:
+    """|quantised - original|^2 / |original|^2 of what leaves a block."""
+    original, quantized = streams.original.float(), streams.quantized.float()
+    signal = original.square().sum(dtype=torch.float64)
+    error = (quantized - original).square().sum(dtype=torch.float64)
+    return float(error / signal) if signal > 0 else 0.0
+
+
+@contextmanager
+def _named(layer: Layer) -> Iterator[None]:
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"{layer.name}: {error}") from error

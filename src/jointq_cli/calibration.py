@@ -6,10 +6,11 @@ and not where text comes from. No padding anywhere: a window is `seqlen` consecu
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, ModelError, ResourceError, TextError
+from jointq_cli.statistics import TokenWeights
 from jointq_cli.text import Corpus, TextSource, read, text_hash
 
 if TYPE_CHECKING:  # transformers takes more than a second to import
@@ -51,7 +53,7 @@ class Calibration(TextSource):
 
     tokens: a file of frozen tokens to use instead of the text; seqlen must be that of the file, and its first
     num_samples windows are taken. inputs: original, or quantized, which is what a layer sees behind layers
-    that have already been quantised.
+    that have already been quantised. token_power, first_token_weight: see statistics.TokenWeights.
 
     A text that gives fewer than num_samples windows is used with a warning, one that gives none is an error.
     """
@@ -62,6 +64,8 @@ class Calibration(TextSource):
     strategy: str
     tokens: str | None
     inputs: str
+    token_power: float
+    first_token_weight: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +79,25 @@ class Calibration(TextSource):
             raise ConfigError(f"calibration.strategy={self.strategy}: must be one of {', '.join(STRATEGIES)}")
         if self.inputs not in INPUTS:
             raise ConfigError(f"calibration.inputs={self.inputs}: must be one of {', '.join(INPUTS)}")
+        for name in ("token_power", "first_token_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"calibration.{name}={value}: must be at least 0 and finite")
+
+    @property
+    def weights(self) -> TokenWeights:
+        return TokenWeights(self.token_power, self.first_token_weight)
+
+    def describe_use(self) -> str:
+        """What the statistics are made of, such as "inputs=quantized token_power=2"."""
+        told = [f"inputs={self.inputs}"]
+        told += [f"token_power={self.token_power:g}"] if self.token_power != 0 else []
+        told += [f"first_token_weight={self.first_token_weight:g}"] if self.first_token_weight != 1 else []
+        return " ".join(told)
+
+    def of_tokens_alone(self) -> "Calibration":
+        """The same tokens, with nothing said about what becomes of them."""
+        return replace(self, inputs="original", token_power=0.0, first_token_weight=1.0)
 
 
 @dataclass(frozen=True, eq=False)

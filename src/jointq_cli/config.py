@@ -16,7 +16,7 @@ from jointq_cli import quantizers
 from jointq_cli.calibration import Calibration
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation import Evaluation
-from jointq_cli.qep import NoQep
+from jointq_cli.qep import Propagation
 from jointq_cli.quantizers import Quantizer
 from jointq_cli.rotation import NoRotation
 from jointq_cli.runtime import Runtime
@@ -34,7 +34,7 @@ class Recipe:
     calibration: Calibration
     layers: LayerSelection
     quantizer: Quantizer
-    qep: NoQep
+    qep: Propagation
     rotation: NoRotation
     evaluation: Evaluation
     runtime: Runtime

@@ -111,14 +111,18 @@ def _header(recipe: Recipe, model: StreamedModel, tokens: Tokens, windows: Score
             "model",
             f"{recipe.model.path} ({type(model.module).__name__}, {model.checkpoint.parameters / 1e6:,.1f} M)",
         ),
-        ("quantizer", recipe.quantizer.describe()),
-        ("calibration", f"{tokens.describe()} inputs={recipe.calibration.inputs}"),
+        ("quantizer", _quantizer(recipe)),
+        ("calibration", f"{tokens.describe()} {recipe.calibration.describe_use()}"),
         ("protocol", _protocol(recipe.evaluation, windows, model).line()),
         (
             "device",
             f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
         ),
     ]
+
+
+def _quantizer(recipe: Recipe) -> str:
+    return " + ".join(filter(None, [recipe.quantizer.describe(), recipe.qep.describe()]))
 
 
 def _report(
@@ -142,8 +146,8 @@ def _report(
         model_hash=model.checkpoint.content_hash,
         architecture=type(model.module).__name__,
         parameters=model.checkpoint.parameters,
-        quantizer=recipe.quantizer.describe(),
-        calibration=f"{tokens.describe()} inputs={recipe.calibration.inputs}",
+        quantizer=_quantizer(recipe),
+        calibration=f"{tokens.describe()} {recipe.calibration.describe_use()}",
         protocol=_protocol(recipe.evaluation, windows, model),
         original=perplexity(scores.original_nll, scores.tokens),
         quantized=perplexity(scores.quantized_nll, scores.tokens),
@@ -152,6 +156,7 @@ def _report(
         audit=audited,
         bits_per_weight=bits / weights,
         layers=quantized.layers,
+        blocks=quantized.blocks,
         stages=stages.records,
         peak_memory=peak_memory(),
         versions=versions(),

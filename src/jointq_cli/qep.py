@@ -1,8 +1,179 @@
-"""Quantization Error Propagation: what a layer is told of the errors before it."""
+"""Quantization Error Propagation: a layer makes up for what the layers before it have lost.
 
-from dataclasses import dataclass
+In the model quantised so far a layer is given x_q where the original is given x. QEP (Arai, Ichikawa, "Quantization
+Error Propagation", NeurIPS 2025) quantises not the weight W but
+
+    W* = W + alpha W C (H + R)^-1,     C = sum (x - x_q) x_q^T / tokens,     H = sum x_q x_q^T / tokens,
+
+a step of length alpha towards the minimiser of |W X - W* X_q|^2, which alpha = 1 and R = 0 is. With R the identity
+times `percdamp` of H's mean diagonal this is the method of the paper. With R = lambda R_JointQ and alpha = 1 what
+JointQ then makes least, e (H + R) e^T with e = W* - W_q, is, up to a constant,
+
+    |W X - W_q X_q|^2 / tokens + |(W - W_q) R^1/2|^2:
+
+codes and scales are chosen for the original layer's output, and the regulariser pulls to W.
+
+Knows weights and statistics of one input; no blocks, no quantizers.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.quantizers.factor import factorize
+from jointq_cli.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class NoQep:
+class Corrected:
+    """The weight (out, in) float32 to quantise instead of a layer's own, and what there is to say about it."""
+
+    weight: Tensor
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+class Correction(ABC):
+    """What QEP does to the layers that share an input."""
+
+    @abstractmethod
+    def apply(self, weight: Tensor) -> Corrected:
+        """weight: (out, in) float32."""
+
+
+class NoCorrection(Correction):
+    """A layer is quantised as it is."""
+
+    def apply(self, weight: Tensor) -> Corrected:
+        return Corrected(weight)
+
+
+@dataclass(frozen=True)
+class Step(Correction):
+    """W* = W + alpha W P. `judge` chooses alpha for each layer, by other tokens than those that P was made from."""
+
+    matrix: Tensor  # P (in, in) float64
+    alpha: float
+    judge: "Judge | None"
+
+    def apply(self, weight: Tensor) -> Corrected:
+        exact = weight.double()
+        alpha = self.alpha if self.judge is None else self.judge.alpha(exact)
+        corrected = exact + alpha * (exact @ self.matrix)
+        return Corrected(corrected.float(), {"alpha": alpha})
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Held-out tokens, and the step that the other tokens suggest."""
+
+    matrix: Tensor  # P (in, in) float64 of the other tokens
+    hessian: Tensor
+    cross: Tensor
+
+    def alpha(self, weight: Tensor) -> float:
+        """The step length in [0, 1] that leaves the least |W X - W* X_q|^2 on the held-out tokens: a parabola in it."""
+        step = weight @ self.matrix
+        curvature = torch.sum((step @ self.hessian) * step).item()
+        slope = torch.sum((weight @ self.cross) * step).item()
+        return min(1.0, max(0.0, slope / curvature)) if curvature > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Propagation(ABC):
+    """Base of what may stand under `qep`."""
+
+    @property
+    def heldout(self) -> float:
+        """The share of the calibration tokens that `correction` wants to see apart as well; 0: none."""
+        return 0.0
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A few words for people, "" where nothing is done."""
+
+    @abstractmethod
+    def corrects(self, layer: str) -> bool:
+        """Whether the layer of this full name is corrected, so that the cross term C of its input is needed."""
+
+    @abstractmethod
+    def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
+        """What layers with this input share; `statistics` has the cross term.
+
+        ridge: (in,) float64, the diagonal by which the quantizer pulls to the weight it is given, None if it does not.
+        Raises NumericsError where H + R cannot be inverted.
+        """
+
+
+@dataclass(frozen=True)
+class NoQep(Propagation):
     """Every layer is quantised as it is."""
+
+    def describe(self) -> str:
+        return ""
+
+    def corrects(self, layer: str) -> bool:
+        return False
+
+    def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
+        return NoCorrection()
+
+
+@dataclass(frozen=True)
+class Qep(Propagation):
+    """See the module, and configs/qep/default.yaml for what each field does."""
+
+    perccorr: float
+    perccorr_mode: str
+    heldout_share: float
+    percdamp: float
+    pull: str
+    exclude_layer_keywords: list[str]
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.perccorr) and 0 <= self.perccorr <= 1):
+            raise ConfigError(f"qep.perccorr={self.perccorr}: must be from 0 to 1")
+        if self.perccorr_mode not in ("fixed", "heldout"):
+            raise ConfigError(f"qep.perccorr_mode={self.perccorr_mode}: must be fixed or heldout")
+        if not 0 < self.heldout_share < 1:
+            raise ConfigError(f"qep.heldout_share={self.heldout_share}: must be between 0 and 1")
+        if not (math.isfinite(self.percdamp) and self.percdamp >= 0):
+            raise ConfigError(f"qep.percdamp={self.percdamp}: must be at least 0 and finite")
+        if self.pull not in ("original", "corrected"):
+            raise ConfigError(f"qep.pull={self.pull}: must be original or corrected")
+
+    @property
+    def heldout(self) -> float:
+        return self.heldout_share if self.perccorr_mode == "heldout" else 0.0
+
+    def describe(self) -> str:
+        alpha = "heldout" if self.perccorr_mode == "heldout" else f"{self.perccorr:g}"
+        without = [f"without {', '.join(self.exclude_layer_keywords)}"] if self.exclude_layer_keywords else []
+        return " ".join([f"QEP alpha={alpha}", *without])
+
+    def corrects(self, layer: str) -> bool:
+        return not any(keyword in layer for keyword in self.exclude_layer_keywords)
+
+    def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
+        assert statistics.cross is not None  # `corrects` said so
+        judge = None
+        if self.perccorr_mode == "heldout":
+            held = statistics.heldout
+            assert held is not None  # `heldout` said so
+            assert held.cross is not None
+            rest = held.complement(statistics.hessian), held.cross_complement(statistics.cross)
+            judge = Judge(self._step(*rest, ridge), held.hessian, held.cross)
+        return Step(self._step(statistics.hessian, statistics.cross, ridge), self.perccorr, judge)
+
+    def _step(self, hessian: Tensor, cross: Tensor, ridge: Tensor | None) -> Tensor:
+        """P = C (H + R)^-1, (in, in) float64."""
+        order = torch.arange(len(hessian), device=hessian.device)
+        extra = ridge if self.pull == "original" else None
+        try:
+            factor = factorize(hessian, order, self.percdamp if extra is None else 0.0, extra, torch.float64)
+        except NumericsError as error:
+            raise NumericsError(f"qep: {error}") from error
+        return cross @ factor.upper.T @ factor.upper

@@ -15,7 +15,8 @@ class LayerRecord:
     """One quantised linear layer.
 
     `output_error` is tr(E H E^T) / tr(W H W^T) on the calibration tokens, with E = W - W_quantised and H the Hessian
-    X^T X / tokens of the layer's inputs; `weight_error` is |E|^2 / |W|^2. Both use the weight as it is stored.
+    X^T X / tokens of the layer's inputs; `weight_error` is |E|^2 / |W|^2. W_quantised is the weight as it is stored, W
+    what it was made from: the original weight, or with QEP the corrected one.
     """
 
     name: str
@@ -32,6 +33,15 @@ class LayerRecord:
     seconds: float
     verdict: str  # "ok", "damped" (the ladder was climbed), "fallback" (RTN instead of a failed solve)
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer has to say: dead columns, condition
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """One decoder block. `output_error` is |quantised - original|^2 / |original|^2 of its output on the first batch of
+    calibration windows: the error of all blocks up to it, as it has accumulated."""
+
+    block: int
+    output_error: float
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ class RunReport:
     audit: Audit
     bits_per_weight: float  # over the quantised layers
     layers: list[LayerRecord]
+    blocks: list[BlockRecord]
     stages: list[StageRecord]
     peak_memory: int  # bytes
     versions: dict[str, str]

@@ -32,7 +32,7 @@ from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows
 from jointq_cli.grid import check_group_size
 from jointq_cli.interrupts import Interrupts
 from jointq_cli.model import StreamedModel
-from jointq_cli.records import IDENTICAL, LayerRecord, StageRecord
+from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, StageRecord
 from jointq_cli.report.console import Console, Stage
 from jointq_cli.report.screens import Bar
 from jointq_cli.runtime import Runtime
@@ -49,6 +49,7 @@ class Quantized:
     artifact: Artifact
     checkpoint: Checkpoint
     layers: list[LayerRecord]
+    blocks: list[BlockRecord]
 
     @property
     def codes(self) -> Path:
@@ -57,7 +58,7 @@ class Quantized:
     @property
     def probe(self) -> Tensor:
         """Final hidden states of the first calibration batch, as the engine had them in memory."""
-        return Workspace(self.artifact.path).streams().probe
+        return Workspace(self.artifact.path).streams().quantized
 
 
 class Stages:
@@ -104,8 +105,7 @@ class Stages:
     def _tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> Tokens:
         if calibration.tokens or calibration.path or calibration.dataset not in HUB:
             return calibration_tokens(calibration, tokenizer)
-        # Whose activations are looked at does not change the tokens.
-        spec = dataclasses.replace(calibration, inputs="original")
+        spec = calibration.of_tokens_alone()
 
         def make(scratch: Path) -> None:
             save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
@@ -122,13 +122,23 @@ class Stages:
     def quantize(self, model: StreamedModel, tokens: Tokens, recipe: Recipe) -> Quantized:
         """Quantises block by block; continues where an earlier run was stopped."""
         names = selected_layers(model, recipe)
-        plan = Plan(recipe.quantizer, frozenset(names), recipe.calibration.inputs, self.batch(tokens.windows))
+        plan = Plan(
+            quantizer=recipe.quantizer,
+            qep=recipe.qep,
+            layers=frozenset(names),
+            inputs=recipe.calibration.inputs,
+            weights=recipe.calibration.weights,
+            batch=self.batch(tokens.windows),
+            waiting=self.runtime.waiting_gb * 1e9,
+        )
+        plan.check(len(tokens.windows))
         spec = {
             "quantizer": recipe.quantizer,
             "qep": recipe.qep,
             "rotation": recipe.rotation,
             "layers": names,
             "inputs": plan.inputs,
+            "weights": plan.weights,
             "batch": plan.batch,
             "dtype": str(model.dtype),
             "device": self.device.type,  # CPU and GPU round differently, and the reload check wants the same bits
@@ -151,8 +161,9 @@ class Stages:
             inputs = [model.checkpoint.content_hash, companions, tokens.hash]
             artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True)
             _mark(stage, artifact)
-            layers = [Workspace(artifact.path).record(name) for name in names]
-            return Quantized(artifact, Checkpoint(artifact.path / "checkpoint"), layers)
+            workspace = Workspace(artifact.path)
+            layers = [workspace.record(name) for name in names]
+            return Quantized(artifact, Checkpoint(artifact.path / "checkpoint"), layers, workspace.blocks())
 
     def final_hidden(self, model: StreamedModel, windows: ScoredWindows, name: str = "evaluate original") -> Artifact:
         """A model's final hidden states on the evaluation windows: every quantised model is compared with them."""

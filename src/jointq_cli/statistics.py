@@ -1,11 +1,17 @@
-"""What a layer's inputs look like: the Hessian of its output error, streamed. States the convention once.
+"""What a layer's inputs look like: the moments that decide its output error, streamed. States the conventions once.
 
 For inputs X (tokens, in) of a linear layer the Hessian is H = X^T X / tokens (in, in): the mean squared change of a
-row's output under a weight change e is e H e^T. Layers that share an input share a Hessian.
+row's output under a weight change e is e H e^T. Where the layer is given X while the original model gave it X_o, the
+cross term is C = (X_o - X)^T X / tokens (in, in). Tokens may have weights: then each counts as often as it weighs, in
+sums and in `tokens`. Layers that share an input share its moments.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from jointq_cli.errors import NumericsError
 
 # Products in float32, sums over batches in float64: a bf16 product would round H to 8 bits and lose its small
 # eigenvalues, which is where quantisation errors are pushed to.
@@ -13,29 +19,89 @@ from torch import Tensor
 PANEL = 512  # columns of one product: wide enough for its full speed, narrow enough to save almost half of them
 
 
-class Hessian:
-    """Accumulates X^T X over batches of tokens."""
+@dataclass(frozen=True)
+class TokenWeights:
+    """How much each calibration token counts: rms(x)^-power of the layer's own input x, and the first token of a window
+    `first_token` times that. Massive activations are those of a few tokens, and would make up most of H."""
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+    power: float
+    first_token: float
 
-    def add(self, inputs: Tensor) -> None:
-        """inputs: (..., in), any floating dtype."""
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+    def of(self, inputs: Tensor) -> Tensor | None:
+        """inputs: (windows, tokens, in). Returns (windows, tokens) float32, or None where all count the same."""
+        if self.power == 0 and self.first_token == 1:
+            return None
+        energy = inputs.float().square().mean(dim=-1)
+        weights = torch.where(energy > 0, energy.pow(-self.power / 2), 0.0)
+        weights[:, 0] *= self.first_token
+        return weights
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The moments of a part of the calibration tokens, and its share of all of them (of their weight)."""
+
+    hessian: Tensor
+    share: float
+    cross: Tensor | None = None
+
+    def complement(self, everything: Tensor) -> Tensor:
+        """The Hessian of the other tokens, given that of all; new memory."""
+        rest = (everything - self.share * self.hessian).div_(1.0 - self.share)
+        # Columns that no other token reaches hold what rounding left, of either sign.
+        unreached = rest.diagonal() <= 1e-12 * everything.diagonal()
+        rest[unreached] = 0.0
+        rest[:, unreached] = 0.0
+        return rest
+
+    def cross_complement(self, everything: Tensor) -> Tensor:
+        """The cross term of the other tokens, given that of all; new memory."""
+        assert self.cross is not None
+        return (everything - self.share * self.cross).div_(1.0 - self.share)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was collected of one input: (in, in) float64 each."""
+
+    hessian: Tensor
+    cross: Tensor | None = None
+    heldout: HeldOut | None = None
+
+
+class Accumulator:
+    """Adds up X^T X and, where the original model's inputs come along, (X_o - X)^T X, batch by batch."""
+
+    def __init__(self, in_features: int, device: torch.device, *, cross: bool = False) -> None:
+        self.tokens = 0.0  # by weight
+        self._square = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._cross = torch.zeros_like(self._square) if cross else None
+
+    def add(self, inputs: Tensor, original: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """inputs, original: (..., in), any floating dtype; weights (...) float32, 1 for each token if None."""
+        flat = _flat(inputs)
+        weighted = flat if weights is None else flat * weights.flatten()[:, None]
         for start in range(0, flat.shape[1], PANEL):  # H is symmetric: the blocks below the diagonal are not computed
             panel = slice(start, start + PANEL)
-            self._sum[panel, start:] += flat[:, panel].T @ flat[:, start:]
-        self.tokens += len(flat)
+            self._square[panel, start:] += weighted[:, panel].T @ flat[:, start:]
+        if self._cross is not None:
+            if original is None or original.shape != inputs.shape:
+                raise NumericsError("the original model gives this layer other tokens, so qep cannot pair them")
+            self._cross += (_flat(original) - flat).T @ weighted
+        self.tokens += len(flat) if weights is None else float(weights.sum(dtype=torch.float64))
 
-    def finish(self) -> Tensor:
-        """H = X^T X / tokens, (in, in) float64, in the accumulator's own memory: to be called once, at the end."""
-        for start in range(0, len(self._sum), PANEL):
+    def hessian(self) -> Tensor:
+        """H (in, in) float64, in the accumulator's own memory: to be called once, at the end."""
+        for start in range(0, len(self._square), PANEL):
             stop = start + PANEL
-            square = self._sum[start:stop, start:stop]
+            square = self._square[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)
-            self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
-        return self._sum.div_(max(self.tokens, 1))
+            self._square[stop:, start:stop] = self._square[start:stop, stop:].T
+        return self._square.div_(self.tokens or 1.0)
+
+    def cross(self) -> Tensor | None:
+        """C (in, in) float64, likewise."""
+        return None if self._cross is None else self._cross.div_(self.tokens or 1.0)
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -55,3 +121,7 @@ def _energy(rows: Tensor, hessian: Tensor) -> float:
     """tr(R H R^T) in float32 products: a figure for people, not one that anything is solved with."""
     product = rows @ hessian.to(rows.dtype)
     return torch.sum(product * rows, dtype=torch.float64).item()
+
+
+def _flat(tokens: Tensor) -> Tensor:
+    return tokens.reshape(-1, tokens.shape[-1]).float()

@@ -3,6 +3,7 @@
     hidden.safetensors          the hidden states that enter the first unfinished block, and that block's number
     layers/NAME.safetensors     codes, scale, zero-point and permutation of one finished layer
     layers/NAME.json            its record; written last, so a layer with a record is a finished layer
+    blocks/00003.json           the record of one finished block
     shards/00003.safetensors    the checkpoint tensors of one finished block
 
 Every file is renamed into place when whole. A block is finished when the hidden states of the next one are there.
@@ -18,20 +19,24 @@ from torch import Tensor
 
 from jointq_cli.checkpoint import save_tensors
 from jointq_cli.grid import QuantizedWeight
-from jointq_cli.records import LayerRecord
+from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.store import write_atomically
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The hidden states that enter a block, (windows, tokens, hidden) each.
+    """The hidden states that enter a block, (windows, tokens, hidden) each, after the original blocks and after the
+    quantised ones.
 
-    `calibration` runs through original or quantised blocks, as `calibration.inputs` says. `probe` is the first batch
-    through the quantised blocks: what the checkpoint must give again when it is read back from disk.
+    The one that no layer is solved for may be as short as the first batch. That batch behind the quantised blocks is
+    what the checkpoint must give again when it is read back from disk.
     """
 
-    calibration: Tensor
-    probe: Tensor
+    original: Tensor
+    quantized: Tensor
+
+    def first(self, windows: int) -> "Streams":
+        return Streams(self.original[:windows], self.quantized[:windows])
 
 
 class Workspace:
@@ -40,7 +45,7 @@ class Workspace:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._hidden = directory / "hidden.safetensors"
-        for name in ("layers", "shards"):
+        for name in ("layers", "blocks", "shards"):
             (directory / name).mkdir(exist_ok=True)
 
     def position(self) -> int:
@@ -53,14 +58,22 @@ class Workspace:
     def streams(self) -> Streams:
         """The hidden states at `position`. Only there once a block has been finished."""
         with safe_open(self._hidden, framework="pt") as file:
-            return Streams(*(file.get_tensor(name).clone() for name in ("calibration", "probe")))
+            return Streams(*(file.get_tensor(name).clone() for name in ("original", "quantized")))
 
-    def finish_block(self, index: int, tensors: dict[str, Tensor], streams: Streams) -> None:
-        """Keeps a block's checkpoint tensors and the hidden states that enter the next block."""
-        write_atomically(self.shard(index), lambda path: save_tensors(path, tensors))
-        # clone: the probe may be a part of the calibration stream, and a file holds no tensor twice
-        ready = {"calibration": streams.calibration, "probe": streams.probe.clone()}
-        write_atomically(self._hidden, lambda path: save_tensors(path, ready, {"block": str(index + 1)}))
+    def finish_block(self, record: BlockRecord, tensors: dict[str, Tensor], streams: Streams) -> None:
+        """Keeps a block's checkpoint tensors, what is known of it, and the hidden states that enter the next block."""
+        write_atomically(self.shard(record.block), lambda path: save_tensors(path, tensors))
+        self._write_record(self._block(record.block), record)
+        ready = {name: hidden.contiguous() for name, hidden in vars(streams).items()}
+        write_atomically(self._hidden, lambda path: save_tensors(path, ready, {"block": str(record.block + 1)}))
+
+    def blocks(self) -> list[BlockRecord]:
+        """The records of the finished blocks."""
+        paths = [self._block(index) for index in range(self.position())]
+        return [BlockRecord(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+    def _block(self, index: int) -> Path:
+        return self.directory / "blocks" / f"{index:05d}.json"
 
     def shard(self, index: int) -> Path:
         return self.directory / "shards" / f"{index:05d}.safetensors"
@@ -81,8 +94,11 @@ class Workspace:
     def keep_layer(self, weight: QuantizedWeight, record: LayerRecord) -> None:
         path = self.directory / "layers" / f"{record.name}.safetensors"
         write_atomically(path, lambda scratch: save_layer(scratch, weight))
+        self._write_record(self.directory / "layers" / f"{record.name}.json", record)
+
+    def _write_record(self, path: Path, record: LayerRecord | BlockRecord) -> None:
         text = json.dumps(dataclasses.asdict(record))
-        write_atomically(self.directory / "layers" / f"{record.name}.json", lambda scratch: _write(scratch, text))
+        write_atomically(path, lambda scratch: _write(scratch, text))
 
 
 def save_layer(path: Path, weight: QuantizedWeight) -> None:

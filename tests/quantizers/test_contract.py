@@ -10,7 +10,8 @@ from jointq_cases import PLAIN
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.quantizers import GPTQ, RTN, HeldOut, JointQ, Quantizer, Solution
+from jointq_cli.quantizers import GPTQ, RTN, JointQ, Quantizer, Solution
+from jointq_cli.statistics import HeldOut
 
 OPTIONS: dict[type[Quantizer], dict[str, Any]] = {
     RTN: {"mse": True},

@@ -8,8 +8,9 @@ from jointq_cases import costs, jointq, layer, regularized, same, solve
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantizers import HeldOut, JointQ, Solution
+from jointq_cli.quantizers import JointQ, Solution
 from jointq_cli.quantizers.layer import Layer
+from jointq_cli.statistics import HeldOut
 
 
 def identity(**options: Any) -> JointQ:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from jointq_cli.records import Audit, Comparison, LayerRecord, Perplexity, Protocol, RunReport, StageRecord
+from jointq_cli.records import Audit, BlockRecord, Comparison, LayerRecord, Perplexity, Protocol, RunReport, StageRecord
 
 SHAPES = {
     "self_attn.q_proj": (576, 576, 1.0),
@@ -85,6 +85,7 @@ def make_report(layers: list[LayerRecord]) -> RunReport:
         ),
         bits_per_weight=4.3125,
         layers=layers,
+        blocks=[BlockRecord(block, 1e-3 * 1.2**block) for block in range(len({layer.block for layer in layers}))],
         stages=[
             StageRecord("tokens", 1.84, False, 412_000_000),
             StageRecord("rotate", 0.02, True, 413_000_000),

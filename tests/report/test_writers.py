@@ -14,6 +14,7 @@ import pytest
 from jointq_cli.errors import JointqError, ResourceError
 from jointq_cli.records import LayerRecord, Perplexity
 from jointq_cli.report import load_report, write_report
+from jointq_cli.report.markdown import render_markdown
 from jointq_cli.report.page import render_page
 from jointq_cli.run_directory import RunDirectory
 
@@ -154,7 +155,7 @@ def test_no_two_elements_of_the_page_share_an_id_and_every_reference_finds_one(p
 
 def test_the_pictures_take_their_colours_from_the_page(page):
     svgs = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
-    assert len(svgs) == 5
+    assert len(svgs) == 6
     for svg in svgs:
         assert not re.search(r"(fill|stroke): #[0-9a-f]{6}", svg)
         assert "var(--ink)" in svg
@@ -168,6 +169,18 @@ def test_every_point_over_depth_tells_its_layers_name(report):
     assert page.count("<title>model.layers.") == 2 * len(report.layers)
 
 
+def test_the_error_that_accumulates_is_drawn_block_by_block(report):
+    assert render_page(report).count("<title>block ") == len(report.blocks)
+
+
+def test_markdown_shows_some_blocks_and_the_last_one(report):
+    text = render_markdown(report)
+    section = text.split("## Accumulated error over depth")[1].split("##")[0]
+    assert 3 <= section.count("\n| ") <= 12
+    assert f"\n| {report.blocks[-1].block} |" in section
+    assert "## Accumulated" not in render_markdown(replace(report, blocks=[]))
+
+
 def test_a_layer_without_error_is_left_off_the_logarithmic_axis_and_the_caption_says_so(page):
     assert "1 layer without a positive error is not drawn" in page
 
@@ -175,7 +188,8 @@ def test_a_layer_without_error_is_left_off_the_logarithmic_axis_and_the_caption_
 @pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
 def test_a_page_without_any_error_that_can_be_drawn_is_still_a_page(report, error):
     layers = [replace(layer, output_error=error, weight_error=error) for layer in report.layers]
-    page = render_page(replace(report, layers=layers))
+    blocks = [replace(block, output_error=error) for block in report.blocks]
+    page = render_page(replace(report, layers=layers, blocks=blocks))
     assert len(re.findall("<svg ", page)) == 2
 
 

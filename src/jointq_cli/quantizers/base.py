@@ -15,28 +15,12 @@ from torch import Tensor
 
 from jointq_cli.errors import NumericsError
 from jointq_cli.grid import Grid, QuantizedWeight, check_bits, check_group_size, group_columns
+from jointq_cli.statistics import HeldOut
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What all layers with the same input share. A quantizer that needs more extends it."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A part of the calibration tokens, by its own Hessian (in, in) float64 and its share of all of them."""
-
-    hessian: Tensor
-    share: float
-
-    def complement(self, everything: Tensor) -> Tensor:
-        """The Hessian of the other tokens, given that of all; new memory."""
-        rest = (everything - self.share * self.hessian).div_(1.0 - self.share)
-        # Columns that no other token reaches hold what rounding left, of either sign.
-        unreached = rest.diagonal() <= 1e-12 * everything.diagonal()
-        rest[unreached] = 0.0
-        rest[:, unreached] = 0.0
-        return rest
 
 
 @dataclass(frozen=True)
@@ -74,6 +58,11 @@ class Quantizer(ABC):
     def heldout(self) -> float:
         """The share of the calibration tokens that `prepare` wants to see apart as well; 0: none."""
         return 0.0
+
+    def ridge(self, hessian: Tensor) -> Tensor | None:
+        """The diagonal (in,) float64 by which `quantize` pulls to the weight it is given: it minimises e (H + diag) e^T
+        with this Hessian. None where it does not, or where the strength is yet to be chosen."""
+        return None
 
     @abstractmethod
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:

@@ -24,9 +24,10 @@ from torch import Tensor
 from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.grid import QuantizedWeight, fit
-from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer, Solution
+from jointq_cli.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantizers.factor import factorize
 from jointq_cli.quantizers.rtn import RTN
+from jointq_cli.statistics import HeldOut
 
 Notes = dict[str, float | int | str | bool]
 

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.grid import check_group_size, group_columns
-from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer, Solution
+from jointq_cli.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantizers.gptq import GPTQ
 from jointq_cli.quantizers.layer import Layer
 from jointq_cli.quantizers.metric import Metric, activation_order, measure, natural_order, penalty
 from jointq_cli.quantizers.rtn import RTN
 from jointq_cli.quantizers.search import Search, Solved, State
+from jointq_cli.statistics import HeldOut
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,9 @@ class JointQ(Quantizer):
         return penalty(
             hessian, strength, self.regularization_mode, self.regularization_gamma, self.regularization_reference
         )
+
+    def ridge(self, hessian: Tensor) -> Tensor | None:
+        return self._penalty(hessian, self.regularization_lambda) if self.lambda_mode == "fixed_lambda" else None
 
     def _gptq(self) -> GPTQ:
         return GPTQ(

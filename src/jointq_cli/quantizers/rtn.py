@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from jointq_cli.grid import QuantizedWeight, fit
-from jointq_cli.quantizers.base import HeldOut, Prepared, Quantizer, Solution
+from jointq_cli.quantizers.base import Prepared, Quantizer, Solution
+from jointq_cli.statistics import HeldOut
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import lines, summary, units
 
 WORST = 10  # layers; layers.csv has them all
+BLOCKS = 8
 
 
 def render_markdown(report: RunReport) -> str:
@@ -22,6 +23,7 @@ def render_markdown(report: RunReport) -> str:
         "## Layers by kind",
         _kinds(report),
         *_helped(report),
+        *_blocks(report),
         f"## The {min(WORST, len(report.layers))} layers of largest output error",
         _layers(summary.worst_layers(report, WORST)),
         "All layers are in `layers.csv`. E_y is the relative error of a layer's output on the calibration "
@@ -53,6 +55,16 @@ def _kinds(report: RunReport) -> str:
 def _helped(report: RunReport) -> list[str]:
     helped = [layer for layer in report.layers if layer.verdict != "ok"]
     return ["## Layers that needed help", _layers(helped)] if helped else []
+
+
+def _blocks(report: RunReport) -> list[str]:
+    """Some of the blocks: the picture in the HTML has them all."""
+    step = max(1, -(-len(report.blocks) // BLOCKS))
+    shown = report.blocks[::-1][::step][::-1]  # the last one among them
+    rows = ((str(block.block), units.relative_error(block.output_error)) for block in shown)
+    text = "|quantised - original|^2 / |original|^2 of what leaves a block, all blocks up to it quantised."
+    table = _table(("block", "error"), rows, numbers_from=0)
+    return ["## Accumulated error over depth", _inline(text), table] if shown else []
 
 
 def _layers(layers: Sequence[LayerRecord]) -> str:

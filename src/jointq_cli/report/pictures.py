@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from jointq_cli.records import LayerRecord, Perplexity, RunReport
+from jointq_cli.records import BlockRecord, LayerRecord, Perplexity, RunReport
 from jointq_cli.report import summary, units
 
 # matplotlib wants real colours. These stand for CSS variables, which take their place in the finished SVG.
@@ -75,6 +75,7 @@ def draw_pictures(report: RunReport) -> list[Picture]:
     return [
         *_over_depth("E_y", "Output error over depth", layers, _output_error, "Relative error of each layer's output"),
         *_over_depth("E_w", "Weight error over depth", layers, _weight_error, "Relative error of each weight matrix"),
+        *_accumulated(report.blocks),
         *_by_kind(layers),
         *_perplexities(report),
         *_times(report),
@@ -129,6 +130,27 @@ def _over_depth(
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
         svg = canvas.svg(f"depth {symbol}", tips)
     return [Picture(title, meaning + _left_out(len(layers) - len(shown)), svg, wide=True)]
+
+
+def _accumulated(blocks: Sequence[BlockRecord]) -> list[Picture]:
+    shown = [block for block in blocks if _fits_log_axis(block.output_error)]
+    if not shown:
+        return []
+    with _canvas(WIDE) as canvas:
+        axes = canvas.axes
+        errors = [block.output_error for block in shown]
+        depths = [block.block for block in shown]
+        axes.plot(depths, errors, color=SERIES[0], linewidth=0.8, alpha=0.35)
+        axes.plot(depths, errors, color=SERIES[0], marker="o", markersize=4.5, linestyle="none", gid="blocks")
+        axes.set_yscale("log")
+        _log_ticks(axes.yaxis, errors)
+        axes.set_xlabel("decoder block")
+        axes.set_ylabel("error")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        tips = [f"block {block.block}: {units.relative_error(block.output_error)}" for block in shown]
+        svg = canvas.svg("accumulated", {"blocks": tips})
+    caption = "|quantised - original|\u00b2 / |original|\u00b2 of what leaves each block, all blocks up to it quantised"
+    return [Picture("Accumulated error over depth", caption, svg, wide=True)]
 
 
 def _mark_fallbacks(axes: Axes, layers: Sequence[LayerRecord], error: Callable[[LayerRecord], float]) -> None:

@@ -1,0 +1,94 @@
+"""Forward passes of one block that stop where the input of a group of layers is there to be seen.
+
+A layer is solved for what the quantised layers before it produce, those of its own block included, so its input is not
+known before they have been replaced. A pass therefore stops at a group's input, waits while the group is solved, and
+goes on through the new weights: the model's own forward, run as a coroutine (a greenlet). That takes one forward pass
+per batch and block, however many groups there are. The price is the activations that lie in a waiting pass; where
+these would be too many, a pass starts anew for every group, and gives the same bits.
+
+Knows blocks and layers. Knows neither statistics nor quantizers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+
+@contextmanager
+def stops(groups: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
+    """Inside, a Pass can be stopped at the input of each group of layers; groups are in the order they are run."""
+    handles = [
+        layer.register_forward_pre_hook(lambda _, given, number=number: _reached(number, given[0]))
+        for number, group in enumerate(groups)
+        for layer in group
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Pass:
+    """One batch on its way through a block. `waits`: it keeps its place between two groups, and starts anew if not."""
+
+    def __init__(self, forward: Callable[[], Tensor], *, waits: bool) -> None:
+        self._forward = forward
+        self._waits = waits
+        self._flow = _Flow(forward)
+
+    def input_of(self, group: int) -> Tensor | None:
+        """What the layers of a group are given, None if the pass does not come by. Groups are asked for in order."""
+        given = self._flow.run_to(group)
+        if not self._waits:
+            self._flow = _Flow(self._forward)
+        return given
+
+    def output(self) -> Tensor:
+        """What the block returns: the end of the pass."""
+        return self._flow.run_out()
+
+
+class _Flow(greenlet):
+    """A forward pass that hands control back where it is wanted."""
+
+    def __init__(self, forward: Callable[[], Tensor]) -> None:
+        super().__init__(forward)
+        self._group = -1
+        self._given: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def run_to(self, group: int) -> Tensor | None:
+        while self._group < group and self._output is None:
+            self._go_on()
+        return self._given if self._group == group else None
+
+    def run_out(self) -> Tensor:
+        while self._output is None:
+            self._go_on()
+        return self._output
+
+    def arrives(self, group: int, given: Tensor) -> bool:
+        """Whether to stop here: at the first layer of a group, not at those that run with it."""
+        if group <= self._group:
+            return False
+        self._group, self._given = group, given
+        return True
+
+    def _go_on(self) -> None:
+        self._given = None
+        handed_over = self.switch()
+        if self.dead:
+            self._output = handed_over
+
+
+def _reached(group: int, given: Tensor) -> None:
+    if _arrives(getcurrent(), group, given):
+        # No name in this frame may hold the flow: a coroutine that is kept alive by its own frames is never freed.
+        getcurrent().parent.switch()  # type: ignore[union-attr]  # a _Flow has one
+
+
+def _arrives(flow: greenlet, group: int, given: Tensor) -> bool:
+    return isinstance(flow, _Flow) and flow.arrives(group, given)

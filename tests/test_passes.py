@@ -1,0 +1,117 @@
+"""Forward passes that stop half-way: they see what a whole pass sees, with the weights of the moment they go on."""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jointq_cli.passes import Pass, stops
+
+
+class Toy(nn.Module):
+    """Two layers that share an input, a third behind them, a fourth that only large inputs reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4, bias=False) for _ in range(4))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = x + self.c(torch.tanh(self.a(x)) * self.b(x))
+        return h + self.d(h) if x.max() > 10 else h
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> None:
+    torch.set_grad_enabled(False)
+    yield
+    torch.set_grad_enabled(True)
+
+
+def groups(toy: Toy) -> list[list[nn.Module]]:
+    return [[toy.a, toy.b], [toy.c], [toy.d]]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_pass_shows_each_input_and_ends_with_the_output(waits: bool) -> None:
+    toy, x = Toy(), torch.randn(2, 4)
+    expected = toy(x)
+    with stops(groups(toy)):
+        one = Pass(lambda: toy(x), waits=waits)
+        assert one.input_of(0) is x
+        torch.testing.assert_close(one.input_of(1), torch.tanh(toy.a(x)) * toy.b(x))
+        assert one.input_of(2) is None  # not reached
+        assert torch.equal(one.output(), expected)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_pass_goes_on_with_the_weights_of_the_moment(waits: bool) -> None:
+    toy, x = Toy(), torch.randn(2, 4)
+    with stops(groups(toy)):
+        one = Pass(lambda: toy(x), waits=waits)
+        one.input_of(0)
+        for layer in (toy.a, toy.b):
+            layer.weight = nn.Parameter(layer.weight * 2)
+        torch.testing.assert_close(one.input_of(1), torch.tanh(toy.a(x)) * toy.b(x))
+        toy.c.weight = nn.Parameter(toy.c.weight * 3)
+        output = one.output()
+    assert torch.equal(output, toy(x))
+
+
+def test_a_pass_that_waits_is_one_forward_pass() -> None:
+    toy, x = Toy(), torch.full((1, 4), 11.0)
+    with stops(groups(toy)):
+        one = Pass(lambda: toy(x), waits=True)
+        assert all(one.input_of(group) is not None for group in range(3))
+        one.output()
+    assert toy.calls == 1
+
+
+def test_groups_may_be_passed_over() -> None:
+    toy, x = Toy(), torch.full((1, 4), 11.0)
+    with stops(groups(toy)):
+        one = Pass(lambda: toy(x), waits=True)
+        last = one.input_of(2)
+    assert last is not None
+    torch.testing.assert_close(last + toy.d(last), one.output())
+
+
+def test_many_passes_wait_side_by_side() -> None:
+    toy, inputs = Toy(), torch.randn(50, 2, 4)
+    with stops(groups(toy)):
+        several = [Pass(lambda x=x: toy(x), waits=True) for x in inputs]
+        for group in (0, 1):
+            for one in several:
+                assert one.input_of(group) is not None
+        outputs = torch.stack([one.output() for one in several])
+    assert torch.equal(outputs, torch.stack([toy(x) for x in inputs]))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_abandoned_pass_frees_its_activations(waits: bool) -> None:
+    toy, x = Toy(), torch.randn(2, 4)
+    with stops(groups(toy)):
+        one = Pass(lambda: toy(x), waits=waits)
+        held = weakref.ref(one.input_of(1))
+        del one
+    assert held() is None
+
+
+def test_an_error_in_the_model_reaches_the_one_who_asks() -> None:
+    toy = Toy()
+    with stops(groups(toy)):
+        one = Pass(lambda: toy(torch.randn(2, 5)), waits=True)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            one.output()
+
+
+def test_an_ordinary_forward_pass_is_not_stopped() -> None:
+    toy, x = Toy(), torch.randn(2, 4)
+    expected = toy(x)
+    with stops(groups(toy)):
+        assert torch.equal(toy(x), expected)
+    assert not toy.a._forward_pre_hooks
