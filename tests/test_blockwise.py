@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, write_checkpoint
+import transformers
+from tiny_models import FAMILIES, GROUPED, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.assembly import assemble, audit
+from jointq_cli.block import Block
 from jointq_cli.blockwise import Plan, quantize_blocks
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ConfigError, NumericsError
@@ -45,10 +47,10 @@ JOINT = JointQ(
 
 NO_QEP = NoQep()
 QEP = Qep(
-    perccorr=0.5, perccorr_mode="fixed", heldout_share=0.25, percdamp=0.01, pull="original",
+    perccorr=0.5, residual=0.0, perccorr_mode="fixed", heldout_share=0.25, percdamp=0.01, pull="original",
     exclude_layer_keywords=["mlp.down_proj"],
 )  # fmt: skip
-EQUAL = TokenWeights(power=0.0, first_token=1.0)
+EQUAL = TokenWeights("uniform", power=2.0, first_token=1.0)
 
 
 def windows(count: int = 6) -> Tensor:
@@ -495,7 +497,7 @@ def test_the_error_of_a_block_is_that_of_the_whole_model_up_to_it(
 
 def test_weighed_tokens_enter_the_hessian(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    weights = TokenWeights(power=2.0, first_token=1.0)
+    weights = TokenWeights("input", power=2.0, first_token=1.0)
     quantize(directory, tmp_path / "work", Spy(**vars(ROUND)), inputs="original", weights=weights)
     for hessian in SEEN:  # mean of x x^T / rms(x)^2, over the mean of 1 / rms(x)^2
         assert bool(torch.isfinite(hessian).all())
@@ -503,3 +505,66 @@ def test_weighed_tokens_enter_the_hessian(tmp_path: Path) -> None:
     x = inputs_by_hooks(directory, name)
     counts = x.square().mean(dim=1).pow(-1)
     torch.testing.assert_close(SEEN[3], (x * counts[:, None]).T @ x / counts.sum(), rtol=1e-4, atol=1e-6)
+
+
+# the residual stream
+
+WRITERS = {
+    "llama": ["self_attn.o_proj", "mlp.down_proj"],
+    "llama_bias": ["self_attn.o_proj", "mlp.down_proj"],
+    "mistral": ["self_attn.o_proj", "mlp.down_proj"],
+    "qwen3": ["self_attn.o_proj", "mlp.down_proj"],
+    "phi3": ["self_attn.o_proj", "mlp.down_proj"],
+    "gpt_neox": ["attention.dense", "mlp.dense_4h_to_h"],  # both read the stream that enters the block
+    "gemma3": [],  # a norm stands between its layers and the stream
+    "olmo2": [],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", WRITERS)
+def test_layers_that_write_into_the_residual_stream_are_found_by_what_they_add(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path / "model", family, dtype=dtype)), CPU, dtype)
+    with torch.no_grad():
+        hidden = model.embed_all(windows(), 4)
+        tensors = model.block_tensors(0)
+        with model.block(0, tensors) as module:
+            survey = Block(model, 0, tensors, frozenset()).survey(hidden[:4])
+            names = {layer: name for name, layer in module.named_modules()}
+    assert {names[layer]: factor for layer, factor in survey.writers.items()} == dict.fromkeys(WRITERS[family], 1.0)
+
+
+def test_a_stream_that_is_written_into_at_a_fraction_is_understood(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    config = transformers.GraniteConfig(**GROUPED, residual_multiplier=0.25)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
+    with torch.no_grad():
+        hidden = model.embed_all(windows(), 4)
+        tensors = model.block_tensors(0)
+        with model.block(0, tensors):
+            survey = Block(model, 0, tensors, frozenset()).survey(hidden[:4])
+    assert sorted(survey.writers.values()) == pytest.approx([0.25, 0.25], rel=1e-4)
+
+
+RESIDUAL = replace(QEP, perccorr=1.0, residual=1.0, percdamp=0.0, pull="corrected", exclude_layer_keywords=[])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("waiting", [0.0, 1e9])
+def test_what_the_stream_has_lost_is_what_its_writers_make_up_for(family: str, waiting: float, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", family)
+    tokens = windows(40)
+    kept = lambda name: "layers.0." in name or "layers.1." in name  # noqa: E731
+    errors = {}
+    for qep in (NO_QEP, replace(RESIDUAL, residual=0.0), RESIDUAL):
+        scratch = tmp_path / f"{qep.describe()}"
+        coarse = replace(ROUND, bits=3)
+        _, workspace, _ = quantize(directory, scratch, coarse, keep=kept, tokens=tokens, qep=qep, waiting=waiting)
+        errors[qep.describe()] = [block.output_error for block in workspace.blocks()]
+    none, plain, residual = errors.values()
+    assert residual[0] < plain[0] < none[0]
+    assert residual[1] < plain[1] < none[1]

@@ -72,7 +72,9 @@ def write(folder: Path, *texts: str) -> str:
 
 
 def config(path: str | None, **changes: object) -> Calibration:
-    given = Calibration("text", path, None, "all", None, None, 4, 5, 0, "concat_chunk", None, "original", 0.0, 1.0)
+    given = Calibration(
+        "text", path, None, "all", None, None, 4, 5, 0, "concat_chunk", None, "original", "uniform", 2.0, 1.0
+    )
     return dataclasses.replace(given, **changes)  # type: ignore[arg-type]
 
 
@@ -316,6 +318,7 @@ def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: Pr
             {"strategy": "concat"},
             r"calibration\.strategy=concat: must be one of concat_chunk, concat_rand, drop",
         ),
+        ({"token_weighting": "rms"}, r"calibration\.token_weighting=rms: must be one of uniform, input, residual"),
         ({"token_power": -1.0}, r"calibration\.token_power=-1\.0: must be at least 0"),
         ({"first_token_weight": math.inf}, r"calibration\.first_token_weight=inf: must be at least 0"),
         ({"inputs": "both"}, r"calibration\.inputs=both: must be one of original, quantized"),

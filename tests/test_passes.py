@@ -40,7 +40,7 @@ def groups(toy: Toy) -> list[list[nn.Module]]:
 def test_a_pass_shows_each_input_and_ends_with_the_output(waits: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     expected = toy(x)
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=waits)
         assert one.input_of(0) is x
         torch.testing.assert_close(one.input_of(1), torch.tanh(toy.a(x)) * toy.b(x))
@@ -51,7 +51,7 @@ def test_a_pass_shows_each_input_and_ends_with_the_output(waits: bool) -> None:
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_pass_goes_on_with_the_weights_of_the_moment(waits: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=waits)
         one.input_of(0)
         for layer in (toy.a, toy.b):
@@ -64,7 +64,7 @@ def test_a_pass_goes_on_with_the_weights_of_the_moment(waits: bool) -> None:
 
 def test_a_pass_that_waits_is_one_forward_pass() -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=True)
         assert all(one.input_of(group) is not None for group in range(3))
         one.output()
@@ -73,7 +73,7 @@ def test_a_pass_that_waits_is_one_forward_pass() -> None:
 
 def test_groups_may_be_passed_over() -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=True)
         last = one.input_of(2)
     assert last is not None
@@ -82,7 +82,7 @@ def test_groups_may_be_passed_over() -> None:
 
 def test_many_passes_wait_side_by_side() -> None:
     toy, inputs = Toy(), torch.randn(50, 2, 4)
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         several = [Pass(lambda x=x: toy(x), waits=True) for x in inputs]
         for group in (0, 1):
             for one in several:
@@ -94,7 +94,7 @@ def test_many_passes_wait_side_by_side() -> None:
 @pytest.mark.parametrize("waits", [True, False])
 def test_an_abandoned_pass_frees_its_activations(waits: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=waits)
         held = weakref.ref(one.input_of(1))
         del one
@@ -103,7 +103,7 @@ def test_an_abandoned_pass_frees_its_activations(waits: bool) -> None:
 
 def test_an_error_in_the_model_reaches_the_one_who_asks() -> None:
     toy = Toy()
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         one = Pass(lambda: toy(torch.randn(2, 5)), waits=True)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             one.output()
@@ -112,6 +112,19 @@ def test_an_error_in_the_model_reaches_the_one_who_asks() -> None:
 def test_an_ordinary_forward_pass_is_not_stopped() -> None:
     toy, x = Toy(), torch.randn(2, 4)
     expected = toy(x)
-    with stops(groups(toy)):
+    with stops(groups(toy), {}):
         assert torch.equal(toy(x), expected)
     assert not toy.a._forward_pre_hooks
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_writers_have_put_out_so_far_is_kept(waits: bool) -> None:
+    toy, x = Toy(), torch.full((1, 4), 11.0)
+    with stops(groups(toy), {toy.a: 2.0, toy.c: 1.0}):
+        one = Pass(lambda: toy(x), waits=waits)
+        one.input_of(0)
+        assert one.written is None
+        c = one.input_of(1)
+        torch.testing.assert_close(one.written, 2 * toy.a(x))
+        one.input_of(2)
+        torch.testing.assert_close(one.written, 2 * toy.a(x) + toy.c(c))

@@ -11,7 +11,7 @@ from jointq_cli.qep import NoQep, Qep
 from jointq_cli.statistics import HeldOut, Statistics
 
 DEFAULT = Qep(
-    perccorr=0.5, perccorr_mode="fixed", heldout_share=0.25, percdamp=0.01, pull="original",
+    perccorr=0.5, residual=0.0, perccorr_mode="fixed", heldout_share=0.25, percdamp=0.01, pull="original",
     exclude_layer_keywords=["mlp.down_proj"],
 )  # fmt: skip
 EXACT = replace(DEFAULT, perccorr=1.0, percdamp=0.0, exclude_layer_keywords=[])
@@ -40,7 +40,7 @@ def statistics(original: Tensor, given: Tensor, held: int = 0) -> Statistics:
     if not held:
         return Statistics(hessian, cross)
     held_hessian, held_cross = moments(slice(-held, None))
-    return Statistics(hessian, cross, HeldOut(held_hessian, held / len(original), held_cross))
+    return Statistics(hessian, cross, heldout=HeldOut(held_hessian, held / len(original), held_cross))
 
 
 def corrected(qep: Qep, original: Tensor, given: Tensor, ridge: Tensor | None = None, held: int = 0) -> Tensor:
@@ -67,6 +67,18 @@ def test_a_change_of_basis_of_the_inputs_is_one_of_the_corrected_weight(qep: Qep
     found = qep.correction(turned, None).apply((weight().double() @ basis).float()).weight
     expected = corrected(qep, original, given, held=10).double() @ basis
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_the_residual_the_stream_behind_the_layer_is_what_least_squares_makes_of_it() -> None:
+    original, given = inputs()
+    lost = torch.randn(TOKENS, ROWS, dtype=torch.float64)
+    known = replace(statistics(original, given), drift=lost.T @ given / TOKENS)
+    found = replace(EXACT, residual=1.0).correction(known, None).apply(weight()).weight
+    expected = torch.linalg.lstsq(given, original @ weight().double().T + lost).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    half = replace(EXACT, residual=0.5).correction(known, None).apply(weight()).weight
+    plain = corrected(EXACT, original, given)
+    torch.testing.assert_close(half - plain, 0.5 * (found - plain), rtol=1e-4, atol=1e-5)
 
 
 def test_alpha_is_the_length_of_the_step() -> None:
@@ -162,6 +174,7 @@ def test_broken_statistics_are_named() -> None:
     [
         ("perccorr", 1.5, "from 0 to 1"),
         ("perccorr", float("nan"), "from 0 to 1"),
+        ("residual", 2.0, "from 0 to 1"),
         ("perccorr_mode", "best", "fixed or heldout"),
         ("heldout_share", 1.0, "between 0 and 1"),
         ("percdamp", -0.1, "at least 0"),
@@ -176,4 +189,5 @@ def test_a_bad_value_is_named_with_its_rule(key: str, value: object, rule: str) 
 def test_what_is_done_is_told_in_a_few_words() -> None:
     assert DEFAULT.describe() == "QEP alpha=0.5 without mlp.down_proj"
     assert replace(EXACT, perccorr_mode="heldout").describe() == "QEP alpha=heldout"
+    assert replace(EXACT, residual=0.5).describe() == "QEP alpha=1 residual=0.5"
     assert NoQep().describe() == ""

@@ -108,30 +108,49 @@ def test_the_rest_is_everything_without_the_held_out_tokens() -> None:
 def test_tokens_are_weighed_by_their_rms() -> None:
     given, _ = streams()
     given[2, 3] *= 100.0
-    weights = TokenWeights(power=2.0, first_token=1.0).of(given)
+    weights = TokenWeights("input", power=2.0, first_token=1.0).of(given, None)
     assert weights is not None
     normalised = given * weights.sqrt()[..., None]
     torch.testing.assert_close(normalised.square().mean(dim=-1), torch.ones(4, 6))
-    soft = TokenWeights(power=1.0, first_token=1.0).of(given)
+    soft = TokenWeights("input", power=1.0, first_token=1.0).of(given, None)
     torch.testing.assert_close(soft, weights.sqrt())
 
 
 def test_the_first_token_of_every_window_is_weighed_apart() -> None:
     given, _ = streams()
-    weights = TokenWeights(power=0.0, first_token=0.25).of(given)
+    weights = TokenWeights("uniform", power=2.0, first_token=0.25).of(given, None)
     assert weights is not None
     assert torch.equal(weights[:, 0], torch.full((4,), 0.25))
     assert torch.equal(weights[:, 1:], torch.ones(4, 5))
 
 
 def test_equal_tokens_need_no_weights() -> None:
-    assert TokenWeights(power=0.0, first_token=1.0).of(streams()[0]) is None
+    assert TokenWeights("uniform", power=2.0, first_token=1.0).of(streams()[0], None) is None
 
 
 def test_a_token_of_zeros_does_no_harm() -> None:
     given, _ = streams()
     given[0, 0] = 0.0
     moments = Accumulator(5, CPU)
-    moments.add(given, weights=TokenWeights(power=2.0, first_token=1.0).of(given))
+    moments.add(given, weights=TokenWeights("input", power=2.0, first_token=1.0).of(given, None))
     assert moments.tokens < 100
     assert bool(torch.isfinite(moments.hessian()).all())
+
+
+def test_tokens_are_weighed_by_the_stream_that_a_layer_writes_into() -> None:
+    given, behind = streams(8)
+    weighting = TokenWeights("residual", power=2.0, first_token=1.0)
+    weights = weighting.of(given, behind)
+    assert weights is not None
+    torch.testing.assert_close(weights, behind.square().mean(dim=-1).reciprocal())
+    assert weighting.of(given, None) is None  # a layer that does not write
+
+
+def test_the_drift_pairs_what_the_stream_has_lost_with_what_the_layer_is_given() -> None:
+    given, _ = streams()
+    lost, weights = torch.randn(4, 6, 3), torch.rand(4, 6)
+    moments = Accumulator(5, CPU, drift=3)
+    moments.add(given[:2], weights=weights[:2], residual=lost[:2])
+    moments.add(given[2:], weights=weights[2:], residual=lost[2:])
+    r, x = lost.reshape(-1, 3).double(), (given * weights[..., None]).reshape(-1, 5).double()
+    torch.testing.assert_close(moments.drift(), r.T @ x / weights.sum(), rtol=1e-5, atol=1e-6)

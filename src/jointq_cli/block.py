@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
@@ -66,9 +67,10 @@ class Block:
         ready = nn.Parameter(stored.to(self.model.device, self.model.dtype), requires_grad=False)
         self._weights["quantized"][self.layers.index(layer)] = ready
 
-    def input_groups(self, hidden: Tensor) -> list[list[Layer]]:
-        """The layers in the order they run, those that read the same tensor together."""
+    def survey(self, hidden: Tensor) -> "Survey":
+        """How the block is built, found out by one forward pass of hidden states (batch, tokens, hidden)."""
         seen: list[tuple[Tensor, list[Layer]]] = []
+        outputs: dict[nn.Linear, Tensor] = {}
 
         def note(layer: Layer, given: Tensor) -> None:
             for tensor, group in seen:
@@ -81,8 +83,13 @@ class Block:
             layer.module.register_forward_pre_hook(lambda _, args, layer=layer: note(layer, args[0]))
             for layer in self.layers
         ]
+        handles += [
+            module.register_forward_hook(lambda module, args, output: outputs.update({module: output}))
+            for module in self.model.blocks[self.index].modules()
+            if isinstance(module, nn.Linear) and module.out_features == hidden.shape[-1]
+        ]
         try:
-            self.run(hidden)
+            output = self.run(hidden)
         finally:
             for handle in handles:
                 handle.remove()
@@ -90,10 +97,63 @@ class Block:
         idle = [layer.name for layer in self.layers if layer.name not in reached]
         if idle:
             raise ModelError(f"{idle[0]}: no token reaches this layer, so it cannot be calibrated; exclude it")
-        return [group for _, group in seen]
+        return Survey([group for _, group in seen], _writers(hidden, output, outputs))
 
     def _key(self, layer: Layer) -> str:
         return self.model.stored_name(f"{layer.name}.weight")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """groups: the layers in the order they run, those that read the same tensor together.
+
+    writers: the linear layers, selected or not, whose outputs are added to the residual stream, and how many times
+    each. Empty where the block does more to the stream than that (a norm behind its layers, say).
+    """
+
+    groups: list[list[Layer]]
+    writers: dict[nn.Linear, float]
+
+    def writes(self, group: list[Layer]) -> float:
+        """How many times the group's output is added to the residual stream; 0 if it is no single layer that writes."""
+        return self.writers.get(group[0].module, 0.0) if len(group) == 1 else 0.0
+
+
+def _writers(hidden: Tensor, output: Tensor, outputs: dict[nn.Linear, Tensor]) -> dict[nn.Linear, float]:
+    """Explains what the block adds to `hidden` as a sum of `outputs`, all (batch, tokens, hidden)."""
+    added = (output.float() - hidden.float()).flatten()
+    known = {layer: given.float().flatten() for layer, given in outputs.items() if given.shape == hidden.shape}
+    if not known:
+        return {}
+    columns = torch.stack(list(known.values()))
+    gram, moments = (columns @ columns.T).double(), (columns @ added).double()
+    factors = torch.linalg.lstsq(gram, moments[:, None], driver="gelsd").solution[:, 0].tolist()
+    found = {
+        layer: 1.0 if abs(factor - 1.0) < 0.01 else factor
+        for layer, factor in zip(known, factors, strict=True)
+        if abs(factor) > 0.01
+    }
+    rest = (
+        added - torch.stack([factor * known[layer] for layer, factor in found.items()]).sum(dim=0) if found else added
+    )
+    rounding = torch.finfo(output.dtype).eps * torch.linalg.vector_norm(output.float())
+    explained = torch.linalg.vector_norm(rest) <= 0.01 * torch.linalg.vector_norm(added) + rounding
+    return found if bool(explained) else {}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one batch shows at a group's input. `given`: what its layers are given, None if the batch does not reach
+    them; `entered`, `written`: the hidden states that entered the block, and what was added to them since."""
+
+    given: Tensor | None
+    entered: Tensor
+    written: Tensor | None
+
+    def residual(self) -> Tensor:
+        """The residual stream (batch, tokens, hidden) float32."""
+        entered = self.entered.float()
+        return entered if self.written is None else entered + self.written.float()
 
 
 class Stream:
@@ -114,11 +174,12 @@ class Stream:
         """The number of batches."""
         return len(self._parts)
 
-    def inputs(self, group: int) -> Iterator[Tensor | None]:
-        """What the layers of a group are given, batch by batch; None where a batch does not reach them."""
-        for one in self._passes:
+    def at(self, group: int) -> Iterator[Seen]:
+        """What is to be seen at a group's input, batch by batch."""
+        for part, one in zip(self._parts, self._passes, strict=True):
             self.block.wear(self.face)
-            yield one.input_of(group)
+            given = one.input_of(group)
+            yield Seen(given, part, one.written)
 
     def finish(self, pause: Callable[[], None]) -> Tensor:
         """The hidden states behind the block, in the memory of those that entered it."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import repeat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jointq_cli.block import Block, Layer, Stream
+from jointq_cli.block import Block, Layer, Seen, Stream, Survey
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.grid import QuantizedWeight
 from jointq_cli.model import StreamedModel
@@ -113,11 +113,11 @@ class _Loop:
         tensors = self.model.block_tensors(index)
         with self.model.block(index, tensors):
             block = Block(self.model, index, tensors, self.plan.layers)
-            groups = block.input_groups(streams.quantized[: self.plan.batch])
-            original, quantized = self._under_way(block, streams, groups)
-            with stops([[layer.module for layer in group] for group in groups]):
-                for number, group in enumerate(groups):
-                    self._quantize_group(block, number, group, original, quantized)
+            survey = block.survey(streams.quantized[: self.plan.batch])
+            original, quantized = self._under_way(block, streams, survey.groups)
+            with stops([[layer.module for layer in group] for group in survey.groups], survey.writers):
+                for number in range(len(survey.groups)):
+                    self._quantize_group(block, survey, number, original, quantized)
             streams = Streams(original.finish(self.pause), quantized.finish(self.pause))
         record = BlockRecord(index, _drift(streams.first(self.plan.batch)))
         if index == len(self.model) - 1:  # nothing reads what was for calibration any more, but for gigabytes of disk
@@ -140,14 +140,13 @@ class _Loop:
         bytes_per_token = (2 * hidden.shape[-1] + widest) * hidden.element_size()
         return int(self.plan.waiting / (self.plan.batch * hidden.shape[1] * bytes_per_token))
 
-    def _quantize_group(
-        self, block: Block, number: int, group: list[Layer], original: Stream, quantized: Stream
-    ) -> None:
+    def _quantize_group(self, block: Block, survey: Survey, number: int, original: Stream, quantized: Stream) -> None:
+        group = survey.groups[number]
         given: _Given | None = None
         for layer in group:
             kept = self.workspace.layer(layer.name)
             if kept is None:
-                given = given or self._prepare(group, self._collect(number, group, original, quantized))
+                given = given or self._prepare(group, self._collect(survey, number, original, quantized))
                 kept = self._quantize_layer(layer, block.weight(layer), given)
                 self.workspace.keep_layer(*kept)
             weight, record = kept
@@ -155,28 +154,42 @@ class _Loop:
             self.on_layer(record)
             self.pause()
 
-    def _collect(self, number: int, group: list[Layer], original: Stream, quantized: Stream) -> Statistics:
+    def _collect(self, survey: Survey, number: int, original: Stream, quantized: Stream) -> Statistics:
         """The moments of a group's input over all batches, and those of the held-out ones apart."""
+        group = survey.groups[number]
+        writes = survey.writes(group)
         crossed = any(self.plan.qep.corrects(layer.name) for layer in group)
+        drifted = crossed and writes != 0 and self.plan.qep.follows_residual
         stream = original if self.plan.inputs == "original" else quantized
         held_from = self._held_from(len(stream))
-        everything = self._accumulator(group, crossed)
-        held = self._accumulator(group, crossed) if held_from < len(stream) else None
-        wanted = original.inputs(number) if crossed else repeat(None)
-        for batch, (given, original_given) in enumerate(zip(stream.inputs(number), wanted, strict=False)):
-            if given is not None:
-                weights = self.plan.weights.of(given)
+        everything = self._accumulator(group, crossed, drifted)
+        held = self._accumulator(group, crossed, False) if held_from < len(stream) else None
+        wanted = original.at(number) if crossed else repeat(None)
+        for batch, (seen, wanted_seen) in enumerate(zip(stream.at(number), wanted, strict=False)):
+            if seen.given is not None:
+                weights = self.plan.weights.of(seen.given, self._behind(group[0], seen, writes))
+                original_given = None if wanted_seen is None else wanted_seen.given
+                lost = (wanted_seen.residual() - seen.residual()) / writes if drifted and wanted_seen else None
                 with _named(group[0]):
-                    everything.add(given, original_given, weights)
+                    everything.add(seen.given, original_given, weights, lost)
                     if held is not None and batch >= held_from:
-                        held.add(given, original_given, weights)
+                        held.add(seen.given, original_given, weights)
             self.pause()
         with _named(group[0]):
             heldout = _held_out(everything, held)
-            return Statistics(everything.hessian(), everything.cross(), heldout)
+            return Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout)
 
-    def _accumulator(self, group: list[Layer], crossed: bool) -> Accumulator:
-        return Accumulator(group[0].module.in_features, self.model.device, cross=crossed)
+    def _behind(self, layer: Layer, seen: Seen, writes: float) -> Tensor | None:
+        """The residual stream behind a layer that writes into it, where the weights of tokens depend on it."""
+        if not (writes and self.plan.weights.of_residual) or seen.given is None:
+            return None
+        output = nn.functional.linear(seen.given, layer.module.weight, layer.module.bias)
+        return seen.residual() + writes * output
+
+    def _accumulator(self, group: list[Layer], crossed: bool, drifted: bool) -> Accumulator:
+        module = group[0].module
+        drift = module.out_features if drifted else 0
+        return Accumulator(module.in_features, self.model.device, cross=crossed, drift=drift)
 
     def _held_from(self, batches: int) -> int:
         """The first of the batches that are held out, and some must be left to solve with; their number if none is."""

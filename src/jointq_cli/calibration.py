@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # transformers takes more than a second to import
     from transformers import PreTrainedTokenizerBase
 
 INPUTS: Final = ("original", "quantized")
+WEIGHTINGS: Final = ("uniform", "input", "residual")
 # How much of a practically endless text is looked at, in multiples of the tokens that are asked for.
 CONCAT_POOL: Final = 4  # concat_rand draws from so much
 DROP_POOL: Final = 64  # drop_* give up after so much
@@ -53,7 +54,7 @@ class Calibration(TextSource):
 
     tokens: a file of frozen tokens to use instead of the text; seqlen must be that of the file, and its first
     num_samples windows are taken. inputs: original, or quantized, which is what a layer sees behind layers
-    that have already been quantised. token_power, first_token_weight: see statistics.TokenWeights.
+    that have already been quantised. token_weighting, token_power, first_token_weight: see statistics.TokenWeights.
 
     A text that gives fewer than num_samples windows is used with a warning, one that gives none is an error.
     """
@@ -64,6 +65,7 @@ class Calibration(TextSource):
     strategy: str
     tokens: str | None
     inputs: str
+    token_weighting: str
     token_power: float
     first_token_weight: float
 
@@ -79,6 +81,10 @@ class Calibration(TextSource):
             raise ConfigError(f"calibration.strategy={self.strategy}: must be one of {', '.join(STRATEGIES)}")
         if self.inputs not in INPUTS:
             raise ConfigError(f"calibration.inputs={self.inputs}: must be one of {', '.join(INPUTS)}")
+        if self.token_weighting not in WEIGHTINGS:
+            raise ConfigError(
+                f"calibration.token_weighting={self.token_weighting}: must be one of {', '.join(WEIGHTINGS)}"
+            )
         for name in ("token_power", "first_token_weight"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -86,18 +92,19 @@ class Calibration(TextSource):
 
     @property
     def weights(self) -> TokenWeights:
-        return TokenWeights(self.token_power, self.first_token_weight)
+        return TokenWeights(self.token_weighting, self.token_power, self.first_token_weight)
 
     def describe_use(self) -> str:
-        """What the statistics are made of, such as "inputs=quantized token_power=2"."""
+        """What the statistics are made of, such as "inputs=quantized token_weighting=residual^-2"."""
         told = [f"inputs={self.inputs}"]
-        told += [f"token_power={self.token_power:g}"] if self.token_power != 0 else []
+        if self.token_weighting != "uniform":
+            told.append(f"token_weighting={self.token_weighting}^-{self.token_power:g}")
         told += [f"first_token_weight={self.first_token_weight:g}"] if self.first_token_weight != 1 else []
         return " ".join(told)
 
     def of_tokens_alone(self) -> "Calibration":
         """The same tokens, with nothing said about what becomes of them."""
-        return replace(self, inputs="original", token_power=0.0, first_token_weight=1.0)
+        return replace(self, inputs="original", token_weighting="uniform", token_power=0.0, first_token_weight=1.0)
 
 
 @dataclass(frozen=True, eq=False)

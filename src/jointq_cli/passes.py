@@ -9,7 +9,7 @@ these would be too many, a pass starts anew for every group, and gives the same 
 Knows blocks and layers. Knows neither statistics nor quantizers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from greenlet import getcurrent, greenlet
@@ -17,12 +17,19 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def stops(groups: Sequence[Sequence[nn.Module]]) -> Iterator[None]:
-    """Inside, a Pass can be stopped at the input of each group of layers; groups are in the order they are run."""
+def stops(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Linear, float]) -> Iterator[None]:
+    """Inside, a Pass can be stopped at the input of each group of layers; groups are in the order they are run.
+
+    writers: layers of which a Pass keeps the outputs, so many times each, added up.
+    """
     handles = [
         layer.register_forward_pre_hook(lambda _, given, number=number: _reached(number, given[0]))
         for number, group in enumerate(groups)
         for layer in group
+    ]
+    handles += [
+        layer.register_forward_hook(lambda _, given, output, factor=factor: _wrote(getcurrent(), factor * output))
+        for layer, factor in writers.items()
     ]
     try:
         yield
@@ -38,10 +45,12 @@ class Pass:
         self._forward = forward
         self._waits = waits
         self._flow = _Flow(forward)
+        self.written: Tensor | None = None  # by the writers that were passed so far
 
     def input_of(self, group: int) -> Tensor | None:
         """What the layers of a group are given, None if the pass does not come by. Groups are asked for in order."""
         given = self._flow.run_to(group)
+        self.written = self._flow.written
         if not self._waits:
             self._flow = _Flow(self._forward)
         return given
@@ -59,6 +68,7 @@ class _Flow(greenlet):
         self._group = -1
         self._given: Tensor | None = None
         self._output: Tensor | None = None
+        self.written: Tensor | None = None
 
     def run_to(self, group: int) -> Tensor | None:
         while self._group < group and self._output is None:
@@ -92,3 +102,8 @@ def _reached(group: int, given: Tensor) -> None:
 
 def _arrives(flow: greenlet, group: int, given: Tensor) -> bool:
     return isinstance(flow, _Flow) and flow.arrives(group, given)
+
+
+def _wrote(flow: greenlet, output: Tensor) -> None:
+    if isinstance(flow, _Flow):
+        flow.written = output if flow.written is None else flow.written + output

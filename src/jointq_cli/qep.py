@@ -13,11 +13,17 @@ JointQ then makes least, e (H + R) e^T with e = W* - W_q, is, up to a constant,
 
 codes and scales are chosen for the original layer's output, and the regulariser pulls to W.
 
+`residual` goes further where a layer's output is added to the residual stream, which by then has lost S - S_q to the
+quantised layers before. The layer is to make up for that as well: beta D (H + R)^-1 comes on top, with the drift
+D = sum (s - s_q) x_q^T / tokens. With alpha = beta = 1 that is the minimiser of |(S + W X) - (S_q + W* X_q)|^2, the
+error of the stream that the next layers read.
+
 Knows weights and statistics of one input; no blocks, no quantizers.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -53,16 +59,19 @@ class NoCorrection(Correction):
 
 @dataclass(frozen=True)
 class Step(Correction):
-    """W* = W + alpha W P. `judge` chooses alpha for each layer, by other tokens than those that P was made from."""
+    """W* = W + alpha W P + beta B. `judge` chooses alpha for each layer, by other tokens than those P was made from."""
 
     matrix: Tensor  # P (in, in) float64
     alpha: float
     judge: "Judge | None"
+    residual: Tensor | None  # beta B (out, in) float64
 
     def apply(self, weight: Tensor) -> Corrected:
         exact = weight.double()
         alpha = self.alpha if self.judge is None else self.judge.alpha(exact)
         corrected = exact + alpha * (exact @ self.matrix)
+        if self.residual is not None:
+            corrected += self.residual
         return Corrected(corrected.float(), {"alpha": alpha})
 
 
@@ -94,6 +103,11 @@ class Propagation(ABC):
     @abstractmethod
     def describe(self) -> str:
         """A few words for people, "" where nothing is done."""
+
+    @property
+    def follows_residual(self) -> bool:
+        """Whether `correction` wants to see the drift of the residual stream as well."""
+        return False
 
     @abstractmethod
     def corrects(self, layer: str) -> bool:
@@ -127,6 +141,7 @@ class Qep(Propagation):
     """See the module, and configs/qep/default.yaml for what each field does."""
 
     perccorr: float
+    residual: float
     perccorr_mode: str
     heldout_share: float
     percdamp: float
@@ -134,8 +149,10 @@ class Qep(Propagation):
     exclude_layer_keywords: list[str]
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.perccorr) and 0 <= self.perccorr <= 1):
-            raise ConfigError(f"qep.perccorr={self.perccorr}: must be from 0 to 1")
+        for name in ("perccorr", "residual"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise ConfigError(f"qep.{name}={value}: must be from 0 to 1")
         if self.perccorr_mode not in ("fixed", "heldout"):
             raise ConfigError(f"qep.perccorr_mode={self.perccorr_mode}: must be fixed or heldout")
         if not 0 < self.heldout_share < 1:
@@ -149,31 +166,41 @@ class Qep(Propagation):
     def heldout(self) -> float:
         return self.heldout_share if self.perccorr_mode == "heldout" else 0.0
 
+    @property
+    def follows_residual(self) -> bool:
+        return self.residual > 0
+
     def describe(self) -> str:
         alpha = "heldout" if self.perccorr_mode == "heldout" else f"{self.perccorr:g}"
         without = [f"without {', '.join(self.exclude_layer_keywords)}"] if self.exclude_layer_keywords else []
-        return " ".join([f"QEP alpha={alpha}", *without])
+        residual = [f"residual={self.residual:g}"] if self.residual else []
+        return " ".join([f"QEP alpha={alpha}", *residual, *without])
 
     def corrects(self, layer: str) -> bool:
         return not any(keyword in layer for keyword in self.exclude_layer_keywords)
 
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
         assert statistics.cross is not None  # `corrects` said so
-        judge = None
-        if self.perccorr_mode == "heldout":
-            held = statistics.heldout
-            assert held is not None  # `heldout` said so
-            assert held.cross is not None
-            rest = held.complement(statistics.hessian), held.cross_complement(statistics.cross)
-            judge = Judge(self._step(*rest, ridge), held.hessian, held.cross)
-        return Step(self._step(statistics.hessian, statistics.cross, ridge), self.perccorr, judge)
+        inverse = self._inverse(statistics.hessian, ridge)
+        residual = None if statistics.drift is None else self.residual * inverse(statistics.drift)
+        return Step(inverse(statistics.cross), self.perccorr, self._judge(statistics, ridge), residual)
 
-    def _step(self, hessian: Tensor, cross: Tensor, ridge: Tensor | None) -> Tensor:
-        """P = C (H + R)^-1, (in, in) float64."""
+    def _judge(self, statistics: Statistics, ridge: Tensor | None) -> Judge | None:
+        if self.perccorr_mode == "fixed":
+            return None
+        held, cross = statistics.heldout, statistics.cross
+        assert held is not None  # `heldout` said so
+        assert held.cross is not None
+        assert cross is not None
+        step = self._inverse(held.complement(statistics.hessian), ridge)(held.cross_complement(cross))
+        return Judge(step, held.hessian, held.cross)
+
+    def _inverse(self, hessian: Tensor, ridge: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Multiplication by (H + R)^-1 from the right, in float64."""
         order = torch.arange(len(hessian), device=hessian.device)
         extra = ridge if self.pull == "original" else None
         try:
             factor = factorize(hessian, order, self.percdamp if extra is None else 0.0, extra, torch.float64)
         except NumericsError as error:
             raise NumericsError(f"qep: {error}") from error
-        return cross @ factor.upper.T @ factor.upper
+        return lambda rows: rows @ factor.upper.T @ factor.upper

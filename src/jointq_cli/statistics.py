@@ -2,8 +2,9 @@
 
 For inputs X (tokens, in) of a linear layer the Hessian is H = X^T X / tokens (in, in): the mean squared change of a
 row's output under a weight change e is e H e^T. Where the layer is given X while the original model gave it X_o, the
-cross term is C = (X_o - X)^T X / tokens (in, in). Tokens may have weights: then each counts as often as it weighs, in
-sums and in `tokens`. Layers that share an input share its moments.
+cross term is C = (X_o - X)^T X / tokens (in, in). Where the layer's output is added to a residual stream that has lost
+R = S_o - S (tokens, out) by then, the drift is D = R^T X / tokens (out, in). Tokens may have weights: then each counts
+as often as it weighs, in sums and in `tokens`. Layers that share an input share its moments.
 """
 
 from dataclasses import dataclass
@@ -21,18 +22,34 @@ PANEL = 512  # columns of one product: wide enough for its full speed, narrow en
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """How much each calibration token counts: rms(x)^-power of the layer's own input x, and the first token of a window
-    `first_token` times that. Massive activations are those of a few tokens, and would make up most of H."""
+    """How much each calibration token counts.
 
+    weighting: uniform, all the same; input, rms(x)^-power of what the layer is given; residual, rms(s)^-power of the
+    residual stream behind a layer that writes into it, because the norm that reads the stream divides by just that,
+    and all the same for other layers. Massive activations are those of a few tokens, and make up most of H where all
+    tokens count the same. first_token: what the first token of a window counts besides.
+    """
+
+    weighting: str
     power: float
     first_token: float
 
-    def of(self, inputs: Tensor) -> Tensor | None:
-        """inputs: (windows, tokens, in). Returns (windows, tokens) float32, or None where all count the same."""
-        if self.power == 0 and self.first_token == 1:
+    @property
+    def of_residual(self) -> bool:
+        return self.weighting == "residual"
+
+    def of(self, inputs: Tensor, behind: Tensor | None) -> Tensor | None:
+        """inputs (windows, tokens, in); behind (windows, tokens, hidden), None where the layer does not write.
+
+        Returns (windows, tokens) float32, or None where all count the same.
+        """
+        decisive = {"uniform": None, "input": inputs, "residual": behind}[self.weighting]
+        if decisive is None and self.first_token == 1:
             return None
-        energy = inputs.float().square().mean(dim=-1)
-        weights = torch.where(energy > 0, energy.pow(-self.power / 2), 0.0)
+        weights = torch.ones(inputs.shape[:2], device=inputs.device)
+        if decisive is not None:
+            energy = decisive.float().square().mean(dim=-1)
+            weights = torch.where(energy > 0, energy.pow(-self.power / 2), 0.0)
         weights[:, 0] *= self.first_token
         return weights
 
@@ -66,19 +83,29 @@ class Statistics:
 
     hessian: Tensor
     cross: Tensor | None = None
+    drift: Tensor | None = None  # (out, in)
     heldout: HeldOut | None = None
 
 
 class Accumulator:
-    """Adds up X^T X and, where the original model's inputs come along, (X_o - X)^T X, batch by batch."""
+    """Adds up X^T X and, where they are asked for, (X_o - X)^T X and R^T X, batch by batch."""
 
-    def __init__(self, in_features: int, device: torch.device, *, cross: bool = False) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, cross: bool = False, drift: int = 0) -> None:
+        """drift: features of R, 0 for none."""
         self.tokens = 0.0  # by weight
         self._square = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._square) if cross else None
+        self._drift = self._square.new_zeros(drift, in_features) if drift else None
 
-    def add(self, inputs: Tensor, original: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """inputs, original: (..., in), any floating dtype; weights (...) float32, 1 for each token if None."""
+    def add(
+        self,
+        inputs: Tensor,
+        original: Tensor | None = None,
+        weights: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
+        """inputs, original: (..., in), residual: (..., out), any floating dtype; weights (...) float32, 1 for each
+        token if None."""
         flat = _flat(inputs)
         weighted = flat if weights is None else flat * weights.flatten()[:, None]
         for start in range(0, flat.shape[1], PANEL):  # H is symmetric: the blocks below the diagonal are not computed
@@ -88,6 +115,8 @@ class Accumulator:
             if original is None or original.shape != inputs.shape:
                 raise NumericsError("the original model gives this layer other tokens, so qep cannot pair them")
             self._cross += (_flat(original) - flat).T @ weighted
+        if self._drift is not None and residual is not None:
+            self._drift += _flat(residual).T @ weighted
         self.tokens += len(flat) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def hessian(self) -> Tensor:
@@ -102,6 +131,10 @@ class Accumulator:
     def cross(self) -> Tensor | None:
         """C (in, in) float64, likewise."""
         return None if self._cross is None else self._cross.div_(self.tokens or 1.0)
+
+    def drift(self) -> Tensor | None:
+        """D (out, in) float64, likewise."""
+        return None if self._drift is None else self._drift.div_(self.tokens or 1.0)
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
