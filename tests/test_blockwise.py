@@ -455,7 +455,7 @@ def test_no_more_forward_passes_than_needed(
 
 def test_qep_needs_quantised_inputs(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"^calibration\.inputs=original: qep needs quantized"):
+    with pytest.raises(ConfigError, match=r"^calibration\.inputs=original: must be quantized with qep"):
         quantize(directory, tmp_path / "work", inputs="original", qep=QEP)
 
 

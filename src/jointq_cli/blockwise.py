@@ -50,11 +50,7 @@ class Plan:
 
     def check(self, windows: int) -> None:
         """Raises ConfigError where quantizer, qep and so many windows do not go together."""
-        if self.inputs == "original" and any(map(self.qep.corrects, self.layers)):
-            raise ConfigError(
-                "calibration.inputs=original: qep needs quantized, for it compares what a layer is given with what the "
-                "original model gives it"
-            )
+        self.qep.check_inputs(self.inputs)
         if self.heldout and windows <= self.batch:
             raise ConfigError(
                 f"calibration.num_samples={windows}: must be more than the {self.batch} windows of one forward pass, "

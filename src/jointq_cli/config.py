@@ -43,6 +43,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+        self.qep.check_inputs(self.calibration.inputs)
 
 
 @dataclass(frozen=True)

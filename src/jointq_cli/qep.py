@@ -104,6 +104,10 @@ class Propagation(ABC):
     def describe(self) -> str:
         """A few words for people, "" where nothing is done."""
 
+    def check_inputs(self, inputs: str) -> None:
+        """Raises ConfigError where `calibration.inputs` does not go with this."""
+        return None
+
     @property
     def follows_residual(self) -> bool:
         """Whether `correction` wants to see the drift of the residual stream as well."""
@@ -165,6 +169,13 @@ class Qep(Propagation):
     @property
     def heldout(self) -> float:
         return self.heldout_share if self.perccorr_mode == "heldout" else 0.0
+
+    def check_inputs(self, inputs: str) -> None:
+        if inputs != "quantized":
+            raise ConfigError(
+                f"calibration.inputs={inputs}: must be quantized with qep, which compares what a layer is given with "
+                "what the original model gives it; or qep=none"
+            )
 
     @property
     def follows_residual(self) -> bool:
