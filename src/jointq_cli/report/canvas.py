@@ -179,10 +179,11 @@ def spread_axis(axes: Axes, values: Sequence[float]) -> None:
         log_ticks(axes.xaxis, values)
 
 
-def with_error_bar(axes: Axes, row: float, value: float, standard_error: float, colour: str) -> None:
+def with_error_bar(axes: Axes, row: float, value: float, standard_error: float, look: tuple[str, str]) -> None:
     """A point with its bar and, above it, both as text."""
     spread = standard_error if math.isfinite(standard_error) else 0.0
-    axes.errorbar(value, row, xerr=spread, fmt="o", color=colour, markersize=8, capsize=5, linewidth=1.8)
+    colour, marker = look
+    axes.errorbar(value, row, xerr=spread, fmt=marker, color=colour, markersize=8, capsize=5, linewidth=1.8)
     text = units.plus_minus(value, standard_error)
     axes.annotate(text, (value, row), xytext=(0, 12), textcoords="offset points", ha="center")
 

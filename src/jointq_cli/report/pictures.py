@@ -148,7 +148,7 @@ def _by_kind(layers: Sequence[LayerRecord]) -> list[Picture]:
 
 
 def _perplexities(report: RunReport) -> list[Picture]:
-    models = (("original", report.original, FAINT), ("quantised", report.quantized, SERIES[0]))
+    models = (("original", report.original, (FAINT, "o")), ("quantised", report.quantized, look(0)))
     shown = [entry for entry in models if fits_log_axis(entry[1].value)]
     if len(shown) < len(models):
         return []
@@ -156,8 +156,8 @@ def _perplexities(report: RunReport) -> list[Picture]:
     with Canvas(HALF) as canvas:
         axes = canvas.axes
         spread_axis(axes, values)
-        for row, (_, perplexity, colour) in zip((1, 0), shown, strict=True):
-            with_error_bar(axes, row, perplexity.value, perplexity.standard_error, colour)
+        for row, (_, perplexity, style) in zip((1, 0), shown, strict=True):
+            with_error_bar(axes, row, perplexity.value, perplexity.standard_error, style)
         axes.set_yticks([1, 0], [name for name, _, _ in shown])
         axes.set_ylim(-0.6, 1.75)
         axes.margins(x=0.25)
