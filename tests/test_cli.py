@@ -43,16 +43,30 @@ def run(words: str, jobs: list[tuple[Any, Job]]) -> int:
 def loaded_by(words: str) -> set[str]:
     """Top-level modules that are loaded after `jointq WORDS`."""
     script = (
-        "import sys; from jointq_cli.main import main; main(sys.argv[1:]); "
+        "import contextlib, sys\n"
+        "from jointq_cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(sys.argv[1:])\n"  # argparse leaves after its help
         "print('\\n' + ' '.join({m.split('.')[0] for m in sys.modules}))"
     )
     command = [sys.executable, "-c", script, *words.split()]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split())
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "quantize --help", "recipes", "quantise"])
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "--version", "quantize --help", "compare --help", "compare nowhere", "recipes", "quantise"],
+)
 def test_what_needs_no_config_loads_neither_torch_nor_hydra(words: str) -> None:
-    assert not loaded_by(words) & {"torch", "hydra", "omegaconf", "transformers", "rich", "numpy"}
+    assert not loaded_by(words) & {
+        "torch",
+        "hydra",
+        "omegaconf",
+        "transformers",
+        "rich",
+        "matplotlib",
+        "jinja2",
+        "numpy",
+    }
 
 
 def test_completion_loads_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +209,9 @@ MISTAKES = {
     "calibrate calibration.num_samples=0": (1, "calibration.num_samples=0: must be at least 1"),
     "recipes show pocket": (1, "recipe=pocket: did you mean pocket_w"),
     "report nowhere": (1, "nowhere/report.json: cannot be read"),
+    "compare nowhere": (1, "nowhere: no such directory"),
+    "compare .": (1, ".: neither a finished run, which has a report.json, nor a sweep of runs 0, 1, ..."),
+    "compare --html nowhere/page.html x": (1, "nowhere/page.html: there is no directory nowhere"),
     "quantise": (2, "no command 'quantise'; did you mean 'quantize'?"),
     "recipe=ci_smoke": (2, "'recipe=ci_smoke' is a setting and needs a command before it"),
     "frobnicate": (2, "no command 'frobnicate'; there are quantize, evaluate,"),
@@ -395,6 +412,7 @@ QUESTIONS = {
     "jointq recipes ": {"show"},
     "jointq recipes show ": set(resources.options("recipe")),
     "jointq report ": set(),
+    "jointq compare ": set(),
 }
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": "freeze a recipe's calibration tokens, for a machine without network",
     "recipes": "list the recipes that come with jointq, or show one",
     "report": "render a finished run again",
+    "compare": "several finished runs, or a sweep, side by side",
 }
 COMPOSED = ("quantize", "evaluate", "calibrate")  # these read a config, the others have an argparse each
 USAGE_ERROR = 2  # as argparse and most shells have it

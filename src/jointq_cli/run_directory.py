@@ -127,9 +127,13 @@ class RunDirectory:
         self.write(self.manifest, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
 
     def write(self, path: Path, text: str) -> None:
-        """Puts `text` at `path` as UTF-8, whole or not at all."""
-        with translated_disk_errors(path):
-            write_atomically(path, lambda scratch: _write_text(scratch, text))
+        write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Puts `text` at `path` as UTF-8, whole or not at all. Raises ResourceError."""
+    with translated_disk_errors(path):
+        write_atomically(path, lambda scratch: _write_text(scratch, text))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from jointq_cli.records import EvaluationReport, LayerRecord, RunReport, StageRe
 from jointq_cli.report import lines, units
 from jointq_cli.report.log_file import LogFile
 from jointq_cli.report.screens import Bar, PlainScreen, Screen, SilentScreen, State, opened
+from jointq_cli.report.sheet import Sheet
 
 
 class Stage:
@@ -135,6 +136,11 @@ class Console:
     def measured(self, report: EvaluationReport, run_directory: Path) -> None:
         """The result of an evaluation."""
         self._close(lines.closing_of_evaluation(report, _from_here(run_directory)))
+
+    def side_by_side(self, sheet: Sheet) -> None:
+        """Several runs, as `jointq compare` tells of them."""
+        self._write("\n".join(sheet.as_text()))
+        self._screen.side_by_side(sheet)
 
     def _close(self, closing: lines.Closing) -> None:
         self._write("\n".join(closing.as_text()))

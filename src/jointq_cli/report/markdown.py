@@ -1,9 +1,10 @@
-"""A report as Markdown: key figures, kinds of layers, the worst layers, where everything came from."""
+"""A report as Markdown: key figures, kinds of layers, the worst layers, where everything came from. And a sheet."""
 
 from collections.abc import Iterable, Sequence
 
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import lines, summary, units
+from jointq_cli.report.sheet import Grid, Sheet
 
 WORST = 10  # layers; layers.csv has them all
 BLOCKS = 8
@@ -35,6 +36,25 @@ def render_markdown(report: RunReport) -> str:
         *_warnings(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def render_sheet(sheet: Sheet) -> str:
+    """Several runs side by side."""
+    parts = [
+        f"# {_inline(sheet.title)}",
+        f"**{_inline(sheet.headline)}**",
+        *(f"> **Warning:** {_inline(warning)}" for warning in sheet.warnings),
+        *(part for grid in sheet.grids for part in _grid(grid)),
+        "## Notes",
+        "\n".join(f"- {_inline(note)}" for note in sheet.notes).replace("*", "\\*"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(grid: Grid) -> list[str]:
+    rows = ([cell.text for cell in row] for row in grid.rows)
+    heading = [_inline(text) for text in grid.heading]
+    return [f"## {_inline(grid.title)}", _table(heading, rows, numbers_from=grid.stub), *filter(None, [grid.remark])]
 
 
 def _kinds(report: RunReport) -> str:

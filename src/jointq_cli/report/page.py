@@ -12,7 +12,7 @@ TEMPLATE = "page.html.jinja"
 
 
 def render_page(report: RunReport) -> str:
-    template = _environment().get_template(TEMPLATE)
+    template = environment().get_template(TEMPLATE)
     return template.render(
         title=summary.title(report),
         headline=summary.headline(report),
@@ -28,7 +28,8 @@ def render_page(report: RunReport) -> str:
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where the templates are, and how they put numbers."""
     environment = Environment(
         loader=PackageLoader("jointq_cli", "report"),
         autoescape=True,

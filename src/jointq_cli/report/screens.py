@@ -12,6 +12,7 @@ from typing import Literal, TextIO
 from jointq_cli.records import LayerRecord
 from jointq_cli.report import lines
 from jointq_cli.report.pace import Pace
+from jointq_cli.report.sheet import Sheet
 
 TENTHS = 10  # lines of a bar that is neither quick nor slow
 LEAST_PAUSE = 2.0  # seconds between two lines of one bar
@@ -46,6 +47,9 @@ class Screen(ABC):
 
     @abstractmethod
     def closing(self, closing: lines.Closing) -> None: ...
+
+    @abstractmethod
+    def side_by_side(self, sheet: Sheet) -> None: ...
 
     @abstractmethod
     def close(self) -> None:
@@ -108,6 +112,9 @@ class SilentScreen(Screen):
     def closing(self, closing: lines.Closing) -> None:
         pass
 
+    def side_by_side(self, sheet: Sheet) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -155,6 +162,9 @@ class PlainScreen(Screen):
 
     def closing(self, closing: lines.Closing) -> None:
         self._print("\n".join(["", *closing.as_text()]))
+
+    def side_by_side(self, sheet: Sheet) -> None:
+        self._print("\n".join(sheet.as_text()))
 
     def close(self) -> None:
         pass

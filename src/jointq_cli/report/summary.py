@@ -100,7 +100,7 @@ def problems(report: RunReport) -> list[str]:
         found.append(f"the quantised model's perplexity is {report.quantized.value}")
     fallbacks = [layer.name for layer in report.layers if layer.verdict == FALLBACK]
     if fallbacks:
-        found.append(f"{units.plural(len(fallbacks), 'layer')} fell back to RTN: {_listed(fallbacks)}")
+        found.append(f"{units.plural(len(fallbacks), 'layer')} fell back to RTN: {listed(fallbacks)}")
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
     return found
@@ -110,7 +110,7 @@ def audit_verdict(report: RunReport) -> str:
     """The audit in one line: counts, and the first names of what is wrong."""
     audit = report.audit
     wrong = [
-        f"{len(names)} {what} ({_listed(names)})"
+        f"{len(names)} {what} ({listed(names)})"
         for what, names in (
             ("missing", audit.missing),
             ("unexpected", audit.unexpected),
@@ -230,6 +230,7 @@ def _badness(layer: LayerRecord) -> float:
     return layer.output_error if math.isfinite(layer.output_error) else math.inf
 
 
-def _listed(names: list[str], limit: int = 3) -> str:
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"

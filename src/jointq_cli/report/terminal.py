@@ -16,6 +16,7 @@ from jointq_cli.records import LayerRecord
 from jointq_cli.report import lines, summary, units
 from jointq_cli.report.pace import Pace
 from jointq_cli.report.screens import Bar, Screen, State
+from jointq_cli.report.sheet import GAP, Grid, Sheet
 
 VERDICT_STYLES = {summary.FALLBACK: "bold red", summary.DAMPED: "yellow"}
 STATE_STYLES = {"done": "green", "reused": "cyan", "failed": "bold red", "interrupted": "yellow"}
@@ -79,11 +80,7 @@ class TerminalScreen(Screen):
         self._rich.print(Text.assemble(("warning: ", "bold yellow"), (text, "yellow")))
 
     def closing(self, closing: lines.Closing) -> None:
-        verdict = Text(closing.verdict, style="bold")
-        for problem in closing.problems:
-            verdict.append(f"\n! {problem}", style="red")
-        style = "red" if closing.problems else "green"
-        self._rich.print(Panel(verdict, box=ROUNDED, border_style=style, width=self._panel_width()))
+        self._verdict(closing.verdict, closing.problems)
         self._rich.print(_figures(closing.figures))
         self._rich.print()
         self._rich.print(_grid(closing.details, LABEL_WIDTH))
@@ -92,6 +89,17 @@ class TerminalScreen(Screen):
             # Never folded: whoever copies a path or a command wants it in one piece.
             line = Text.assemble((f"{label:<{LABEL_WIDTH}}  ", LABEL_STYLE), value)
             self._rich.print(line, soft_wrap=True)
+
+    def side_by_side(self, sheet: Sheet) -> None:
+        self._verdict(sheet.headline, sheet.warnings)
+        for grid in sheet.grids:
+            self._rich.print()
+            self._rich.print(Text(grid.title, style="bold"))
+            for part in grid.folded(self._rich.width):
+                self._rich.print(_columns(part))
+        self._rich.print()
+        for note in sheet.notes:
+            self._rich.print(Text(note, style=LABEL_STYLE))
 
     def close(self) -> None:
         self._open.clear()
@@ -126,6 +134,13 @@ class TerminalScreen(Screen):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _verdict(self, verdict: str, problems: list[str]) -> None:
+        text = Text(verdict, style="bold")
+        for problem in problems:
+            text.append(f"\n! {problem}", style="red")
+        style = "red" if problems else "green"
+        self._rich.print(Panel(text, box=ROUNDED, border_style=style, width=self._panel_width()))
 
     def _print_line(self, line: Text) -> None:
         line.no_wrap, line.overflow = True, "ellipsis"
@@ -186,6 +201,16 @@ def _figures(figures: list[summary.KeyFigure]) -> Table:
     table.add_column(min_width=LABEL_WIDTH)
     for figure in figures:
         table.add_row(Text(figure.label), Text(figure.value, style="bold"), Text(figure.detail, style=LABEL_STYLE))
+    return table
+
+
+def _columns(grid: Grid) -> Table:
+    """A table that fits, with the best cells of its columns in colour."""
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style=LABEL_STYLE)
+    for index, heading in enumerate(grid.heading):
+        table.add_column(Text(heading), justify="left" if index < grid.stub else "right", no_wrap=True)
+    for row in grid.rows:
+        table.add_row(*(Text(cell.text, style="bold green" if cell.best else "") for cell in row))
     return table
 
 

@@ -59,6 +59,11 @@ def relative_error(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def factor(ratio: float) -> str:
+    """ "0.821 x"."""
+    return f"{significant(ratio, 3)} x"
+
+
 def damping(value: float | None) -> str:
     """Fraction of the Hessian's mean diagonal; "-" where none is used."""
     return "-" if value is None else f"{value:.3g}"
