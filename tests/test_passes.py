@@ -42,9 +42,9 @@ def test_a_pass_shows_each_input_and_ends_with_the_output(waits: bool) -> None:
     expected = toy(x)
     with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=waits)
-        assert one.input_of(0) is x
-        torch.testing.assert_close(one.input_of(1), torch.tanh(toy.a(x)) * toy.b(x))
-        assert one.input_of(2) is None  # not reached
+        assert one.input_of(0)[0] is x
+        torch.testing.assert_close(one.input_of(1)[0], torch.tanh(toy.a(x)) * toy.b(x))
+        assert one.input_of(2)[0] is None  # not reached
         assert torch.equal(one.output(), expected)
 
 
@@ -56,7 +56,7 @@ def test_a_pass_goes_on_with_the_weights_of_the_moment(waits: bool) -> None:
         one.input_of(0)
         for layer in (toy.a, toy.b):
             layer.weight = nn.Parameter(layer.weight * 2)
-        torch.testing.assert_close(one.input_of(1), torch.tanh(toy.a(x)) * toy.b(x))
+        torch.testing.assert_close(one.input_of(1)[0], torch.tanh(toy.a(x)) * toy.b(x))
         toy.c.weight = nn.Parameter(toy.c.weight * 3)
         output = one.output()
     assert torch.equal(output, toy(x))
@@ -66,7 +66,7 @@ def test_a_pass_that_waits_is_one_forward_pass() -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
     with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=True)
-        assert all(one.input_of(group) is not None for group in range(3))
+        assert all(one.input_of(group)[0] is not None for group in range(3))
         one.output()
     assert toy.calls == 1
 
@@ -75,7 +75,7 @@ def test_groups_may_be_passed_over() -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
     with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=True)
-        last = one.input_of(2)
+        last, _ = one.input_of(2)
     assert last is not None
     torch.testing.assert_close(last + toy.d(last), one.output())
 
@@ -86,7 +86,7 @@ def test_many_passes_wait_side_by_side() -> None:
         several = [Pass(lambda x=x: toy(x), waits=True) for x in inputs]
         for group in (0, 1):
             for one in several:
-                assert one.input_of(group) is not None
+                assert one.input_of(group)[0] is not None
         outputs = torch.stack([one.output() for one in several])
     assert torch.equal(outputs, torch.stack([toy(x) for x in inputs]))
 
@@ -96,7 +96,7 @@ def test_an_abandoned_pass_frees_its_activations(waits: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     with stops(groups(toy), {}):
         one = Pass(lambda: toy(x), waits=waits)
-        held = weakref.ref(one.input_of(1))
+        held = weakref.ref(one.input_of(1)[0])
         del one
     assert held() is None
 
@@ -122,9 +122,17 @@ def test_what_writers_have_put_out_so_far_is_kept(waits: bool) -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
     with stops(groups(toy), {toy.a: 2.0, toy.c: 1.0}):
         one = Pass(lambda: toy(x), waits=waits)
-        one.input_of(0)
-        assert one.written is None
-        c = one.input_of(1)
-        torch.testing.assert_close(one.written, 2 * toy.a(x))
-        one.input_of(2)
-        torch.testing.assert_close(one.written, 2 * toy.a(x) + toy.c(c))
+        assert one.input_of(0)[1] is None
+        c, written = one.input_of(1)
+        torch.testing.assert_close(written, 2 * toy.a(x))
+        torch.testing.assert_close(one.input_of(2)[1], 2 * toy.a(x) + toy.c(c))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_finished_pass_keeps_nothing(waits: bool) -> None:
+    toy, x = Toy(), torch.randn(2, 4)
+    with stops(groups(toy), {toy.c: 1.0}):
+        one = Pass(lambda: toy(x), waits=waits)
+        one.input_of(1)
+        held = weakref.ref(one.output())
+    assert held() is None

@@ -31,16 +31,18 @@ def weight(seed: int = 1) -> Tensor:
     return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
 
 
-def statistics(original: Tensor, given: Tensor, held: int = 0) -> Statistics:
-    def moments(part: slice) -> tuple[Tensor, Tensor]:
-        o, x = original[part], given[part]
-        return x.T @ x / len(x), (o - x).T @ x / len(x)
+def statistics(original: Tensor, given: Tensor, held: int = 0, lost: Tensor | None = None) -> Statistics:
+    """Of all tokens, and of the last `held` apart; lost: what the residual stream has lost (tokens, out)."""
 
-    hessian, cross = moments(slice(None))
+    def moments(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        o, x = original[part], given[part]
+        return x.T @ x / len(x), (o - x).T @ x / len(x), None if lost is None else lost[part].T @ x / len(x)
+
+    hessian, cross, drift = moments(slice(None))
     if not held:
-        return Statistics(hessian, cross)
-    held_hessian, held_cross = moments(slice(-held, None))
-    return Statistics(hessian, cross, heldout=HeldOut(held_hessian, held / len(original), held_cross))
+        return Statistics(hessian, cross, drift)
+    held_hessian, held_cross, held_drift = moments(slice(-held, None))
+    return Statistics(hessian, cross, drift, HeldOut(held_hessian, held / len(original), held_cross, held_drift))
 
 
 def corrected(qep: Qep, original: Tensor, given: Tensor, ridge: Tensor | None = None, held: int = 0) -> Tensor:
@@ -124,25 +126,40 @@ def test_pulling_to_the_corrected_weight_leaves_the_ridge_out() -> None:
     assert not torch.equal(corrected(DEFAULT, original, given, ridge), corrected(DEFAULT, original, given))
 
 
-def heldout_error(found: Tensor, original: Tensor, given: Tensor, held: int) -> float:
-    return float((original[-held:] @ weight().double().T - given[-held:] @ found.double().T).square().sum())
-
-
-def test_held_out_alpha_is_the_best_of_all_on_the_held_out_tokens() -> None:
+@pytest.mark.parametrize("residual", [0.0, 0.7])
+def test_held_out_alpha_is_the_best_of_all_on_the_held_out_tokens(residual: float) -> None:
     original, given = inputs(tokens=16)
-    qep, held = replace(EXACT, perccorr_mode="heldout"), 8
-    applied = qep.correction(statistics(original, given, held), None).apply(weight())
+    lost = 0.3 * torch.randn(16, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    held, drift = 8, lost if residual else None
+    qep = replace(EXACT, perccorr_mode="heldout", residual=residual)
+    known = statistics(original, given, held, drift)
+    applied = qep.correction(known, None).apply(weight())
     chosen = applied.notes["alpha"]
     assert 0 < chosen < 1
-    rest = statistics(original[:-held], given[:-held])
-    steps = {
-        alpha: replace(EXACT, perccorr=alpha).correction(rest, None).apply(weight()).weight
-        for alpha in (chosen, chosen - 0.05, chosen + 0.05, 0.0, 1.0)
-    }
-    errors = {alpha: heldout_error(found, original, given, held) for alpha, found in steps.items()}
-    assert min(errors, key=errors.__getitem__) == chosen
-    everything = replace(EXACT, perccorr=chosen).correction(statistics(original, given), None).apply(weight())
+    rest = statistics(original[:-held], given[:-held], lost=None if drift is None else drift[:-held])
+
+    def error(alpha: float) -> float:
+        fixed = replace(qep, perccorr_mode="fixed", perccorr=alpha)
+        found = fixed.correction(rest, None).apply(weight()).weight.double()
+        wanted = original[-held:] @ weight().double().T + residual * lost[-held:]
+        return float((wanted - given[-held:] @ found.T).square().sum())
+
+    assert error(chosen) < min(error(alpha) for alpha in (0.9 * chosen, 1.1 * chosen, 0.0, 1.0))
+    everything = replace(qep, perccorr_mode="fixed", perccorr=chosen).correction(known, None).apply(weight())
     torch.testing.assert_close(applied.weight, everything.weight)
+
+
+def test_damping_that_had_to_be_raised_is_told() -> None:
+    original, given = inputs()
+    singular = statistics(original[:3], given[:3])
+    notes = EXACT.correction(singular, None).apply(weight()).notes
+    assert notes["qep_damping"] > 0
+    assert "qep_damping" not in DEFAULT.correction(statistics(original, given), None).apply(weight()).notes
+
+
+def test_an_empty_keyword_would_exclude_everything() -> None:
+    with pytest.raises(ConfigError, match=r"^qep\.exclude_layer_keywords="):
+        replace(DEFAULT, exclude_layer_keywords=[""])
 
 
 def test_excluded_layers_are_not_corrected() -> None:
@@ -165,7 +182,7 @@ def test_broken_statistics_are_named() -> None:
     original, given = inputs()
     given = given.clone()
     given[3, 1] = torch.nan
-    with pytest.raises(NumericsError, match=r"^qep: the Hessian holds NaN"):
+    with pytest.raises(NumericsError, match=r"^the Hessian holds NaN"):
         corrected(DEFAULT, original, given)
 
 

@@ -75,7 +75,7 @@ def test_other_tokens_in_the_original_model_are_an_error() -> None:
     given, original = streams()
     moments = Accumulator(5, CPU, cross=True)
     for wrong in (None, original[:, :4]):
-        with pytest.raises(NumericsError, match="qep cannot pair them"):
+        with pytest.raises(NumericsError, match="qep cannot pair its tokens"):
             moments.add(given, wrong)
 
 
@@ -102,37 +102,37 @@ def test_the_rest_is_everything_without_the_held_out_tokens() -> None:
     everything, rest, held = found
     heldout = HeldOut(held[0], 0.25, held[1])
     torch.testing.assert_close(heldout.complement(everything[0]), rest[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(heldout.cross_complement(everything[1]), rest[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(heldout.without(everything[1], held[1]), rest[1], rtol=1e-5, atol=1e-6)
 
 
 def test_tokens_are_weighed_by_their_rms() -> None:
     given, _ = streams()
     given[2, 3] *= 100.0
-    weights = TokenWeights("input", power=2.0, first_token=1.0).of(given, None)
+    weights = TokenWeights("input", power=2.0, first_token=1.0).of(given, None, 6)
     assert weights is not None
     normalised = given * weights.sqrt()[..., None]
     torch.testing.assert_close(normalised.square().mean(dim=-1), torch.ones(4, 6))
-    soft = TokenWeights("input", power=1.0, first_token=1.0).of(given, None)
+    soft = TokenWeights("input", power=1.0, first_token=1.0).of(given, None, 6)
     torch.testing.assert_close(soft, weights.sqrt())
 
 
 def test_the_first_token_of_every_window_is_weighed_apart() -> None:
     given, _ = streams()
-    weights = TokenWeights("uniform", power=2.0, first_token=0.25).of(given, None)
+    weights = TokenWeights("uniform", power=2.0, first_token=0.25).of(given, None, 6)
     assert weights is not None
     assert torch.equal(weights[:, 0], torch.full((4,), 0.25))
     assert torch.equal(weights[:, 1:], torch.ones(4, 5))
 
 
 def test_equal_tokens_need_no_weights() -> None:
-    assert TokenWeights("uniform", power=2.0, first_token=1.0).of(streams()[0], None) is None
+    assert TokenWeights("uniform", power=2.0, first_token=1.0).of(streams()[0], None, 6) is None
 
 
 def test_a_token_of_zeros_does_no_harm() -> None:
     given, _ = streams()
     given[0, 0] = 0.0
     moments = Accumulator(5, CPU)
-    moments.add(given, weights=TokenWeights("input", power=2.0, first_token=1.0).of(given, None))
+    moments.add(given, weights=TokenWeights("input", power=2.0, first_token=1.0).of(given, None, 6))
     assert moments.tokens < 100
     assert bool(torch.isfinite(moments.hessian()).all())
 
@@ -140,10 +140,10 @@ def test_a_token_of_zeros_does_no_harm() -> None:
 def test_tokens_are_weighed_by_the_stream_that_a_layer_writes_into() -> None:
     given, behind = streams(8)
     weighting = TokenWeights("residual", power=2.0, first_token=1.0)
-    weights = weighting.of(given, behind)
+    weights = weighting.of(given, behind, 6)
     assert weights is not None
     torch.testing.assert_close(weights, behind.square().mean(dim=-1).reciprocal())
-    assert weighting.of(given, None) is None  # a layer that does not write
+    assert weighting.of(given, None, 6) is None  # a layer that does not write
 
 
 def test_the_drift_pairs_what_the_stream_has_lost_with_what_the_layer_is_given() -> None:
@@ -154,3 +154,16 @@ def test_the_drift_pairs_what_the_stream_has_lost_with_what_the_layer_is_given()
     moments.add(given[2:], weights=weights[2:], residual=lost[2:])
     r, x = lost.reshape(-1, 3).double(), (given * weights[..., None]).reshape(-1, 5).double()
     torch.testing.assert_close(moments.drift(), r.T @ x / weights.sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "input"])
+def test_a_layer_may_be_given_its_tokens_in_one_row(weighting: str) -> None:
+    given, _ = streams()
+    weights = TokenWeights(weighting, power=2.0, first_token=0.5)
+    apart, together = weights.of(given, None, 6), weights.of(given.flatten(0, 1), None, 6)
+    assert apart is not None
+    assert together is not None
+    assert torch.equal(apart.flatten(), together)
+    routed = weights.of(given.flatten(0, 1)[:7], None, 6)  # nobody knows which of them is a first token
+    plain = TokenWeights(weighting, power=2.0, first_token=1.0).of(given.flatten(0, 1)[:7], None, 6)
+    assert torch.equal(routed, torch.ones(7) if plain is None else plain)

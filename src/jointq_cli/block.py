@@ -20,6 +20,8 @@ from jointq_cli.model import StreamedModel
 from jointq_cli.passes import Pass
 
 Face = Literal["original", "quantized"]
+_FAINT = 0.1  # rms of the tokens that a block is surveyed with: far above the epsilon of its norms
+_CLOSE = 0.02  # relative
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,19 @@ class Block:
         self._weights["quantized"][self.layers.index(layer)] = ready
 
     def survey(self, hidden: Tensor) -> "Survey":
-        """How the block is built, found out by one forward pass of hidden states (batch, tokens, hidden)."""
+        """How the block is built, found out by one forward pass of hidden states (batch, tokens, hidden).
+
+        Their tokens are made equally loud, and faint: a block starts with a norm, so its layers are given the same all
+        the same, and what they add to the stream is not lost in the rounding of its massive activations.
+        """
+        loudness = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_FAINT)
+        hidden = (hidden.float() * (_FAINT / loudness)).to(hidden.dtype)
         seen: list[tuple[Tensor, list[Layer]]] = []
         outputs: dict[nn.Linear, Tensor] = {}
 
         def note(layer: Layer, given: Tensor) -> None:
+            if any(layer in group for _, group in seen):
+                return None  # called again: its statistics are those of the first call
             for tensor, group in seen:
                 if tensor is given:
                     return group.append(layer)
@@ -107,8 +117,8 @@ class Block:
 class Survey:
     """groups: the layers in the order they run, those that read the same tensor together.
 
-    writers: the linear layers, selected or not, whose outputs are added to the residual stream, and how many times
-    each. Empty where the block does more to the stream than that (a norm behind its layers, say).
+    writers: the linear layers, selected or not, whose outputs are added to the residual stream, and how many times,
+    the same for all. Empty where the block does more to the stream than that (a norm behind its layers, say).
     """
 
     groups: list[list[Layer]]
@@ -120,25 +130,26 @@ class Survey:
 
 
 def _writers(hidden: Tensor, output: Tensor, outputs: dict[nn.Linear, Tensor]) -> dict[nn.Linear, float]:
-    """Explains what the block adds to `hidden` as a sum of `outputs`, all (batch, tokens, hidden)."""
+    """Explains what the block adds to `hidden` as a multiple of the sum of some `outputs`, all (batch, tokens, hidden).
+
+    Empty where that cannot be done within a few times the rounding of bf16.
+    """
     added = (output.float() - hidden.float()).flatten()
     known = {layer: given.float().flatten() for layer, given in outputs.items() if given.shape == hidden.shape}
     if not known:
         return {}
     columns = torch.stack(list(known.values()))
-    gram, moments = (columns @ columns.T).double(), (columns @ added).double()
-    factors = torch.linalg.lstsq(gram, moments[:, None], driver="gelsd").solution[:, 0].tolist()
-    found = {
-        layer: 1.0 if abs(factor - 1.0) < 0.01 else factor
-        for layer, factor in zip(known, factors, strict=True)
-        if abs(factor) > 0.01
-    }
-    rest = (
-        added - torch.stack([factor * known[layer] for layer, factor in found.items()]).sum(dim=0) if found else added
-    )
-    rounding = torch.finfo(output.dtype).eps * torch.linalg.vector_norm(output.float())
-    explained = torch.linalg.vector_norm(rest) <= 0.01 * torch.linalg.vector_norm(added) + rounding
-    return found if bool(explained) else {}
+    gram, moments = (columns @ columns.T).double().cpu(), (columns @ added).double().cpu()
+    fitted = dict(zip(known, (torch.linalg.pinv(gram, hermitian=True) @ moments).tolist(), strict=True))
+    factors = {layer: factor for layer, factor in fitted.items() if abs(factor) > 0.05}
+    if not factors:
+        return {}
+    factor = sum(factors.values()) / len(factors)
+    if abs(factor - 1.0) < _CLOSE:
+        factor = 1.0
+    rest = added - factor * torch.stack([known[layer] for layer in factors]).sum(dim=0)
+    explained = torch.linalg.vector_norm(rest) <= _CLOSE * torch.linalg.vector_norm(added)
+    return dict.fromkeys(factors, factor) if factor > 0 and bool(explained) else {}
 
 
 @dataclass(frozen=True)
@@ -150,10 +161,14 @@ class Seen:
     entered: Tensor
     written: Tensor | None
 
+    @property
+    def whole(self) -> bool:
+        """Whether the layers are given every token of the batch."""
+        return self.given is not None and self.given.shape[:-1].numel() == self.entered.shape[:-1].numel()
+
     def residual(self) -> Tensor:
         """The residual stream (batch, tokens, hidden) float32."""
-        entered = self.entered.float()
-        return entered if self.written is None else entered + self.written.float()
+        return self.entered.float() if self.written is None else self.entered.float() + self.written
 
 
 class Stream:
@@ -178,8 +193,8 @@ class Stream:
         """What is to be seen at a group's input, batch by batch."""
         for part, one in zip(self._parts, self._passes, strict=True):
             self.block.wear(self.face)
-            given = one.input_of(group)
-            yield Seen(given, part, one.written)
+            given, written = one.input_of(group)
+            yield Seen(given, part, written)
 
     def finish(self, pause: Callable[[], None]) -> Tensor:
         """The hidden states behind the block, in the memory of those that entered it."""

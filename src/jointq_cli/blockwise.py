@@ -48,6 +48,11 @@ class Plan:
         """The share of the windows that somebody wants to see apart."""
         return max(self.quantizer.heldout, self.qep.heldout)
 
+    @property
+    def follows_residual(self) -> bool:
+        """Whether anybody asks what is in the residual stream."""
+        return self.qep.follows_residual or self.weights.of_residual
+
     def check(self, windows: int) -> None:
         """Raises ConfigError where quantizer, qep and so many windows do not go together."""
         self.qep.check_inputs(self.inputs)
@@ -111,7 +116,8 @@ class _Loop:
             block = Block(self.model, index, tensors, self.plan.layers)
             survey = block.survey(streams.quantized[: self.plan.batch])
             original, quantized = self._under_way(block, streams, survey.groups)
-            with stops([[layer.module for layer in group] for group in survey.groups], survey.writers):
+            writers = survey.writers if self.plan.follows_residual else {}
+            with stops([[layer.module for layer in group] for group in survey.groups], writers):
                 for number in range(len(survey.groups)):
                     self._quantize_group(block, survey, number, original, quantized)
             streams = Streams(original.finish(self.pause), quantized.finish(self.pause))
@@ -132,9 +138,11 @@ class _Loop:
     def _waiting(self, groups: list[list[Layer]], hidden: Tensor) -> int:
         """How many passes may wait between two groups."""
         widest = max((group[0].module.in_features for group in groups), default=0)
-        # What lies in a pass that waits: the residual stream, something made of it, and what the layers are given.
-        bytes_per_token = (2 * hidden.shape[-1] + widest) * hidden.element_size()
-        return int(self.plan.waiting / (self.plan.batch * hidden.shape[1] * bytes_per_token))
+        # What lies in a pass that waits: at most the stream, what was written into it, and an attention's queries, keys
+        # and values (as much as two streams), beside what the layers are given. Not the scores of an eager attention.
+        bytes_per_token = (4 * hidden.shape[-1] + widest) * hidden.element_size()
+        affordable = self.plan.waiting / (self.plan.batch * hidden.shape[1] * bytes_per_token)
+        return int(min(affordable, 2.0**31))  # it may be infinite
 
     def _quantize_group(self, block: Block, survey: Survey, number: int, original: Stream, quantized: Stream) -> None:
         group = survey.groups[number]
@@ -155,21 +163,23 @@ class _Loop:
         group = survey.groups[number]
         writes = survey.writes(group)
         crossed = any(self.plan.qep.corrects(layer.name) for layer in group)
-        drifted = crossed and writes != 0 and self.plan.qep.follows_residual
+        drifted = crossed and writes > 0 and self.plan.qep.follows_residual
         stream = original if self.plan.inputs == "original" else quantized
         held_from = self._held_from(len(stream))
         everything = self._accumulator(group, crossed, drifted)
-        held = self._accumulator(group, crossed, False) if held_from < len(stream) else None
-        wanted = original.at(number) if crossed else repeat(None)
-        for batch, (seen, wanted_seen) in enumerate(zip(stream.at(number), wanted, strict=False)):
+        held = self._accumulator(group, crossed, drifted) if held_from < len(stream) else None
+        wanted = original.at(number) if crossed else repeat(None, len(stream))
+        for batch, (seen, other) in enumerate(zip(stream.at(number), wanted, strict=True)):
             if seen.given is not None:
-                weights = self.plan.weights.of(seen.given, self._behind(group[0], seen, writes))
-                original_given = None if wanted_seen is None else wanted_seen.given
-                lost = (wanted_seen.residual() - seen.residual()) / writes if drifted and wanted_seen else None
+                behind = self._behind(group[0], seen, writes)
+                weights = self.plan.weights.of(seen.given, behind, tokens=seen.entered.shape[1])
+                paired = other if other is not None and seen.whole and other.whole else None
+                given = None if paired is None else paired.given
+                lost = (paired.residual() - seen.residual()) / writes if drifted and paired is not None else None
                 with _named(group[0]):
-                    everything.add(seen.given, original_given, weights, lost)
+                    everything.add(seen.given, given, weights, lost)
                     if held is not None and batch >= held_from:
-                        held.add(seen.given, original_given, weights)
+                        held.add(seen.given, given, weights, lost)
             self.pause()
         with _named(group[0]):
             heldout = _held_out(everything, held)
@@ -198,7 +208,7 @@ class _Loop:
         with _named(group[0]):
             prepared = quantizer.prepare(statistics.hessian, statistics.heldout)
             correction: Correction = NoCorrection()
-            if statistics.cross is not None:
+            if statistics.cross is not None and not prepared.failed:
                 correction = self.plan.qep.correction(statistics, quantizer.ridge(statistics.hessian))
         return _Given(statistics.hessian, prepared, correction, (time.perf_counter() - started) / len(group))
 
@@ -244,8 +254,10 @@ def _held_out(everything: Accumulator, held: Accumulator | None) -> HeldOut | No
     if held is None:
         return None
     if not 0 < held.tokens < everything.tokens:
-        raise NumericsError("all or none of its tokens are held out; hold none out")
-    return HeldOut(held.hessian(), held.tokens / everything.tokens, held.cross())
+        raise NumericsError(
+            "all or none of its tokens are held out; use quantizer.lambda_mode=fixed_lambda, qep.perccorr_mode=fixed"
+        )
+    return HeldOut(held.hessian(), held.tokens / everything.tokens, held.cross(), held.drift())
 
 
 def _drift(streams: Streams) -> float:

@@ -6,7 +6,6 @@ and not where text comes from. No padding anywhere: a window is `seqlen` consecu
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -87,8 +86,8 @@ class Calibration(TextSource):
             )
         for name in ("token_power", "first_token_weight"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"calibration.{name}={value}: must be at least 0 and finite")
+            if not 0 <= value <= 4:  # beyond, float32 runs out of range
+                raise ConfigError(f"calibration.{name}={value}: must be from 0 to 4")
 
     @property
     def weights(self) -> TokenWeights:

@@ -52,6 +52,9 @@ class CalibrateRecipe(Recipe):
 
     output: str
 
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+
 
 @dataclass(frozen=True)
 class EvaluateRecipe:

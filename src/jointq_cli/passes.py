@@ -6,7 +6,7 @@ goes on through the new weights: the model's own forward, run as a coroutine (a 
 per batch and block, however many groups there are. The price is the activations that lie in a waiting pass; where
 these would be too many, a pass starts anew for every group, and gives the same bits.
 
-Knows blocks and layers. Knows neither statistics nor quantizers.
+Knows modules and a way to call them. Knows neither models, statistics nor quantizers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,19 +45,24 @@ class Pass:
         self._forward = forward
         self._waits = waits
         self._flow = _Flow(forward)
-        self.written: Tensor | None = None  # by the writers that were passed so far
 
-    def input_of(self, group: int) -> Tensor | None:
-        """What the layers of a group are given, None if the pass does not come by. Groups are asked for in order."""
+    def input_of(self, group: int) -> tuple[Tensor | None, Tensor | None]:
+        """What the layers of a group are given, None if the pass does not come by; and what the writers that were
+        passed by then have put out, None if there was none. Groups are asked for in order."""
         given = self._flow.run_to(group)
-        self.written = self._flow.written
+        written = self._flow.written
         if not self._waits:
-            self._flow = _Flow(self._forward)
-        return given
+            self._start_anew()
+        return given, written
 
     def output(self) -> Tensor:
         """What the block returns: the end of the pass."""
-        return self._flow.run_out()
+        output = self._flow.run_out()
+        self._start_anew()
+        return output
+
+    def _start_anew(self) -> None:
+        self._flow = _Flow(self._forward)  # which frees what the old one held
 
 
 class _Flow(greenlet):

@@ -23,13 +23,12 @@ Knows weights and statistics of one input; no blocks, no quantizers.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.errors import ConfigError
 from jointq_cli.quantizers.factor import factorize
 from jointq_cli.statistics import Statistics
 
@@ -58,36 +57,62 @@ class NoCorrection(Correction):
 
 
 @dataclass(frozen=True)
-class Step(Correction):
-    """W* = W + alpha W P + beta B. `judge` chooses alpha for each layer, by other tokens than those P was made from."""
+class Inverse:
+    """(H + R)^-1 = U^T U, (in, in) float64, and the damping that it took."""
 
-    matrix: Tensor  # P (in, in) float64
+    upper: Tensor
+    damping: float
+    rungs: int
+
+    def applied_to(self, rows: Tensor) -> Tensor:
+        return rows @ self.upper.T @ self.upper
+
+
+@dataclass(frozen=True)
+class Step(Correction):
+    """W* = W + (alpha W C + beta D) (H + R)^-1. A judge chooses alpha for each layer."""
+
+    inverse: Inverse
+    cross: Tensor  # C (in, in) float64
+    drift: Tensor | None  # beta D (out, in) float64
     alpha: float
     judge: "Judge | None"
-    residual: Tensor | None  # beta B (out, in) float64
 
     def apply(self, weight: Tensor) -> Corrected:
         exact = weight.double()
         alpha = self.alpha if self.judge is None else self.judge.alpha(exact)
-        corrected = exact + alpha * (exact @ self.matrix)
-        if self.residual is not None:
-            corrected += self.residual
-        return Corrected(corrected.float(), {"alpha": alpha})
+        step = alpha * (exact @ self.cross)
+        if self.drift is not None:
+            step += self.drift
+        notes: dict[str, float] = {"alpha": alpha}
+        if self.inverse.rungs:
+            notes["qep_damping"] = self.inverse.damping
+        return Corrected((exact + self.inverse.applied_to(step)).float(), notes)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Held-out tokens, and the step that the other tokens suggest."""
+    """Held-out tokens, and the steps that the other tokens suggest."""
 
-    matrix: Tensor  # P (in, in) float64 of the other tokens
-    hessian: Tensor
+    inverse: Inverse  # of the other tokens, as the next two
     cross: Tensor
+    drift: Tensor | None
+    held_hessian: Tensor
+    held_cross: Tensor
+    held_drift: Tensor | None
 
     def alpha(self, weight: Tensor) -> float:
-        """The step length in [0, 1] that leaves the least |W X - W* X_q|^2 on the held-out tokens: a parabola in it."""
-        step = weight @ self.matrix
-        curvature = torch.sum((step @ self.hessian) * step).item()
-        slope = torch.sum((weight @ self.cross) * step).item()
+        """The alpha in [0, 1] that leaves the least |beta (S - S_q) + W X - W* X_q|^2 on the held-out tokens.
+
+        A parabola: with the layer's own step A = W C (H + R)^-1 and B = beta D (H + R)^-1 the error is
+        |(W (X - X_q) + beta (S - S_q) - B X_q) - alpha A X_q|^2.
+        """
+        step = self.inverse.applied_to(weight @ self.cross)
+        wanted = weight @ self.held_cross
+        if self.drift is not None and self.held_drift is not None:
+            wanted += self.held_drift - self.inverse.applied_to(self.drift) @ self.held_hessian
+        curvature = torch.sum((step @ self.held_hessian) * step).item()
+        slope = torch.sum(wanted * step).item()
         return min(1.0, max(0.0, slope / curvature)) if curvature > 0 else 0.0
 
 
@@ -142,7 +167,7 @@ class NoQep(Propagation):
 
 @dataclass(frozen=True)
 class Qep(Propagation):
-    """See the module, and configs/qep/default.yaml for what each field does."""
+    """See the module, and configs/qep/full.yaml for what each field does."""
 
     perccorr: float
     residual: float
@@ -163,6 +188,8 @@ class Qep(Propagation):
             raise ConfigError(f"qep.heldout_share={self.heldout_share}: must be between 0 and 1")
         if not (math.isfinite(self.percdamp) and self.percdamp >= 0):
             raise ConfigError(f"qep.percdamp={self.percdamp}: must be at least 0 and finite")
+        if "" in self.exclude_layer_keywords:
+            raise ConfigError("qep.exclude_layer_keywords=['']: every name contains an empty keyword; use qep=none")
         if self.pull not in ("original", "corrected"):
             raise ConfigError(f"qep.pull={self.pull}: must be original or corrected")
 
@@ -193,25 +220,29 @@ class Qep(Propagation):
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
         assert statistics.cross is not None  # `corrects` said so
         inverse = self._inverse(statistics.hessian, ridge)
-        residual = None if statistics.drift is None else self.residual * inverse(statistics.drift)
-        return Step(inverse(statistics.cross), self.perccorr, self._judge(statistics, ridge), residual)
+        drift = None if statistics.drift is None else self.residual * statistics.drift
+        return Step(inverse, statistics.cross, drift, self.perccorr, self._judge(statistics, ridge))
 
     def _judge(self, statistics: Statistics, ridge: Tensor | None) -> Judge | None:
         if self.perccorr_mode == "fixed":
             return None
-        held, cross = statistics.heldout, statistics.cross
+        held, cross, drift = statistics.heldout, statistics.cross, statistics.drift
         assert held is not None  # `heldout` said so
         assert held.cross is not None
         assert cross is not None
-        step = self._inverse(held.complement(statistics.hessian), ridge)(held.cross_complement(cross))
-        return Judge(step, held.hessian, held.cross)
+        lost = None if drift is None or held.drift is None else (drift, held.drift)
+        return Judge(
+            inverse=self._inverse(held.complement(statistics.hessian), ridge),
+            cross=held.without(cross, held.cross),
+            drift=None if lost is None else self.residual * held.without(*lost),
+            held_hessian=held.hessian,
+            held_cross=held.cross,
+            held_drift=None if lost is None else self.residual * lost[1],
+        )
 
-    def _inverse(self, hessian: Tensor, ridge: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """Multiplication by (H + R)^-1 from the right, in float64."""
+    def _inverse(self, hessian: Tensor, ridge: Tensor | None) -> Inverse:
         order = torch.arange(len(hessian), device=hessian.device)
         extra = ridge if self.pull == "original" else None
-        try:
-            factor = factorize(hessian, order, self.percdamp if extra is None else 0.0, extra, torch.float64)
-        except NumericsError as error:
-            raise NumericsError(f"qep: {error}") from error
-        return lambda rows: rows @ factor.upper.T @ factor.upper
+        damping = self.percdamp if extra is None else 0.0
+        factor = factorize(hessian, order, damping, extra, torch.float64, key="qep.percdamp")
+        return Inverse(factor.upper, factor.damping, factor.rungs)

@@ -25,9 +25,9 @@ class TokenWeights:
     """How much each calibration token counts.
 
     weighting: uniform, all the same; input, rms(x)^-power of what the layer is given; residual, rms(s)^-power of the
-    residual stream behind a layer that writes into it, because the norm that reads the stream divides by just that,
-    and all the same for other layers. Massive activations are those of a few tokens, and make up most of H where all
-    tokens count the same. first_token: what the first token of a window counts besides.
+    residual stream behind a layer that writes into it (the next norm divides the layer's error by just that), and all
+    the same for other layers. Massive activations are those of a few tokens, and make up most of H where all tokens
+    count the same. first_token: what the first token of a window counts besides.
     """
 
     weighting: str
@@ -38,19 +38,21 @@ class TokenWeights:
     def of_residual(self) -> bool:
         return self.weighting == "residual"
 
-    def of(self, inputs: Tensor, behind: Tensor | None) -> Tensor | None:
-        """inputs (windows, tokens, in); behind (windows, tokens, hidden), None where the layer does not write.
+    def of(self, inputs: Tensor, behind: Tensor | None, tokens: int) -> Tensor | None:
+        """inputs (..., in), tokens of windows of so many; behind (..., hidden), None where the layer does not write.
 
-        Returns (windows, tokens) float32, or None where all count the same.
+        Returns (...) float32, or None where all count the same. Where a layer is given a part of the tokens only (a
+        routed expert), none counts as the first one.
         """
         decisive = {"uniform": None, "input": inputs, "residual": behind}[self.weighting]
         if decisive is None and self.first_token == 1:
             return None
-        weights = torch.ones(inputs.shape[:2], device=inputs.device)
+        weights = torch.ones(inputs.shape[:-1], device=inputs.device)
         if decisive is not None:
             energy = decisive.float().square().mean(dim=-1)
             weights = torch.where(energy > 0, energy.pow(-self.power / 2), 0.0)
-        weights[:, 0] *= self.first_token
+        if weights.numel() % tokens == 0:
+            weights.view(-1, tokens)[:, 0] *= self.first_token
         return weights
 
 
@@ -61,6 +63,7 @@ class HeldOut:
     hessian: Tensor
     share: float
     cross: Tensor | None = None
+    drift: Tensor | None = None
 
     def complement(self, everything: Tensor) -> Tensor:
         """The Hessian of the other tokens, given that of all; new memory."""
@@ -71,10 +74,9 @@ class HeldOut:
         rest[:, unreached] = 0.0
         return rest
 
-    def cross_complement(self, everything: Tensor) -> Tensor:
-        """The cross term of the other tokens, given that of all; new memory."""
-        assert self.cross is not None
-        return (everything - self.share * self.cross).div_(1.0 - self.share)
+    def without(self, everything: Tensor, held: Tensor) -> Tensor:
+        """The cross term or drift of the other tokens, given that of all and that of these; new memory."""
+        return (everything - self.share * held).div_(1.0 - self.share)
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,13 @@ class Accumulator:
             self._square[panel, start:] += weighted[:, panel].T @ flat[:, start:]
         if self._cross is not None:
             if original is None or original.shape != inputs.shape:
-                raise NumericsError("the original model gives this layer other tokens, so qep cannot pair them")
+                raise NumericsError(
+                    "qep cannot pair its tokens with those that the original model gives it (a routed expert?); name "
+                    "it in qep.exclude_layer_keywords, or use qep=none"
+                )
             self._cross += (_flat(original) - flat).T @ weighted
-        if self._drift is not None and residual is not None:
+        if self._drift is not None:
+            assert residual is not None  # whoever asked for the drift has it
             self._drift += _flat(residual).T @ weighted
         self.tokens += len(flat) if weights is None else float(weights.sum(dtype=torch.float64))
 

@@ -9,6 +9,7 @@ e = w - w_quantised.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,12 @@ from jointq_cli.statistics import HeldOut
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all layers with the same input share. A quantizer that needs more extends it."""
+    """What all layers with the same input share. A quantizer that needs more extends it.
+
+    failed: the input cannot be used, and `on_failure: rtn` was asked for.
+    """
+
+    failed: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,14 @@ def factorize(
     damping: float,
     penalty: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    key: str = "quantizer.damping",
 ) -> Factor:
     """Factorise `hessian` (n, n) float64 with rows and columns taken in `order` (n,) int64; U comes as `dtype`.
 
     `penalty` (n,) float64, in the original order, is added to the diagonal, before the mean is taken and besides any
     damping.
+
+    key: what the damping is called in an error.
 
     Dead columns (H_ii = 0) get the mean of the live diagonal, which changes nothing for the others.
     Raises NumericsError where the Hessian is empty, not finite, or singular at the top of the damping ladder.
@@ -63,9 +66,7 @@ def factorize(
             invert_lower(lower)
             damped = torch.where(diagonal == 0, mean, diagonal) + fraction * mean
             return Factor(_upper(lower, dtype), fraction, rung, _condition(hessian, damped, lower))
-    raise NumericsError(
-        f"quantizer.damping={damping:g}: the Hessian is singular even with {fraction:g} of its mean diagonal added"
-    )
+    raise NumericsError(f"{key}={damping:g}: the Hessian is singular even with {fraction:g} of its mean diagonal added")
 
 
 def _ladder(damping: float) -> Iterator[float]:

@@ -17,6 +17,7 @@ other except through the blocking that the BLAS chooses for the products.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Propagation(Prepared):
 @dataclass(frozen=True)
 class Failed(Prepared):
     """The Hessian could not be factorised, and `on_failure: rtn` was asked for."""
+
+    failed: ClassVar[bool] = True
 
     reason: str
 

@@ -10,6 +10,7 @@ docs/jointq.md has the measurements behind the defaults, and what was tried and 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class Input(Prepared):
 @dataclass(frozen=True)
 class Failed(Prepared):
     """The Hessian could not be used, and `on_failure: rtn` was asked for."""
+
+    failed: ClassVar[bool] = True
 
     reason: str
 

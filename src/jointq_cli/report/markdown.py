@@ -28,7 +28,7 @@ def render_markdown(report: RunReport) -> str:
         f"## The {min(WORST, len(report.layers))} layers of largest output error",
         _layers(summary.worst_layers(report, WORST)),
         "All layers are in `layers.csv`. E_y is the relative error of a layer's output on the calibration "
-        "tokens, E_w that of its weight.",
+        "tokens, E_w that of its weight; both against what the layer was solved for, with QEP the corrected weight.",
         "## Where the time went",
         _stages(report),
         "## Where it came from",
@@ -82,7 +82,10 @@ def _blocks(report: RunReport) -> list[str]:
     step = max(1, -(-len(report.blocks) // BLOCKS))
     shown = report.blocks[::-1][::step][::-1]  # the last one among them
     rows = ((str(block.block), units.relative_error(block.output_error)) for block in shown)
-    text = "|quantised - original|^2 / |original|^2 of what leaves a block, all blocks up to it quantised."
+    text = (
+        "|quantised - original|^2 / |original|^2 of what leaves a block, all blocks up to it quantised, on the first "
+        "batch of calibration windows."
+    )
     table = _table(("block", "error"), rows, numbers_from=0)
     return ["## Accumulated error over depth", _inline(text), table] if shown else []
 
