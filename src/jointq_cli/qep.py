@@ -74,17 +74,19 @@ class Step(Correction):
 
     inverse: Inverse
     cross: Tensor  # C (in, in) float64
-    drift: Tensor | None  # beta D (out, in) float64
+    drift: Tensor | None  # D (out, in) float64
     alpha: float
+    beta: float
     judge: "Judge | None"
 
     def apply(self, weight: Tensor) -> Corrected:
         exact = weight.double()
         alpha = self.alpha if self.judge is None else self.judge.alpha(exact)
         step = alpha * (exact @ self.cross)
-        if self.drift is not None:
-            step += self.drift
         notes: dict[str, float] = {"alpha": alpha}
+        if self.drift is not None:
+            step += self.beta * self.drift
+            notes["beta"] = self.beta
         if self.inverse.rungs:
             notes["qep_damping"] = self.inverse.damping
         return Corrected((exact + self.inverse.applied_to(step)).float(), notes)
@@ -220,8 +222,8 @@ class Qep(Propagation):
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
         assert statistics.cross is not None  # `corrects` said so
         inverse = self._inverse(statistics.hessian, ridge)
-        drift = None if statistics.drift is None else self.residual * statistics.drift
-        return Step(inverse, statistics.cross, drift, self.perccorr, self._judge(statistics, ridge))
+        judge = self._judge(statistics, ridge)
+        return Step(inverse, statistics.cross, statistics.drift, self.perccorr, self.residual, judge)
 
     def _judge(self, statistics: Statistics, ridge: Tensor | None) -> Judge | None:
         if self.perccorr_mode == "fixed":

@@ -35,7 +35,10 @@ VARIABLES = {
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # beside the colour, for eyes and printers without it
 WIDE, HALF = (9.6, 3.7), (4.7, 3.1)  # inches
 FAR_APART = 5  # ratio of two perplexities from which on only a logarithmic axis shows both
-ACCUMULATED = "|quantised - original|\u00b2 / |original|\u00b2 of what leaves each block, all blocks up to it quantised"
+ACCUMULATED = (
+    "|quantised - original|\u00b2 / |original|\u00b2 of what leaves each block, all blocks up to it quantised, "
+    "on the first batch of calibration windows"
+)
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
     "font.size": 10,
