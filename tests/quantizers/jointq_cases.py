@@ -19,6 +19,7 @@ PLAIN = JointQ(
     regularization_lambda=0.0,
     regularization_mode="diagonal",
     regularization_gamma=1.0,
+    regularization_floor=0.0,
     regularization_reference="mean_diagonal",
     lambda_list=[0.001, 0.1, 0.5],
     incremental_eps_y=0.03,

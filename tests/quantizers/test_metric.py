@@ -28,15 +28,26 @@ def test_the_penalty_is_lambda_r(gamma: float, reference: str) -> None:
     matrix = hessian()
     diagonal = matrix.diagonal()
     unit = float(diagonal.mean()) if reference == "mean_diagonal" else 1.0
-    identity = penalty(matrix, 0.3, "identity", gamma, reference)
+    identity = penalty(matrix, 0.3, "identity", gamma, 0.0, reference)
     torch.testing.assert_close(identity, torch.full_like(diagonal, 0.3 * unit))
     expected = 0.3 * (diagonal / diagonal.mean()) ** gamma * unit
-    torch.testing.assert_close(penalty(matrix, 0.3, "diagonal", gamma, reference), expected)
+    torch.testing.assert_close(penalty(matrix, 0.3, "diagonal", gamma, 0.0, reference), expected)
+
+
+def test_no_column_is_penalised_less_than_the_floor() -> None:
+    matrix = hessian()
+    free, floored = (penalty(matrix, 0.5, "diagonal", 1.0, floor, "mean_diagonal") for floor in (0.0, 0.7))
+    least = 0.5 * 0.7 * matrix.diagonal().mean()
+    assert bool((free < least).any())
+    assert bool((free > least).any())
+    torch.testing.assert_close(floored, free.clamp_min(least))
+    identity = penalty(matrix, 0.5, "identity", 1.0, 0.7, "mean_diagonal")
+    assert torch.equal(identity, penalty(matrix, 0.5, "identity", 1.0, 0.0, "mean_diagonal"))
 
 
 def test_gamma_one_of_the_mean_diagonal_is_a_share_of_each_columns_own_energy() -> None:
     matrix = hessian()
-    torch.testing.assert_close(penalty(matrix, 0.5, "diagonal", 1.0, "mean_diagonal"), 0.5 * matrix.diagonal())
+    torch.testing.assert_close(penalty(matrix, 0.5, "diagonal", 1.0, 0.0, "mean_diagonal"), 0.5 * matrix.diagonal())
 
 
 @pytest.mark.parametrize("mode", ["identity", "diagonal"])
@@ -44,7 +55,7 @@ def test_gamma_one_of_the_mean_diagonal_is_a_share_of_each_columns_own_energy() 
 def test_dead_columns_alone_are_penalised_without_a_lambda(strength: float, mode: str) -> None:
     matrix = hessian()
     matrix[5], matrix[:, 5] = 0.0, 0.0
-    result = penalty(matrix, strength, mode, 0.5, "mean_diagonal")
+    result = penalty(matrix, strength, mode, 0.5, 0.0, "mean_diagonal")
     mean = float(matrix.diagonal().mean())
     assert 0 < float(result[5]) <= max(1e-5, strength) * mean
     alive = torch.arange(24) != 5
@@ -54,9 +65,9 @@ def test_dead_columns_alone_are_penalised_without_a_lambda(strength: float, mode
 def test_a_relative_penalty_grows_with_the_hessian_and_an_absolute_one_does_not() -> None:
     matrix = hessian()
     for mode in ("identity", "diagonal"):
-        relative, absolute = (penalty(matrix, 0.3, mode, 0.5, name) for name in ("mean_diagonal", "absolute"))
-        torch.testing.assert_close(penalty(1e6 * matrix, 0.3, mode, 0.5, "mean_diagonal"), 1e6 * relative)
-        torch.testing.assert_close(penalty(1e6 * matrix, 0.3, mode, 0.5, "absolute"), absolute)
+        relative, absolute = (penalty(matrix, 0.3, mode, 0.5, 0.0, name) for name in ("mean_diagonal", "absolute"))
+        torch.testing.assert_close(penalty(1e6 * matrix, 0.3, mode, 0.5, 0.0, "mean_diagonal"), 1e6 * relative)
+        torch.testing.assert_close(penalty(1e6 * matrix, 0.3, mode, 0.5, 0.0, "absolute"), absolute)
 
 
 # --- the order
@@ -79,7 +90,7 @@ def test_act_order_takes_columns_by_falling_energy_and_equals_as_they_stand() ->
 @pytest.mark.parametrize("columns", [1, 6, 8, 24])
 def test_a_schur_block_is_the_cost_once_all_later_groups_have_made_up_for_an_error(columns: int) -> None:
     matrix = hessian()
-    extra = penalty(matrix, 0.1, "diagonal", 1.0, "mean_diagonal")
+    extra = penalty(matrix, 0.1, "diagonal", 1.0, 0.0, "mean_diagonal")
     metric = metric_of(matrix, columns, extra)
     mean = (matrix.diagonal() + extra).mean()
     ordered = ((matrix + torch.diag(extra)) / mean)[metric.order][:, metric.order]
@@ -139,4 +150,4 @@ def test_a_hessian_that_says_nothing_is_an_error_whatever_the_penalty(
     reference: str, matrix: Tensor, message: str
 ) -> None:
     with pytest.raises(NumericsError, match=message):
-        metric_of(matrix, 8, penalty(matrix, 0.5, "identity", 0.5, reference))
+        metric_of(matrix, 8, penalty(matrix, 0.5, "identity", 0.5, 0.0, reference))

@@ -24,7 +24,7 @@ def problem(
     """A search over 32 columns and 32 target rows."""
     weight, hessian = layer(32, 32)
     order = natural_order(hessian, columns)
-    metric = measure(hessian, order, columns, penalty(hessian, 0.01, "identity", 1.0, "mean_diagonal"))
+    metric = measure(hessian, order, columns, penalty(hessian, 0.01, "identity", 1.0, 0.0, "mean_diagonal"))
     return Search(metric, Grid(bits, symmetric), scale_rounding(dtype)), weight[:, order]
 
 

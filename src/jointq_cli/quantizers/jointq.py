@@ -66,6 +66,7 @@ class JointQ(Quantizer):
     regularization_lambda: float
     regularization_mode: str
     regularization_gamma: float
+    regularization_floor: float
     regularization_reference: str
     lambda_list: list[float]
     incremental_eps_y: float
@@ -109,7 +110,8 @@ class JointQ(Quantizer):
 
     def _ranges(self) -> Iterator[str]:
         for name in (
-            "regularization_lambda", "regularization_gamma", "incremental_eps_y", "incremental_eps_w", "max_sweeps",
+            "regularization_lambda", "regularization_gamma", "regularization_floor", "incremental_eps_y",
+            "incremental_eps_w", "max_sweeps",
             "annealing_sweeps", "annealing_temperature", "incremental_initial_skip_ew_threshold",
         ):  # fmt: skip
             value = getattr(self, name)
@@ -181,7 +183,12 @@ class JointQ(Quantizer):
 
     def _penalty(self, hessian: Tensor, strength: float) -> Tensor:
         return penalty(
-            hessian, strength, self.regularization_mode, self.regularization_gamma, self.regularization_reference
+            hessian,
+            strength,
+            self.regularization_mode,
+            self.regularization_gamma,
+            self.regularization_floor,
+            self.regularization_reference,
         )
 
     def ridge(self, hessian: Tensor) -> Tensor | None:

@@ -42,17 +42,17 @@ class Metric:
         return slice(group * self.columns, (group + 1) * self.columns)
 
 
-def penalty(hessian: Tensor, strength: float, mode: str, gamma: float, reference: str) -> Tensor:
+def penalty(hessian: Tensor, strength: float, mode: str, gamma: float, floor: float, reference: str) -> Tensor:
     """The diagonal of lambda R (in,) float64, floored for dead columns.
 
-    R_ii = 1 (mode identity) or (H_ii / mean diag H)^gamma (diagonal), times mean diag H where reference is
-    mean_diagonal and not absolute.
+    R_ii = 1 (mode identity) or max((H_ii / mean diag H)^gamma, floor) (diagonal), times mean diag H where reference
+    is mean_diagonal and not absolute.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     shape = torch.ones_like(diagonal)
     if mode == "diagonal" and bool(mean > 0):
-        shape = (diagonal / mean).pow(gamma)
+        shape = (diagonal / mean).pow(gamma).clamp_min(floor)
     result = strength * shape * (mean if reference == "mean_diagonal" else 1.0)
     return torch.where(diagonal > 0, result, result.clamp_min(_DEAD * mean))
 
