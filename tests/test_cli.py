@@ -403,7 +403,7 @@ QUESTIONS = {
     "jointq quantize recipe=qwen": {"recipe=qwen3_0.6b_w4g128"},
     "jointq quantize quantizer=gptq quantizer.da": {"quantizer.damping="},
     "jointq quantize quantizer.regularization_": {
-        f"quantizer.regularization_{key}=" for key in ("lambda", "mode", "gamma", "reference")
+        f"quantizer.regularization_{key}=" for key in ("lambda", "mode", "gamma", "floor", "reference")
     },
     "jointq quantize quantizer=rtn quantizer.": {
         f"quantizer.{key}=" for key in ("bits", "group_size", "symmetric", "mse")
