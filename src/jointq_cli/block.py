@@ -72,8 +72,8 @@ class Block:
     def survey(self, hidden: Tensor) -> "Survey":
         """How the block is built, found out by one forward pass of hidden states (batch, tokens, hidden).
 
-        Their tokens are made equally loud, and faint: a block starts with a norm, so its layers are given the same all
-        the same, and what they add to the stream is not lost in the rounding of its massive activations.
+        No token is left louder than faint: a block starts with a norm, so its layers are given the same nevertheless,
+        and what they add to the stream is not lost in the rounding of its massive activations.
         """
         loudness = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_FAINT)
         hidden = (hidden.float() * (_FAINT / loudness)).to(hidden.dtype)
