@@ -506,7 +506,7 @@ ROWS = [
     {"stages"},
     {"config"},
     {"blockwise", "assembly", "report"},
-    {"block", "run_directory", "workspace", "evaluation"},
+    {"block", "run_directory", "workspace", "evaluation", "activations"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
     {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "grid", "pydoc_text"},
     {"store", "machine", "records", "errors", "resources", "__init__"},
