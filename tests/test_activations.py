@@ -14,19 +14,12 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jointq_cli import resources
-from jointq_cli.activations import (
-    CLIP_RATIOS,
-    Activations,
-    best_clip,
-    kv_clip_ratio,
-    quantize_tokens,
-    search_clips,
-    simulated,
-)
+from jointq_cli.activations import CLIP_RATIOS, Activations, best_clip, kv_clip_ratio, quantize_tokens
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.evaluation import final_hidden
 from jointq_cli.model import StreamedModel
+from jointq_cli.simulation import search_clips, simulated
 
 CPU = torch.device("cpu")
 GRIDS = [(bits, symmetric, clip) for bits in (2, 4, 8) for symmetric in (False, True) for clip in (1.0, 0.8)]
@@ -198,7 +191,7 @@ def test_the_shipped_options_are_what_they_are_called() -> None:
     assert shipped == {
         "none": "",
         "a8": "A8 asymmetric per token clip=1",
-        "a4": "A4 asymmetric per token clip=0.9 down_proj=A8",
+        "a4": "A4 asymmetric per token clip=searched down_proj=A8",
     }
 
 
@@ -460,7 +453,7 @@ def test_a_model_whose_attention_is_not_in_the_registry_is_refused(tmp_path: Pat
 
 
 def test_r3_helps_keys_with_a_few_large_channels() -> None:
-    from jointq_cli.activations import _given_to_attention
+    from jointq_cli.simulation import _given_to_attention
 
     query, key, value = tokens(1, 2, 50, 64), tokens(1, 2, 50, 64, seed=1), tokens(1, 2, 50, 64, seed=2)
     exact = query @ key.transpose(-1, -2)
@@ -469,9 +462,3 @@ def test_r3_helps_keys_with_a_few_large_channels() -> None:
         rotated, quantized, _ = _given_to_attention(activations(kv_bits=4, r3=r3), query, key, value)
         errors.append(distance(rotated @ quantized.transpose(-1, -2), exact))
     assert errors[1] < 0.7 * errors[0]
-
-
-def test_r3_needs_a_power_of_two_for_now(tmp_path: Path) -> None:
-    model = streamed(tmp_path, "qwen3", head_dim=12)
-    with pytest.raises(ConfigError, match=r"^activations.r3=true: head_dim 12 is not a power of two"):
-        logits(model, activations(kv_bits=4, r3=True))

@@ -214,7 +214,7 @@ MISTAKES = {
     "compare --html nowhere/page.html x": (1, "nowhere/page.html: there is no directory nowhere"),
     "quantise": (2, "no command 'quantise'; did you mean 'quantize'?"),
     "recipe=ci_smoke": (2, "'recipe=ci_smoke' is a setting and needs a command before it"),
-    "frobnicate": (2, "no command 'frobnicate'; there are quantize, evaluate,"),
+    "frobnz": (2, "no command 'frobnz'; there are quantize, rotate, evaluate,"),
 }
 
 
@@ -399,7 +399,7 @@ QUESTIONS = {
     "jointq ": set(COMMANDS),
     "jointq qu": {"quantize"},
     "jointq quantize rec": {"recipe="},
-    "jointq quantize recipe=pocket": {"recipe=pocket_w2g128", "recipe=pocket_w3g128", "recipe=pocket_w4g128"},
+    "jointq quantize recipe=pocket_w4": {"recipe=pocket_w4a4", "recipe=pocket_w4g128"},
     "jointq quantize recipe=qwen": {"recipe=qwen3_0.6b_w4g128"},
     "jointq quantize quantizer=gptq quantizer.da": {"quantizer.damping="},
     "jointq quantize quantizer.regularization_": {
@@ -503,12 +503,13 @@ ROWS = [
     {"launch"},
     {"mistakes"},
     {"pipeline"},
+    {"rotation_stages"},
     {"stages"},
     {"config"},
-    {"blockwise", "assembly", "report"},
-    {"block", "run_directory", "workspace", "evaluation", "activations"},
+    {"blockwise", "assembly", "rotating", "report"},
+    {"block", "run_directory", "workspace", "evaluation", "simulation"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
-    {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "grid", "pydoc_text"},
+    {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text"},
     {"store", "machine", "records", "errors", "resources", "__init__"},
 ]
 
@@ -537,6 +538,14 @@ QUANTIZER_ROWS = [
     {"metric", "rtn", "tiles"},
     {"factor", "base"},
 ]
+ROTATION_ROWS = [
+    {"finding", "sites"},
+    {"basis", "smoothing", "learning"},
+    {"reservoir"},
+    {"anatomy", "descent", "objectives", "online"},
+    {"hadamard", "__init__"},
+    {"settings"},
+]
 KERNEL_ROWS = [
     {"cpu", "cuda"},
     {"reference"},
@@ -558,7 +567,9 @@ def imports_at_the_top(path: Path, package: str) -> Iterator[str]:
             yield from {name.name if name.name in modules else "__init__" for name in node.names}
 
 
-@pytest.mark.parametrize(("package", "rows"), [("quantizers", QUANTIZER_ROWS), ("kernels", KERNEL_ROWS)])
+@pytest.mark.parametrize(
+    ("package", "rows"), [("quantizers", QUANTIZER_ROWS), ("kernels", KERNEL_ROWS), ("rotation", ROTATION_ROWS)]
+)
 def test_imports_inside_a_room_point_one_way_too(package: str, rows: list[set[str]]) -> None:
     height = {name: number for number, row in enumerate(rows) for name in row}
     paths = {path.stem: path for path in (SOURCES / package).glob("*.py")}

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jointq_cli import quantizers
+from jointq_cli.activations import Activations
 from jointq_cli.calibration import Calibration
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation import Evaluation
 from jointq_cli.qep import Propagation
 from jointq_cli.quantizers import Quantizer
-from jointq_cli.rotation import NoRotation
+from jointq_cli.rotation import Rotation, Smoothing
 from jointq_cli.runtime import Runtime
 from jointq_cli.selection import LayerSelection
 from jointq_cli.sources import ModelSource
@@ -35,7 +36,9 @@ class Recipe:
     layers: LayerSelection
     quantizer: Quantizer
     qep: Propagation
-    rotation: NoRotation
+    rotation: Rotation
+    smoothing: Smoothing
+    activations: Activations
     evaluation: Evaluation
     runtime: Runtime
     output_dir: str  # run directories are made in here
@@ -57,6 +60,16 @@ class CalibrateRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class RotateRecipe(Recipe):
+    """A recipe of which only the smoothed and rotated model is made, at full precision."""
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if not (self.rotation.parts or self.smoothing.places):
+            raise ConfigError("rotation=none: with smoothing=none nothing changes; use rotation=hadamard or learned")
+
+
+@dataclass(frozen=True)
 class EvaluateRecipe:
     """Everything that decides what `jointq evaluate` does."""
 
@@ -72,7 +85,12 @@ class EvaluateRecipe:
         _check_name(self.name)
 
 
-RECIPES: dict[str, type[Any]] = {"quantize": Recipe, "evaluate": EvaluateRecipe, "calibrate": CalibrateRecipe}
+RECIPES: dict[str, type[Any]] = {
+    "quantize": Recipe,
+    "rotate": RotateRecipe,
+    "evaluate": EvaluateRecipe,
+    "calibrate": CalibrateRecipe,
+}
 """Command -> what its primary config, a yaml file of the same name, becomes."""
 
 

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ModelError
 from jointq_cli.machine import release_freed_memory
+from jointq_cli.rotation import online
 
 SKELETON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
 
@@ -53,6 +54,8 @@ class StreamedModel:
         self.module = _skeleton(checkpoint, dtype, trust_remote_code)
         self.name, blocks = _find_blocks(self.module)
         self.blocks: list[nn.Module] = list(blocks)
+        if online.needs_online(checkpoint.config):
+            online.attach(self.blocks, checkpoint.config)
         self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
         self._wraps_output = False  # whether blocks return a tuple around the hidden states
         self._module_names = _module_names(self.module, checkpoint)
@@ -70,6 +73,14 @@ class StreamedModel:
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a tensor that the module calls `name`: some architectures were renamed."""
         return self._stored_names[name]
+
+    def stores(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor that the module calls `name`, or only one that is tied to it."""
+        return name in self._stored_names
+
+    def module_name(self, stored: str) -> str:
+        """The module's name of a tensor that the checkpoint calls `stored`."""
+        return self._module_names[stored]
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block under their stored names, as stored."""
@@ -263,13 +274,19 @@ class StreamedModel:
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+        config = _config(checkpoint, trust_remote_code)
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except SKELETON_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{checkpoint.directory}: transformers cannot build this model: {reason[:300]}") from error
     return module.eval().requires_grad_(False)
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    if online.needs_online(checkpoint.config):
+        return AutoConfig.for_model(**online.without_online(checkpoint.config))
+    return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
 
 
 def _module_names(module: Any, checkpoint: Checkpoint) -> dict[str, str]:

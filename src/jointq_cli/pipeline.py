@@ -13,19 +13,22 @@ from pathlib import Path
 
 import torch
 
+from jointq_cli import rotation_stages
 from jointq_cli.assembly import audit
 from jointq_cli.calibration import Tokens, load_tokenizer, save_tokens
-from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe
-from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, compare, perplexity, protocol
+from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
+from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity, protocol
 from jointq_cli.interrupts import deferred
 from jointq_cli.machine import peak_memory, versions
 from jointq_cli.model import StreamedModel
-from jointq_cli.records import EvaluationReport, Protocol, RunReport
+from jointq_cli.records import EvaluationReport, Protocol, RotationRecord, RunReport
 from jointq_cli.report import Console, encode, write_report
-from jointq_cli.run_directory import RunDirectory, take_manifest
+from jointq_cli.rotation import HadamardRotation, LearnedRotation
+from jointq_cli.rotation_stages import Rotated
+from jointq_cli.run_directory import Manifest, RunDirectory, take_manifest
 from jointq_cli.runtime import Runtime
 from jointq_cli.sources import ModelSource
-from jointq_cli.stages import Quantized, Stages
+from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
 from jointq_cli.store import Store, link_files, translated_disk_errors
 
 
@@ -37,16 +40,36 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
         tokenizer = load_tokenizer(source.directory, recipe.model.trust_remote_code)
         tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
         windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
-        console.header(_header(recipe, original, tokens, windows))
-        quantized = stages.quantize(original, tokens, recipe)
+        console.header(_header(recipe, original, tokens, _measured_how(recipe, original, windows)))
+        selected_layers(original, recipe)  # a key that names nothing is told before hours of work
+        rotated = rotation_stages.rotate(stages, original, tokens, recipe)
+        _keep_rotation(rotated, run)
+        quantized = stages.quantize(rotated.model, tokens, recipe)
         link_files(quantized.checkpoint.directory, run.checkpoint)
         link_files(quantized.codes, run.codes, "*.safetensors")
         hidden = stages.final_hidden(original, windows)
-        scores, reload_check = stages.score(original, hidden, quantized, windows, tokens, recipe.model)
-        report = _report(recipe, stages, original, tokens, windows, quantized, scores, reload_check)
+        measured = stages.score(original, hidden, quantized, windows, tokens, recipe)
+        report = _report(recipe, stages, original, tokens, windows, rotated, quantized, measured)
         _write(run, recipe, report, tokens, windows)
         console.closing(report, run.path)
         return report
+
+
+def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console) -> RotationRecord:
+    """Smooths and rotates a model at full precision, and leaves it in the run directory."""
+    with _stages(recipe.store, recipe.runtime, console) as stages:
+        original = stages.model(stages.source(recipe.model), recipe.model)
+        tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
+        tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
+        console.header(_header(recipe, original, tokens, []))
+        rotated = rotation_stages.rotate(stages, original, tokens, recipe)
+        assert rotated.record is not None  # the recipe was refused if it changes nothing
+        link_files(rotated.model.checkpoint.directory, run.checkpoint)
+        _keep_rotation(rotated, run)
+        hashes = {"model": original.checkpoint.content_hash, "calibration tokens": tokens.hash}
+        run.write_manifest(_manifest(recipe, str(stages.device), hashes, {"calibration": tokens.provenance}))
+        console.rotated(rotated.record, run.path)
+        return rotated.record
 
 
 def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console) -> EvaluationReport:
@@ -104,20 +127,33 @@ def _protocol(evaluation: Evaluation, windows: ScoredWindows, model: StreamedMod
     return protocol(evaluation, windows, model.dtype)
 
 
-def _header(recipe: Recipe, model: StreamedModel, tokens: Tokens, windows: ScoredWindows) -> list[tuple[str, str]]:
-    return [
+def _keep_rotation(rotated: Rotated, run: RunDirectory) -> None:
+    """What the basis is, beside what was made in it."""
+    if rotated.directory is not None:
+        link_files(rotated.directory, run.rotation, "rotation.*")
+
+
+def _header(
+    recipe: Recipe, model: StreamedModel, tokens: Tokens, further: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    parameters = f"{model.checkpoint.parameters / 1e6:,.1f} M"
+    basis = "; ".join(filter(None, [recipe.smoothing.describe(), recipe.rotation.describe()]))
+    lines = [
         ("recipe", recipe.name),
-        (
-            "model",
-            f"{recipe.model.path} ({type(model.module).__name__}, {model.checkpoint.parameters / 1e6:,.1f} M)",
-        ),
-        ("quantizer", _quantizer(recipe)),
+        ("model", f"{recipe.model.path} ({type(model.module).__name__}, {parameters})"),
+        ("rotation", basis),
         ("calibration", f"{tokens.describe()} {recipe.calibration.describe_use()}"),
+        *further,
+        ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"),
+    ]
+    return [(label, value) for label, value in lines if value]
+
+
+def _measured_how(recipe: Recipe, model: StreamedModel, windows: ScoredWindows) -> list[tuple[str, str]]:
+    return [
+        ("quantizer", _quantizer(recipe)),
+        ("simulated", recipe.activations.describe()),
         ("protocol", _protocol(recipe.evaluation, windows, model).line()),
-        (
-            "device",
-            f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
-        ),
     ]
 
 
@@ -131,13 +167,15 @@ def _report(
     model: StreamedModel,
     tokens: Tokens,
     windows: ScoredWindows,
+    rotated: Rotated,
     quantized: Quantized,
-    scores: Scores,
-    reload_check: str,
+    measured: Measured,
 ) -> RunReport:
     with stages.stage("audit"):
-        names = {layer.name: model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
-        audited = audit(model.checkpoint, quantized.checkpoint, names, quantized.layers, quantized.codes)
+        source = rotated.model.checkpoint
+        names = {layer.name: rotated.model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
+        audited = audit(source, quantized.checkpoint, names, quantized.layers, quantized.codes)
+    scores = measured.scores
     weights = sum(layer.out_features * layer.in_features for layer in quantized.layers)
     bits = sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in quantized.layers)
     return RunReport(
@@ -147,12 +185,14 @@ def _report(
         architecture=type(model.module).__name__,
         parameters=model.checkpoint.parameters,
         quantizer=_quantizer(recipe),
+        rotation=rotated.record,
+        simulation=measured.simulation,
         calibration=f"{tokens.describe()} {recipe.calibration.describe_use()}",
         protocol=_protocol(recipe.evaluation, windows, model),
         original=perplexity(scores.original_nll, scores.tokens),
         quantized=perplexity(scores.quantized_nll, scores.tokens),
         comparison=compare(scores),
-        reload_check=reload_check,
+        reload_check=measured.reload_check,
         audit=audited,
         bits_per_weight=bits / weights,
         layers=quantized.layers,
@@ -166,13 +206,18 @@ def _report(
 
 
 def _write(run: RunDirectory, recipe: Recipe, report: RunReport, tokens: Tokens, windows: ScoredWindows) -> None:
-    seeds = {"calibration.seed": recipe.calibration.seed}
     hashes = {
         "model": report.model_hash,
         "calibration tokens": tokens.hash,
         "evaluation windows": windows.hash,
     }
     texts = {"calibration": tokens.provenance, "evaluation": windows.provenance}
-    manifest = take_manifest(sys.argv, report.device, torch.get_num_threads(), seeds, hashes, texts)
-    run.write_manifest(manifest)
+    run.write_manifest(_manifest(recipe, report.device, hashes, texts))
     write_report(report, run)
+
+
+def _manifest(recipe: Recipe, device: str, hashes: dict[str, str], texts: dict[str, dict[str, str]]) -> Manifest:
+    seeds = {"calibration.seed": recipe.calibration.seed}
+    if isinstance(recipe.rotation, (HadamardRotation, LearnedRotation)):
+        seeds["rotation.seed"] = recipe.rotation.seed
+    return take_manifest(sys.argv, device, torch.get_num_threads(), seeds, hashes, texts)

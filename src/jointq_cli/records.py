@@ -45,6 +45,87 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
+class Checkup:
+    """The error on the grid after so many steps of learning a rotation."""
+
+    step: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Course:
+    """How one rotation was learned. Losses and errors are means over sites of tokens that were not learned from; an
+    error is |x - q(x)|^2 / |x|^2 of the rotated activations on a grid of few bits per token."""
+
+    name: str  # R1, or R2 and its block
+    steps: int  # that the optimiser took
+    best_step: int  # whose rotation was kept
+    loss_before: float
+    loss_after: float
+    error_before: float
+    error_after: float
+    moved: float  # |R - R0| / |R0|
+    errors: list[Checkup]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What quantised layers of one block are given, before and after smoothing and rotation, on a few tokens that
+    nothing was learned from.
+
+    sqnr: 10 log10 of |x|^2 / |x - q(x)|^2 at 4 bits per token (asymmetric, clip .9), dB. peak: mean over tokens of
+    max|x| / rms. kurtosis: mean over tokens, 3 for a Gaussian.
+    """
+
+    block: int
+    name: str  # attention | mlp | o_proj | down_proj
+    sqnr_before: float
+    sqnr_after: float
+    peak_before: float
+    peak_after: float
+    kurtosis_before: float
+    kurtosis_after: float
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """The rotated model's logits against the original's on a few calibration tokens, |difference| / |original|, all
+    relative to the original in float32: of the merge itself, of the rotated model as stored, and of the original as
+    stored, whose rounding is the measure for it. The latter two run in the run's own dtype."""
+
+    merge: float
+    stored: float
+    rounding: float
+    dtype: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RotationRecord:
+    """A change of basis: what was asked, how it was found, and what it does. Written to rotation.json as it is."""
+
+    rotation: str  # a line such as "R1+R2 random Hadamard seed=0"
+    smoothing: str
+    constructions: list[str]  # the Hadamard matrices that were used, and for what
+    orthogonality_error: float  # the largest |R R^T - I|
+    hash: str  # sha256 of rotation.safetensors
+    online: list[str]  # rotations that a checkpoint in this basis needs while it runs
+    courses: list[Course]
+    sites: list[Site]
+    invariance: Invariance
+    source_bytes: int  # of the weights
+    rotated_bytes: int
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What was not stored but simulated while the quantised model was evaluated."""
+
+    activations: str  # a line such as "A4 asymmetric per token clip=searched down_proj=A8"
+    clip_ratios: dict[str, float]  # by layer
+
+
+@dataclass(frozen=True)
 class Protocol:
     """The identity of a perplexity: two figures compare only where these agree."""
 
@@ -124,6 +205,8 @@ class RunReport:
     architecture: str
     parameters: int
     quantizer: str  # a line such as "GPTQ W4 g128 asymmetric mse act_order"
+    rotation: RotationRecord | None
+    simulation: Simulation | None  # while `quantized` and `comparison` were measured
     calibration: str  # a line such as "pydoc/calibration 128 x 512 tokens concat_chunk seed 0 text=..."
     protocol: Protocol
     original: Perplexity

@@ -104,6 +104,11 @@ class RunDirectory:
         return self.path / "report.html"
 
     @property
+    def rotation(self) -> Path:
+        """The change of basis, as JSON and safetensors; only there where there was one."""
+        return self.path / "rotation"
+
+    @property
     def checkpoint(self) -> Path:
         """The quantised model as an ordinary Hugging Face directory; made by whoever writes it."""
         return self.path / "checkpoint"

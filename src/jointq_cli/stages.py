@@ -5,6 +5,7 @@ it is; what a stage was stopped in the middle of continues there.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,14 +33,24 @@ from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows
 from jointq_cli.grid import check_group_size
 from jointq_cli.interrupts import Interrupts
 from jointq_cli.model import StreamedModel
-from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, StageRecord
+from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, StageRecord
 from jointq_cli.report.console import Console, Stage
 from jointq_cli.report.screens import Bar
 from jointq_cli.runtime import Runtime
+from jointq_cli.simulation import search_clips, simulated
 from jointq_cli.sources import ModelSource, fetch
 from jointq_cli.store import Artifact, Store
 from jointq_cli.text import HUB
 from jointq_cli.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The quantised checkpoint's scores, whether it gives what the engine had in memory, and what was simulated."""
+
+    scores: Scores
+    reload_check: str
+    simulation: Simulation | None
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class Stages:
             save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
 
         artifact = self.store.reuse("tokens", spec, [tokenizer_hash(tokenizer)], make)
-        _mark(stage, artifact)
+        mark(stage, artifact)
         return load_tokens(artifact.path / "tokens.safetensors", tokenizer)
 
     def evaluation_windows(self, evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> ScoredWindows:
@@ -135,7 +146,6 @@ class Stages:
         spec = {
             "quantizer": recipe.quantizer,
             "qep": recipe.qep,
-            "rotation": recipe.rotation,
             "layers": names,
             "inputs": plan.inputs,
             "weights": plan.weights,
@@ -160,7 +170,7 @@ class Stages:
             companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
             inputs = [model.checkpoint.content_hash, companions, tokens.hash]
             artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True)
-            _mark(stage, artifact)
+            mark(stage, artifact)
             workspace = Workspace(artifact.path)
             layers = [workspace.record(name) for name in names]
             return Quantized(artifact, Checkpoint(artifact.path / "checkpoint"), layers, workspace.blocks())
@@ -175,7 +185,7 @@ class Stages:
         with self.stage(name) as stage:
             spec = {"batch": batch, "dtype": str(model.dtype), "device": self.device.type}
             artifact = self.store.reuse("hidden", spec, [model.checkpoint.content_hash, windows.hash], make)
-            _mark(stage, artifact)
+            mark(stage, artifact)
             return artifact
 
     def score(
@@ -185,14 +195,19 @@ class Stages:
         quantized: Quantized,
         windows: ScoredWindows,
         tokens: Tokens,
-        source: ModelSource,
-    ) -> tuple[Scores, str]:
-        """Scores the checkpoint as it lies on disk; also says whether it gives what the engine had in memory."""
+        recipe: Recipe,
+    ) -> Measured:
+        """Scores the checkpoint as it lies on disk, with its activations quantised where the recipe says so."""
         batch = self.batch(windows.ids)
+        activations = recipe.activations
 
         def make(scratch: Path) -> None:
-            reloaded = self.model(quantized.checkpoint, source)
-            hidden = self._walk(reloaded, windows.ids, batch)
+            reloaded = self.model(quantized.checkpoint, recipe.model)
+            names = [layer.name for layer in quantized.layers]
+            clips = search_clips(reloaded, activations, names, tokens.windows, self.batch(tokens.windows), self.pause)
+            with simulated(reloaded, activations, names, clips):
+                hidden = self._walk(reloaded, windows.ids, batch)
+            (scratch / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
             scores = self._score(original, load_hidden(original_hidden), reloaded, hidden, windows)
             first = self.batch(tokens.windows)
             probe = final_hidden(reloaded, tokens.windows[:first], first, pause=self.pause)
@@ -200,9 +215,15 @@ class Stages:
             _save_scores(scratch, scores)
 
         with self.stage("evaluate quantized") as stage:
-            artifact = self.store.reuse("scores", {"batch": batch}, [quantized.artifact.key, original_hidden.key], make)
-            _mark(stage, artifact)
-            return _load_scores(artifact.path), (artifact.path / "reload.txt").read_text(encoding="utf-8")
+            spec = {"batch": batch, "activations": activations if activations.simulates else None}
+            artifact = self.store.reuse("scores", spec, [quantized.artifact.key, original_hidden.key], make)
+            mark(stage, artifact)
+            clips = json.loads((artifact.path / "clips.json").read_text(encoding="utf-8"))
+            return Measured(
+                scores=_load_scores(artifact.path),
+                reload_check=(artifact.path / "reload.txt").read_text(encoding="utf-8"),
+                simulation=Simulation(activations.describe(), clips) if activations.simulates else None,
+            )
 
     def measure(self, original: StreamedModel, model: StreamedModel, windows: ScoredWindows) -> Scores:
         """Scores `model` against `original`, which may be the same one."""
@@ -217,7 +238,7 @@ class Stages:
         with self.stage("score") as stage:
             inputs = [model.checkpoint.content_hash, hidden.key]
             artifact = self.store.reuse("scores", {"batch": batch, "dtype": str(model.dtype)}, inputs, make)
-            _mark(stage, artifact)
+            mark(stage, artifact)
             return _load_scores(artifact.path)
 
     def batch(self, windows: Tensor) -> int:
@@ -247,15 +268,18 @@ class Stages:
 
 
 def selected_layers(model: StreamedModel, recipe: Recipe) -> list[str]:
-    """Names of the layers to quantise, in the order of the model. Raises ConfigError before any computing."""
+    """Names of the layers to quantise, in the order of the model. Raises ConfigError before any computing, also for
+    layers of `activations` that are not there."""
     linear = model.linear_layers()
     in_blocks = [name for name in linear if model.block_of(name) is not None]
+    recipe.activations.check_layers(in_blocks)
     names = recipe.layers.select(in_blocks, list(linear))
     check_group_size(recipe.quantizer.group_size, {name: linear[name].in_features for name in names})
     return names
 
 
-def _mark(stage: Stage, artifact: Artifact) -> None:
+def mark(stage: Stage, artifact: Artifact) -> None:
+    """Tells whether the store had it."""
     if artifact.reused:
         stage.reused()
 

@@ -51,6 +51,8 @@ def make_report(layers: list[LayerRecord]) -> RunReport:
         architecture="LlamaForCausalLM",
         parameters=134_515_008,
         quantizer="GPTQ W4 g64 asymmetric mse act_order damping=0.01",
+        rotation=None,
+        simulation=None,
         calibration="wikitext2/train 64 x 512 tokens concat_chunk seed 0 text=9f2c41d07be3a865",
         protocol=Protocol(
             dataset="wikitext2",

@@ -3,7 +3,18 @@
 from jointq_cli import resources
 
 GROUPS = {
-    "quantize": ["recipe", "model", "calibration", "quantizer", "qep", "rotation", "evaluation"],
+    "quantize": [
+        "recipe",
+        "model",
+        "calibration",
+        "rotation",
+        "smoothing",
+        "quantizer",
+        "qep",
+        "activations",
+        "evaluation",
+    ],
+    "rotate": ["recipe", "model", "calibration", "rotation", "smoothing"],
     "evaluate": ["model", "evaluation"],
     "calibrate": ["recipe", "model", "calibration"],
 }
@@ -19,6 +30,14 @@ usage: jointq quantize [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
   jointq quantize model.path=DIR quantizer.bits=3          any checkpoint directory, hub id or FILE.gguf
   jointq quantize quantizer=rtn                            another option of a group
   jointq quantize -m quantizer.bits=4,3,2                  a sweep: one run per value""",
+    "rotate": """\
+Smooth and rotate a model: its activations and weights become easier to quantise, its function stays.
+
+usage: jointq rotate [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  jointq rotate                                            the bundled model, R1 and R2 learned, offline
+  jointq rotate recipe=llama1b_w4g128 rotation=hadamard    another model, random Hadamard matrices
+  jointq rotate smoothing=smoothquant rotation=none        scales of channels only""",
     "evaluate": """\
 Measure the perplexity of a checkpoint by the protocol that quantize uses.
 

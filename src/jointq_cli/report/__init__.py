@@ -9,7 +9,7 @@ The only room that knows rich, jinja2 and matplotlib. Imports of the last two wa
 """
 
 from jointq_cli.report.console import Console
-from jointq_cli.report.json_form import encode, load_report
+from jointq_cli.report.json_form import encode, load_record, load_report
 from jointq_cli.report.writers import write_report
 
-__all__ = ["Console", "encode", "load_report", "write_report"]
+__all__ = ["Console", "encode", "load_record", "load_report", "write_report"]

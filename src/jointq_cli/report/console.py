@@ -15,7 +15,7 @@ from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.machine import peak_memory
-from jointq_cli.records import EvaluationReport, LayerRecord, RunReport, StageRecord
+from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
 from jointq_cli.report import lines, units
 from jointq_cli.report.log_file import LogFile
 from jointq_cli.report.screens import Bar, PlainScreen, Screen, SilentScreen, State, opened
@@ -132,6 +132,10 @@ class Console:
     def closing(self, report: RunReport, run_directory: Path) -> None:
         """The result of a quantisation, where it lies, and what to do next."""
         self._close(lines.closing_of_run(report, _from_here(run_directory)))
+
+    def rotated(self, record: RotationRecord, run_directory: Path) -> None:
+        """The result of a rotation."""
+        self._close(lines.closing_of_rotation(record, _from_here(run_directory)))
 
     def measured(self, report: EvaluationReport, run_directory: Path) -> None:
         """The result of an evaluation."""

@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import EvaluationReport, RunReport
+from jointq_cli.records import RunReport
 
 NOT_FINITE = ("nan", "inf", "-inf")
 
 
-def encode(report: RunReport | EvaluationReport) -> str:
-    """`dataclasses.asdict` as indented JSON. Notes that JSON does not know raise TypeError."""
-    plain = _strings_for_not_finite(dataclasses.asdict(report))
+def encode(record: Any) -> str:
+    """A record, or a list of records, as indented JSON. Notes that JSON does not know raise TypeError."""
+    plain = _strings_for_not_finite(_plain(record))
     return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_report(path: Path) -> RunReport:
-    """Reads report.json.
+    """Reads report.json. Raises JointqError, as `load_record` does."""
+    return cast(RunReport, load_record(RunReport, path))
+
+
+def load_record(kind: Any, path: Path) -> Any:
+    """Reads what `encode` made of a record of type `kind`, or of a list of them, list[KIND].
 
     Raises JointqError in one line when the file is missing or is not JSON, and for the first key that is
     unknown, missing or of another type than the records have.
@@ -35,13 +40,17 @@ def load_report(path: Path) -> RunReport:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise JointqError(f"{path}: not valid JSON ({error})") from error
     try:
-        return cast(RunReport, _decode(RunReport, value, ""))
+        return _decode(kind, value, "")
     except _Mismatch as mismatch:
         raise JointqError(f"{path}: not a report of this version: {mismatch}") from None
 
 
 class _Mismatch(Exception):
     """Where a JSON value is not what the records say."""
+
+
+def _plain(record: Any) -> Any:
+    return [_plain(item) for item in record] if isinstance(record, list) else dataclasses.asdict(record)
 
 
 def _strings_for_not_finite(value: Any) -> Any:

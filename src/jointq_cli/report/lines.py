@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointq_cli.records import EvaluationReport, LayerRecord, RunReport, StageRecord
+from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
 from jointq_cli.report import summary, units
 from jointq_cli.report.pace import Pace
 
@@ -117,6 +117,7 @@ def closing_of_run(report: RunReport, run_directory: Path) -> Closing:
         problems=summary.problems(report),
         figures=summary.key_figures(report),
         details=[
+            *summary.basis(report),
             ("checkpoint", f"{units.size(report.audit.checkpoint_bytes)} on disk, in the source's dtype"),
             ("stages", _stage_costs(report.stages)),
             ("layers", summary.layer_verdicts(report)),
@@ -129,6 +130,17 @@ def closing_of_run(report: RunReport, run_directory: Path) -> Closing:
             ("look at it", str(run_directory / "report.html")),
             ("evaluate it", f"jointq evaluate {checkpoint}"),
         ],
+    )
+
+
+def closing_of_rotation(record: RotationRecord, run_directory: Path) -> Closing:
+    """What `jointq rotate` ends with."""
+    return Closing(
+        verdict=summary.rotation_headline(record),
+        problems=summary.rotation_problems(record),
+        figures=summary.rotation_figures(record),
+        details=summary.rotation_provenance(record),
+        next_steps=[("results", str(run_directory)), ("the basis", str(run_directory / "rotation"))],
     )
 
 

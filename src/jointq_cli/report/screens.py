@@ -59,11 +59,19 @@ class Screen(ABC):
 class Bar(ABC):
     """The progress of one phase."""
 
-    def __init__(self, total: int, clock: Callable[[], float]) -> None:
+    def __init__(self, description: str, total: int, clock: Callable[[], float]) -> None:
+        self.description = description
+        self.status = ""  # what is known by now, beside how far it is
         self.pace = Pace(total, clock)
 
-    def advance(self, n: int = 1) -> None:
+    @property
+    def told(self) -> str:
+        """Description and status."""
+        return f"{self.description} {self.status}".rstrip()
+
+    def advance(self, n: int = 1, status: str = "") -> None:
         self.pace.advance(n)
+        self.status = status
         self.draw()
 
     @abstractmethod
@@ -98,7 +106,7 @@ class SilentScreen(Screen):
         pass
 
     def bar(self, description: str, total: int) -> Bar:
-        return SilentBar(total, self._clock)
+        return SilentBar(description, total, self._clock)
 
     def layer(self, record: LayerRecord) -> None:
         pass
@@ -193,8 +201,7 @@ class PlainBar(Bar):
     """A line after every tenth of the way, but not more often than every two seconds."""
 
     def __init__(self, description: str, total: int, clock: Callable[[], float], write: Callable[[str], None]) -> None:
-        super().__init__(total, clock)
-        self._description = description
+        super().__init__(description, total, clock)
         self._write = write
         self._told_tenths = 0  # of the whole
         self._told_steps = 0
@@ -216,4 +223,4 @@ class PlainBar(Bar):
     def _tell(self) -> None:
         self._told_tenths, self._told_steps = self._tenths(), self.pace.done
         self._told_at = self.pace.elapsed
-        self._write(f"[progress] {self._description} {lines.progress(self.pace)}")
+        self._write(f"[progress] {self.told} {lines.progress(self.pace)}")

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointq_cli.records import IDENTICAL, Comparison, EvaluationReport, LayerRecord, RunReport
+from jointq_cli.records import IDENTICAL, Comparison, EvaluationReport, LayerRecord, RotationRecord, RunReport, Site
 from jointq_cli.report import units
 
 FALLBACK = "fallback"
 DAMPED = "damped"
+MOST_ROUNDING = 1.5  # x the original's own
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def title(report: RunReport) -> str:
 def headline(report: RunReport) -> str:
     """The verdict in one line."""
     before, after = units.significant(report.original.value), units.significant(report.quantized.value)
+    simulated = f" stored, {report.simulation.activations.split()[0]} simulated" if report.simulation else ""
     return (
-        f"{units.significant(report.bits_per_weight, 3)} bits per weight; "
+        f"{units.significant(report.bits_per_weight, 3)} bits per weight{simulated}; "
         f"perplexity {before} → {after} ({units.change(perplexity_increase(report))}), "
         f"KL {units.significant(report.comparison.kl_divergence, 3)} nats"
     )
@@ -85,6 +87,91 @@ def explanation(report: RunReport) -> str:
     return " ".join(sentences)
 
 
+def rotation_headline(record: RotationRecord) -> str:
+    """What the new basis brings, in one line."""
+    before, after = mean_sqnr(record.sites)
+    return (
+        f"{' + '.join(filter(None, [record.smoothing, record.rotation]))}: SQNR of activations at 4 bits "
+        f"{before:.1f} → {after:.1f} dB, logits the same within {record.invariance.merge:.1e}"
+    )
+
+
+def mean_sqnr(sites: list[Site]) -> tuple[float, float]:
+    """dB before and after, the mean over sites."""
+    count = max(1, len(sites))
+    return sum(site.sqnr_before for site in sites) / count, sum(site.sqnr_after for site in sites) / count
+
+
+def rotation_problems(record: RotationRecord) -> list[str]:
+    """What speaks against a rotation: one that rounds more than the original does, or that learned nothing."""
+    found = []
+    invariance = record.invariance
+    if invariance.rounding > 0 and invariance.stored > MOST_ROUNDING * invariance.rounding:
+        found.append(
+            f"the rotated model rounds {invariance.stored / invariance.rounding:.1f} x as much as the original in "
+            f"{invariance.dtype}"
+        )
+    idle = [course.name for course in record.courses if not course.steps or not course.moved]
+    if idle:
+        found.append(f"nothing was learned for {listed(idle)}")
+    return found
+
+
+def rotation_figures(record: RotationRecord) -> list[KeyFigure]:
+    """One figure per kind of site, and what shows that the model is still the same."""
+    kinds = dict.fromkeys(site.name for site in record.sites)
+    figures = []
+    for kind in kinds:
+        sites = [site for site in record.sites if site.name == kind]
+        before, after = mean_sqnr(sites)
+        peak_before = statistics.mean(site.peak_before for site in sites)
+        peak_after = statistics.mean(site.peak_after for site in sites)
+        peaks = f"max/rms {peak_before:.1f} → {peak_after:.1f}"
+        figures.append(KeyFigure(f"SQNR of {kind}", f"{before:.1f} → {after:.1f} dB", peaks))
+    invariance = record.invariance
+    remark = f"relative error of the logits in float32, {invariance.tokens} tokens"
+    figures.append(KeyFigure("invariance", f"{invariance.merge:.1e}", remark))
+    if invariance.rounding > 0:
+        rounding = f"as stored in {invariance.dtype}; the original's own rounding {invariance.rounding:.1e}"
+        figures.append(KeyFigure("rounding", f"{invariance.stored:.1e}", rounding))
+    figures.append(KeyFigure("orthogonality", f"{record.orthogonality_error:.1e}", "largest |R R^T - I|"))
+    return figures
+
+
+def rotation_provenance(record: RotationRecord) -> list[tuple[str, str]]:
+    """How the basis was found, as (what, value)."""
+    courses = [course for course in record.courses if course.name == "R1"] or record.courses[:1]
+    learned = [
+        (
+            f"learned {course.name}",
+            f"{course.steps} steps, that of {course.best_step} kept; loss {units.significant(course.loss_before, 4)} → "
+            f"{units.significant(course.loss_after, 4)}, moved {units.significant(course.moved, 2)}",
+        )
+        for course in courses
+    ]
+    grown = record.rotated_bytes / record.source_bytes - 1 if record.source_bytes else 0.0
+    growth = f"{units.size(record.rotated_bytes)}, {units.change(grown)} (input and output embeddings are untied)"
+    return [
+        ("rotation", record.rotation or "none"),
+        ("smoothing", record.smoothing or "none"),
+        *(("built of", text) for text in record.constructions),
+        *learned,
+        *([("weights", growth)] if grown > 0.001 else []),
+        *(("online", f"{name}: needed whenever the model runs") for name in record.online),
+        ("basis hash", record.hash),
+    ]
+
+
+def basis(report: RunReport) -> list[tuple[str, str]]:
+    """Rotation and simulation of a run, where there are any."""
+    found = []
+    if report.rotation is not None:
+        found.append(("rotation", rotation_headline(report.rotation)))
+    if report.simulation is not None:
+        found.append(("simulated", f"{report.simulation.activations}; not in the checkpoint"))
+    return found
+
+
 def within_noise(report: RunReport) -> bool:
     """Whether the loss is below two standard errors of the paired difference."""
     comparison = report.comparison
@@ -101,6 +188,8 @@ def problems(report: RunReport) -> list[str]:
     fallbacks = [layer.name for layer in report.layers if layer.verdict == FALLBACK]
     if fallbacks:
         found.append(f"{units.plural(len(fallbacks), 'layer')} fell back to RTN: {listed(fallbacks)}")
+    if report.rotation is not None:
+        found += rotation_problems(report.rotation)
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
     return found
@@ -216,6 +305,7 @@ def provenance(report: RunReport) -> list[tuple[str, str]]:
         ),
         ("model hash", report.model_hash),
         ("quantizer", report.quantizer),
+        *basis(report),
         ("calibration", report.calibration),
         ("protocol", report.protocol.line()),
         ("reload check", report.reload_check),

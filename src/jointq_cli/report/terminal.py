@@ -116,9 +116,9 @@ class TerminalScreen(Screen):
         self._open.append(task)
         return task
 
-    def move_live(self, task: TaskID, done: int) -> None:
+    def move_live(self, task: TaskID, done: int, description: str) -> None:
         if self._progress is not None:
-            self._progress.update(task, completed=done)
+            self._progress.update(task, completed=done, description=description)
 
     def drop_live(self) -> None:
         """Takes the innermost live line away and shows the one under it again."""
@@ -154,12 +154,12 @@ class TerminalBar(Bar):
     """The live line of a phase."""
 
     def __init__(self, description: str, total: int, clock: Callable[[], float], screen: TerminalScreen) -> None:
-        super().__init__(total, clock)
+        super().__init__(description, total, clock)
         self._screen = screen
         self._task = screen.show_live(description, self.pace)
 
     def draw(self) -> None:
-        self._screen.move_live(self._task, self.pace.done)
+        self._screen.move_live(self._task, self.pace.done, self.told)
 
     def close(self) -> None:
         self._screen.drop_live()

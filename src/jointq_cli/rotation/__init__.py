@@ -1,8 +1,21 @@
 """Changes of basis that leave the model's function alone and make its tensors easier to quantise."""
 
-from dataclasses import dataclass
+from jointq_cli.rotation.settings import (
+    HadamardRotation,
+    LearnedRotation,
+    NoRotation,
+    NoSmoothing,
+    Rotation,
+    Smoothing,
+    SmoothQuant,
+)
 
-
-@dataclass(frozen=True)
-class NoRotation:
-    """The model keeps its basis."""
+__all__ = [
+    "HadamardRotation",
+    "LearnedRotation",
+    "NoRotation",
+    "NoSmoothing",
+    "Rotation",
+    "SmoothQuant",
+    "Smoothing",
+]

@@ -75,6 +75,17 @@ def random_hadamard(size: int, generator: torch.Generator) -> Tensor:
     return orthogonal(size).mul_(signs)
 
 
+def turned(x: Tensor) -> Tensor:
+    """x @ orthogonal(n) for x (..., n), in its dtype, factor by factor: n x (sum of the factors) products a vector."""
+    found = construction(x.shape[-1])
+    # The product of Kronecker factors: each turns an axis of its own.
+    apart = x.reshape(*x.shape[:-1], found.blocks, *found.factors)
+    for axis, order in enumerate(found.factors, start=-len(found.factors)):
+        factor = _factor(order).to(apart.device, apart.dtype)
+        apart = torch.tensordot(apart, factor / math.sqrt(order), dims=([axis], [0])).movedim(-1, axis)
+    return apart.reshape(x.shape)
+
+
 def _divisors(number: int, step: int = 1) -> Iterator[int]:
     """Ascending, those that are multiples of `step`."""
     return (divisor for divisor in range(step, number + 1, step) if number % divisor == 0)

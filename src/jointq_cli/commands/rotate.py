@@ -1,0 +1,19 @@
+"""`jointq rotate`: a model in another basis, at full precision, and the proof that it computes the same."""
+
+from jointq_cli.config import RotateRecipe
+from jointq_cli.launch import Job, launch
+from jointq_cli.pipeline import rotate
+from jointq_cli.report import Console
+from jointq_cli.run_directory import RunDirectory
+
+
+def main(arguments: list[str]) -> int:
+    return launch("rotate", arguments, run)
+
+
+def run(recipe: RotateRecipe, job: Job) -> None:
+    directory = RunDirectory(job.directory)
+    directory.write_recipe(job.config)
+    directory.write_overrides(job.overrides)
+    with Console(directory.log) as console:
+        rotate(recipe, directory, console)

@@ -1,0 +1,27 @@
+"""What a rotation is learned by: losses of rotated activations that are small where few bits go far.
+
+Rows are tokens of rms 1; every loss is a mean over tokens.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def whip(rows: Tensor) -> Tensor:
+    """Sum over channels of exp(-|x|) (DartQuant, arXiv 2511.04063, eq. 5). Pushes away from zero, and so towards few
+    large values no more: at rms 1 its minimum is the two-point distribution, not the uniform one."""
+    return rows.abs().neg().exp().sum(dim=-1).mean()
+
+
+def l8(rows: Tensor) -> Tensor:
+    """|x|_8^2: a smooth stand-in for the largest magnitude, squared as a quantisation error is."""
+    return rows.square().square().square().sum(dim=-1).pow(0.25).mean()
+
+
+def range2(rows: Tensor) -> Tensor:
+    """(max - min)^2: that of an asymmetric grid, to which its squared error is proportional."""
+    return (rows.amax(dim=-1) - rows.amin(dim=-1)).square().mean()
+
+
+OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {"whip": whip, "l8": l8, "range2": range2}

@@ -1,0 +1,181 @@
+"""What a rotation and a smoothing are asked to be: the config groups `rotation` and `smoothing`.
+
+Knows values and their ranges, and nothing of models, tensors or how a rotation is learned.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from jointq_cli.errors import ConfigError
+
+INITS = ("random_hadamard", "hadamard", "orthogonal", "identity", "dc_aligned")
+OBJECTIVES = ("whip", "l8", "range2")
+PARAMETRIZATIONS = ("lie", "qr_orth")
+SAMPLED_TOKENS = 512  # per site, where a rotation does not say
+
+
+@dataclass(frozen=True)
+class Rotation(ABC):
+    """Base of the rotations: changes of basis of the residual stream (R1), of every head's values (R2) and, online, of
+    what enters down_proj (R4)."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> list[str]:
+        """Which of R1, R2 and R4 there are."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens per site of which activations are kept, to learn from and to measure with."""
+        return SAMPLED_TOKENS
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for people, "" for none."""
+
+
+@dataclass(frozen=True)
+class NoRotation(Rotation):
+    """The model keeps its basis."""
+
+    @property
+    def parts(self) -> list[str]:
+        return []
+
+    def describe(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class HadamardRotation(Rotation):
+    """Hadamard matrices with random signs on their inputs (QuaRot, arXiv 2404.00456): nothing is learned."""
+
+    r1: bool
+    r2: bool
+    r4: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        _check_something(self.parts)
+
+    @property
+    def parts(self) -> list[str]:
+        return _parts(self.r1, self.r2, self.r4)
+
+    def describe(self) -> str:
+        return f"{'+'.join(self.parts)} random Hadamard seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class LearnedRotation(Rotation):
+    """R1 (one for the model) and R2 (one per KV head) descend an objective of the rotated activations; R4 is fixed.
+
+    objective: a mean over tokens of rms 1; see `objectives`. parametrization: how a step stays orthogonal; see
+    `descent`. An epoch is one pass over the kept tokens of all sites, `batch_tokens` of them a step; with `cos_lr` the
+    steps shrink like a cosine. With `early_stop` the rotation with the least quantisation error of held-out tokens at
+    `stop_bits` is kept, and learning ends when that stops falling.
+    """
+
+    r1: bool
+    r2: bool
+    r4: bool
+    seed: int
+    init: str
+    objective: str
+    parametrization: str
+    r1_lr: float
+    r1_epochs: int
+    r2_lr: float
+    r2_epochs: int
+    cos_lr: bool
+    momentum: float
+    batch_tokens: int
+    reservoir_tokens: int
+    early_stop: bool
+    stop_bits: int
+
+    def __post_init__(self) -> None:
+        _check_something(self.parts)
+        for key, choices in (("init", INITS), ("objective", OBJECTIVES), ("parametrization", PARAMETRIZATIONS)):
+            if getattr(self, key) not in choices:
+                raise ConfigError(f"rotation.{key}={getattr(self, key)}: must be one of {', '.join(choices)}")
+        for key in ("r1_lr", "r2_lr"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ConfigError(f"rotation.{key}={getattr(self, key):g}: must be above 0")
+        for key, least in (("r1_epochs", 1), ("r2_epochs", 1), ("batch_tokens", 1), ("reservoir_tokens", 16)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"rotation.{key}={getattr(self, key)}: must be at least {least}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"rotation.momentum={self.momentum:g}: must be from 0 to below 1")
+        if not 2 <= self.stop_bits <= 8:
+            raise ConfigError(f"rotation.stop_bits={self.stop_bits}: must be from 2 to 8")
+
+    @property
+    def parts(self) -> list[str]:
+        return _parts(self.r1, self.r2, self.r4)
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.reservoir_tokens
+
+    def describe(self) -> str:
+        how = f"{self.objective} {self.parametrization} from {self.init} seed={self.seed}"
+        return f"{'+'.join(self.parts)} learned {how}"
+
+
+@dataclass(frozen=True)
+class Smoothing(ABC):
+    """Base of the smoothings: scales of channels, moved from activations into weights where both commute."""
+
+    @property
+    @abstractmethod
+    def places(self) -> list[str]:
+        """Whose inputs are smoothed: o_proj, down_proj."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for people, "" for none."""
+
+
+@dataclass(frozen=True)
+class NoSmoothing(Smoothing):
+    """Channels keep their scales."""
+
+    @property
+    def places(self) -> list[str]:
+        return []
+
+    def describe(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Smoothing):
+    """s = max|x|^alpha / max|w|^(1 - alpha) per channel (SmoothQuant, arXiv 2211.10438, eq. 4) for what enters `o_proj`
+    and `down_proj`; the layers that produce it are divided by s. A norm's own outputs are left to R1."""
+
+    alpha: float
+    o_proj: bool
+    down_proj: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"smoothing.alpha={self.alpha:g}: must be from 0 to 1")
+        if not (self.o_proj or self.down_proj):
+            raise ConfigError("smoothing.down_proj=false: with o_proj=false nothing is left; use smoothing=none")
+
+    @property
+    def places(self) -> list[str]:
+        return [name for name in ("o_proj", "down_proj") if getattr(self, name)]
+
+    def describe(self) -> str:
+        return f"SmoothQuant alpha={self.alpha:g} {'+'.join(self.places)}"
+
+
+def _parts(r1: bool, r2: bool, r4: bool) -> list[str]:
+    return [name for name, wanted in (("R1", r1), ("R2", r2), ("R4", r4)) if wanted]
+
+
+def _check_something(parts: list[str]) -> None:
+    if not parts:
+        raise ConfigError("rotation.r1=false: with r2=false and r4=false nothing is rotated; use rotation=none")
