@@ -21,6 +21,7 @@ def render_markdown(report: RunReport) -> str:
             ((figure.label, figure.value, figure.detail) for figure in summary.key_figures(report)),
         ),
         f"Protocol: `{report.protocol.line()}`",
+        *_basis(report),
         "## Layers by kind",
         _kinds(report),
         *_helped(report),
@@ -55,6 +56,18 @@ def _grid(grid: Grid) -> list[str]:
     rows = ([cell.text for cell in row] for row in grid.rows)
     heading = [_inline(text) for text in grid.heading]
     return [f"## {_inline(grid.title)}", _table(heading, rows, numbers_from=grid.stub), *filter(None, [grid.remark])]
+
+
+def _basis(report: RunReport) -> list[str]:
+    """What is stored and what is simulated, where that is not all there is."""
+    if not summary.basis(report):
+        return []
+    parts = ["## Stored and simulated", _inline(summary.stored_and_simulated(report))]
+    if report.rotation is None:
+        return parts
+    figures = [(figure.label, figure.value, figure.detail) for figure in summary.rotation_figures(report.rotation)]
+    found = [(what, value, "") for what, value in summary.rotation_provenance(report.rotation)]
+    return [*parts, _table(("new basis", "value", "remark"), [*figures, *found])]
 
 
 def _kinds(report: RunReport) -> str:

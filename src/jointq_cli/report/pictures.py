@@ -25,6 +25,7 @@ from jointq_cli.report.canvas import (
     spread_axis,
     with_error_bar,
 )
+from jointq_cli.report.rotation_pictures import draw_rotation
 
 
 def draw_pictures(report: RunReport) -> list[Picture]:
@@ -34,6 +35,7 @@ def draw_pictures(report: RunReport) -> list[Picture]:
         *_over_depth("E_y", "Output error over depth", layers, _output_error, "Relative error of each layer's output"),
         *_over_depth("E_w", "Weight error over depth", layers, _weight_error, "Relative error of each weight matrix"),
         *_accumulated(report.blocks),
+        *(draw_rotation(report.rotation) if report.rotation else []),
         *_by_kind(layers),
         *_perplexities(report),
         *_times(report),

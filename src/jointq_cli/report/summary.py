@@ -91,7 +91,7 @@ def rotation_headline(record: RotationRecord) -> str:
     """What the new basis brings, in one line."""
     before, after = mean_sqnr(record.sites)
     return (
-        f"{' + '.join(filter(None, [record.smoothing, record.rotation]))}: SQNR of activations at 4 bits "
+        f"{' + '.join(_names(record))}: SQNR of activations at 4 bits "
         f"{before:.1f} → {after:.1f} dB, logits the same within {record.invariance.merge:.1e}"
     )
 
@@ -170,6 +170,25 @@ def basis(report: RunReport) -> list[tuple[str, str]]:
     if report.simulation is not None:
         found.append(("simulated", f"{report.simulation.activations}; not in the checkpoint"))
     return found
+
+
+def stored_and_simulated(report: RunReport) -> str:
+    """What of the result is in the checkpoint, and what only in the figures."""
+    stored = f"In the checkpoint: weights of {units.significant(report.bits_per_weight, 3)} bits, dequantised"
+    if report.rotation is not None:
+        stored += f", in a basis that is absorbed ({'; '.join(_names(report.rotation))})"
+        if report.rotation.online:
+            stored += f" but for {' and '.join(report.rotation.online)}, which must run online: transformers refuses it"
+    if report.simulation is None:
+        return f"{stored}. Nothing is simulated."
+    return (
+        f"{stored}. Simulated while the perplexity was measured, and not in the checkpoint: activations "
+        f"{report.simulation.activations}."
+    )
+
+
+def _names(record: RotationRecord) -> list[str]:
+    return [name for name in (record.smoothing, record.rotation) if name]
 
 
 def within_noise(report: RunReport) -> bool:
