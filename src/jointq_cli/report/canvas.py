@@ -151,13 +151,18 @@ def log_ticks(axis: Axis, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def depth_axis(axes: Axes) -> None:
+    """Blocks to the right, whole ones."""
+    axes.set_xlabel("decoder block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def depth_axes(axes: Axes, values: Sequence[float], symbol: str) -> None:
     """Decoder blocks to the right, errors upwards on a logarithmic axis. values: those that are drawn."""
     axes.set_yscale("log")
     log_ticks(axes.yaxis, values)
-    axes.set_xlabel("decoder block")
     axes.set_ylabel(symbol)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    depth_axis(axes)
 
 
 def draw_over_depth(

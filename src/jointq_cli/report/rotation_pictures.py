@@ -2,7 +2,7 @@
 
 from jointq_cli.records import Course, RotationRecord, Site
 from jointq_cli.report import summary
-from jointq_cli.report.canvas import FAINT, WIDE, Canvas, Picture, draw_over_depth, look
+from jointq_cli.report.canvas import FAINT, WIDE, Canvas, Picture, depth_axis, draw_over_depth, look
 
 
 def draw_rotation(record: RotationRecord) -> list[Picture]:
@@ -29,7 +29,7 @@ def _sites(sites: list[Site]) -> list[Picture]:
                 f"{site.peak_before:.1f} → {site.peak_after:.1f}"
                 for site in members
             ]
-        axes.set_xlabel("block")
+        depth_axis(axes)
         axes.set_ylabel("SQNR, dB")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
         svg = canvas.svg("sqnr", tips)
