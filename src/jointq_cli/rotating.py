@@ -18,7 +18,7 @@ from jointq_cli.records import Invariance
 from jointq_cli.rotation.basis import RotatedCheckpoint
 
 PROBE = 128  # tokens; a wrong merge shows on the first ones
-MERGE_LIMIT = 1e-3  # see `check`
+MERGE_LIMIT = 1e-4  # see `check`
 
 
 def write_rotated(
@@ -48,8 +48,8 @@ def write_rotated(
 def check(original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor, trust_remote_code: bool) -> Invariance:
     """Compares logits on the probe (1, tokens); `merged` are those of `write_rotated`.
 
-    Raises NumericsError where the merge changes the model by more than MERGE_LIMIT: float32 itself makes some 1e-6 of a
-    small random model and 1e-5 of a trained one with massive activations, a forgotten bias 1e-2 and more.
+    Raises NumericsError where the merge changes the model by more than MERGE_LIMIT: float32 itself makes 1e-6 of
+    SmolLM2-135M, and less of the bundled model.
     """
 
     def logits(checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
