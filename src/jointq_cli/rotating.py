@@ -19,6 +19,7 @@ from jointq_cli.rotation.basis import RotatedCheckpoint
 
 PROBE = 128  # tokens; a wrong merge shows on the first ones
 MERGE_LIMIT = 1e-3  # see `check`
+STORED_LIMIT = 0.2
 
 
 def write_rotated(
@@ -49,7 +50,9 @@ def check(original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor,
     """Compares logits on the probe (1, tokens); `merged` are those of `write_rotated`.
 
     Raises NumericsError where the merge changes the model by more than MERGE_LIMIT: float32 itself makes some 1e-6 of a
-    small random model and 1e-5 of a trained one with massive activations, a forgotten bias 1e-2 and more.
+    small random model and 1e-5 of a trained one with massive activations, a forgotten bias 1e-2 and more. Or where what
+    lies on the disk is not what was merged, which shows as more than STORED_LIMIT and thrice the rounding: bfloat16
+    makes some 1e-2, a damaged layer or a config that ties the embeddings again 0.3 and more.
     """
 
     def logits(checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
@@ -68,6 +71,12 @@ def check(original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor,
         raise NumericsError(
             f"rotation: the rotated model's logits differ from the original's by {found.merge:.2g} in float32, and may "
             f"by {MERGE_LIMIT:g} at most"
+        )
+    limit = max(STORED_LIMIT, 3 * found.rounding)
+    if not found.stored <= limit:
+        raise NumericsError(
+            f"rotation: the rotated model's logits as stored differ from the original's by {found.stored:.2g} in "
+            f"{found.dtype}, and may by {limit:.2g} at most; what lies on the disk is not what was merged"
         )
     return found
 
