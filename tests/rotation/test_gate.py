@@ -33,7 +33,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("originals")
 
 
-def gate(model: StreamedModel, basis: Basis, directory: Path, damage: Callable[[Path], None] | None = None) -> Invariance:
+def gate(
+    model: StreamedModel, basis: Basis, directory: Path, damage: Callable[[Path], None] | None = None
+) -> Invariance:
     merged = write_rotated(in_basis(model, basis, directory), PROBE, False, lambda: None)
     if damage is not None:
         damage(directory)
@@ -165,7 +167,9 @@ def test_a_weight_that_is_no_number_is_refused_before_it_is_merged(tmp_path: Pat
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_tensors(path, tensors)
-    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"):
+    with pytest.raises(
+        NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"
+    ):
         gate(model, random_basis(model, PARTS), tmp_path / "rotated")
 
 
@@ -180,7 +184,9 @@ def test_a_basis_that_is_no_number_is_refused(part: str, root: Path, tmp_path: P
 
 def test_logits_that_are_no_numbers_are_not_close_to_anything(root: Path, tmp_path: Path) -> None:
     model = original(root)
-    merged = write_rotated(in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, False, lambda: None)
+    merged = write_rotated(
+        in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, False, lambda: None
+    )
     check(model, tmp_path / "rotated", merged, PROBE, False)
     merged[3, 5] = float("nan")
     with pytest.raises(NumericsError, match=f"{DIFFER} nan"):
