@@ -1,4 +1,4 @@
-"""Which models may be rotated: every family that is listed, part by part, and no other; told before a weight is read."""
+"""Which models may be rotated: every listed family, part by part, and no other; told before a weight is read."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -205,6 +205,14 @@ def overwrite(directory: Path) -> None:
     save_tensors(shard(directory, 3), tensors)
 
 
+def explode(directory: Path) -> None:
+    """Each weight is finite, the logits are not."""
+    tensors = load_file(shard(directory, 2))
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = torch.full_like(tensors[name], 1e38)
+    save_tensors(shard(directory, 2), tensors)
+
+
 def truncate(directory: Path) -> None:
     path = shard(directory, 2)
     path.write_bytes(path.read_bytes()[:-100])
@@ -233,6 +241,7 @@ def exchange(directory: Path) -> None:
     [
         (overwrite, NumericsError, r"rotation: .*as stored"),
         (exchange, NumericsError, r"rotation: .*as stored"),
+        (explode, NumericsError, r"rotation: .*as stored"),
         (fill, NumericsError, "NaN or Inf"),
         (truncate, ModelError, "half-downloaded"),
         (lose, ModelError, "shards that are not there"),
