@@ -71,6 +71,14 @@ def test_each_change_of_basis_alone_keeps_the_logits(family: str, root: Path, tm
         assert distance(logits_of(rotated), truth) <= EXACT, part
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (8, 2), (8, 4), (4, 4)])
+def test_heads_in_groups_of_any_size_keep_the_logits(heads: int, kv_heads: int, root: Path, tmp_path: Path) -> None:
+    """With as many groups as heads in a group, the one would pass for the other."""
+    model = original(root, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    rotated = in_basis(model, random_basis(model, ["r2", "value_scales"]), tmp_path / "rotated")
+    assert distance(logits_of(rotated), logits_of(model.checkpoint)) <= EXACT
+
+
 @pytest.mark.parametrize("family", ADMITS_R1 + HAS_POST_NORMS)
 def test_all_of_them_together_keep_the_logits_on_their_way_to_the_disk_and_from_it(
     family: str, root: Path, tmp_path: Path

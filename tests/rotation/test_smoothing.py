@@ -17,7 +17,8 @@ from jointq_cli.rotation.reservoir import Reservoir, collect
 from jointq_cli.rotation.settings import SmoothQuant
 from jointq_cli.rotation.smoothing import mlp_scales, value_scales
 
-HEADS, KV_HEADS, HEAD_DIM, WIDTH, BLOCKS = 4, 2, 16, 128, 3
+HEADS, KV_HEADS, HEAD_DIM, WIDTH, BLOCKS = 8, 2, 16, 128, 3  # groups of 4: not as many as there are KV heads
+SIZES = {"num_attention_heads": HEADS, "head_dim": HEAD_DIM}
 WINDOWS = torch.randint(3, 256, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -56,7 +57,7 @@ def weight_of(model: StreamedModel, block: int, layer: str) -> Tensor:
 def test_scales_are_those_of_the_formula_channel_by_channel(
     family: str, alpha: float, root: Path, tmp_path: Path
 ) -> None:
-    model = original(root, family)
+    model = original(root, family, **SIZES)
     reservoir = magnitudes(tmp_path)
     values = value_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
     inner = mlp_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
@@ -70,7 +71,7 @@ def test_scales_are_those_of_the_formula_channel_by_channel(
             assert float(inner[block, j]) == pytest.approx(expected, rel=1e-6)
         for kv_head in range(KV_HEADS):
             for dim in range(HEAD_DIM):
-                group = [2 * kv_head, 2 * kv_head + 1]  # query heads that read these values
+                group = range(4 * kv_head, 4 * kv_head + 4)  # query heads that read these values
                 channels = [head * HEAD_DIM + dim for head in group]
                 x = max(given["o_proj_max"][channel] for channel in channels)
                 w = max(float(o_proj[:, channel].abs().max()) for channel in channels)
@@ -79,7 +80,7 @@ def test_scales_are_those_of_the_formula_channel_by_channel(
 
 
 def test_alpha_zero_looks_at_weights_alone_and_alpha_one_at_activations_alone(root: Path, tmp_path: Path) -> None:
-    model = original(root)
+    model = original(root, **SIZES)
     reservoir = magnitudes(tmp_path)
     largest = reservoir.read(1)["down_proj_max"].double()
     weight = weight_of(model, 1, "mlp.down_proj").abs().amax(dim=0)
@@ -89,7 +90,7 @@ def test_alpha_zero_looks_at_weights_alone_and_alpha_one_at_activations_alone(ro
 
 
 def test_half_way_activations_and_weights_are_equally_large(root: Path, tmp_path: Path) -> None:
-    model = original(root)
+    model = original(root, **SIZES)
     reservoir = magnitudes(tmp_path)
     s = value_scales(model, anatomy_of(model), reservoir, smoothing(0.5))
     t = mlp_scales(model, anatomy_of(model), reservoir, smoothing(0.5))
@@ -116,13 +117,15 @@ def with_dead_columns(model: StreamedModel, columns: list[int]) -> StreamedModel
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_dead_channels_keep_scales_that_can_be_divided_by(alpha: float, tmp_path: Path) -> None:
-    """Dead in the activations (0, 1), in the weights (1, 2) of both heads of a group; the model stays the same."""
-    model = with_dead_columns(original(tmp_path), [1, 2, HEAD_DIM + 1, HEAD_DIM + 2])
+    """Dead in the activations (0, 1), in the weights (1, 2) of all heads of a group; the model stays the same."""
+    model = with_dead_columns(
+        original(tmp_path, **SIZES), [head * HEAD_DIM + dim for head in range(4) for dim in (1, 2)]
+    )
     reservoir = magnitudes(tmp_path)
     for block in range(BLOCKS):
         given = {name: tensor.clone() for name, tensor in reservoir.read(block).items()}
         for tensor in given.values():
-            tensor[[0, 1, HEAD_DIM, HEAD_DIM + 1]] = 0.0
+            tensor[[head * HEAD_DIM + dim for head in range(4) for dim in (0, 1)]] = 0.0
         reservoir.write(block, given)
     s = value_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
     t = mlp_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
@@ -137,7 +140,7 @@ def test_dead_channels_keep_scales_that_can_be_divided_by(alpha: float, tmp_path
 def test_activations_of_the_smoothed_model_are_the_old_ones_over_the_scales(
     family: str, root: Path, tmp_path: Path
 ) -> None:
-    model = original(root, family)
+    model = original(root, family, **SIZES)
     anatomy = anatomy_of(model)
 
     def observed(seen: StreamedModel, directory: Path) -> Reservoir:
@@ -153,7 +156,7 @@ def test_activations_of_the_smoothed_model_are_the_old_ones_over_the_scales(
     after = observed(StreamedModel(smooth, model.device, torch.float32), tmp_path / "after")
     for block in range(BLOCKS):
         old, new = before.read(block), after.read(block)
-        by_group = old["o_proj_max"].reshape(KV_HEADS, 2, HEAD_DIM) / s[block][:, None]
+        by_group = old["o_proj_max"].reshape(KV_HEADS, -1, HEAD_DIM) / s[block][:, None]
         torch.testing.assert_close(new["o_proj_max"], by_group.flatten().float(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(
             new["down_proj_max"], (old["down_proj_max"] / t[block]).float(), rtol=1e-4, atol=1e-6
