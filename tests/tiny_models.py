@@ -30,7 +30,10 @@ FAMILIES = {
     "llama_bias": lambda: transformers.LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
     "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=8),
     "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
+    "qwen2_tied": lambda: transformers.Qwen2Config(**GROUPED, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**GROUPED, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=16, sliding_window=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **GROUPED,
         head_dim=16,
@@ -50,9 +53,13 @@ def write_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
     shard: str = "5GB",
+    norm_spread: float = 0.0,
     **changes: object,
 ) -> Path:
-    """A random model of `family` in `directory`, the same one every time."""
+    """A random model of `family` in `directory`, the same one every time.
+
+    norm_spread: of the norms' weights around their initial ones or zeros, with which fusing them would be no test.
+    """
     config = FAMILIES[family]()
     for name, value in changes.items():
         setattr(config, name, value)
@@ -64,6 +71,8 @@ def write_checkpoint(
                 parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5
             elif "norm" not in name:
                 parameter.data = torch.randn_like(parameter) * 0.1
+            elif norm_spread > 0:
+                parameter.data += torch.randn_like(parameter) * norm_spread
     model.save_pretrained(directory, max_shard_size=shard)
     write_tokenizer(directory)
     return directory

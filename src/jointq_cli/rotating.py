@@ -18,7 +18,8 @@ from jointq_cli.records import Invariance
 from jointq_cli.rotation.basis import RotatedCheckpoint
 
 PROBE = 128  # tokens; a wrong merge shows on the first ones
-MERGE_LIMIT = 1e-4  # see `check`
+MERGE_LIMIT = 1e-4  # see `check`, as the next
+STORED_LIMIT = 0.2
 
 
 def write_rotated(
@@ -49,7 +50,9 @@ def check(original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor,
     """Compares logits on the probe (1, tokens); `merged` are those of `write_rotated`.
 
     Raises NumericsError where the merge changes the model by more than MERGE_LIMIT: float32 itself makes 1e-6 of
-    SmolLM2-135M, and less of the bundled model.
+    SmolLM2-135M, and less of the bundled model. Or where what lies on the disk is not what was merged, which shows as
+    more than STORED_LIMIT and thrice the rounding: bfloat16 makes some 1e-2, a damaged layer or a config that ties the
+    embeddings again 0.3 and more.
     """
 
     def logits(checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
@@ -68,6 +71,12 @@ def check(original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor,
         raise NumericsError(
             f"rotation: the rotated model's logits differ from the original's by {found.merge:.2g} in float32, and may "
             f"by {MERGE_LIMIT:g} at most"
+        )
+    limit = max(STORED_LIMIT, 3 * found.rounding)
+    if not found.stored <= limit:
+        raise NumericsError(
+            f"rotation: the rotated model's logits as stored differ from the original's by {found.stored:.2g} in "
+            f"{found.dtype}, and may by {limit:.2g} at most; what lies on the disk is not what was merged"
         )
     return found
 

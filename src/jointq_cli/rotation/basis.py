@@ -14,6 +14,7 @@ model's function alone (SliceGPT, arXiv 2401.15024, theorem 1). All but R4 is ab
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,9 @@ class Basis:
 
     @property
     def orthogonality_error(self) -> float:
-        """The largest |R R^T - I| over R1 and all Q."""
-        rotations = [rotation for rotation in (self.r1, self.r2) if rotation is not None]
-        return max((_distance_from_orthogonal(rotation) for rotation in rotations), default=0.0)
+        """The largest |R R^T - I| over R1 and all Q, NaN where one of them has any."""
+        errors = [_distance_from_orthogonal(rotation) for rotation in (self.r1, self.r2) if rotation is not None]
+        return max(errors, key=lambda error: math.inf if math.isnan(error) else error, default=0.0)
 
     def smoothed_values(self, rows: Tensor, block: int) -> Tensor:
         """What o_proj is given, (tokens, heads x head_dim), with smoothed values."""

@@ -18,6 +18,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+SMALL = 64  # a power of two that is multiplied with as it is; smaller ones keep the processor waiting for memory
+
 
 @dataclass(frozen=True)
 class Construction:
@@ -79,11 +81,19 @@ def turned(x: Tensor) -> Tensor:
     """x @ orthogonal(n) for x (..., n), in its dtype, factor by factor: n x (sum of the factors) products a vector."""
     found = construction(x.shape[-1])
     # The product of Kronecker factors: each turns an axis of its own.
-    apart = x.reshape(*x.shape[:-1], found.blocks, *found.factors)
-    for axis, order in enumerate(found.factors, start=-len(found.factors)):
+    factors = [part for order in found.factors for part in _small_factors(order)]
+    apart = x.reshape(*x.shape[:-1], found.blocks, *factors)
+    for axis, order in enumerate(factors, start=-len(factors)):
         factor = _factor(order).to(apart.device, apart.dtype)
         apart = torch.tensordot(apart, factor / math.sqrt(order), dims=([axis], [0])).movedim(-1, axis)
     return apart.reshape(x.shape)
+
+
+def _small_factors(order: int) -> list[int]:
+    """A power of two is a product of Sylvester's too: 8192 = 64 x 64 x 2 are 130 products a value, not 8192."""
+    if order <= SMALL or order != _power_of_two(order):
+        return [order]
+    return [SMALL, *_small_factors(order // SMALL)]
 
 
 def _divisors(number: int, step: int = 1) -> Iterator[int]:

@@ -41,7 +41,7 @@ class Reservoir:
 
     def residual(self) -> Tensor:
         """(sites, tokens, hidden): what R1 turns, attention and mlp of all blocks."""
-        parts = [self.read(block) for block in range(self.blocks)]
+        parts = (self.read(block) for block in range(self.blocks))
         return torch.stack([part[site] for part in parts for site in ("attention", "mlp")])
 
 

@@ -1,0 +1,84 @@
+"""Tiny models and random bases, for the tests of what a merge does to them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import write_checkpoint
+from torch import Tensor
+
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.evaluation import final_hidden
+from jointq_cli.model import StreamedModel
+from jointq_cli.rotation.anatomy import Anatomy, examine
+from jointq_cli.rotation.basis import Basis, RotatedCheckpoint
+
+CPU = torch.device("cpu")
+ADMITS_R1 = ["llama", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen2_tied", "qwen3", "gemma", "phi3"]
+HAS_POST_NORMS = ["gemma2", "gemma3", "olmo2"]
+TIED = ["llama_tied", "qwen2_tied", "gemma"]
+PARTS = ["r1", "r2", "value_scales", "mlp_scales", "r4"]
+ABSORBED = PARTS[:-1]
+PROBE = torch.randint(3, 256, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+def original(
+    root: Path, family: str = "llama", dtype: torch.dtype = torch.float32, norm_spread: float = 0.3, **changes: object
+) -> StreamedModel:
+    """A random model with gains that are no ones; the same for all tests that share `root`."""
+    words = [family, str(dtype), str(norm_spread), *(f"{name}={value}" for name, value in changes.items())]
+    directory = root / " ".join(words)
+    if not directory.exists():
+        write_checkpoint(directory, family, dtype=dtype, norm_spread=norm_spread, **changes)
+    return StreamedModel(Checkpoint(directory), CPU, dtype)
+
+
+def anatomy_of(model: StreamedModel) -> Anatomy:
+    return examine(model, r1=False)
+
+
+def parts_of(family: str) -> list[str]:
+    return [part for part in PARTS if family in ADMITS_R1 or part != "r1"]
+
+
+def haar(size: int, generator: torch.Generator) -> Tensor:
+    """(size, size) float64: neither symmetric nor anything else that would hide a wrong transpose."""
+    q: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    return q
+
+
+def random_basis(model: StreamedModel, parts: list[str]) -> Basis:
+    """Scales and rotations that differ from block to block and from head to head."""
+    anatomy, blocks = anatomy_of(model), len(model)
+    heads = (blocks, anatomy.kv_heads, anatomy.head_dim)
+    generator = torch.Generator().manual_seed(2)
+
+    def scales(*shape: int) -> Tensor:
+        return 4.0 ** (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
+
+    turns = [haar(anatomy.head_dim, generator) for _ in range(blocks * anatomy.kv_heads)]
+    made: dict[str, Any] = {
+        "r1": haar(anatomy.hidden, generator),
+        "r2": torch.stack(turns).reshape(*heads, anatomy.head_dim),
+        "value_scales": scales(*heads),
+        "mlp_scales": scales(blocks, anatomy.width),
+        "r4": True,
+    }
+    return Basis(**{part: made[part] for part in parts})
+
+
+def in_basis(model: StreamedModel, basis: Basis, directory: Path) -> RotatedCheckpoint:
+    directory.mkdir()
+    return RotatedCheckpoint(model, anatomy_of(model), basis, directory, code=False)
+
+
+def logits_of(checkpoint: Checkpoint, ids: Tensor = PROBE) -> Tensor:
+    """(windows, tokens, vocabulary) float32."""
+    model = StreamedModel(checkpoint, CPU, torch.float32)
+    hidden = final_hidden(model, ids, batch=len(ids))
+    with model.outer():
+        return model.logits(hidden)
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
