@@ -6,9 +6,11 @@ Each step is a stage that reads artifacts and writes an artifact through the sto
 here knows Hydra.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -131,6 +133,8 @@ def _keep_rotation(rotated: Rotated, run: RunDirectory) -> None:
     """What the basis is, beside what was made in it."""
     if rotated.directory is not None:
         link_files(rotated.directory, run.rotation, "rotation.*")
+    else:  # that of an earlier run into this directory would be a wrong one
+        shutil.rmtree(run.rotation, ignore_errors=True)
 
 
 def _header(
@@ -175,6 +179,8 @@ def _report(
         source = rotated.model.checkpoint
         names = {layer.name: rotated.model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
         audited = audit(source, quantized.checkpoint, names, quantized.layers, quantized.codes)
+        # What is saved is told against the model as it came: untied for a rotation, it is larger.
+        audited = replace(audited, source_bytes=model.checkpoint.weight_bytes)
     scores = measured.scores
     weights = sum(layer.out_features * layer.in_features for layer in quantized.layers)
     bits = sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in quantized.layers)

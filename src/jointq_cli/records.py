@@ -176,7 +176,7 @@ class Audit:
     missing: list[str]
     unexpected: list[str]
     changed: list[str]  # tensors that nobody selected and whose bytes differ all the same
-    source_bytes: int
+    source_bytes: int  # of the original model's weights
     checkpoint_bytes: int
     packed_bytes: int  # what the model takes with codes packed at their bit-width
 

@@ -6,7 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from jointq_cli.records import Audit, BlockRecord, Comparison, LayerRecord, Perplexity, Protocol, RunReport, StageRecord
+from jointq_cli.records import (
+    Audit,
+    BlockRecord,
+    Checkup,
+    Comparison,
+    Course,
+    Invariance,
+    LayerRecord,
+    Perplexity,
+    Protocol,
+    RotationRecord,
+    RunReport,
+    Simulation,
+    Site,
+    StageRecord,
+)
 
 SHAPES = {
     "self_attn.q_proj": (576, 576, 1.0),
@@ -102,6 +117,37 @@ def make_report(layers: list[LayerRecord]) -> RunReport:
     )
 
 
+def make_rotation(blocks: int) -> RotationRecord:
+    errors = [Checkup(step, 0.0122 - 2e-5 * step) for step in range(0, 151, 10)]
+    names = ["R1", *(f"R2 of block {block}" for block in range(blocks))]
+    return RotationRecord(
+        rotation="R1+R2 learned range2 lie from random_hadamard seed=0",
+        smoothing="SmoothQuant alpha=0.5 o_proj+down_proj",
+        constructions=["R1: Hadamard 576 = 36 x 16", "R2: Hadamard 64"],
+        orthogonality_error=4.4e-16,
+        hash="7f3b" * 16,
+        online=[],
+        courses=[Course(name, 150, 140, 31.1, 19.7, 0.0122, 0.0094, 0.35, errors) for name in names],
+        sites=[
+            Site(block, name, before, after, 2 * peak, peak, 40.0 + block, 3.1)
+            for block in range(blocks)
+            for name, before, after, peak in (
+                ("attention", 14.0, 21.0, 2.75),
+                ("mlp", 16.0, 20.0, 2.7),
+                ("o_proj", 19.0, 22.0, 2.5),
+                ("down_proj", 11.0, 13.0, 5.9),
+            )
+        ],
+        invariance=Invariance(merge=8.3e-7, stored=5.1e-3, rounding=4.9e-3, dtype="bfloat16", tokens=128),
+        source_bytes=269_060_552,
+        rotated_bytes=325_683_656,
+    )
+
+
+def make_simulation(layers: list[LayerRecord]) -> Simulation:
+    return Simulation("A4 asymmetric per token clip=searched down_proj=A8", {layer.name: 0.9 for layer in layers})
+
+
 @pytest.fixture(scope="session")
 def report() -> RunReport:
     """A clean run over 210 layers."""
@@ -119,6 +165,12 @@ def troubled(report: RunReport) -> RunReport:
     layers[33] = replace(layers[33], output_error=0.0, weight_error=0.0)
     audit = replace(report.audit, changed=["model.norm.weight"])
     return replace(report, layers=layers, audit=audit, warnings=["the calibration text was <used> twice & more"])
+
+
+@pytest.fixture(scope="session")
+def rotated(report: RunReport) -> RunReport:
+    """A run on a smoothed and rotated model, measured with 4-bit activations."""
+    return replace(report, rotation=make_rotation(30), simulation=make_simulation(report.layers))
 
 
 class Clock:

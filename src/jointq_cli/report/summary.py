@@ -15,6 +15,7 @@ from jointq_cli.report import units
 FALLBACK = "fallback"
 DAMPED = "damped"
 MOST_ROUNDING = 1.5  # x the original's own
+LEAST_MOVE = 1e-6  # of a rotation; its start, rounded to float32, has moved by 1e-7
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def rotation_problems(record: RotationRecord) -> list[str]:
             f"the rotated model rounds {invariance.stored / invariance.rounding:.1f} x as much as the original in "
             f"{invariance.dtype}"
         )
-    idle = [course.name for course in record.courses if not course.steps or not course.moved]
+    idle = [course.name for course in record.courses if course.moved < LEAST_MOVE]
     if idle:
         found.append(f"nothing was learned for {listed(idle)}")
     return found
@@ -157,9 +158,14 @@ def rotation_provenance(record: RotationRecord) -> list[tuple[str, str]]:
         *(("built of", text) for text in record.constructions),
         *learned,
         *([("weights", growth)] if grown > 0.001 else []),
-        *(("online", f"{name}: needed whenever the model runs") for name in record.online),
+        *_online(record),
         ("basis hash", record.hash),
     ]
+
+
+def _online(record: RotationRecord) -> list[tuple[str, str]]:
+    needed = "needed whenever the model runs, so plain transformers refuses the checkpoint"
+    return [("online", f"{name}: {needed}") for name in record.online]
 
 
 def basis(report: RunReport) -> list[tuple[str, str]]:
@@ -167,6 +173,7 @@ def basis(report: RunReport) -> list[tuple[str, str]]:
     found = []
     if report.rotation is not None:
         found.append(("rotation", rotation_headline(report.rotation)))
+        found += _online(report.rotation)
     if report.simulation is not None:
         found.append(("simulated", f"{report.simulation.activations}; not in the checkpoint"))
     return found

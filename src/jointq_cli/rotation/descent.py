@@ -2,8 +2,8 @@
 
     qr_orth  R = Q of Z = Q U with diag U > 0, and Z descends by SGD with momentum (DartQuant, arXiv 2511.04063,
              section 4.2, whose released code leaves the signs of U to chance)
-    lie      R descends along its skew gradient A = (R^T G - G^T R) / 2 by Adam, R <- R (I - lr A), and one
-             Newton-Schulz step pulls it back; no decomposition
+    lie      R descends along its skew gradient A = (R^T G - G^T R) / 2 by Adam: R <- R (I + hA)^-1 (I - hA), h = lr / 2
+             (Cayley), orthogonal however long the step; one Newton-Schulz step takes away what float32 adds
 
 Knows no objective and no data: it is given the gradient with respect to R. float32 inside; `polished` ends in float64.
 """
@@ -76,8 +76,11 @@ class Lie(Descent):
         self._square.lerp_(skew.square(), 1 - ADAM[1])
         mean = self._mean / (1 - self._decay**self._steps)
         square = self._square / (1 - ADAM[1] ** self._steps)
-        direction = mean / (square.sqrt() + ADAM[2])
-        self._r = newton_schulz(self._r - lr * (self._r @ direction))
+        # R (I - lr A) is the same to first order. But Adam's A has entries near 1 and a spectral norm of up to n: with
+        # thousands of channels that is so far from the orthogonal matrices that Newton-Schulz leads away from them.
+        half = lr / 2 * mean / (square.sqrt() + ADAM[2])
+        eye = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)
+        self._r = newton_schulz(self._r @ torch.linalg.solve(eye + half, eye - half))
 
 
 DESCENTS: dict[str, type[QrOrth] | type[Lie]] = {"qr_orth": QrOrth, "lie": Lie}

@@ -21,7 +21,7 @@ def measure_sites(basis: Basis, reservoir: Reservoir, gains: Callable[[int], lis
 def _sites_of(block: int, basis: Basis, reservoir: Reservoir, gains: list[Tensor]) -> Iterator[Site]:
     samples = {name: rows[HELD_OUT - 1 :: HELD_OUT].float() for name, rows in reservoir.read(block).items()}
     for name, gain in zip(("attention", "mlp"), gains, strict=False):
-        before = samples[name] * gain.to(samples[name])  # gains lie where the model is merged
+        before = samples[name] * gain.to(samples[name])  # gains lie where the model does, in float64
         yield _site(block, name, before, before if basis.r1 is None else samples[name] @ basis.r1.float())
     values = basis.smoothed_values(samples["o_proj"], block)
     turned_values = values if basis.r2 is None else turn_heads(values, basis.r2[block].float())
