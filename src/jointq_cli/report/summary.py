@@ -78,12 +78,12 @@ def explanation(report: RunReport) -> str:
     ]
     if within_noise(report):
         sentences.append("The change in perplexity is within two standard errors: too small for this text to show.")
-    if report.audit.packed_bytes and original_bytes(report):
-        ratio = original_bytes(report) / report.audit.packed_bytes
+    if report.audit.packed_bytes and report.audit.source_bytes:
+        ratio = report.audit.source_bytes / report.audit.packed_bytes
         sentences.append(
             f"With its codes packed the model takes {units.size(report.audit.packed_bytes)}, "
             f"{units.significant(ratio, 2)} times less than the original's "
-            f"{units.size(original_bytes(report))}."
+            f"{units.size(report.audit.source_bytes)}."
         )
     return " ".join(sentences)
 
@@ -198,11 +198,6 @@ def _names(record: RotationRecord) -> list[str]:
     return [name for name in (record.smoothing, record.rotation) if name]
 
 
-def original_bytes(report: RunReport) -> int:
-    """Of the model's weights before anything was done to it; a rotation may have untied its embeddings since."""
-    return report.rotation.source_bytes if report.rotation else report.audit.source_bytes
-
-
 def within_noise(report: RunReport) -> bool:
     """Whether the loss is below two standard errors of the paired difference."""
     comparison = report.comparison
@@ -268,7 +263,7 @@ def key_figures(report: RunReport) -> list[KeyFigure]:
             units.significant(report.bits_per_weight, 3),
             "codes, scales, zero-points, permutation",
         ),
-        KeyFigure("packed size", units.size(audit.packed_bytes), f"original {units.size(original_bytes(report))}"),
+        KeyFigure("packed size", units.size(audit.packed_bytes), f"original {units.size(audit.source_bytes)}"),
         KeyFigure("time", units.duration(total_seconds(report)), f"on {report.device}"),
         KeyFigure("peak memory", units.size(report.peak_memory), "resident set of the process"),
     ]
