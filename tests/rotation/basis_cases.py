@@ -22,14 +22,12 @@ ABSORBED = PARTS[:-1]
 PROBE = torch.randint(3, 256, (1, 24), generator=torch.Generator().manual_seed(1))
 
 
-def original(
-    root: Path, family: str = "llama", dtype: torch.dtype = torch.float32, norm_spread: float = 0.3, **changes: object
-) -> StreamedModel:
+def original(root: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> StreamedModel:
     """A random model with gains that are no ones; the same for all tests that share `root`."""
-    words = [family, str(dtype), str(norm_spread), *(f"{name}={value}" for name, value in changes.items())]
+    words = [family, str(dtype), *(f"{name}={value}" for name, value in changes.items())]
     directory = root / " ".join(words)
     if not directory.exists():
-        write_checkpoint(directory, family, dtype=dtype, norm_spread=norm_spread, **changes)
+        write_checkpoint(directory, family, dtype=dtype, norm_spread=0.3, **changes)
     return StreamedModel(Checkpoint(directory), CPU, dtype)
 
 

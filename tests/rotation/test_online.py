@@ -74,7 +74,7 @@ def test_r4_stands_in_front_of_down_proj_of_every_block(online: Path) -> None:
     for index in range(len(model)):
         with model.block(index, model.block_tensors(index)) as block:
             down_proj = block.get_submodule("mlp.down_proj")
-            expected = turned(x) @ down_proj.weight.T
+            expected = turned(x) @ down_proj.get_parameter("weight").T
             torch.testing.assert_close(down_proj(x), expected)
 
 

@@ -18,7 +18,6 @@ from jointq_cli.rotation.settings import SmoothQuant
 from jointq_cli.rotation.smoothing import mlp_scales, value_scales
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, BLOCKS = 8, 2, 16, 128, 3  # groups of 4: not as many as there are KV heads
-SIZES = {"num_attention_heads": HEADS, "head_dim": HEAD_DIM}
 WINDOWS = torch.randint(3, 256, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -31,6 +30,10 @@ def _no_gradients() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
+
+
+def grouped(root: Path, family: str = "llama") -> StreamedModel:
+    return original(root, family, num_attention_heads=HEADS, head_dim=HEAD_DIM)
 
 
 def smoothing(alpha: float) -> SmoothQuant:
@@ -57,7 +60,7 @@ def weight_of(model: StreamedModel, block: int, layer: str) -> Tensor:
 def test_scales_are_those_of_the_formula_channel_by_channel(
     family: str, alpha: float, root: Path, tmp_path: Path
 ) -> None:
-    model = original(root, family, **SIZES)
+    model = grouped(root, family)
     reservoir = magnitudes(tmp_path)
     values = value_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
     inner = mlp_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
@@ -80,7 +83,7 @@ def test_scales_are_those_of_the_formula_channel_by_channel(
 
 
 def test_alpha_zero_looks_at_weights_alone_and_alpha_one_at_activations_alone(root: Path, tmp_path: Path) -> None:
-    model = original(root, **SIZES)
+    model = grouped(root)
     reservoir = magnitudes(tmp_path)
     largest = reservoir.read(1)["down_proj_max"].double()
     weight = weight_of(model, 1, "mlp.down_proj").abs().amax(dim=0)
@@ -90,7 +93,7 @@ def test_alpha_zero_looks_at_weights_alone_and_alpha_one_at_activations_alone(ro
 
 
 def test_half_way_activations_and_weights_are_equally_large(root: Path, tmp_path: Path) -> None:
-    model = original(root, **SIZES)
+    model = grouped(root)
     reservoir = magnitudes(tmp_path)
     s = value_scales(model, anatomy_of(model), reservoir, smoothing(0.5))
     t = mlp_scales(model, anatomy_of(model), reservoir, smoothing(0.5))
@@ -118,9 +121,7 @@ def with_dead_columns(model: StreamedModel, columns: list[int]) -> StreamedModel
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_dead_channels_keep_scales_that_can_be_divided_by(alpha: float, tmp_path: Path) -> None:
     """Dead in the activations (0, 1), in the weights (1, 2) of all heads of a group; the model stays the same."""
-    model = with_dead_columns(
-        original(tmp_path, **SIZES), [head * HEAD_DIM + dim for head in range(4) for dim in (1, 2)]
-    )
+    model = with_dead_columns(grouped(tmp_path), [head * HEAD_DIM + dim for head in range(4) for dim in (1, 2)])
     reservoir = magnitudes(tmp_path)
     for block in range(BLOCKS):
         given = {name: tensor.clone() for name, tensor in reservoir.read(block).items()}
@@ -140,7 +141,7 @@ def test_dead_channels_keep_scales_that_can_be_divided_by(alpha: float, tmp_path
 def test_activations_of_the_smoothed_model_are_the_old_ones_over_the_scales(
     family: str, root: Path, tmp_path: Path
 ) -> None:
-    model = original(root, family, **SIZES)
+    model = grouped(root, family)
     anatomy = anatomy_of(model)
 
     def observed(seen: StreamedModel, directory: Path) -> Reservoir:
