@@ -414,6 +414,18 @@ def test_in_bfloat16_a_rotated_model_rounds_no_more_than_the_original(tmp_path: 
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_rotates_as_a_cpu_does(place: Place, whole: RunReport) -> None:
+    assert place("gpu", *ALL, "rotation.r4=true", "runtime.device=cuda") == 0
+    report = place.report("gpu")
+    assert report.rotation is not None
+    assert report.rotation.invariance.merge < 5e-6
+    assert report.reload_check == "identical"
+    assert not problems(report)
+    assert report.original.nll == pytest.approx(whole.original.nll, rel=1e-3)
+
+
 # --- refused
 
 REFUSED = {
