@@ -1,7 +1,7 @@
 """Activations to learn rotations from: a few random tokens of every site, instead of all of them.
 
-    attention, mlp    what the block's two norms are given, brought to rms 1: what their readers see behind the gain, in
-                      every basis of the residual stream (only where the norms stand before the layers)
+    attention, mlp    what the block's two norms are given, brought to rms 1: what their readers see but for the gain,
+                      in every basis of the residual stream (only where the norms stand before the layers)
     o_proj, down_proj what these layers are given, and the largest magnitude per channel over all tokens
 
 Knows how to collect them in one walk over the original model, and how they are kept on disk, a file per block: memory

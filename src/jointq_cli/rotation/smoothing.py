@@ -47,4 +47,4 @@ def _scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 def _largest_per_input(model: StreamedModel, block: int, layer: str) -> Tensor:
     stored = model.stored_name(f"{model.prefix(block)}{layer}.weight")
-    return model.checkpoint.read([stored])[stored].float().abs().amax(dim=0)
+    return model.checkpoint.read([stored])[stored].abs().amax(dim=0).float()
