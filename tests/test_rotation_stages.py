@@ -394,6 +394,23 @@ def test_rotate_writes_a_model_that_computes_the_same(place: Place, capsys: pyte
     assert "SQNR of activations at 4 bits" in capsys.readouterr().out
 
 
+def test_rotate_fails_where_nothing_was_learned(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jointq_cli.report.summary.LEAST_MOVE", 10.0)
+    assert place("idle", *LEARNED, command="rotate") == 1
+    assert "error: nothing was learned for R1" in capsys.readouterr().err
+    assert (place.out("idle") / "rotation" / "rotation.json").exists()
+
+
+def test_too_few_tokens_to_measure_with_are_refused_in_one_line(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place("few", "rotation=hadamard", "calibration.num_samples=1", command="rotate") == 1
+    told = capsys.readouterr().err
+    assert told == "error: calibration.num_samples=1: must make at least 64 tokens for a rotation, not 32\n"
+
+
 def test_a_recipe_is_rotated_once_for_both_commands(place: Place, hadamard: RunReport) -> None:
     before = place.artifacts()
     assert place("rotated_hadamard", "rotation=hadamard", command="rotate") == 0

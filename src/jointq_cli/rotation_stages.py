@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from jointq_cli.calibration import Tokens
 from jointq_cli.checkpoint import Checkpoint, file_hash, save_tensors
 from jointq_cli.config import Recipe
+from jointq_cli.errors import ConfigError
 from jointq_cli.model import StreamedModel
 from jointq_cli.records import Course, RotationRecord
 from jointq_cli.report import encode, load_record
@@ -24,6 +25,7 @@ from jointq_cli.rotation.sites import measure_sites
 from jointq_cli.stages import Stages, mark
 from jointq_cli.store import Artifact, write_atomically
 
+LEAST_TOKENS = 64  # of which an eighth is measured with
 _RECORD = "rotation.json"
 _TENSORS = "rotation.safetensors"
 _COURSES = "courses.json"
@@ -98,6 +100,11 @@ def rotate(stages: Stages, original: StreamedModel, tokens: Tokens, recipe: Reci
 def _activations(stages: Stages, model: StreamedModel, anatomy: Anatomy, tokens: Tokens, recipe: Recipe) -> Artifact:
     """A few activations of every site of the original model."""
     sampled, batch = recipe.rotation.sampled_tokens, stages.batch(tokens.windows)
+    if tokens.windows.numel() < LEAST_TOKENS:
+        raise ConfigError(
+            f"calibration.num_samples={len(tokens.windows)}: must make at least {LEAST_TOKENS} tokens for a rotation, "
+            f"not {tokens.windows.numel()}"
+        )
 
     def make(scratch: Path) -> None:
         with stages.console.bar("activations", total=len(model)) as bar:

@@ -41,7 +41,10 @@ OUT_OF_RANGE = [
     ),
     (learned, {"objective": "mse"}, "rotation.objective=mse: must be one of whip, l8, range2"),
     (learned, {"parametrization": "qr"}, "rotation.parametrization=qr: must be one of lie, qr_orth"),
-    (learned, {"r1_lr": 0.0}, "rotation.r1_lr=0: must be above 0"),
+    (learned, {"r1": False, "r2": False, "r4": True}, "rotation.r1=false: with r2=false nothing is learned"),
+    (hadamard, {"seed": -1}, "rotation.seed=-1: must be from 0 to"),
+    (learned, {"seed": 2**63}, f"rotation.seed={2**63}: must be from 0 to"),
+    (learned, {"r1_lr": 0.0}, "rotation.r1_lr=0: must be above 0 and finite"),
     (learned, {"r1_lr": math.nan}, "rotation.r1_lr=nan: must be above 0"),
     (learned, {"r2_lr": -1.0}, "rotation.r2_lr=-1: must be above 0"),
     (learned, {"r2_lr": math.inf}, "rotation.r2_lr=inf: must be above 0"),
@@ -52,8 +55,8 @@ OUT_OF_RANGE = [
     (learned, {"momentum": 1.0}, "rotation.momentum=1: must be from 0 to below 1"),
     (learned, {"momentum": -0.1}, "rotation.momentum=-0.1: must be from 0 to below 1"),
     (learned, {"momentum": math.nan}, "rotation.momentum=nan: must be from 0 to below 1"),
-    (learned, {"stop_bits": 1}, "rotation.stop_bits=1: must be from 2 to 8"),
-    (learned, {"stop_bits": 9}, "rotation.stop_bits=9: must be from 2 to 8"),
+    (learned, {"stop_bits": 1}, "rotation.stop_bits=1: must be from 2 to 4"),
+    (learned, {"stop_bits": 5}, "rotation.stop_bits=5: must be from 2 to 4"),
     (smoothquant, {"alpha": -0.5}, "smoothing.alpha=-0.5: must be from 0 to 1"),
     (smoothquant, {"alpha": 1.5}, "smoothing.alpha=1.5: must be from 0 to 1"),
     (smoothquant, {"alpha": math.nan}, "smoothing.alpha=nan: must be from 0 to 1"),
@@ -78,7 +81,7 @@ def test_settings_out_of_range_are_refused_by_key(
 AT_THE_EDGES: list[tuple[Callable[..., object], dict[str, object]]] = [
     (learned, {"r1_lr": 1e-9, "r2_lr": 1e9, "r1_epochs": 1, "r2_epochs": 1, "batch_tokens": 1, "momentum": 0.0}),
     (learned, {"reservoir_tokens": 16, "stop_bits": 2}),
-    (learned, {"stop_bits": 8, "momentum": 0.999}),
+    (learned, {"stop_bits": 4, "momentum": 0.999}),
     (hadamard, {"r1": False, "r2": False, "r4": True}),
     (smoothquant, {"alpha": 0.0, "o_proj": False}),
     (smoothquant, {"alpha": 1.0, "down_proj": False}),
@@ -98,6 +101,8 @@ def test_what_is_rotated_is_told_and_nothing_else() -> None:
     assert NoRotation().describe() == ""
     assert hadamard().describe() == "R1+R2 random Hadamard seed=0"
     assert hadamard(r1=False, r4=True, seed=7).describe() == "R2+R4 random Hadamard seed=7"
+    assert learned(r2=False, r4=True).describe().startswith("R1 learned range2")
+    assert learned(r2=False, r4=True).describe().endswith(" + R4 Hadamard")
     assert learned(r2=False).describe() == "R1 learned range2 lie from random_hadamard seed=0"
     assert (
         learned(objective="whip", parametrization="qr_orth", init="dc_aligned").describe()

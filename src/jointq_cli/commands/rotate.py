@@ -1,9 +1,11 @@
 """`jointq rotate`: a model in another basis, at full precision, and the proof that it computes the same."""
 
 from jointq_cli.config import RotateRecipe
+from jointq_cli.errors import JointqError
 from jointq_cli.launch import Job, launch
 from jointq_cli.pipeline import rotate
 from jointq_cli.report import Console
+from jointq_cli.report.summary import rotation_problems
 from jointq_cli.run_directory import RunDirectory
 
 
@@ -12,8 +14,11 @@ def main(arguments: list[str]) -> int:
 
 
 def run(recipe: RotateRecipe, job: Job) -> None:
+    """Raises JointqError when the run went through but its result cannot be trusted."""
     directory = RunDirectory(job.directory)
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
     with Console(directory.log) as console:
-        rotate(recipe, directory, console)
+        found = rotation_problems(rotate(recipe, directory, console))
+        if found:
+            raise JointqError(f"{'; '.join(found)}; see {directory.rotation}")

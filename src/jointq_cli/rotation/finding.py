@@ -74,7 +74,8 @@ def _learned(
     r1 = None
     if rotation.r1:
         residual = reservoir.residual()
-        start = initial(anatomy.hidden, rotation.init, generator, residual.float().mean(dim=(0, 1)))
+        mean = residual.mean(dim=(0, 1), dtype=torch.float32)
+        start = initial(anatomy.hidden, rotation.init, generator, mean)
         r1, course = learn_r1(residual, start, rotation, model.device, watch)
         courses.append(course)
         del residual

@@ -57,6 +57,7 @@ class HadamardRotation(Rotation):
 
     def __post_init__(self) -> None:
         _check_something(self.parts)
+        _check_seed(self.seed)
 
     @property
     def parts(self) -> list[str]:
@@ -96,19 +97,22 @@ class LearnedRotation(Rotation):
 
     def __post_init__(self) -> None:
         _check_something(self.parts)
+        _check_seed(self.seed)
+        if not (self.r1 or self.r2):
+            raise ConfigError("rotation.r1=false: with r2=false nothing is learned; use rotation=hadamard")
         for key, choices in (("init", INITS), ("objective", OBJECTIVES), ("parametrization", PARAMETRIZATIONS)):
             if getattr(self, key) not in choices:
                 raise ConfigError(f"rotation.{key}={getattr(self, key)}: must be one of {', '.join(choices)}")
         for key in ("r1_lr", "r2_lr"):
             if not 0 < getattr(self, key) < float("inf"):
-                raise ConfigError(f"rotation.{key}={getattr(self, key):g}: must be above 0")
+                raise ConfigError(f"rotation.{key}={getattr(self, key):g}: must be above 0 and finite")
         for key, least in (("r1_epochs", 1), ("r2_epochs", 1), ("batch_tokens", 1), ("reservoir_tokens", 16)):
             if getattr(self, key) < least:
                 raise ConfigError(f"rotation.{key}={getattr(self, key)}: must be at least {least}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"rotation.momentum={self.momentum:g}: must be from 0 to below 1")
-        if not 2 <= self.stop_bits <= 8:
-            raise ConfigError(f"rotation.stop_bits={self.stop_bits}: must be from 2 to 8")
+        if not 2 <= self.stop_bits <= 4:  # on finer grids the clip ratio that errors are measured with would decide
+            raise ConfigError(f"rotation.stop_bits={self.stop_bits}: must be from 2 to 4")
 
     @property
     def parts(self) -> list[str]:
@@ -120,7 +124,8 @@ class LearnedRotation(Rotation):
 
     def describe(self) -> str:
         how = f"{self.objective} {self.parametrization} from {self.init} seed={self.seed}"
-        return f"{'+'.join(self.parts)} learned {how}"
+        learned = "+".join(part for part in self.parts if part != "R4")
+        return f"{learned} learned {how}{' + R4 Hadamard' if self.r4 else ''}"
 
 
 @dataclass(frozen=True)
@@ -179,3 +184,8 @@ def _parts(r1: bool, r2: bool, r4: bool) -> list[str]:
 def _check_something(parts: list[str]) -> None:
     if not parts:
         raise ConfigError("rotation.r1=false: with r2=false and r4=false nothing is rotated; use rotation=none")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"rotation.seed={seed}: must be from 0 to 2^63 - 1")
