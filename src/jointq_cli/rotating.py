@@ -33,17 +33,19 @@ def write_rotated(
     model = StreamedModel(rotated, rotated.device, torch.float32, trust_remote_code)
     count = len(model) + 1
     shards = [rotated.directory / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    _save(rotated, shards[0], model.outer_tensors())
-    hidden = model.embed_all(probe, batch=1)
-    for index, shard in enumerate(shards[1:]):
-        tensors = model.block_tensors(index)
-        with model.block(index, tensors):
-            model.run_all(index, hidden, batch=1)
-        _save(rotated, shard, tensors)
-        on_block()
-    (rotated.directory / INDEX).unlink(missing_ok=True)
-    write_index(rotated.directory, shards)
-    return _logits(model, hidden)
+    outer = model.outer_tensors()
+    _save(rotated, shards[0], outer)
+    with rotated.keeping(outer):  # which the walk needs twice more, and which take longest to merge
+        hidden = model.embed_all(probe, batch=1)
+        for index, shard in enumerate(shards[1:]):
+            tensors = model.block_tensors(index)
+            with model.block(index, tensors):
+                model.run_all(index, hidden, batch=1)
+            _save(rotated, shard, tensors)
+            on_block()
+        (rotated.directory / INDEX).unlink(missing_ok=True)
+        write_index(rotated.directory, shards)
+        return _logits(model, hidden)
 
 
 def check(original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor, trust_remote_code: bool) -> Invariance:

@@ -274,3 +274,19 @@ def test_the_anatomy_of_these_tests_is_grouped(root: Path) -> None:
     """Or a wrong grouping could not show."""
     anatomy = anatomy_of(original(root))
     assert (anatomy.heads, anatomy.kv_heads, anatomy.head_dim) == (4, 2, 16)
+
+
+def test_every_tensor_is_merged_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings take longest, and the walk beside the merge needs them twice more."""
+    merged: list[str] = []
+    rotated = RotatedCheckpoint._rotated
+
+    def count(self: RotatedCheckpoint, name: str) -> Tensor:
+        merged.append(name)
+        return rotated(self, name)
+
+    monkeypatch.setattr(RotatedCheckpoint, "_rotated", count)
+    model = original(root, "llama_tied")
+    checkpoint = in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated")
+    write_rotated(checkpoint, PROBE, False, lambda: None)
+    assert sorted(merged) == sorted(checkpoint.tensors)

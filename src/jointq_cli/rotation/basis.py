@@ -15,7 +15,8 @@ model's function alone (SliceGPT, arXiv 2401.15024, theorem 1). All but R4 is ab
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class RotatedCheckpoint(Checkpoint):
         self._source = model.checkpoint
         self._anatomy = anatomy
         self._basis = basis
+        self._kept: dict[str, Tensor] = {}
         self.directory = directory
         self.tensors = dict(self._source.tensors)
         self.config = dict(self._source.config)
@@ -89,7 +91,16 @@ class RotatedCheckpoint(Checkpoint):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Floating tensors in float32, whatever they are stored in; see the module's docstring."""
-        return {name: self._rotated(name) for name in names}
+        return {name: self._kept[name] if name in self._kept else self._rotated(name) for name in names}
+
+    @contextmanager
+    def keeping(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, these tensors, read before, are not made again."""
+        self._kept = tensors
+        try:
+            yield
+        finally:
+            self._kept = {}
 
     @property
     def device(self) -> torch.device:
