@@ -1,6 +1,5 @@
 """Which models may be rotated: every listed family, part by part, and no other; told before a weight is read."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,9 @@ from jointq_cli.errors import ModelError
 from jointq_cli.model import StreamedModel
 from jointq_cli.rotation.anatomy import FAMILIES, examine
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 NOT_LISTED = {"gpt_neox": "GPTNeoXForCausalLM", "falcon": "FalconForCausalLM"}
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 def unread(root: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> StreamedModel:

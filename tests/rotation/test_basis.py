@@ -1,7 +1,6 @@
 """A model in another basis computes the same, holds what the basis says, and is an ordinary checkpoint."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,18 +34,9 @@ from jointq_cli.rotation.basis import Basis
 from jointq_cli.rotation.hadamard import random_hadamard, turned
 from jointq_cli.rotation.learning import turn_heads
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 EXACT = 5e-6  # of |logits| in float32, which itself makes some 1e-6
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("originals")
 
 
 def written(model: StreamedModel, basis: Basis, directory: Path) -> Invariance:

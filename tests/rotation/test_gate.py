@@ -1,6 +1,6 @@
 """What the gate is for: every way to get a merge wrong that is known is refused, and so is what is damaged."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,10 @@ from jointq_cli.records import Invariance
 from jointq_cli.rotating import MERGE_LIMIT, check, write_rotated
 from jointq_cli.rotation.basis import Basis, RotatedCheckpoint
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 DIFFER = r"rotation: the rotated model's logits differ from the original's by"
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("originals")
 
 
 def gate(

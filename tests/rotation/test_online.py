@@ -1,7 +1,6 @@
 """R4 stands in front of down_proj when jointq runs the model, and nothing else can load it by mistake."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,9 @@ from jointq_cli.rotating import write_rotated
 from jointq_cli.rotation.hadamard import construction, orthogonal, turned
 from jointq_cli.rotation.online import KEY, attach, needs_online, with_online, without_online
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 EXACT = 5e-6  # of |logits| in float32
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="module")

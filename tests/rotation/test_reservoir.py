@@ -1,6 +1,5 @@
 """What the reservoir keeps is what modules were given in plain transformers, the same tokens however they come."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from jointq_cli.model import StreamedModel
 from jointq_cli.rotation.reservoir import Reservoir, collect, normalised
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 # No token twice: those of the first block are known by their rows.
 WINDOWS = 3 + torch.randperm(253, generator=torch.Generator().manual_seed(1))[:120].reshape(5, 24)
 ALL = WINDOWS.numel()
@@ -21,17 +22,6 @@ SITES = {
     "o_proj": "self_attn.o_proj",
     "down_proj": "mlp.down_proj",
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 def sampled(

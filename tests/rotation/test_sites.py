@@ -1,6 +1,5 @@
 """What is said of the activations before and after is what the original and the rotated model show."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,10 @@ from jointq_cli.rotation.basis import Basis
 from jointq_cli.rotation.reservoir import Reservoir, collect
 from jointq_cli.rotation.sites import measure_sites
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 WINDOWS = torch.randint(3, 256, (4, 24), generator=torch.Generator().manual_seed(1))
 EVERY = 8  # the held-out token
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 def sampled(model: StreamedModel, directory: Path) -> Reservoir:

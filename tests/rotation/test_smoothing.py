@@ -1,6 +1,5 @@
 """The scales of SmoothQuant: the formula by a loop over channels, and what it promises."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,10 @@ from jointq_cli.rotation.reservoir import Reservoir, collect
 from jointq_cli.rotation.settings import SmoothQuant
 from jointq_cli.rotation.smoothing import mlp_scales, value_scales
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, BLOCKS = 8, 2, 16, 128, 3  # groups of 4: not as many as there are KV heads
 WINDOWS = torch.randint(3, 256, (3, 24), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
 
 
 def grouped(root: Path, family: str = "llama") -> StreamedModel:
