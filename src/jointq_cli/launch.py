@@ -7,12 +7,12 @@ a task, `launch` gives it the recipe and its run directory. What goes wrong in c
 
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import re
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -32,6 +32,9 @@ from omegaconf.errors import OmegaConfBaseException
 from jointq_cli import resources
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.mistakes import Mistakes, UsageError
+from jointq_cli.sweep_directory import attempt, job_key, note_failure
+from jointq_cli.sweeping import Refused, Sweep, current
+from jointq_cli.thawed import thawed
 
 _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -44,6 +47,13 @@ class Job:
     directory: Path
     overrides: list[str]
     config: str  # yaml: the whole config, in the form of a recipe that gives this very config again
+    number: int | None = None  # in a sweep
+    elsewhere: bool = False  # in another process than the one that has the terminal
+
+    @property
+    def label(self) -> str:
+        """Of a job among others."""
+        return "" if self.number is None else f"job {self.number}"
 
 
 Task = Callable[[Any, Job], None]
@@ -52,8 +62,8 @@ Task = Callable[[Any, Job], None]
 def launch(command: str, arguments: list[str], task: Task) -> int:
     """Composes the primary config of `command` and runs `task(recipe, job)`, in a sweep once per job.
 
-    Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. Raises JointqError for
-    what a user can cause; any other exception is a bug and passes as it is.
+    Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. The same sweep again runs
+    only what is not done. Raises JointqError for what a user can cause; any other exception is a bug and passes.
     """
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.config import RECIPES, Recipe, keys, schemas
@@ -61,13 +71,41 @@ def launch(command: str, arguments: list[str], task: Task) -> int:
     overrides, options = _overrides_and_options(command, arguments)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     for name, schema in types.items():
-        ConfigStore.instance().store(group="schema", name=name, node=_thawed(schema))
+        ConfigStore.instance().store(group="schema", name=name, node=thawed(schema))
     recipe = RECIPES[command]
     groups = ["recipe"] if issubclass(recipe, Recipe) else []
     mistakes = Mistakes([*keys(recipe), *groups], types, overrides)
     border = _Border(command, options, task, types, mistakes)
+    if {"-m", "--multirun"} & set(options):
+        return _sweep(border, command, overrides, options)
     with _command_line([*overrides, *options]), _raised_by_hydra():
-        return border.cross()
+        border.cross()
+    return 0
+
+
+def _sweep(border: "_Border", command: str, overrides: list[str], options: list[str]) -> int:
+    """Runs the jobs by whatever launcher Hydra is told to use, and sums up what they left on disk."""
+    sweep = Sweep(["jointq", command, *overrides, *options], border.check, functools.partial(print, flush=True))
+    border.sweep = sweep
+    words = [*overrides, *_sweep_directory(overrides, options), sweep.override]
+    with _command_line([*words, *options]), _raised_by_hydra(), current(sweep):
+        try:
+            with sweep.watched():
+                border.cross()
+        except Refused as refusal:
+            raise refusal.error from None
+        except (_SweepStopped, KeyboardInterrupt, Interrupted) as stop:
+            sweep.close(stopped=True)
+            raise Interrupted("interrupted; what is done is kept, and the same command does the rest") from stop
+    return sweep.close(stopped=False)
+
+
+def _sweep_directory(overrides: list[str], options: list[str]) -> list[str]:
+    """The same command means the same sweep: its directory is named by what was typed, not by the time."""
+    if any(word.startswith("hydra.sweep.dir=") for word in overrides):
+        return []
+    name = hashlib.sha256("\0".join([*overrides, *options]).encode()).hexdigest()[:8]
+    return [f"hydra.sweep.dir=${{output_dir}}/${{name}}/sweep_{name}"]
 
 
 def complete(command: str, arguments: list[str]) -> list[str]:
@@ -85,7 +123,7 @@ def complete(command: str, arguments: list[str]) -> list[str]:
 
 
 class _Border:
-    """Takes one composed config after the other across, and remembers how the jobs ended."""
+    """Takes one composed config after the other across. Launchers send copies of it to other processes."""
 
     def __init__(
         self, command: str, options: list[str], task: Task, types: dict[str, type[Any]], mistakes: Mistakes
@@ -97,45 +135,57 @@ class _Border:
         self._mistakes = mistakes
         self._started = False
         self._failure: JointqError | None = None
+        self.sweep: Sweep | None = None
 
-    def cross(self) -> int:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sweep": None}
+
+    def cross(self) -> None:
         try:
             _hydra_main(self._command, self._job)()
-        except _JobFailed:
-            return 1  # told when it happened
-        except _SweepStopped:
-            pass
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
             if self._started:
                 raise
             raise self._mistakes.told(error) from error
         if self._failure is not None:
             raise self._failure
-        return 0
+
+    def check(self, config: DictConfig) -> None:
+        """Raises JointqError where no recipe can be made of a composed config."""
+        try:
+            self._typed(OmegaConf.to_object(config), "")
+        except (OmegaConfBaseException, ConfigError) as error:
+            raise self._mistakes.told(error) from error
 
     def _job(self, config: DictConfig) -> None:
-        """One job. A failure is raised only in a sweep, where Hydra must count it; it prints more lines."""
         self._started = True
         context = HydraConfig.get()
-        sweeping = context.mode == RunMode.MULTIRUN
-        if sweeping:
-            print(f"job {context.job.num}: {' '.join(context.overrides.task)}", flush=True)
+        if context.mode == RunMode.MULTIRUN:
+            self._job_of_sweep(config, context)
+            return
         try:
-            self._run(config, context)
+            self._run(*self._crossed(config, context))
         except JointqError as error:
-            self._failure = error
-            if isinstance(error, Interrupted) and sweeping:
-                raise _SweepStopped from error
-            if sweeping:
-                print(f"error: job {context.job.num}: {error}", file=sys.stderr, flush=True)
-                raise _JobFailed(str(error)) from error
-        except Exception as error:
-            if not sweeping:
-                raise
-            traceback.print_exc()
-            raise _JobFailed(str(error)) from error
+            self._failure = error  # not raised here: Hydra would print more lines
 
-    def _run(self, config: DictConfig, context: Any) -> None:
+    def _job_of_sweep(self, config: DictConfig, context: Any) -> None:
+        """A failure is kept in the job's directory, and the sweep goes on: Hydra need not hear of it."""
+        directory = Path(context.runtime.output_dir)
+        try:
+            recipe, job = self._crossed(config, context)
+            attempt(directory, job_key(recipe, job.config), lambda: self._run(recipe, job))
+        except Interrupted as error:
+            raise _SweepStopped from error
+        except JointqError as error:
+            note_failure(directory, error)
+        except Exception as error:
+            traceback.print_exc()
+            note_failure(directory, error)
+        if self.sweep is not None:
+            self.sweep.ended(context.job.num)
+
+    def _crossed(self, config: DictConfig, context: Any) -> tuple[Any, Job]:
+        """The recipe, and the job it is for."""
         directory = Path(context.runtime.output_dir)
         try:
             recipe = self._typed(OmegaConf.to_object(config), "")
@@ -143,9 +193,13 @@ class _Border:
             _remove_empty(directory, Path(config.output_dir).absolute())
             raise self._mistakes.told(error) from error
         overrides = list(context.overrides.task)
-        with _command_line([self._command, *overrides, *self._options]):
-            text = _as_recipe(config, self._command, context.runtime.choices)
-            self._task(recipe, Job(directory, overrides, text))
+        text = _as_recipe(config, self._command, context.runtime.choices)
+        number = context.job.num if context.mode == RunMode.MULTIRUN else None
+        return recipe, Job(directory, overrides, text, number, number is not None and self.sweep is None)
+
+    def _run(self, recipe: Any, job: Job) -> None:
+        with _command_line([self._command, *job.overrides, *self._options]):
+            self._task(recipe, job)
 
     def _typed(self, value: Any, path: str) -> Any:
         """The frozen dataclass for what Hydra filled in; `path` is its key."""
@@ -175,26 +229,8 @@ def _as_recipe(config: DictConfig, command: str, choices: Mapping[str, str]) -> 
     return "\n".join([*head, values])
 
 
-class _JobFailed(Exception):
-    """A job of a sweep failed and has said why."""
-
-
 class _SweepStopped(BaseException):
     """Ctrl-C in a sweep: not an Exception, since Hydra would go on with the next job."""
-
-
-@functools.cache
-def _thawed(schema: type[Any]) -> type[Any]:
-    """The same fields without `frozen`, which OmegaConf takes for: not to be set by yaml or overrides."""
-    hints = typing.get_type_hints(schema)
-    fields = [(field.name, _field_type(hints[field.name])) for field in dataclasses.fields(schema)]
-    bases = tuple(_thawed(base) for base in schema.__bases__ if dataclasses.is_dataclass(base))
-    return dataclasses.make_dataclass(schema.__name__, fields, bases=bases)
-
-
-def _field_type(annotation: Any) -> Any:
-    nested = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-    return _thawed(annotation) if nested else annotation
 
 
 def _hydra_main(command: str, function: Callable[[DictConfig], None]) -> Callable[[], None]:

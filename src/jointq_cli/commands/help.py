@@ -13,6 +13,7 @@ GROUPS = {
         "qep",
         "activations",
         "evaluation",
+        "sweep",
     ],
     "rotate": ["recipe", "model", "calibration", "rotation", "smoothing"],
     "evaluate": ["model", "evaluation"],
@@ -29,7 +30,8 @@ usage: jointq quantize [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
   jointq quantize recipe=llama1b_w4g128                    a recipe by name (jointq recipes lists them)
   jointq quantize model.path=DIR quantizer.bits=3          any checkpoint directory, hub id or FILE.gguf
   jointq quantize quantizer=rtn                            another option of a group
-  jointq quantize -m quantizer.bits=4,3,2                  a sweep: one run per value""",
+  jointq quantize -m quantizer.bits=4,3,2                  a sweep: one run per value
+  jointq quantize -m +sweep=lambda                         a sweep that comes with jointq (docs/sweeps.md)""",
     "rotate": """\
 Smooth and rotate a model: its activations and weights become easier to quantise, its function stays.
 
@@ -82,4 +84,4 @@ def text(command: str) -> str:
 def _group(group: str, summaries: dict[str, str]) -> str:
     width = max(map(len, summaries))
     lines = [f"    {name:<{width}}  {summary}" for name, summary in summaries.items()]
-    return "\n".join([f"  {group}=", *lines])
+    return "\n".join([f"  {'+' if group == 'sweep' else ''}{group}=", *lines])

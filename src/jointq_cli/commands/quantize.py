@@ -18,7 +18,7 @@ def run(recipe: Recipe, job: Job) -> None:
     directory = RunDirectory(job.directory)
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
-    with Console(directory.log) as console:
+    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
         report = quantize(recipe, directory, console)
         found = problems(report)
         if found:

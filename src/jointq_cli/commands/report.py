@@ -1,22 +1,29 @@
-"""`jointq report`: a finished run, rendered again from its report.json."""
+"""`jointq report`: a finished run, rendered again from its report.json, or a sweep as far as it is."""
 
 import argparse
 from pathlib import Path
 
 from jointq_cli.records import RunReport
 from jointq_cli.report import Console, load_report
-from jointq_cli.report.markdown import render_markdown
+from jointq_cli.report.markdown import render_markdown, render_sheet
+from jointq_cli.report.sweep_files import write_summary
+from jointq_cli.report.sweep_sheet import load_jobs, make_sweep_sheet
 from jointq_cli.run_directory import RunDirectory
+from jointq_cli.sweep_directory import SweepDirectory
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("jointq report", description="Render a finished run again.")
-    parser.add_argument("run_directory", type=Path, help="a run directory, such as runs/NAME/DATE_TIME")
+    parser = argparse.ArgumentParser("jointq report", description="Render a finished run again, or a sweep, finished or not.")
+    parser.add_argument("run_directory", type=Path, help="a run directory, such as runs/NAME/DATE_TIME, or a sweep's")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--terminal", action="store_true", help="the closing table (default)")
     forms.add_argument("--markdown", action="store_true", help="print it as markdown")
     forms.add_argument("--html", action="store_true", help="write report.html anew")
     parsed = parser.parse_args(arguments)
+    sweep = SweepDirectory(parsed.run_directory)
+    if sweep.is_one:
+        _report_sweep(sweep, parsed)
+        return 0
     report = load_report(parsed.run_directory / "report.json")
     if parsed.markdown:
         print(render_markdown(report), end="")
@@ -26,6 +33,18 @@ def main(arguments: list[str]) -> int:
         with Console() as console:
             console.closing(report, parsed.run_directory)
     return 0
+
+
+def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:
+    write_summary(sweep, page=parsed.html)
+    sheet = make_sweep_sheet(sweep.plan().name, load_jobs(sweep))
+    if parsed.markdown:
+        print(render_sheet(sheet), end="")
+    elif parsed.html:
+        print(sweep.path / "summary.html")
+    else:
+        with Console() as console:
+            console.side_by_side(sheet)
 
 
 def _write_page(report: RunReport, directory: Path) -> Path:

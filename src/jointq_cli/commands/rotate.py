@@ -18,7 +18,7 @@ def run(recipe: RotateRecipe, job: Job) -> None:
     directory = RunDirectory(job.directory)
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
-    with Console(directory.log) as console:
+    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
         found = rotation_problems(rotate(recipe, directory, console))
         if found:
             raise JointqError(f"{'; '.join(found)}; see {directory.rotation}")

@@ -1,7 +1,8 @@
-"""Several runs side by side as one HTML file. Knows its template; imports matplotlib."""
+"""Several runs side by side, or a sweep, as one HTML file. Knows its template; imports matplotlib."""
 
 from collections.abc import Sequence
 
+from jointq_cli.report.canvas import Picture
 from jointq_cli.report.comparison_pictures import draw_comparison
 from jointq_cli.report.page import environment
 from jointq_cli.report.sheet import Sheet
@@ -12,4 +13,8 @@ TEMPLATE = "comparison.html.jinja"
 
 def render_comparison(runs: Sequence[Run], sheet: Sheet) -> str:
     """sheet: what is told of these runs."""
-    return environment().get_template(TEMPLATE).render(title=sheet.title, sheet=sheet, pictures=draw_comparison(runs))
+    return render_sheet_page(sheet, draw_comparison(runs))
+
+
+def render_sheet_page(sheet: Sheet, pictures: Sequence[Picture]) -> str:
+    return environment().get_template(TEMPLATE).render(title=sheet.title, sheet=sheet, pictures=pictures)

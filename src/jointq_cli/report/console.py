@@ -47,7 +47,8 @@ class Stage:
 class Console:
     """Tells a run's story on a screen and in a log. Leaving its context restores terminal and warnings.
 
-    log_path: the log file, None for none. quiet: nothing on the screen. stream: where to write, standard
+    log_path: the log file, None for none. quiet: nothing on the screen. brief: nothing but one live line, which
+    begins with these words; somebody else tells what comes of it. stream: where to write, standard
     output if None; a terminal there is drawn on, anything else gets plain lines. width: columns, None to ask
     the terminal. Raises ResourceError when the log cannot be written.
     """
@@ -57,13 +58,14 @@ class Console:
         log_path: Path | None = None,
         *,
         quiet: bool = False,
+        brief: str = "",
         stream: TextIO | None = None,
         width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.warnings: list[str] = []  # what `warn` was told, for the report
         self._clock = clock
-        self._screen = _screen(sys.stdout if stream is None else stream, quiet, width, clock)
+        self._screen = _screen(sys.stdout if stream is None else stream, quiet, brief, width, clock)
         self._log = None if log_path is None else LogFile(log_path)
         self._exits = ExitStack()
         self._rows = 0
@@ -158,14 +160,15 @@ class Console:
             self._log.write(text)
 
 
-def _screen(stream: TextIO, quiet: bool, width: int | None, clock: Callable[[], float]) -> Screen:
-    if quiet:
+def _screen(stream: TextIO, quiet: bool, brief: str, width: int | None, clock: Callable[[], float]) -> Screen:
+    drawn = stream.isatty() and os.environ.get("TERM") != "dumb"
+    if quiet or (brief and not drawn):
         return SilentScreen(clock)
-    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+    if not drawn:
         return PlainScreen(stream, clock)
-    from jointq_cli.report.terminal import TerminalScreen  # rich takes a while to import
+    from jointq_cli.report.terminal import BriefScreen, TerminalScreen  # rich takes a while to import
 
-    return TerminalScreen(stream, clock, width)
+    return BriefScreen(brief, stream, clock, width) if brief else TerminalScreen(stream, clock, width)
 
 
 def _from_here(path: Path) -> Path:

@@ -111,7 +111,7 @@ def make_sheet(runs: Sequence[Run], unfinished: Sequence[str]) -> Sheet:
 def labels(runs: Sequence[Run]) -> list[str]:
     """Each run by its name and what sets it apart: "2 (quantizer=rtn, bits=3)", cut where it gets long."""
     differences = side_by_side.setting_differences(runs)
-    heads = _tails([difference.key for difference in differences])
+    heads = tails([difference.key for difference in differences])
     pairs = [
         [f"{head}={_value(difference.values[index])}" for head, difference in zip(heads, differences, strict=True)]
         for index in range(len(runs))
@@ -200,7 +200,7 @@ def _grid_of_runs(
     columns: Sequence[tuple[str, list[Cell]]],
 ) -> Grid:
     """A row per run: its name, the settings in which it differs, and `columns`, as (heading, cells)."""
-    heading = ["run", *_tails([difference.key for difference in differences]), *(head for head, _ in columns)]
+    heading = ["run", *tails([difference.key for difference in differences]), *(head for head, _ in columns)]
     rows = [
         [
             Cell(run.name),
@@ -287,7 +287,7 @@ def _value(value: str | None) -> str:
     return MISSING if value is None else value
 
 
-def _tails(keys: Sequence[str]) -> list[str]:
+def tails(keys: Sequence[str]) -> list[str]:
     """Each key without as many of its first parts as it can do without: "bits", but "gptq.damping" beside "damping"."""
     parts = [key.split(".") for key in keys]
     return [_tail(key, [other for other in parts if other is not key]) for key in parts]

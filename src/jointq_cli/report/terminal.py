@@ -150,6 +150,38 @@ class TerminalScreen(Screen):
         return min(self._rich.width, FULL_WIDTH)
 
 
+class BriefScreen(TerminalScreen):
+    """The live line alone, for one job of many; warnings are shown, the rest is in the job's log."""
+
+    def __init__(self, label: str, stream: TextIO, clock: Callable[[], float], width: int | None = None) -> None:
+        super().__init__(stream, clock, width)
+        self._label = label
+
+    def header(self, pairs: list[tuple[str, str]]) -> None:
+        pass
+
+    def stage_starts(self, name: str) -> None:
+        super().stage_starts(f"{self._label}: {name}")
+
+    def stage_ends(self, name: str, state: State, seconds: float) -> None:
+        self.drop_live()
+
+    def bar(self, description: str, total: int) -> Bar:
+        return super().bar(f"{self._label}: {description}", total)
+
+    def layer(self, record: LayerRecord) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        super().warn(f"{self._label}: {text}")
+
+    def closing(self, closing: lines.Closing) -> None:
+        pass
+
+
 class TerminalBar(Bar):
     """The live line of a phase."""
 

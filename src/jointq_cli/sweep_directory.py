@@ -1,0 +1,169 @@
+"""The directory that a sweep leaves behind: what its jobs are, how each of them ended, and which need not run again.
+
+    sweep.json             the command and the settings of every job; written before the first of them begins
+    0/ 1/ 2/ ...           run directories, each with a job.json: how the job ended, or who is at it
+    summary.csv .json .md .html
+    recipe/best.yaml       the best job as a recipe
+
+Knows names, states and locks. Knows nothing of Hydra, of how a job is run, or of what it measured.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.run_directory import write_whole
+from jointq_cli.store import code_version, translated_disk_errors
+
+PLAN, JOB = "sweep.json", "job.json"
+WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
+ENDED = (DONE, FAILED, INTERRUPTED)
+ELSEWHERE = ("output_dir", "store")  # fields of a recipe that say where results lie, not what they are
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep was asked for. settings: of each job what it does not share with all others, by key as typed."""
+
+    name: str
+    command: list[str]
+    settings: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """How far a job is. `key` says of what: a job whose key has changed since must run again."""
+
+    state: str
+    key: str = ""
+    seconds: float = 0.0
+    error: str | None = None
+    host: str = ""
+    process: int = 0
+
+
+class SweepDirectory:
+    """Raises ResourceError where it cannot write, JointqError for a sweep.json that is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def is_one(self) -> bool:
+        return (self.path / PLAN).is_file()
+
+    def write_plan(self, plan: Plan) -> None:
+        with translated_disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / PLAN, json.dumps(asdict(plan), indent=2, ensure_ascii=False) + "\n")
+
+    def plan(self) -> Plan:
+        try:
+            return Plan(**json.loads((self.path / PLAN).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise JointqError(f"{self.path / PLAN}: cannot be read ({error.strerror})") from error
+        except (ValueError, TypeError) as error:
+            raise JointqError(f"{self.path / PLAN}: not the plan of a sweep ({error})") from error
+
+    def run(self, number: int) -> Path:
+        """The run directory of a job."""
+        return self.path / str(number)
+
+    def record(self, number: int) -> JobRecord:
+        """A job that is said to run, and whose process is gone, was interrupted."""
+        record = load_job(self.run(number))
+        if record.state == RUNNING and record.host == socket.gethostname() and not _alive(record.process):
+            return dataclasses.replace(record, state=INTERRUPTED)
+        return record
+
+
+def attempt(directory: Path, key: str, run: Callable[[], None]) -> bool:
+    """Runs a job in its directory, unless it was done before with the same key; False where it was.
+
+    Two processes that come to the same job take turns. What `run` raises is noted and passes.
+    """
+    with translated_disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".job.lock")
+    with lock:
+        kept = load_job(directory)
+        if kept.state == DONE and kept.key == key:
+            return False
+        started = time.monotonic()
+        _keep(directory, JobRecord(RUNNING, key, host=socket.gethostname(), process=os.getpid()))
+        try:
+            run()
+        except BaseException as error:
+            state = INTERRUPTED if isinstance(error, (Interrupted, KeyboardInterrupt)) else FAILED
+            _keep(directory, JobRecord(state, key, time.monotonic() - started, _one_line(error)))
+            raise
+        _keep(directory, JobRecord(DONE, key, time.monotonic() - started))
+        return True
+
+
+def note_failure(directory: Path, error: Exception) -> None:
+    """Keeps why a job could not even begin; what `attempt` has noted stays."""
+    if load_job(directory).state not in (FAILED, INTERRUPTED):
+        with translated_disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        _keep(directory, JobRecord(FAILED, error=_one_line(error)))
+
+
+def load_job(directory: Path) -> JobRecord:
+    """The job.json of a run directory; WAITING where there is none that can be read."""
+    try:
+        return JobRecord(**json.loads((directory / JOB).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return JobRecord(WAITING)
+
+
+def job_key(recipe: object, config: str) -> str:
+    """sha256 of what decides a job's results: its config in full, the code, and the local files that it names."""
+    identity = [config, code_version(), *(_state_of(path) for path in _local_files(recipe))]
+    return hashlib.sha256("\0".join(identity).encode()).hexdigest()
+
+
+def _local_files(value: Any) -> Iterator[Path]:
+    """Every file, and every file right in a directory, that a text of the recipe is the path of."""
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            yield from _local_files(item)
+        elif isinstance(item, str) and field.name not in ELSEWHERE and len(item) < 4096 and "\0" not in item:
+            path = Path(item).expanduser()
+            yield from sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+
+
+def _state_of(path: Path) -> str:
+    """Tells a changed file without reading it."""
+    found = path.stat()
+    return f"{path}:{found.st_size}:{found.st_mtime_ns}"
+
+
+def _keep(directory: Path, record: JobRecord) -> None:
+    write_whole(directory / JOB, json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")
+
+
+def _one_line(error: BaseException) -> str:
+    told = " ".join(str(error).split())
+    return told if isinstance(error, JointqError) else f"{type(error).__name__}: {told}"
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
