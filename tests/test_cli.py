@@ -1,6 +1,7 @@
 """The words after `jointq`: dispatch, help, errors in one line, completion, sweeps. No model is touched."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from jointq_cli import __version__, resources
 from jointq_cli.commands import completion, help
 from jointq_cli.config import RECIPES, Recipe, concrete, keys
-from jointq_cli.errors import Interrupted, NumericsError
+from jointq_cli.errors import ConfigError, Interrupted, NumericsError
 from jointq_cli.launch import Job, complete, launch
 from jointq_cli.main import COMMANDS, COMPOSED, main
 from jointq_cli.quantizers import GPTQ, RTN, JointQ, Quantizer
@@ -367,22 +368,67 @@ def test_a_failed_job_of_a_sweep_is_told_and_the_others_go_on(
     done: list[int] = []
     assert launch("quantize", ["-m", "quantizer.bits=3,4"], failing_on(error, 3, done)) == 1
     assert done == [4]
-    captured = capsys.readouterr()
-    assert str(error) in captured.err
-    assert "job 1: quantizer.bits=4" in captured.out
+    assert str(error) in capsys.readouterr().out
     [sweep] = (tmp_path / "runs" / "pocket_w4g128").iterdir()
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    states = [json.loads((sweep / job / "job.json").read_text())["state"] for job in "01"]
+    assert states == ["failed", "done"]
 
 
-def test_a_sweep_without_failures_succeeds() -> None:
+def test_the_same_sweep_again_runs_only_what_is_not_done(capsys: pytest.CaptureFixture[str]) -> None:
     done: list[int] = []
-    assert launch("quantize", ["-m", "quantizer.bits=2,4"], failing_on(ValueError(), 3, done)) == 0
-    assert done == [2, 4]
+    sweep = ["-m", "quantizer.bits=2,3,4"]
+    assert launch("quantize", sweep, failing_on(NumericsError("layer x"), 3, done)) == 1
+    assert launch("quantize", sweep, failing_on(NumericsError("layer x"), 9, done)) == 0
+    assert done == [2, 4, 3]
+    capsys.readouterr()
+    assert launch("quantize", sweep, failing_on(NumericsError("layer x"), 9, done)) == 0
+    assert done == [2, 4, 3]
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:5]] == [
+        ["0", "2"],
+        ["1", "3"],
+        ["2", "4"],
+    ]
 
 
-def test_a_value_out_of_range_fails_its_job_only(jobs: list[tuple[Any, Job]]) -> None:
-    assert run("quantize -m quantizer.bits=9,4", jobs) == 1
-    assert [recipe.quantizer.bits for recipe, _ in jobs] == [4]
+def test_another_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    for bits in ("3,4", "3,2"):
+        assert launch("quantize", ["-m", f"quantizer.bits={bits}"], failing_on(ValueError(), 9, [])) == 0
+    assert len(list((tmp_path / "runs" / "pocket_w4g128").iterdir())) == 2
+
+
+def test_a_job_whose_text_has_changed_runs_again(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    done: list[int] = []
+    for content in ("one", "one", "another"):
+        if not text.exists() or text.read_text() != content:
+            text.write_text(content)
+        words = ["-m", "quantizer.bits=3,4", "calibration=text", f"calibration.path={text}"]
+        assert launch("quantize", words, failing_on(ValueError(), 9, done)) == 0
+    assert done == [3, 4, 3, 4]
+
+
+def test_the_jobs_of_a_sweep_by_launcher_processes_end_as_in_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["-m", "quantizer.bits=3,4", "hydra/launcher=processes"]
+    assert launch("quantize", words, fail_at_three_bits) == 1
+    [sweep] = (tmp_path / "runs" / "pocket_w4g128").iterdir()
+    records = [json.loads((sweep / job / "job.json").read_text()) for job in "01"]
+    assert [record["state"] for record in records] == ["failed", "done"]
+    assert records[0]["error"] == "layer x"
+
+
+def fail_at_three_bits(recipe: Recipe, job: Job) -> None:
+    assert job.elsewhere
+    if recipe.quantizer.bits == 3:
+        raise NumericsError("layer x")
+
+
+def test_a_value_out_of_range_is_told_before_any_job_begins(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
+    rule = "job 1 .*quantizer.bits=9.*: quantizer.bits=9: must be from 1 to 8; no job has begun"
+    with pytest.raises(ConfigError, match=rule):
+        run("quantize -m quantizer.bits=4,9", jobs)
+    assert not jobs
+    assert not list(tmp_path.glob("runs/*/sweep*/[0-9]*"))
 
 
 def test_an_interrupted_sweep_stops_with_its_exit_code() -> None:
@@ -467,8 +513,8 @@ def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
 
 
 ONLY_IN = {
-    "hydra": {"launch", "mistakes"},
-    "omegaconf": {"launch", "mistakes"},
+    "hydra": {"launch", "mistakes", "sweeping"},
+    "omegaconf": {"launch", "mistakes", "sweeping"},
     "datasets": {"text"},
     "rich": {"report"},
     "jinja2": {"report"},
@@ -501,12 +547,13 @@ ROWS = [
     {"main"},
     {"commands"},
     {"launch"},
-    {"mistakes"},
+    {"mistakes", "sweeping", "thawed"},
     {"pipeline"},
     {"rotation_stages"},
     {"stages"},
     {"config"},
     {"blockwise", "assembly", "rotating", "report"},
+    {"sweep_directory"},
     {"block", "run_directory", "workspace", "evaluation", "simulation"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
     {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text"},

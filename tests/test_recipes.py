@@ -16,7 +16,7 @@ from jointq_cli.main import main
 from jointq_cli.quantizers import GPTQ, JointQ, Quantizer
 
 NAMES = list(resources.options("recipe"))
-GROUPS = {group: names for group, names in resources.groups().items() if group != "recipe"}
+GROUPS = {group: names for group, names in resources.groups().items() if group not in ("recipe", "sweep")}
 OPTIONS = [(group, option) for group, names in GROUPS.items() for option in names]
 PROMISED = {
     "pocket_w4g128",
@@ -210,3 +210,14 @@ def test_recipes_lists_all_and_show_prints_one_in_full(capsys: pytest.CaptureFix
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["model"]["path"] == "Qwen/Qwen3-0.6B-Base"
     assert shown["quantizer"]["bits"] == 3
+
+
+@pytest.mark.parametrize("sweep", resources.options("sweep"))
+def test_every_shipped_sweep_composes_into_several_jobs(
+    sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    assert launch("quantize", ["-m", f"+sweep={sweep}"], lambda recipe, job: seen.append(recipe)) == 0
+    assert len(seen) == len({repr(recipe) for recipe in seen}) >= 3
+    assert resources.summary(resources.options("sweep")[sweep])

@@ -18,7 +18,7 @@ def config_dir() -> Path:
 def groups() -> dict[str, dict[str, Path]]:
     """Config group -> option -> its file, both in alphabetical order."""
     folders = sorted(path for path in config_dir().iterdir() if path.is_dir())
-    return {folder.name: options(folder.name) for folder in folders}
+    return {folder.name: found for folder in folders if (found := options(folder.name))}
 
 
 def options(group: str) -> dict[str, Path]:

@@ -20,6 +20,8 @@ def thawed(schema: type[Any]) -> type[Any]:
 
 
 def __getattr__(name: str) -> type[Any]:
+    if name.startswith("__"):  # what the import system asks of any module
+        raise AttributeError(name)
     from jointq_cli.config import schemas  # brings torch, which shell completion does without
 
     for schema in schemas():

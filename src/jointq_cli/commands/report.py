@@ -13,7 +13,9 @@ from jointq_cli.sweep_directory import SweepDirectory
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("jointq report", description="Render a finished run again, or a sweep, finished or not.")
+    parser = argparse.ArgumentParser(
+        "jointq report", description="Render a finished run again, or a sweep, finished or not."
+    )
     parser.add_argument("run_directory", type=Path, help="a run directory, such as runs/NAME/DATE_TIME, or a sweep's")
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--terminal", action="store_true", help="the closing table (default)")

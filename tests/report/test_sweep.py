@@ -1,0 +1,184 @@
+"""A sweep as rows, sheets, files and pictures, from records as jobs leave them. No model is touched."""
+
+import csv
+import json
+import math
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from jointq_cli.errors import Interrupted, JointqError, NumericsError
+from jointq_cli.main import main
+from jointq_cli.records import RunReport
+from jointq_cli.report import encode
+from jointq_cli.report.sweep_files import write_summary
+from jointq_cli.report.sweep_pictures import draw_sweep
+from jointq_cli.report.sweep_sheet import Rows, best, load_jobs, make_sweep_sheet
+from jointq_cli.sweep_directory import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RUNNING,
+    WAITING,
+    JobRecord,
+    Plan,
+    SweepDirectory,
+    attempt,
+    load_job,
+)
+
+KEY = "quantizer.regularization_lambda"
+LAMBDAS = ("0.01", "0.1", "1.0", "10.0")
+
+
+def measured(report: RunReport, perplexity: float) -> RunReport:
+    return replace(report, quantized=replace(report.quantized, value=perplexity))
+
+
+def sweep_of(
+    place: Path, report: RunReport, perplexities: Sequence[float | None], settings: Sequence[dict[str, str]]
+) -> SweepDirectory:
+    """None: a job that has not begun."""
+    directory = SweepDirectory(place)
+    directory.write_plan(Plan("mine", ["jointq", "quantize", "-m"], list(settings)))
+    for number, perplexity in enumerate(perplexities):
+        if perplexity is not None:
+            run = directory.run(number)
+            run.mkdir()
+            (run / "report.json").write_text(encode(measured(report, perplexity)), encoding="utf-8")
+            (run / "recipe.yaml").write_text("# @package _global_\nname: mine\n", encoding="utf-8")
+            (run / "job.json").write_text(json.dumps(asdict(JobRecord(DONE, "key", 12.0))), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def half_done(tmp_path: Path, report: RunReport) -> SweepDirectory:
+    """Job 0 done, job 1 done and best, job 2 failed, job 3 has not begun."""
+    directory = sweep_of(tmp_path / "sweep", report, [14.0, 13.5, 13.0, None], [{KEY: value} for value in LAMBDAS])
+    (directory.run(2) / "job.json").write_text(json.dumps(asdict(JobRecord(FAILED, "key", 2.0, "layer x: NaN"))))
+    return directory
+
+
+def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_count(half_done: SweepDirectory) -> None:
+    jobs = load_jobs(half_done)
+    assert [job.record.state for job in jobs] == [DONE, DONE, FAILED, WAITING]
+    assert jobs[2].report is None
+    chosen = best(jobs)
+    assert chosen is not None
+    assert chosen.number == 1
+
+
+def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
+    jobs = load_jobs(sweep_of(tmp_path, report, [None, math.inf], [{}, {}]))
+    assert best(jobs) is None
+    assert "No perplexity yet" in make_sweep_sheet("mine", jobs).headline
+    assert draw_sweep(jobs) == []
+
+
+def test_a_job_measured_otherwise_is_not_compared(tmp_path: Path, report: RunReport) -> None:
+    directory = sweep_of(tmp_path, report, [14.0, 1.0], [{KEY: "1"}, {KEY: "2"}])
+    other = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
+    (directory.run(1) / "report.json").write_text(encode(other), encoding="utf-8")
+    jobs = load_jobs(directory)
+    assert best(jobs) is jobs[0]
+    assert any("not all measured alike" in note for note in make_sweep_sheet("mine", jobs).notes)
+
+
+def test_every_row_has_its_settings_under_their_heading(half_done: SweepDirectory) -> None:
+    rows = Rows(half_done.plan().settings)
+    lines = [rows.row(job) for job in load_jobs(half_done)]
+    at = rows.heading.index("regularization_lambda")
+    assert [line[at:].split()[0] for line in lines] == list(LAMBDAS)
+    assert lines[2].endswith("failed: layer x: NaN")
+    assert lines[3].endswith(WAITING)
+
+
+def test_the_summary_has_every_job_and_full_precision(half_done: SweepDirectory) -> None:
+    write_summary(half_done, page=True)
+    table = json.loads((half_done.path / "summary.json").read_text())
+    assert [row[KEY] for row in table] == list(LAMBDAS)
+    assert [row["perplexity"] for row in table] == [14.0, 13.5, None, None]
+    with (half_done.path / "summary.csv").open() as file:
+        assert [row["state"] for row in csv.DictReader(file)] == [DONE, DONE, FAILED, WAITING]
+    assert "2 of 4 jobs done. Least perplexity in job 1" in (half_done.path / "summary.md").read_text()
+    assert "layer x: NaN" in (half_done.path / "summary.html").read_text()
+
+
+def test_the_best_job_is_a_recipe_that_keeps_hydras_first_line(half_done: SweepDirectory) -> None:
+    write_summary(half_done, page=False)
+    lines = (half_done.path / "recipe" / "best.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert "job 1" in lines[1]
+    assert lines[-1] == "name: mine"
+
+
+def test_a_curve_has_the_swept_values_below_and_a_line_for_every_mix_of_the_others(
+    tmp_path: Path, report: RunReport
+) -> None:
+    settings = [{"quantizer.bits": bits, KEY: value} for bits in "43" for value in LAMBDAS]
+    pictures = draw_sweep(load_jobs(sweep_of(tmp_path, report, [14, 13, 12, 13, 24, 23, 22, 23], settings)))
+    assert [picture.title for picture in pictures] == [
+        "Perplexity over regularization_lambda",
+        "KL divergence over regularization_lambda",
+    ]
+    for picture in pictures:
+        texts = ["".join(element.itertext()) for element in ElementTree.fromstring(picture.svg).iter("text")]
+        assert {"0.01", "0.1", "1", "10", "bits=4", "bits=3"} <= set(texts)
+
+
+def test_two_values_make_no_curve(tmp_path: Path, report: RunReport) -> None:
+    assert draw_sweep(load_jobs(sweep_of(tmp_path, report, [14, 13], [{KEY: "1"}, {KEY: "2"}]))) == []
+
+
+def test_a_half_done_sweep_can_be_reported(half_done: SweepDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(half_done.path)]) == 0
+    assert "2 of 4 jobs done" in capsys.readouterr().out
+    assert main(["report", str(half_done.path), "--html"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+
+
+def test_a_plan_that_is_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(JointqError, match=r"sweep\.json: not the plan of a sweep"):
+        SweepDirectory(tmp_path).plan()
+
+
+# --- how a job ends
+
+
+def failing(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(NumericsError("x"), FAILED), (Interrupted("stop"), INTERRUPTED), (ValueError("x"), FAILED)]
+)
+def test_an_attempt_that_fails_is_noted_and_made_again(tmp_path: Path, error: Exception, state: str) -> None:
+    with pytest.raises(type(error)):
+        attempt(tmp_path, "key", lambda: failing(error))
+    assert load_job(tmp_path).state == state
+    assert attempt(tmp_path, "key", lambda: None)
+    assert not attempt(tmp_path, "key", lambda: failing(error))
+    assert attempt(tmp_path, "another key", lambda: None)
+
+
+def test_a_job_whose_process_is_gone_was_interrupted(tmp_path: Path) -> None:
+    directory = SweepDirectory(tmp_path)
+    seen: list[str] = []
+    attempt(directory.run(0), "key", lambda: seen.append(directory.record(0).state))
+    assert seen == [RUNNING]
+    record = json.loads((directory.run(0) / "job.json").read_text())
+    gone = record | {"state": RUNNING, "host": socket.gethostname(), "process": 2**22 + 1}
+    (directory.run(0) / "job.json").write_text(json.dumps(gone))
+    assert directory.record(0).state == INTERRUPTED
+    assert attempt(directory.run(0), "key", lambda: None)
+
+
+def test_a_job_json_that_is_cut_off_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"state": "do')
+    assert load_job(tmp_path).state == WAITING
+    assert attempt(tmp_path, "key", lambda: None)
