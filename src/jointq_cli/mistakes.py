@@ -27,6 +27,7 @@ from omegaconf.errors import (
 from jointq_cli import resources
 from jointq_cli.errors import ConfigError, JointqError, ResourceError
 
+LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # option: extra
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -116,6 +117,8 @@ class Mistakes:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         if not group:
             return f"no config called {option}"
+        if group == "hydra/launcher" and option in LAUNCHERS:
+            return f"hydra/launcher={option}: is not installed; pip install 'jointq[{LAUNCHERS[option]}]'"
         if not error.options:
             return f"{group}={option}: there is no config group {group}"
         close = difflib.get_close_matches(option, error.options, n=1, cutoff=0.5)
