@@ -386,6 +386,7 @@ def test_a_read_only_store_still_serves_what_it_has(
     disk("ro")
     elsewhere = [f"hydra.run.dir={empty.path}/elsewhere"]
     assert main([*WORDS, *elsewhere]) == 0
+    assert main(["store", "ls", "--store", str(empty.store)]) == 0
     assert not capsys.readouterr().err
     assert main([*WORDS, "quantizer.bits=3", *elsewhere]) == 1
     err = capsys.readouterr().err

@@ -64,8 +64,9 @@ def try_lock(path: Path, kind: Kind) -> Lock | None:
 
 def is_locked(path: Path) -> bool:
     """Whether anybody holds a lock on `path` at this moment. Creates nothing."""
+    mode = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY  # as in `try_lock`
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, mode | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
