@@ -55,7 +55,17 @@ def loaded_by(words: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "words",
-    ["--help", "--version", "quantize --help", "compare --help", "compare nowhere", "recipes", "quantise"],
+    [
+        "--help",
+        "--version",
+        "quantize --help",
+        "compare --help",
+        "compare nowhere",
+        "recipes",
+        "store ls",
+        "store ls --store nowhere",
+        "quantise",
+    ],
 )
 def test_what_needs_no_config_loads_neither_torch_nor_hydra(words: str) -> None:
     assert not loaded_by(words) & {
@@ -459,6 +469,8 @@ QUESTIONS = {
     "jointq recipes show ": set(resources.options("recipe")),
     "jointq report ": set(),
     "jointq compare ": set(),
+    "jointq store ": {"ls", "size", "prune"},
+    "jointq store ls ": set(),
 }
 
 
@@ -557,7 +569,9 @@ ROWS = [
     {"block", "run_directory", "workspace", "evaluation", "simulation"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
     {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text"},
-    {"store", "machine", "records", "errors", "resources", "__init__"},
+    {"store", "machine", "records"},
+    {"inventory"},
+    {"contents", "locks", "errors", "resources", "__init__"},
 ]
 
 

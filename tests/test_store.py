@@ -1,14 +1,17 @@
 """The store: what exists is complete, nothing is made twice, and a key holds exactly what decides the content."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from jointq_cli.contents import CONTENTS
 from jointq_cli.errors import ResourceError
-from jointq_cli.store import Store, artifact_key, link_files, write_atomically
+from jointq_cli.inventory import entries, remove
+from jointq_cli.store import Artifact, Store, artifact_key, link_files, write_atomically
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def test_a_stage_that_fails_leaves_no_artifact(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(RuntimeError):
         store.reuse("stage", Spec(4), [], fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["partial"]
+    assert not list(tmp_path.glob("stage-*"))
     assert not store.reuse("stage", Spec(4), [], write_one).reused
 
 
@@ -126,6 +129,152 @@ def test_waiting_for_another_process_is_told_and_can_be_stopped(tmp_path: Path) 
     assert not Store(tmp_path).reuse("stage", Spec(4), [], make).reused
     assert len(told) == 1
     assert "waiting for another process, which makes stage-" in told[0]
+
+
+def damaged(path: Path) -> None:
+    (path / "one").write_text("2")
+
+
+def test_a_damaged_artifact_is_told_and_made_anew(tmp_path: Path) -> None:
+    told: list[str] = []
+    with Store(tmp_path) as store:
+        path = store.reuse("stage", Spec(4), [], write_one).path
+    damaged(path)
+    with Store(tmp_path, tell=told.append) as store:
+        again = [store.reuse("stage", Spec(4), [], write_one) for _ in range(2)]
+    assert [artifact.reused for artifact in again] == [False, True]
+    assert (path / "one").read_text() == "1"
+    assert told == [f"warning: {path}: one has other bytes than were written; it is taken away and made anew"]
+    assert not list((tmp_path / "partial").iterdir())
+
+
+def test_damage_is_noticed_also_while_the_artifact_is_held(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        damaged(store.reuse("stage", Spec(4), [], write_one).path)
+        assert not store.reuse("stage", Spec(4), [], write_one).reused
+
+
+def test_an_edit_of_a_run_directory_reaches_the_store_and_is_noticed(tmp_path: Path) -> None:
+    def make(scratch: Path) -> None:
+        (scratch / "model.safetensors").write_text("weights")
+
+    with Store(tmp_path / "store") as store:
+        link_files(store.reuse("stage", Spec(4), [], make).path, tmp_path / "run", "*.safetensors")
+        with (tmp_path / "run" / "model.safetensors").open("r+") as file:
+            file.write("W")
+        artifact = store.reuse("stage", Spec(4), [], make)
+        assert not artifact.reused
+        assert (artifact.path / "model.safetensors").read_text() == "weights"
+
+
+@pytest.mark.parametrize("instead", [Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_what_stands_in_the_place_of_an_artifact_makes_room(instead: Callable[[Path], None], tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        path = store.reuse("stage", Spec(4), [], write_one).path
+        path.rename(tmp_path / "elsewhere")
+        instead(path)
+        assert not store.reuse("stage", Spec(4), [], write_one).reused
+        assert path.is_dir()
+        assert not path.is_symlink()
+        assert (tmp_path / "elsewhere" / "one").exists()
+
+
+def test_what_a_run_uses_cannot_be_removed_until_its_end(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.reuse("stage", Spec(4), [], write_one)
+        [entry] = entries(tmp_path)
+        assert not remove(tmp_path, entry)
+    [entry] = entries(tmp_path)
+    assert remove(tmp_path, entry)
+    assert not entries(tmp_path)
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_an_artifact_that_is_removed_as_soon_as_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    with Store(tmp_path) as store:
+        hold = store._hold
+
+        def slow_hold(name: str, *, is_new: bool = False) -> bool:
+            if len(made) == 1:
+                assert remove(tmp_path, entries(tmp_path)[0])
+            return hold(name, is_new=is_new)
+
+        def make(scratch: Path) -> None:
+            made.append(1)
+            write_one(scratch)
+
+        monkeypatch.setattr(store, "_hold", slow_hold)
+        artifact = store.reuse("stage", Spec(4), [], make)
+        assert (artifact.path / "one").exists()
+        assert (len(made), artifact.reused) == (2, False)
+
+
+# --- a budget for a stage
+
+
+LISTS = 1000  # bytes, more than all lists of contents in these tests
+
+
+def large(store: Store, bits: int, *, size: int, budget: int) -> Artifact | None:
+    """An artifact of `size` bytes, one per number of bits, of a stage that may have `budget`."""
+
+    def make(scratch: Path) -> None:
+        (scratch / "data").write_bytes(bytes(size))
+
+    return store.reuse_within("large", Spec(bits), [], make, budget=budget + LISTS, size=size)
+
+
+def dated(artifact: Artifact | None, seconds: float) -> None:
+    assert artifact is not None
+    os.utime(artifact.path / CONTENTS, (seconds, seconds))
+
+
+def kept(root: Path) -> set[int]:
+    by_name = {f"large-{artifact_key('large', Spec(bits), [])[:16]}": bits for bits in range(1, 9)}
+    return {by_name[entry.name] for entry in entries(root) if entry.stage == "large"}
+
+
+def test_the_least_recently_used_of_a_stage_makes_room(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.reuse("small", Spec(1), [], write_one)
+        for bits, used in ((1, 3000), (2, 1000), (3, 2000)):
+            dated(large(store, bits, size=4000, budget=12000), used)
+    with Store(tmp_path) as store:
+        assert large(store, 4, size=4000, budget=12000) is not None
+    assert kept(tmp_path) == {1, 3, 4}
+    assert any(entry.stage == "small" for entry in entries(tmp_path))
+
+
+def test_what_is_there_is_reused_without_making_room(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        for bits in (1, 2):
+            large(store, bits, size=4000, budget=8000)
+        found = large(store, 1, size=4000, budget=8000)
+        assert found is not None
+        assert found.reused
+    assert kept(tmp_path) == {1, 2}
+
+
+def test_nothing_is_removed_for_what_does_not_fit_anyway(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        large(store, 1, size=4000, budget=8000)
+    with Store(tmp_path) as store:
+        assert large(store, 2, size=9500, budget=8000) is None
+        large(store, 3, size=4000, budget=8000)
+        assert large(store, 4, size=8000, budget=8000) is None  # 3 is in use
+    assert kept(tmp_path) == {1, 3}
+
+
+def test_what_was_used_in_the_future_is_the_last_to_go(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        dated(large(store, 1, size=4000, budget=8000), 4e9)
+        large(store, 2, size=4000, budget=8000)
+    with Store(tmp_path) as store:
+        assert large(store, 3, size=4000, budget=8000) is not None
+    assert kept(tmp_path) == {1, 3}
 
 
 def test_linked_files_are_those_of_the_last_source_and_nothing_else(tmp_path: Path) -> None:

@@ -112,10 +112,15 @@ def calibrate(recipe: CalibrateRecipe, console: Console) -> Tokens:
 
 
 @contextmanager
-def _stages(store: str, runtime: Runtime, console: Console) -> Iterator[Stages]:
-    root = Path(store)
-    with deferred() as interrupts, translated_disk_errors(root), torch.no_grad():
-        yield Stages(Store(root, interrupts.raise_if_requested, console.note), console, runtime, interrupts)
+def _stages(root: str, runtime: Runtime, console: Console) -> Iterator[Stages]:
+    path = Path(root)
+    with (
+        deferred() as interrupts,
+        translated_disk_errors(path),
+        torch.no_grad(),
+        Store(path, interrupts.raise_if_requested, console.note) as store,
+    ):
+        yield Stages(store, console, runtime, interrupts)
 
 
 def _reference(recipe: EvaluateRecipe, stages: Stages) -> StreamedModel | None:

@@ -13,17 +13,31 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
+from jointq_cli.contents import CONTENTS, find_damage, write_contents
 from jointq_cli.errors import ResourceError
+from jointq_cli.inventory import (
+    MARKER,
+    Entry,
+    artifact_path,
+    entries,
+    lock_path,
+    lock_unused,
+    partial_path,
+    prune,
+    take_away,
+)
+from jointq_cli.locks import Kind, Lock, try_lock
 
 LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
+ATTEMPTS = 20  # a second, to get a lock
 
 
 @dataclass(frozen=True)
@@ -36,18 +50,36 @@ class Artifact:
 
 
 class Store:
-    """Artifacts under one directory. Raises ResourceError where it cannot write."""
+    """Artifacts under one directory. Inside its context nobody removes what it gave out.
+
+    Raises ResourceError where it cannot write.
+    """
 
     def __init__(
         self, root: Path, pause: Callable[[], None] = lambda: None, tell: Callable[[str], None] = lambda text: None
     ) -> None:
-        """pause: called while waiting, may raise. tell: hears what is being waited for."""
+        """pause: called while waiting, may raise. tell: hears what is being waited for, and what is found damaged."""
         self.root = root
         self._pause = pause
         self._tell = tell
-        self._scratch = root / "partial"
+        self._held: dict[str, Lock] = {}  # shared, by the name of the artifact
         with translated_disk_errors(root):
-            self._scratch.mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
+            if not (root / MARKER).exists():
+                (root / MARKER).touch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of all artifacts: from now on they may be removed."""
+        while self._held:
+            self._held.popitem()[1].release()
 
     def reuse(
         self,
@@ -62,43 +94,111 @@ class Store:
 
         inputs: keys or hashes of what it is made from. A `resumable` stage finds what it left in its scratch directory
         when it was stopped; any other starts from an empty one. Two processes that want the same artifact take turns.
+        One whose files are not what they were when it was made is taken away, and made anew.
         """
         key = artifact_key(stage, spec, inputs)
-        final = self.root / f"{stage}-{key[:16]}"
-        if final.is_dir():
-            return Artifact(final, key, reused=True)
-        scratch = self._scratch / final.name
-        with translated_disk_errors(self.root), self._alone(scratch):
-            if final.is_dir():
-                return Artifact(final, key, reused=True)
+        name = _name(stage, key)
+        made = False
+        with translated_disk_errors(self.root):
+            while not self._hold(name, is_new=made):  # who removes an artifact may have been quicker
+                made = self._make(name, make, resumable) or made
+        return Artifact(artifact_path(self.root, name), key, reused=not made)
+
+    def reuse_within(
+        self,
+        stage: str,
+        spec: object,
+        inputs: list[str],
+        make: Callable[[Path], None],
+        *,
+        budget: int,
+        size: int,
+        resumable: bool = False,
+    ) -> Artifact | None:
+        """As `reuse`, for large artifacts: those of `stage` may take `budget` bytes together.
+
+        size: what this one will take, as far as is known. Before it is made, least recently used ones of its stage go;
+        None, and none goes, where that is not enough because the others are in use.
+        """
+        name = _name(stage, artifact_key(stage, spec, inputs))
+        with translated_disk_errors(self.root):
+            if not self._hold(name) and not self._make_room(stage, name, budget - size):
+                return None
+        return self.reuse(stage, spec, inputs, make, resumable=resumable)
+
+    def _hold(self, name: str, *, is_new: bool = False) -> bool:
+        """Whether the artifact is there and whole; if so, nobody can remove it from now on."""
+        final = artifact_path(self.root, name)
+        lock = self._held.pop(name, None) or self._lock(name, Kind.SHARED)
+        try:
+            whole = final.is_dir() and (is_new or find_damage(final) is None)
+        except BaseException:
+            lock.release()
+            raise
+        if not whole:
+            lock.release()
+            return False
+        self._held[name] = lock
+        with contextlib.suppress(OSError):  # on a store that this user may only read
+            os.utime(final / CONTENTS)
+        return True
+
+    def _make(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
+        """Puts a whole artifact in its place; False where another process was quicker."""
+        final, scratch = artifact_path(self.root, name), partial_path(self.root, name)
+        with self._lock(name, Kind.EXCLUSIVE):
+            if os.path.lexists(final):
+                damage = find_damage(final) if final.is_dir() else "is no directory"
+                if damage is None:
+                    return False
+                self._tell(f"warning: {final}: {damage}; it is taken away and made anew")
+                take_away(self.root, final)
             if not resumable:
                 shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(exist_ok=True)
+            scratch.mkdir(parents=True, exist_ok=True)
             make(scratch)
+            write_contents(scratch)
             _sync_tree(scratch)
             os.rename(scratch, final)
             _sync(self.root)
-        # The lock file stays: to delete it while another process waits on it would give out the same lock twice.
-        return Artifact(final, key, reused=False)
+        return True
 
-    @contextlib.contextmanager
-    def _alone(self, scratch: Path) -> Iterator[None]:
-        """Inside, no other process makes this artifact."""
-        lock = FileLock(f"{scratch}.lock")
-        waiting = False
+    def _make_room(self, stage: str, name: str, room: int) -> bool:
+        """Whether what lies there of `stage`, without `name` itself, takes at most `room` bytes; if it takes more, the
+        least recently used go, or none where that would not do."""
+        others = [entry for entry in entries(self.root) if entry.stage == stage and entry.name != name]
+        with contextlib.ExitStack() as locks:
+
+            def take(entry: Entry) -> bool:
+                lock = lock_unused(self.root, entry)
+                return lock is not None and locks.enter_context(lock) is lock
+
+            excess = sum(entry.size for entry in others) - room
+            doomed = prune(others, excess, take).removed
+            if sum(entry.size for entry in doomed) < excess:
+                return False
+            for entry in doomed:
+                take_away(self.root, entry.path)
+        return True
+
+    def _lock(self, name: str, kind: Kind) -> Lock:
+        """The lock of an artifact, however long that takes."""
+        told = False
         while True:
-            try:
-                lock.acquire(timeout=1)
-                break
-            except Timeout:
-                if not waiting:
-                    self._tell(f"waiting for another process, which makes {scratch.name}")
-                waiting = True
-                self._pause()
-        try:
-            yield
-        finally:
-            lock.release()
+            for _ in range(ATTEMPTS):
+                lock = try_lock(lock_path(self.root, name), kind)
+                if lock is not None:
+                    return lock
+                time.sleep(1 / ATTEMPTS)
+            if not told:
+                verb = "makes" if kind is Kind.SHARED else "makes or uses"
+                self._tell(f"waiting for another process, which {verb} {name}")
+            told = True
+            self._pause()
+
+
+def _name(stage: str, key: str) -> str:
+    return f"{stage}-{key[:16]}"
 
 
 def artifact_key(stage: str, spec: object, inputs: list[str]) -> str:
@@ -161,6 +261,8 @@ def translated_disk_errors(path: Path) -> Any:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(f"{error.filename or path}: the disk is full; what was finished is kept") from error
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise ResourceError(f"{error.filename or path}: the file system has no locks ({error.strerror})") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise ResourceError(f"{error.filename or path}: cannot be written ({error.strerror})") from error
         raise

@@ -25,6 +25,13 @@ def test_a_value_has_the_digits_its_standard_error_leaves(value, error, text):
     assert units.plus_minus(value, error) == text
 
 
+@given(st.floats(-1e12, 1e12))
+def test_an_age_has_no_sign_and_rounds_down(seconds):
+    count, unit = units.age(seconds).split()
+    length = {"s": 1, "min": 60, "h": 3600, "d": 86400}[unit]
+    assert int(count) * length <= max(0, seconds) < (int(count) + 1) * length
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -4,6 +4,7 @@ import os
 import re
 
 from jointq_cli import resources
+from jointq_cli.commands import store
 from jointq_cli.commands.help import GROUPS
 from jointq_cli.launch import complete
 from jointq_cli.main import COMMANDS
@@ -25,6 +26,8 @@ def _answers(arguments: list[str]) -> list[str]:
     command = before[1]
     if command == "recipes":
         return ["show"] if len(before) == 2 else list(resources.options("recipe"))
+    if command == "store":
+        return list(store.WORDS) if len(before) == 2 else []
     return _composed(command, line, arguments) if command in GROUPS else []
 
 

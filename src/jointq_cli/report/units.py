@@ -3,6 +3,7 @@
 import math
 
 SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+AGES = (("d", 86400), ("h", 3600), ("min", 60))  # used from two on
 COUNTS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
 
 
@@ -90,6 +91,14 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def age(seconds: float) -> str:
+    """How long ago, in one unit: "20 s", "5 min", "3 h", "12 d". Less than nothing, by a clock that went back, is 0."""
+    for unit, length in AGES:
+        if seconds >= 2 * length:
+            return f"{int(seconds / length)} {unit}"
+    return f"{max(0, int(seconds))} s"
 
 
 def plural(count: int, noun: str) -> str:

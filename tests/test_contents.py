@@ -1,0 +1,109 @@
+"""What an artifact consists of: whatever is changed is noticed, and nothing is read twice for that."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jointq_cli.contents import CONTENTS, find_damage, when_made, write_contents
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A finished directory of three files."""
+    directory = tmp_path / "stage-0123456789abcdef"
+    (directory / "layers").mkdir(parents=True)
+    (directory / "layers" / "a.bin").write_bytes(bytes(range(200)))
+    (directory / "layers" / "b.json").write_text("{}")
+    (directory / "empty").touch()
+    write_contents(directory)
+    return directory
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+    path.with_name("elsewhere").rename(path.parent.parent.parent / "elsewhere")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: (path / "layers/a.bin").unlink(), "layers/a.bin is missing"),
+    "truncated": (lambda path: os.truncate(path / "layers/a.bin", 10), "layers/a.bin has 10 bytes, not 200"),
+    "emptied": (lambda path: os.truncate(path / "layers/b.json", 0), "layers/b.json has 0 bytes, not 2"),
+    "one bit": (lambda path: flip(path / "layers/a.bin"), "layers/a.bin has other bytes than were written"),
+    "a stranger": (lambda path: (path / "layers/c.json").touch(), "layers/c.json does not belong there"),
+    "a link": (lambda path: link(path / "layers/a.bin"), "layers/a.bin is no file any more"),
+    "no list": (lambda path: (path / CONTENTS).unlink(), f"{CONTENTS} is missing or damaged"),
+    "half a list": (lambda path: os.truncate(path / CONTENTS, 40), f"{CONTENTS} is missing or damaged"),
+    "another list": (lambda path: (path / CONTENTS).write_text("[]"), f"{CONTENTS} is missing or damaged"),
+    "a strange list": (
+        lambda path: (path / CONTENTS).write_text('{"files": {"empty": 0}}'),
+        f"{CONTENTS} is missing or damaged",
+    ),
+}
+
+
+def test_what_nobody_has_touched_is_whole(whole: Path) -> None:
+    assert find_damage(whole) is None
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("checked_before", [False, True])
+def test_every_change_is_told_by_the_file(change: str, checked_before: bool, whole: Path) -> None:
+    if checked_before:
+        assert find_damage(whole) is None
+    act, said = CHANGES[change]
+    act(whole)
+    assert find_damage(whole) == said
+
+
+def test_a_list_of_contents_can_be_checked_with_sha256sum(whole: Path) -> None:
+    listed = json.loads((whole / CONTENTS).read_text())["files"]
+    assert set(listed) == {"empty", "layers/a.bin", "layers/b.json"}
+    assert listed["layers/a.bin"] == {"size": 200, "sha256": hashlib.sha256(bytes(range(200))).hexdigest()}
+
+
+def test_a_list_that_was_left_by_a_kill_is_written_anew(whole: Path) -> None:
+    (whole / "late").touch()
+    write_contents(whole)
+    assert find_damage(whole) is None
+
+
+def test_no_byte_is_read_twice_while_size_and_time_stay(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (read.append(file.name), digest(file, name))[1])
+    other = whole.rename(whole.with_name("other"))
+    for _ in range(2):
+        assert find_damage(other) is None
+        assert len(read) == 3
+    os.utime(other / "layers" / "a.bin")
+    assert find_damage(other) is None
+    assert [Path(name).name for name in read[3:]] == ["a.bin"]
+
+
+def test_a_file_on_a_bad_sector_is_damage(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    other = whole.rename(whole.with_name("bad"))
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    assert find_damage(other) == "empty cannot be read (Input/output error)"
+
+
+def test_the_time_of_making_is_kept_apart_from_the_time_of_use(whole: Path) -> None:
+    made = when_made(whole)
+    os.utime(whole / CONTENTS, (0, 0))
+    assert made is not None
+    assert when_made(whole) == made
+    (whole / CONTENTS).write_text('{"made": "yesterday"}')
+    assert when_made(whole) is None
