@@ -81,6 +81,10 @@ class Store:
         # The lock file stays: to delete it while another process waits on it would give out the same lock twice.
         return Artifact(final, key, reused=False)
 
+    def holds(self, stage: str, spec: object, inputs: list[str]) -> bool:
+        """Whether `reuse` would find this artifact."""
+        return (self.root / f"{stage}-{artifact_key(stage, spec, inputs)[:16]}").is_dir()
+
     @contextlib.contextmanager
     def _alone(self, scratch: Path) -> Iterator[None]:
         """Inside, no other process makes this artifact."""
