@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from jointq_cli.assembly import assemble, audit
 from jointq_cli.block import Block
-from jointq_cli.blockwise import Plan, quantize_blocks
+from jointq_cli.blockwise import quantize_blocks
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.evaluation import final_hidden
 from jointq_cli.model import StreamedModel
+from jointq_cli.plan import Plan
 from jointq_cli.qep import Correction, NoQep, Propagation, Qep
 from jointq_cli.quantizers import GPTQ, RTN, JointQ, Prepared, Quantizer, Solution
 from jointq_cli.quantizers.jointq import GptqStart

@@ -16,7 +16,7 @@ class Runtime:
 
     `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods state theirs where they
     accumulate. `batch_tokens` bounds the tokens of one forward pass and so the activations in memory, `waiting_gb`
-    those that lie in stopped passes (see `passes`).
+    those that lie in stopped passes (see `passes`), `hessians_gb` what `hessians` may take on the disk.
     """
 
     device: str
@@ -24,6 +24,7 @@ class Runtime:
     num_threads: int | None
     batch_tokens: int
     waiting_gb: float
+    hessians_gb: float
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -34,8 +35,9 @@ class Runtime:
             raise ConfigError(f"runtime.num_threads={self.num_threads}: must be at least 1, or null for all cores")
         if self.batch_tokens < 1:
             raise ConfigError(f"runtime.batch_tokens={self.batch_tokens}: must be at least 1")
-        if not self.waiting_gb >= 0:
-            raise ConfigError(f"runtime.waiting_gb={self.waiting_gb}: must be at least 0")
+        for name in ("waiting_gb", "hessians_gb"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be at least 0")
 
     def torch_device(self) -> torch.device:
         """Raises ResourceError when CUDA is asked for and absent."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from jointq_cli.assembly import assemble
-from jointq_cli.blockwise import Plan, quantize_blocks
+from jointq_cli.blockwise import quantize_blocks
 from jointq_cli.calibration import (
     Calibration,
     Tokens,
@@ -31,8 +31,10 @@ from jointq_cli.checkpoint import Checkpoint, save_tensors
 from jointq_cli.config import Recipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
 from jointq_cli.grid import check_group_size
+from jointq_cli.hessians import Hessians, bytes_needed, collect_hessians
 from jointq_cli.interrupts import Interrupts
 from jointq_cli.model import StreamedModel
+from jointq_cli.plan import Plan
 from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, StageRecord
 from jointq_cli.report.console import Console, Stage
 from jointq_cli.report.screens import Bar
@@ -154,6 +156,12 @@ class Stages:
             "device": self.device.type,  # CPU and GPU round differently, and the reload check wants the same bits
         }
 
+        companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
+        inputs = [model.checkpoint.content_hash, companions, tokens.hash]
+        hessians = None
+        if not self.store.holds("quantize", spec, inputs):
+            hessians = self._hessians(model, tokens, plan, names)
+
         def make(scratch: Path) -> None:
             workspace = Workspace(scratch)
             with self.console.bar("quantize", total=len(names)) as bar:
@@ -163,17 +171,53 @@ class Stages:
                     self.console.layer(record)
                     bar.advance()
 
-                quantize_blocks(model, tokens.windows, plan, workspace, on_layer, self.pause)
+                quantize_blocks(model, tokens.windows, plan, workspace, on_layer, self.pause, hessians)
             assemble(model, workspace, scratch / "checkpoint", code=recipe.model.trust_remote_code)
 
         with self.stage("quantize") as stage:
-            companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
-            inputs = [model.checkpoint.content_hash, companions, tokens.hash]
             artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True)
             mark(stage, artifact)
             workspace = Workspace(artifact.path)
             layers = [workspace.record(name) for name in names]
             return Quantized(artifact, Checkpoint(artifact.path / "checkpoint"), layers, workspace.blocks())
+
+    def _hessians(self, model: StreamedModel, tokens: Tokens, plan: Plan, names: list[str]) -> Hessians | None:
+        """What all quantizers have in common; None where they have nothing, or where there is no room to keep it."""
+        needed, budget = bytes_needed(model, plan), round(self.runtime.hessians_gb * 1e9)
+        if not plan.ahead or not budget:
+            return None
+        if needed > budget:
+            self._tell_no_room(f"they take up to {needed / 1e9:.3g} GB")
+            return None
+        spec = {
+            "layers": names,
+            "weights": plan.weights.decisive,
+            "held_from": plan.held_from(len(tokens.windows.split(plan.batch))),
+            "batch": plan.batch,
+            "dtype": str(model.dtype),
+            "device": self.device.type,
+        }
+
+        def make(scratch: Path) -> None:
+            hessians = Hessians(scratch)
+            with self.console.bar("hessians", total=len(model)) as bar:
+                bar.advance(hessians.position())
+                collect_hessians(model, tokens.windows, plan, hessians, bar.advance, self.pause)
+
+        with self.stage("hessians") as stage:
+            inputs = [model.checkpoint.content_hash, tokens.hash]
+            artifact = self.store.reuse_within(
+                "hessians", spec, inputs, make, budget=budget, size=needed, resumable=True
+            )
+            if artifact is None:
+                self._tell_no_room("those of runs that are under way take the rest")
+                return None
+            mark(stage, artifact)
+            return Hessians(artifact.path)
+
+    def _tell_no_room(self, reason: str) -> None:
+        budget = f"runtime.hessians_gb={self.runtime.hessians_gb:g}"
+        self.console.note(f"Hessians are not kept for other runs: {reason}, and {budget}")
 
     def final_hidden(self, model: StreamedModel, windows: ScoredWindows, name: str = "evaluate original") -> Artifact:
         """A model's final hidden states on the evaluation windows: every quantised model is compared with them."""

@@ -7,7 +7,7 @@ R = S_o - S (tokens, out) by then, the drift is D = R^T X / tokens (out, in). To
 as often as it weighs, in sums and in `tokens`. Layers that share an input share its moments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class TokenWeights:
     @property
     def of_residual(self) -> bool:
         return self.weighting == "residual"
+
+    @property
+    def decisive(self) -> "TokenWeights":
+        """The same weights, with nothing said that does not matter."""
+        return replace(self, power=0.0) if self.weighting == "uniform" else self
 
     def of(self, inputs: Tensor, behind: Tensor | None, tokens: int) -> Tensor | None:
         """inputs (..., in), tokens of windows of so many; behind (..., hidden), None where the layer does not write.
@@ -141,6 +146,29 @@ class Accumulator:
     def drift(self) -> Tensor | None:
         """D (out, in) float64, likewise."""
         return None if self._drift is None else self._drift.div_(self.tokens or 1.0)
+
+
+def packed(hessian: Tensor) -> Tensor:
+    """The panels of a symmetric matrix (n, n) from the diagonal on, flat: little more than half of it."""
+    starts = range(0, len(hessian), PANEL)
+    return torch.cat([hessian[start : start + PANEL, start:].flatten() for start in starts])
+
+
+def packed_size(size: int) -> int:
+    """Elements of a packed matrix (size, size)."""
+    return sum(min(PANEL, size - start) * (size - start) for start in range(0, size, PANEL))
+
+
+def unpacked(flat: Tensor, size: int) -> Tensor:
+    """The inverse of `packed`: (size, size), with the same bits."""
+    hessian = flat.new_empty(size, size)
+    parts = flat.split([min(PANEL, size - start) * (size - start) for start in range(0, size, PANEL)])
+    for start, part in zip(range(0, size, PANEL), parts, strict=True):
+        stop = start + PANEL
+        panel = part.view(-1, size - start)
+        hessian[start:stop, start:] = panel
+        hessian[stop:, start:stop] = panel[:, PANEL:].T
+    return hessian
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

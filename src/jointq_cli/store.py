@@ -126,6 +126,10 @@ class Store:
                 return None
         return self.reuse(stage, spec, inputs, make, resumable=resumable)
 
+    def holds(self, stage: str, spec: object, inputs: list[str]) -> bool:
+        """Whether `reuse` would find this artifact."""
+        return artifact_path(self.root, _name(stage, artifact_key(stage, spec, inputs))).is_dir()
+
     def _hold(self, name: str, *, is_new: bool = False) -> bool:
         """Whether the artifact is there and whole; if so, nobody can remove it from now on."""
         final = artifact_path(self.root, name)
