@@ -20,6 +20,7 @@ COMMANDS = {
     "recipes": "list the recipes that come with jointq, or show one",
     "report": "render a finished run again",
     "compare": "several finished runs, or a sweep, side by side",
+    "reproduce": "run a finished run again from what it left behind, and compare",
 }
 COMPOSED = ("quantize", "rotate", "evaluate", "calibrate")  # these read a config, the others have an argparse each
 USAGE_ERROR = 2  # as argparse and most shells have it
