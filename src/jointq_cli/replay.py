@@ -44,7 +44,9 @@ def replay(run: Evidence, fresh: Path, overrides: list[str], task: Task) -> None
     ]
     with _folder_of_recipes(run.directory / "recipe.yaml") as folder, _told_to_start_anew(fresh):
         launch("quantize", [*words, "--config-dir", str(folder)], task)
-    shutil.rmtree(fresh / "store")  # nothing else will use it, and the run directory has what it made
+    shutil.rmtree(
+        fresh / "store", ignore_errors=True
+    )  # nothing else will use it, and the run directory has what it made
 
 
 def _checked(override: str) -> tuple[str, str]:

@@ -87,9 +87,17 @@ def _verdict(steps: Sequence[Step], figures: Sequence[ReplayedFigure], tolerance
 def _config(original: Evidence, replay: Evidence) -> Step:
     ours, theirs = original.settings, replay.settings
     keys = [key for key in dict.fromkeys([*ours, *theirs]) if decides(key) and ours.get(key) != theirs.get(key)]
-    told = [f"{key} {_arrow(ours.get(key), theirs.get(key))}" for key in keys[:MOST_NAMED]]
-    more = [f"{len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else []
-    return Step("config", ASKED, not keys, ", ".join(told + more))
+    # Settings that came with later code have a value for earlier runs too: if it is not theirs, the results will tell.
+    new = [key for key in keys if key not in ours] if _code(original) != _code(replay) else []
+    differing = [key for key in keys if key not in new]
+    told = [f"{key} {_arrow(ours.get(key), theirs.get(key))}" for key in differing[:MOST_NAMED]]
+    told += [f"{len(differing) - MOST_NAMED} more"] if len(differing) > MOST_NAMED else []
+    told += [f"new since: {', '.join(f'{key}={theirs[key]}' for key in new)}"] if new else []
+    return Step("config", ASKED, not differing, ", ".join(told))
+
+
+def _code(run: Evidence) -> tuple[str | None, str | None]:
+    return run.manifest.versions.get("jointq"), run.manifest.commit
 
 
 def _hash(name: str, original: Evidence, replay: Evidence) -> Step:
@@ -106,11 +114,8 @@ def _texts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
     """Why two texts are not the same, as far as is known."""
     for key in TOLD_OF_A_TEXT:
         if ours.get(key) != theirs.get(key):
-            told = [
-                value and (value[:16] if key.endswith("sha256") else value)
-                for value in (ours.get(key), theirs.get(key))
-            ]
-            yield f"{key} {_arrow(*told)}"
+            digits = 16 if key.endswith("sha256") else None
+            yield f"{key} {_arrow(*(value and value[:digits] for value in (ours.get(key), theirs.get(key))))}"
     if "pydoc" in (ours.get("dataset"), theirs.get("dataset")) and ours.get("revision") != theirs.get("revision"):
         yield "the text pydoc is the documentation of the Python that runs"
 
