@@ -5,6 +5,7 @@ The published run serves as evidence: what is compared here is what lies in test
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -358,9 +359,7 @@ def test_the_published_run_tells_nothing_of_where_it_was_made() -> None:
     for file in PUBLISHED.iterdir():
         if file.suffix in (".json", ".yaml", ".csv"):
             text = file.read_text(encoding="utf-8")
-            assert not any(
-                f"{before}/{folder}" in text for before in ('"', " ", "=") for folder in ("home", "tmp", "root")
-            )
+            assert not re.search(r"""["' =]/\w""", text), file.name  # an absolute path
 
 
 # --- a replay
@@ -389,6 +388,7 @@ def test_a_replay_asks_for_the_same_in_its_own_directory(
     (tmp_path / "recipe.yaml").write_text(job.config, encoding="utf-8")
     for file in ("manifest.json", "report.json"):
         shutil.copyfile(PUBLISHED / file, tmp_path / file)
+    change_manifest(tmp_path, commit="0" * 40)  # by whose code there may be further settings
     assert compare(run, read_evidence(tmp_path)).verdict == IDENTICAL
 
 
