@@ -358,8 +358,8 @@ def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: Evidence, tm
 def test_the_published_run_tells_nothing_of_where_it_was_made() -> None:
     for file in PUBLISHED.iterdir():
         if file.suffix in (".json", ".yaml", ".csv"):
-            text = file.read_text(encoding="utf-8")
-            assert not re.search(r"""["' =]/\w""", text), file.name  # an absolute path
+            text = file.read_text(encoding="utf-8").replace("override /", "override ")  # of a group, not of a path
+            assert not re.search(r"""["' =]/\w""", text), file.name
 
 
 # --- a replay
