@@ -252,6 +252,14 @@ def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
         raise NumericsError(f"{file}: tensor {name} holds {bad} values that are NaN or Inf")
 
 
+def file_hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
+    """sha256 of each file's bytes by its path below `root`."""
+    listed = list(files)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_hash, listed)
+        return {file.relative_to(root).as_posix(): digest for file, digest in zip(listed, digests, strict=True)}
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

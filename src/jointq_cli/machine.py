@@ -23,6 +23,10 @@ LIBRARIES = (
     "omegaconf",
 )
 
+# Products in other instruction sets are rounded otherwise.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "NUMBA_CPU_NAME")
+
 
 def versions() -> dict[str, str]:
     """Versions by name: this package, Python, and those libraries that decide a result and are installed."""
@@ -61,6 +65,24 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cpu() -> str:
+    """The processor's name, which of the instruction sets that decide how products are rounded it has, and the
+    variables of the environment that keep libraries from using them."""
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
+    return " ".join([*_processor(), *limits])
+
+
+def _processor() -> list[str]:
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return [platform.processor() or platform.machine()]
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in told.splitlines())}
+    name = entries.get("model name", platform.machine())
+    flags = entries.get("flags", entries.get("Features", "")).split()  # as x86 and Arm call them
+    return [name, *(known for known in INSTRUCTION_SETS if known in flags)]
 
 
 def project_commit() -> str | None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "recipes": "list the recipes that come with jointq, or show one",
     "report": "render a finished run again",
     "compare": "several finished runs, or a sweep, side by side",
+    "reproduce": "run a finished run again from what it left behind, and compare",
     "store": "what runs have kept for one another: list it, check it, make room",
 }
 COMPOSED = ("quantize", "rotate", "evaluate", "calibrate")  # these read a config, the others have an argparse each

@@ -18,6 +18,7 @@ import torch
 from jointq_cli import rotation_stages
 from jointq_cli.assembly import audit
 from jointq_cli.calibration import Tokens, load_tokenizer, save_tokens
+from jointq_cli.checkpoint import file_hashes
 from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity, protocol
 from jointq_cli.interrupts import deferred
@@ -27,7 +28,7 @@ from jointq_cli.records import EvaluationReport, Protocol, RotationRecord, RunRe
 from jointq_cli.report import Console, encode, write_report
 from jointq_cli.rotation import HadamardRotation, LearnedRotation
 from jointq_cli.rotation_stages import Rotated
-from jointq_cli.run_directory import Manifest, RunDirectory, take_manifest
+from jointq_cli.run_directory import Manifest, RunDirectory, made_files, take_manifest
 from jointq_cli.runtime import Runtime
 from jointq_cli.sources import ModelSource
 from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
@@ -51,8 +52,9 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
         link_files(quantized.codes, run.codes, "*.safetensors")
         hidden = stages.final_hidden(original, windows)
         measured = stages.score(original, hidden, quantized, windows, tokens, recipe)
+        files = _file_hashes(stages, run)
         report = _report(recipe, stages, original, tokens, windows, rotated, quantized, measured)
-        _write(run, recipe, report, tokens, windows)
+        _write(run, recipe, report, tokens, windows, files)
         console.closing(report, run.path)
         return report
 
@@ -69,7 +71,9 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console) -> Rotatio
         link_files(rotated.model.checkpoint.directory, run.checkpoint)
         _keep_rotation(rotated, run)
         hashes = {"model": original.checkpoint.content_hash, "calibration tokens": tokens.hash}
-        run.write_manifest(_manifest(recipe, str(stages.device), hashes, {"calibration": tokens.provenance}))
+        texts = {"calibration": tokens.provenance}
+        files = _file_hashes(stages, run)
+        run.write_manifest(_manifest(recipe, str(stages.device), hashes, texts, files))
         console.rotated(rotated.record, run.path)
         return rotated.record
 
@@ -216,19 +220,39 @@ def _report(
     )
 
 
-def _write(run: RunDirectory, recipe: Recipe, report: RunReport, tokens: Tokens, windows: ScoredWindows) -> None:
+def _file_hashes(stages: Stages, run: RunDirectory) -> dict[str, str]:
+    """What a replay of this run must make again, even where the files are gone by then."""
+    with stages.stage("file hashes"):
+        return file_hashes(run.path, made_files(run.path))
+
+
+def _write(
+    run: RunDirectory,
+    recipe: Recipe,
+    report: RunReport,
+    tokens: Tokens,
+    windows: ScoredWindows,
+    files: dict[str, str],
+) -> None:
     hashes = {
         "model": report.model_hash,
         "calibration tokens": tokens.hash,
         "evaluation windows": windows.hash,
     }
     texts = {"calibration": tokens.provenance, "evaluation": windows.provenance}
-    run.write_manifest(_manifest(recipe, report.device, hashes, texts))
+    run.write_manifest(_manifest(recipe, report.device, hashes, texts, files))
     write_report(report, run)
 
 
-def _manifest(recipe: Recipe, device: str, hashes: dict[str, str], texts: dict[str, dict[str, str]]) -> Manifest:
+def _manifest(
+    recipe: Recipe,
+    device: str,
+    hashes: dict[str, str],
+    texts: dict[str, dict[str, str]],
+    files: dict[str, str],
+) -> Manifest:
     seeds = {"calibration.seed": recipe.calibration.seed}
     if isinstance(recipe.rotation, (HadamardRotation, LearnedRotation)):
         seeds["rotation.seed"] = recipe.rotation.seed
-    return take_manifest(sys.argv, device, torch.get_num_threads(), seeds, hashes, texts)
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return take_manifest(sys.argv, device, torch.get_num_threads(), seeds, hashes, texts, files, gpu)

@@ -7,7 +7,10 @@ Knows no torch, no files and no terminal. The engine fills these in, `report` re
 from dataclasses import dataclass, field
 from typing import Any
 
-IDENTICAL = "identical"  # what a reload check says that found no difference
+IDENTICAL = "identical"  # what a reload check says that found no difference, and a replay that is the same run
+WITHIN_TOLERANCE = "within the tolerance"
+DIFFERENT = "different"
+ASKED, MADE, MEASURED = "asked", "made", "measured"  # what a step of a replay is about
 
 
 @dataclass(frozen=True)
@@ -236,3 +239,40 @@ class EvaluationReport:
     comparison: Comparison | None  # with the reference, where one was given
     stages: list[StageRecord]
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One comparison of a replay with the original run."""
+
+    name: str
+    part: str  # ASKED, MADE or MEASURED
+    same: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class ReplayedFigure:
+    """A measurement that a tolerance is for."""
+
+    name: str
+    original: float
+    replay: float
+    change: float  # relative to the original run's
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """How a replay compares with the original run, in the order of the road. Written to reproduction.json as it is."""
+
+    original: str  # directories
+    replay: str
+    verdict: str  # IDENTICAL, WITHIN_TOLERANCE or DIFFERENT
+    steps: list[Step]
+    surroundings: list[str]  # in which machine, libraries and code differ, such as "torch 2.9.0 → 2.13.0"
+    figures: list[ReplayedFigure]
+    tolerance: float | None  # relative, None where only identical runs will do
+
+    @property
+    def first_difference(self) -> Step | None:
+        return next((step for step in self.steps if not step.same), None)

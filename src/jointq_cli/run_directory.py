@@ -6,12 +6,18 @@ Knows names and atomic writes. Knows nothing of what the reports say or how a mo
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from jointq_cli import machine
 from jointq_cli.store import translated_disk_errors, write_atomically
+
+MADE = (
+    "rotation/*.safetensors",
+    "codes/*.safetensors",
+    "checkpoint/*",
+)  # the rest has times in it, or says how it went
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class Manifest:
     seeds: dict[str, int]  # by the key of the recipe
     hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation windows
     texts: dict[str, dict[str, str]]  # where calibration and evaluation text came from: revision, sha256, tokenizer
+    # What older manifests lack has a default, so that they can still be read.
+    files: dict[str, str] = field(default_factory=dict)  # sha256 by path in the run directory, of `made_files`
+    cpu: str | None = None  # the processor's name and its instruction sets
+    gpu: str | None = None  # the name of the one that computed
 
 
 def take_manifest(
@@ -38,6 +48,8 @@ def take_manifest(
     seeds: dict[str, int],
     hashes: dict[str, str],
     texts: dict[str, dict[str, str]],
+    files: dict[str, str],
+    gpu: str | None = None,
 ) -> Manifest:
     """The manifest of a run that this process does now."""
     return Manifest(
@@ -52,7 +64,15 @@ def take_manifest(
         seeds=seeds,
         hashes=hashes,
         texts=texts,
+        files=files,
+        cpu=machine.cpu(),
+        gpu=gpu,
     )
+
+
+def made_files(directory: Path) -> list[Path]:
+    """What a run has made and the same run makes again to the byte: rotation, codes and checkpoint."""
+    return [file for pattern in MADE for file in sorted(directory.glob(pattern))]
 
 
 class RunDirectory:

@@ -53,12 +53,12 @@ def fetch(source: ModelSource, store: Store) -> Checkpoint:
         return Checkpoint(_converted_gguf(local, store))
     if local.exists():
         return Checkpoint(local)
-    if _looks_local(source.path):
+    if looks_local(source.path):
         raise ModelError(f"model.path={source.path}: no such directory; `jointq recipes` says what a recipe needs")
     return Checkpoint(_downloaded(source))
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
     """Hub ids are `name` or `org/name`; anything else can only be meant as a path."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 

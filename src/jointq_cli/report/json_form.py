@@ -31,7 +31,7 @@ def load_record(kind: Any, path: Path) -> Any:
     """Reads what `encode` made of a record of type `kind`, or of a list of them, list[KIND].
 
     Raises JointqError in one line when the file is missing or is not JSON, and for the first key that is
-    unknown, missing or of another type than the records have.
+    unknown, missing without a default or of another type than the records have.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -84,14 +84,19 @@ def _decode_record(kind: type[Any], value: Any, where: str) -> Any:
     entries = _checked(dict, value, where)
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
+    defaults = [field.name for field in dataclasses.fields(kind) if not _is_needed(field)]
     prefix = f"{where}." if where else ""
     for name in entries:
         if name not in names:
             raise _Mismatch(f"unknown key {prefix}{name}")
     for name in names:
-        if name not in entries:
+        if name not in entries and name not in defaults:
             raise _Mismatch(f"missing key {prefix}{name}")
-    return kind(**{name: _decode(hints[name], entries[name], f"{prefix}{name}") for name in names})
+    return kind(**{name: _decode(hints[name], entries[name], f"{prefix}{name}") for name in names if name in entries})
+
+
+def _is_needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _decode_plain(kind: type, value: Any, where: str) -> Any:

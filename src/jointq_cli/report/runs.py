@@ -42,7 +42,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Raises JointqError for the first report or recipe that cannot be read."""
     names = _names(paths)
     return [
-        Run(name, load_report(path / REPORT), _load_settings(path / RECIPE))
+        Run(name, load_report(path / REPORT), load_settings(path / RECIPE))
         for name, path in zip(names, paths, strict=True)
     ]
 
@@ -73,7 +73,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(Path(*path[-depth:])) for path in parts]
 
 
-def _load_settings(path: Path) -> dict[str, str]:
+def load_settings(path: Path) -> dict[str, str]:
+    """Every value of a recipe.yaml as text by dotted key, and the option by group. Raises JointqError."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

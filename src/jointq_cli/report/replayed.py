@@ -1,0 +1,78 @@
+"""What came of a replay, as lines for a person and as Markdown: step by step, then the verdict and why.
+
+Knows the record of the comparison. Compares nothing.
+"""
+
+from collections.abc import Iterable
+
+from jointq_cli.records import ASKED, IDENTICAL, MADE, MEASURED, WITHIN_TOLERANCE, Reproduction, Step
+from jointq_cli.report import units
+from jointq_cli.report.lines import aligned
+
+PARTS = {ASKED: "What was asked", MADE: "What was made", MEASURED: "What was measured"}
+
+
+def render_lines(reproduction: Reproduction) -> str:
+    steps = [(step.name, _outcome(step)) for step in reproduction.steps]
+    return "\n".join([*aligned(steps), "", *conclusion(reproduction)])
+
+
+def render_reproduction(reproduction: Reproduction) -> str:
+    """As Markdown."""
+    sections = [
+        part
+        for name, title in PARTS.items()
+        for part in (f"## {title}", _list(step for step in reproduction.steps if step.part == name))
+    ]
+    verdict, *reasons = conclusion(reproduction)
+    ran = f"Original: `{reproduction.original}`, replay: `{reproduction.replay}`."
+    return "\n\n".join([f"# {verdict}", *reasons, ran, *sections]) + "\n"
+
+
+def conclusion(reproduction: Reproduction) -> list[str]:
+    """The verdict, then what explains it."""
+    return [_verdict(reproduction), *_where(reproduction), *_why(reproduction)]
+
+
+def _verdict(reproduction: Reproduction) -> str:
+    if reproduction.verdict == IDENTICAL:
+        return "identical: the same bits were made, and the same was measured"
+    if reproduction.tolerance is None:
+        return "different"
+    share = units.percent(reproduction.tolerance)
+    worst = max(reproduction.figures, key=lambda figure: abs(figure.change))
+    moved = f"{worst.name} moved most, by {units.change(worst.change)}"
+    if reproduction.verdict == WITHIN_TOLERANCE:
+        return f"not identical, but within {share}: {moved}"
+    if all(step.same for step in reproduction.steps if step.part == ASKED):
+        return f"different by more than {share}: {moved}"
+    return f"different: a tolerance of {share} is for runs that were asked for the same, on the same tokens"
+
+
+def _where(reproduction: Reproduction) -> list[str]:
+    first = reproduction.first_difference
+    if first is None:
+        return []
+    before = "" if first is reproduction.steps[0] else "; everything before it is identical"
+    return [f"it begins with: {first.name}: {first.detail}{before}"]
+
+
+def _why(reproduction: Reproduction) -> list[str]:
+    first, differ = reproduction.first_difference, ", ".join(reproduction.surroundings)
+    if first is None:
+        return [f"although these differ: {differ}"] if differ else []
+    if first.part == ASKED:
+        return [f"these differ besides: {differ}"] if differ else []
+    if not differ:
+        return ["no difference of machine, libraries or code is recorded: something is not deterministic"]
+    reason = "these differ" if reproduction.verdict == WITHIN_TOLERANCE else "probable reason"
+    return [f"{reason}: {differ}"]
+
+
+def _outcome(step: Step) -> str:
+    word = "identical" if step.same else "differs"
+    return f"{word:<9}  {step.detail}".rstrip()
+
+
+def _list(steps: Iterable[Step]) -> str:
+    return "\n".join(f"- {step.name}: {_outcome(step)}" for step in steps)
