@@ -11,21 +11,19 @@ Knows names, states and locks. Knows nothing of Hydra, of how a job is run, or o
 import dataclasses
 import hashlib
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.locks import Kind, Lock, is_locked, try_lock
 from jointq_cli.run_directory import write_whole
 from jointq_cli.store import code_version, translated_disk_errors
 
-PLAN, JOB = "sweep.json", "job.json"
+PLAN, JOB, LOCK = "sweep.json", "job.json", ".job.lock"
+LOOK_EVERY = 0.5  # seconds between two looks at a lock
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
 ENDED = (DONE, FAILED, INTERRUPTED)
 ELSEWHERE = ("output_dir", "store")  # fields of a recipe that say where results lie, not what they are
@@ -48,8 +46,6 @@ class JobRecord:
     key: str = ""
     seconds: float = 0.0
     error: str | None = None
-    host: str = ""
-    process: int = 0
 
 
 class SweepDirectory:
@@ -80,9 +76,9 @@ class SweepDirectory:
         return self.path / str(number)
 
     def record(self, number: int) -> JobRecord:
-        """A job that is said to run, and whose process is gone, was interrupted."""
+        """A job that is said to run, and that nobody is at, was interrupted."""
         record = load_job(self.run(number))
-        if record.state == RUNNING and record.host == socket.gethostname() and not _alive(record.process):
+        if record.state == RUNNING and not is_locked(self.run(number) / LOCK):
             return dataclasses.replace(record, state=INTERRUPTED)
         return record
 
@@ -93,14 +89,13 @@ def attempt(directory: Path, key: str, run: Callable[[], None]) -> bool:
     Two processes that come to the same job take turns. What `run` raises is noted and passes.
     """
     with translated_disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".job.lock")
+        lock = _lock(directory / LOCK)
     with lock:
         kept = load_job(directory)
         if kept.state == DONE and kept.key == key:
             return False
         started = time.monotonic()
-        _keep(directory, JobRecord(RUNNING, key, host=socket.gethostname(), process=os.getpid()))
+        _keep(directory, JobRecord(RUNNING, key))
         try:
             run()
         except BaseException as error:
@@ -159,11 +154,7 @@ def _one_line(error: BaseException) -> str:
     return told if isinstance(error, JointqError) else f"{type(error).__name__}: {told}"
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _lock(path: Path) -> Lock:
+    while (lock := try_lock(path, Kind.EXCLUSIVE)) is None:
+        time.sleep(LOOK_EVERY)
+    return lock
