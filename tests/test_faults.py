@@ -4,6 +4,7 @@ What Ctrl-C, and a kill in the middle of quantising, do to the command as its us
 """
 
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -395,3 +396,16 @@ def test_a_read_only_store_still_serves_what_it_has(
     disk("rw")
     assert empty.run() == 0
     assert empty.bits() == finished.bits()
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_share_their_jobs_and_end_with_the_same_bits(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "jointq_cli", "quantize", "-m", "recipe=ci_smoke", "quantizer.bits=4,3"]
+    both = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=600)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    [sweep] = (tmp_path / "runs" / "ci_smoke").iterdir()
+    table = json.loads((sweep / "summary.json").read_text())
+    assert [row["state"] for row in table] == ["done", "done"]
+    rows = [[line for line in text.splitlines() if line.startswith(("  0", "  1"))] for text in told]
+    assert rows[0] == rows[1]  # figures and times: each job was run by one of them
