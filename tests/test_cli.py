@@ -507,12 +507,12 @@ ROWS = [
     {"stages"},
     {"config"},
     {"blockwise", "assembly", "rotating", "report"},
-    {"hessians"},
+    {"hessians", "solving"},
     {"collecting"},
     {"plan", "block", "run_directory", "workspace", "evaluation", "simulation"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
     {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text"},
-    {"store", "machine", "records", "errors", "resources", "__init__"},
+    {"store", "team", "machine", "records", "errors", "resources", "__init__"},
 ]
 
 

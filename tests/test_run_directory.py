@@ -34,7 +34,13 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.write_manifest(
         take_manifest(
-            ["jointq", "quantize"], "cpu", 2, seeds={"calibration.seed": 0}, hashes={"model": "5c1f"}, texts={}
+            ["jointq", "quantize"],
+            "cpu",
+            2,
+            processes=3,
+            seeds={"calibration.seed": 0},
+            hashes={"model": "5c1f"},
+            texts={},
         )
     )
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
@@ -42,7 +48,7 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     assert manifest["seeds"] == {"calibration.seed": 0}
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"jointq", "torch", "transformers"} <= set(manifest["versions"])
-    assert manifest["threads"] == 2
+    assert (manifest["threads"], manifest["processes"]) == (2, 3)
     assert manifest["cpu_count"] >= 1
 
 

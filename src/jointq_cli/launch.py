@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
@@ -33,17 +34,21 @@ from jointq_cli import resources
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.mistakes import Mistakes, UsageError
 
+if TYPE_CHECKING:
+    from jointq_cli.team import Team
+
 _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Where a task writes, and how it was asked for."""
+    """Where a task writes, how it was asked for, and who does it together."""
 
     directory: Path
     overrides: list[str]
     config: str  # yaml: the whole config, in the form of a recipe that gives this very config again
+    team: "Team"
 
 
 Task = Callable[[Any, Job], None]
@@ -52,9 +57,16 @@ Task = Callable[[Any, Job], None]
 def launch(command: str, arguments: list[str], task: Task) -> int:
     """Composes the primary config of `command` and runs `task(recipe, job)`, in a sweep once per job.
 
-    Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. Raises JointqError for
-    what a user can cause; any other exception is a bug and passes as it is.
+    Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same, but not where several processes
+    do them together. Raises JointqError for what a user can cause; any other exception is a bug and passes as it is.
     """
+    from jointq_cli.team import joined  # not above: it brings torch, and shell completion answers without
+
+    with joined() as team, _in_place(team) as places:
+        return _launch(command, [*arguments, *places], task, team)
+
+
+def _launch(command: str, arguments: list[str], task: Task, team: "Team") -> int:
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.config import RECIPES, Recipe, keys, schemas
 
@@ -65,7 +77,7 @@ def launch(command: str, arguments: list[str], task: Task) -> int:
     recipe = RECIPES[command]
     groups = ["recipe"] if issubclass(recipe, Recipe) else []
     mistakes = Mistakes([*keys(recipe), *groups], types, overrides)
-    border = _Border(command, options, task, types, mistakes)
+    border = _Border(command, options, task, types, mistakes, team)
     with _command_line([*overrides, *options]), _raised_by_hydra():
         return border.cross()
 
@@ -88,15 +100,22 @@ class _Border:
     """Takes one composed config after the other across, and remembers how the jobs ended."""
 
     def __init__(
-        self, command: str, options: list[str], task: Task, types: dict[str, type[Any]], mistakes: Mistakes
+        self,
+        command: str,
+        options: list[str],
+        task: Task,
+        types: dict[str, type[Any]],
+        mistakes: Mistakes,
+        team: "Team",
     ) -> None:
         self._command = command
         self._options = [word for word in options if word not in ("-m", "--multirun")]
         self._task = task
         self._types = types
         self._mistakes = mistakes
+        self._team = team
         self._started = False
-        self._failure: JointqError | None = None
+        self._failure: Exception | None = None
 
     def cross(self) -> int:
         try:
@@ -124,7 +143,7 @@ class _Border:
             self._run(config, context)
         except JointqError as error:
             self._failure = error
-            if isinstance(error, Interrupted) and sweeping:
+            if sweeping and (isinstance(error, Interrupted) or self._team.size > 1):
                 raise _SweepStopped from error
             if sweeping:
                 print(f"error: job {context.job.num}: {error}", file=sys.stderr, flush=True)
@@ -132,6 +151,9 @@ class _Border:
         except Exception as error:
             if not sweeping:
                 raise
+            if self._team.size > 1:  # the others may be anywhere in this job, and cannot begin the next one with us
+                self._failure = error
+                raise _SweepStopped from error
             traceback.print_exc()
             raise _JobFailed(str(error)) from error
 
@@ -145,7 +167,7 @@ class _Border:
         overrides = list(context.overrides.task)
         with _command_line([self._command, *overrides, *self._options]):
             text = _as_recipe(config, self._command, context.runtime.choices)
-            self._task(recipe, Job(directory, overrides, text))
+            self._task(recipe, Job(directory, overrides, text, self._team))
 
     def _typed(self, value: Any, path: str) -> Any:
         """The frozen dataclass for what Hydra filled in; `path` is its key."""
@@ -214,6 +236,19 @@ def _overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str
             raise UsageError(f"jointq {command} has no option {word}; settings are KEY=VALUE, see --help")
     overrides = [*known.overrides, *rest]
     return overrides, [word for word in arguments if word not in overrides]
+
+
+@contextmanager
+def _in_place(team: "Team") -> Iterator[list[str]]:
+    """Inside, the leader of a team has the screen and the run directory, and the others nothing that is seen.
+
+    Yields what that takes on the command line.
+    """
+    if team.rank == 0:
+        yield []
+        return
+    with TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jointq_cli.errors import ResourceError
+from jointq_cli.team import ALONE, Team
 
 LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
 
@@ -39,10 +40,16 @@ class Store:
     """Artifacts under one directory. Raises ResourceError where it cannot write."""
 
     def __init__(
-        self, root: Path, pause: Callable[[], None] = lambda: None, tell: Callable[[str], None] = lambda text: None
+        self,
+        root: Path,
+        pause: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = lambda text: None,
+        team: Team = ALONE,
     ) -> None:
-        """pause: called while waiting, may raise. tell: hears what is being waited for."""
+        """pause: called while waiting, may raise. tell: hears what is being waited for. team: all its processes ask
+        this store for the same artifacts in the same order, and only the leader writes."""
         self.root = root
+        self._team = team
         self._pause = pause
         self._tell = tell
         self._scratch = root / "partial"
@@ -57,29 +64,45 @@ class Store:
         make: Callable[[Path], None],
         *,
         resumable: bool = False,
+        together: bool = False,
     ) -> Artifact:
         """The artifact of `stage` for these settings and inputs, made by `make(scratch directory)` if it is not there.
 
         inputs: keys or hashes of what it is made from. A `resumable` stage finds what it left in its scratch directory
         when it was stopped; any other starts from an empty one. Two processes that want the same artifact take turns.
+        The leader of a team makes it while the others wait, or they call `make` together; then it must leave writing to
+        the leader.
         """
         key = artifact_key(stage, spec, inputs)
         final = self.root / f"{stage}-{key[:16]}"
+        helped = together and self._team.rank > 0
+        if helped and self._team.share(True):
+            make(self._scratch / final.name)
+        reused = False if self._team.rank > 0 else self._make(final, make, resumable, together)
+        self._team.wait()
+        if not final.is_dir():
+            raise ResourceError(f"{final}: is not there for process {self._team.rank}; all must see the same disk")
+        return Artifact(final, key, reused)
+
+    def _make(self, final: Path, make: Callable[[Path], None], resumable: bool, together: bool) -> bool:
+        """Whether it was there already."""
+        begins = self._team.share if together else bool
         if final.is_dir():
-            return Artifact(final, key, reused=True)
+            return not begins(False)
         scratch = self._scratch / final.name
         with translated_disk_errors(self.root), self._alone(scratch):
             if final.is_dir():
-                return Artifact(final, key, reused=True)
+                return not begins(False)
             if not resumable:
                 shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(exist_ok=True)
+            begins(True)
             make(scratch)
             _sync_tree(scratch)
             os.rename(scratch, final)
             _sync(self.root)
         # The lock file stays: to delete it while another process waits on it would give out the same lock twice.
-        return Artifact(final, key, reused=False)
+        return False
 
     def holds(self, stage: str, spec: object, inputs: list[str]) -> bool:
         """Whether `reuse` would find this artifact."""

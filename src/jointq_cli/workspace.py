@@ -11,6 +11,7 @@ Every file is renamed into place when whole. A block is finished when the hidden
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,10 +56,17 @@ class Workspace:
         with safe_open(self._hidden, framework="pt") as file:
             return int(file.metadata()["block"])
 
-    def streams(self) -> Streams:
-        """The hidden states at `position`. Only there once a block has been finished."""
+    def streams(self, part: Callable[[int], slice] = slice) -> Streams:
+        """The hidden states at `position`, of each stream's windows those that `part` says, given their number. Only
+        there once a block has been finished."""
         with safe_open(self._hidden, framework="pt") as file:
-            return Streams(*(file.get_tensor(name).clone() for name in ("original", "quantized")))
+            slices = [file.get_slice(name) for name in ("original", "quantized")]
+            return Streams(*(kept[part(kept.get_shape()[0])].clone() for kept in slices))
+
+    def windows(self) -> int:
+        """Those of the original stream."""
+        with safe_open(self._hidden, framework="pt") as file:
+            return int(file.get_slice("original").get_shape()[0])
 
     def finish_block(self, record: BlockRecord, tensors: dict[str, Tensor], streams: Streams) -> None:
         """Keeps a block's checkpoint tensors, what is known of it, and the hidden states that enter the next block."""
