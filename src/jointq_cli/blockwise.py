@@ -73,7 +73,8 @@ def _streams(model: StreamedModel, windows: Tensor, plan: Plan, workspace: Works
     model.note_shapes(windows, plan.batch)
     kept = workspace.streams(lambda count: team.part(count, plan.batch))
     original, quantized = kept.original.to(model.device), kept.quantized.to(model.device)
-    if plan.inputs == "original" and workspace.windows() != len(windows):  # begun with Hessians, or without, unlike now
+    if plan.inputs == "original" and workspace.windows("original") != len(windows):
+        # Begun with Hessians, or without, unlike now.
         original = _walked(model, windows, plan.batch, own, workspace.position())
     return Streams(original, quantized)
 
@@ -109,10 +110,10 @@ class _Loop:
                 for number in range(len(survey.groups)):
                     self._quantize_group(block, survey, number, original, quantized)
             streams = Streams(original.finish(self.pause), quantized.finish(self.pause))
-        record = BlockRecord(index, _drift(streams.first(self.plan.batch)))
-        kept = streams
-        if index == len(self.model) - 1:  # nothing reads what was for calibration any more, but for gigabytes of disk
-            kept = streams.first(self.plan.batch if self.team.rank == 0 else 0)
+        first = streams.first(self.plan.batch if self.team.rank == 0 else 0)
+        record = BlockRecord(index, _drift(first))  # the leader's is kept
+        # Behind the last block nothing reads what was for calibration any more, but for gigabytes of disk.
+        kept = first if index == len(self.model) - 1 else streams
         kept = Streams(self.team.rows(kept.original), self.team.rows(kept.quantized))
         self.team.lead(self.workspace.finish_block, record, tensors, kept)
         return streams

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jointq_cli.block import Block, Layer, Stream
-from jointq_cli.checkpoint import save_tensors
+from jointq_cli.checkpoint import read_rows, save_tensors
 from jointq_cli.collecting import Collector
 from jointq_cli.model import StreamedModel
 from jointq_cli.passes import stops
@@ -91,9 +91,7 @@ class Hessians:
 
     def hidden(self, own: slice) -> Tensor:
         """The hidden states of these windows at `position`. Only there once a block has been finished."""
-        with safe_open(self._hidden, framework="pt") as file:
-            kept: Tensor = file.get_slice("hidden")[own]
-            return kept.clone()
+        return read_rows(self._hidden, "hidden", own)
 
     def finish_block(self, index: int, hidden: Tensor) -> None:
         """Keeps the hidden states that enter the next block."""

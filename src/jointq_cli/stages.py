@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +27,7 @@ from jointq_cli.calibration import (
     save_tokens,
     tokenizer_hash,
 )
-from jointq_cli.checkpoint import Checkpoint, save_tensors
+from jointq_cli.checkpoint import Checkpoint, read_rows, save_tensors
 from jointq_cli.config import Recipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
 from jointq_cli.grid import check_group_size
@@ -256,7 +255,9 @@ class Stages:
             clips = search_clips(reloaded, activations, names, tokens.windows, first, self.pause)
             with simulated(reloaded, activations, names, clips):
                 hidden = self._walk(reloaded, windows.ids, batch)
-            scores = self._score(original, self._own_hidden(original_hidden, batch), reloaded, hidden, windows)
+            scores = self._score(
+                original, self._own_hidden(original_hidden, self._own(windows)), reloaded, hidden, windows
+            )
 
             def finish() -> None:
                 (scratch / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
@@ -284,7 +285,7 @@ class Stages:
         batch = self.batch(windows.ids)
 
         def make(scratch: Path) -> None:
-            first = self._own_hidden(hidden, batch)
+            first = self._own_hidden(hidden, self._own(windows))
             second = first if model is original else self._walk(model, windows.ids, batch)
             self.team.lead(_save_scores, scratch, self._score(original, first, model, second, windows))
 
@@ -304,17 +305,17 @@ class Stages:
         with self.console.bar("evaluate", total=len(model)) as bar:
             return final_hidden(model, ids, batch, bar.advance, self.pause, self.team.part(len(ids), batch))
 
-    def _own_hidden(self, artifact: Artifact, batch: int) -> Tensor:
-        with safe_open(artifact.path / "hidden.safetensors", framework="pt") as file:
-            kept = file.get_slice("hidden")
-            own: Tensor = kept[self.team.part(kept.get_shape()[0], batch)]
-            return own.clone()
+    def _own(self, windows: ScoredWindows) -> slice:
+        return self.team.part(len(windows.ids), self.batch(windows.ids))
+
+    def _own_hidden(self, artifact: Artifact, own: slice) -> Tensor:
+        return read_rows(artifact.path / "hidden.safetensors", "hidden", own)
 
     def _score(
         self, original: StreamedModel, first: Tensor, model: StreamedModel, second: Tensor, windows: ScoredWindows
     ) -> Scores:
         """Of all windows, each process having scored those whose final hidden states it has."""
-        own = windows.part(self.team.part(len(windows.ids), self.batch(windows.ids)))
+        own = windows.part(self._own(windows))
         with self.console.bar("score", total=len(own.ids)) as bar:
 
             def on_window() -> None:
