@@ -18,6 +18,7 @@ from tiny_models import write_checkpoint
 from jointq_cli.blockwise import quantize_blocks
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import Interrupted, JointqError, ResourceError
+from jointq_cli.evaluation import final_hidden
 from jointq_cli.hessians import Hessians, collect_hessians
 from jointq_cli.model import StreamedModel
 from jointq_cli.plan import Plan
@@ -146,7 +147,7 @@ def test_two_processes_have_the_codes_of_one(name: str, together: Path, alone: P
 def test_records_of_two_processes_are_those_of_one(name: str, together: Path, alone: Path) -> None:
     for file in sorted((alone / name / "layers").glob("*.json")):
         expected, found = (json.loads((place / name / "layers" / file.name).read_text()) for place in (alone, together))
-        expected, found = ({**record, **record.pop("notes"), "seconds": 0.0} for record in (expected, found))
+        expected, found = ({**record.pop("notes"), **record, "seconds": 0.0} for record in (expected, found))
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert found[key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), key
@@ -182,6 +183,15 @@ def test_moments_of_parts_add_up_to_those_of_all_tokens(weighted: bool) -> None:
     torch.testing.assert_close(parts[0].hessian(), whole.hessian(), rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(parts[0].cross(), whole.cross(), rtol=1e-12, atol=1e-14)
     assert parts[0].tokens == pytest.approx(whole.tokens)
+
+
+def test_windows_in_whole_batches_have_the_hidden_states_they_have_among_all(tmp_path: Path) -> None:
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path)), CPU, torch.float32)
+    with torch.no_grad():
+        whole = final_hidden(model, windows(5), batch=2)
+        parts = [final_hidden(model, windows(5), 2, own=own) for own in (slice(0, 2), slice(2, 5), slice(5, 5))]
+    assert len(parts[-1]) == 0
+    assert torch.equal(torch.cat(parts), whole)
 
 
 RUNTIME = Runtime("auto", "auto", None, 4096, 4.0, 16.0)

@@ -144,7 +144,7 @@ class StreamedModel:
 
     def run_all(self, index: int, hidden: Tensor, batch: int, pause: Callable[[], None] = lambda: None) -> Tensor:
         """Block `index` over all hidden states (windows, tokens, hidden), in place; calls `pause` between batches."""
-        for part in hidden.split(batch):
+        for part in hidden.split(batch) if len(hidden) else ():
             part.copy_(self.run(index, part))
             pause()
         return hidden
