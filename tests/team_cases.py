@@ -56,7 +56,7 @@ def collectives(folder: Path) -> None:
     """Every answer of the team, by rank."""
     import torch
 
-    from jointq_cli.team import joined
+    from jointq_cli.processes import joined
 
     with joined() as team:
         mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
@@ -88,7 +88,7 @@ def engine(folder: Path) -> None:
     import torch
     from test_team import RUNS, quantize
 
-    from jointq_cli.team import joined
+    from jointq_cli.processes import joined
 
     torch.set_num_threads(1)
     with joined() as team:
@@ -100,7 +100,7 @@ def stopping(folder: Path) -> None:
     """A run that its leader, and so everybody, breaks off somewhere."""
     from test_team import RUNS, Stop, quantize
 
-    from jointq_cli.team import joined
+    from jointq_cli.processes import joined
 
     with joined() as team:
         left = 25

@@ -512,7 +512,7 @@ ROWS = [
     {"plan", "block", "run_directory", "workspace", "evaluation", "simulation"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
     {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text"},
-    {"store", "team", "machine", "records", "errors", "resources", "__init__"},
+    {"store", "team", "processes", "machine", "records", "errors", "resources", "__init__"},
 ]
 
 

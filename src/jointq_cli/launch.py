@@ -18,7 +18,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 import yaml
@@ -33,9 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from jointq_cli import resources
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.mistakes import Mistakes, UsageError
-
-if TYPE_CHECKING:
-    from jointq_cli.team import Team
+from jointq_cli.team import Team
 
 _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -48,7 +46,7 @@ class Job:
     directory: Path
     overrides: list[str]
     config: str  # yaml: the whole config, in the form of a recipe that gives this very config again
-    team: "Team"
+    team: Team
 
 
 Task = Callable[[Any, Job], None]
@@ -60,13 +58,13 @@ def launch(command: str, arguments: list[str], task: Task) -> int:
     Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same, but not where several processes
     do them together. Raises JointqError for what a user can cause; any other exception is a bug and passes as it is.
     """
-    from jointq_cli.team import joined  # not above: it brings torch, and shell completion answers without
+    from jointq_cli.processes import joined  # not above: it brings torch, and shell completion answers without
 
     with joined() as team, _in_place(team) as places:
         return _launch(command, [*arguments, *places], task, team)
 
 
-def _launch(command: str, arguments: list[str], task: Task, team: "Team") -> int:
+def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.config import RECIPES, Recipe, keys, schemas
 
@@ -106,7 +104,7 @@ class _Border:
         task: Task,
         types: dict[str, type[Any]],
         mistakes: Mistakes,
-        team: "Team",
+        team: Team,
     ) -> None:
         self._command = command
         self._options = [word for word in options if word not in ("-m", "--multirun")]
@@ -239,7 +237,7 @@ def _overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str
 
 
 @contextmanager
-def _in_place(team: "Team") -> Iterator[list[str]]:
+def _in_place(team: Team) -> Iterator[list[str]]:
     """Inside, the leader of a team has the screen and the run directory, and the others nothing that is seen.
 
     Yields what that takes on the command line.
