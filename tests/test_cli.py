@@ -567,13 +567,13 @@ ROWS = [
     {"config"},
     {"blockwise", "assembly", "rotating", "report"},
     {"sweep_directory"},
-    {"hessians"},
+    {"hessians", "solving"},
     {"collecting"},
     {"plan", "block", "run_directory", "workspace", "evaluation", "simulation"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
     {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text"},
     {"store", "machine", "records"},
-    {"inventory"},
+    {"team", "processes", "inventory"},
     {"contents", "locks", "errors", "resources", "__init__"},
 ]
 

@@ -8,15 +8,16 @@ import pytest
 from jointq_cli.commands import quantize
 from jointq_cli.errors import JointqError
 from jointq_cli.launch import Job
+from jointq_cli.team import ALONE
 
 
 def test_a_run_with_problems_is_an_error_in_one_line_after_everything_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(quantize, "quantize", lambda recipe, run, console: SimpleNamespace())
+    monkeypatch.setattr(quantize, "quantize", lambda recipe, run, console, team: SimpleNamespace())
     monkeypatch.setattr(quantize, "problems", lambda report: ["the audit failed", "so did the reload check"])
     with pytest.raises(JointqError, match=r"the audit failed; so did the reload check; see .*report\.md") as caught:
-        quantize.run(SimpleNamespace(), Job(tmp_path, ["a=1"], "name: x\n"))  # type: ignore[arg-type]
+        quantize.run(SimpleNamespace(), Job(tmp_path, ["a=1"], "name: x\n", ALONE))  # type: ignore[arg-type]
     assert caught.value.exit_code == 1
     assert (tmp_path / "recipe.yaml").read_text() == "name: x\n"
     assert "a=1" in (tmp_path / "overrides.yaml").read_text()

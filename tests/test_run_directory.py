@@ -37,6 +37,7 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
             ["jointq", "quantize"],
             "cpu",
             2,
+            processes=3,
             seeds={"calibration.seed": 0},
             hashes={"model": "5c1f"},
             texts={},
@@ -49,7 +50,7 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"jointq", "torch", "transformers"} <= set(manifest["versions"])
     assert manifest["files"] == {"codes/a.safetensors": "9e0b"}
-    assert manifest["threads"] == 2
+    assert (manifest["threads"], manifest["processes"]) == (2, 3)
     assert manifest["cpu"]
     assert manifest["cpu_count"] >= 1
 

@@ -179,7 +179,7 @@ class Stream:
         self.block = block
         self.face = face
         self.hidden = hidden
-        self._parts = hidden.split(batch)
+        self._parts = hidden.split(batch) if len(hidden) else ()
         self._passes = [
             Pass(lambda part=part: block.run(part), waits=number < waiting)  # type: ignore[misc]
             for number, part in enumerate(self._parts)

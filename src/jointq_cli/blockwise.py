@@ -25,10 +25,12 @@ from jointq_cli.hessians import Hessians
 from jointq_cli.model import StreamedModel
 from jointq_cli.passes import stops
 from jointq_cli.plan import Plan
-from jointq_cli.qep import Corrected, Correction, NoCorrection
+from jointq_cli.qep import Correction, NoCorrection
 from jointq_cli.quantizers.base import Prepared
 from jointq_cli.records import BlockRecord, LayerRecord
-from jointq_cli.statistics import Statistics, output_error, weight_error
+from jointq_cli.solving import Solver
+from jointq_cli.statistics import Statistics
+from jointq_cli.team import ALONE, Team
 from jointq_cli.workspace import Streams, Workspace
 
 
@@ -40,40 +42,46 @@ def quantize_blocks(
     on_layer: Callable[[LayerRecord], None],
     pause: Callable[[], None],
     hessians: Hessians | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Quantises every block from the workspace's position on, and leaves all results in the workspace.
 
     windows: (windows, tokens) int64. hessians: those of this model, windows and plan where they were collected ahead,
     which gives the same bits. on_layer is told of every layer of these blocks, pause is called wherever stopping loses
-    nothing and may raise. Raises NumericsError, naming the layer, where a layer cannot be solved.
+    nothing and may raise. The processes of a team share out windows and rows of layers; its leader writes. Raises
+    NumericsError, naming the layer, where a layer cannot be solved.
     """
     plan.check(len(windows))
     start = workspace.position()
-    streams = _streams(model, windows if hessians is None else windows[: plan.batch], plan, workspace)
-    loop = _Loop(model, plan, workspace, on_layer, pause, hessians)
+    streams = _streams(model, windows if hessians is None else windows[: plan.batch], plan, workspace, team)
+    collector = Collector(plan, len(windows.split(plan.batch)), model.device, pause, team)
+    loop = _Loop(model, plan, workspace, on_layer, pause, hessians, collector, team)
     for index in range(start, len(model)):
         streams = loop.quantize_block(index, streams)
 
 
-def _streams(model: StreamedModel, windows: Tensor, plan: Plan, workspace: Workspace) -> Streams:
-    """What enters the first unfinished block; of `windows` all that layers are solved for, of the rest a batch."""
+def _streams(model: StreamedModel, windows: Tensor, plan: Plan, workspace: Workspace, team: Team) -> Streams:
+    """This process's share of what enters the first unfinished block: of a stream that layers are solved for some of
+    `windows`, of another one the first batch if it leads, and nothing if not."""
+    own = team.part(len(windows), plan.batch)
     if not workspace.position():
-        hidden = model.embed_all(windows, plan.batch)
-        first = hidden[: plan.batch]
+        hidden = model.embed_all(windows, plan.batch, own)
+        first = hidden[: plan.batch if team.rank == 0 else 0]
         if plan.inputs == "original":
             return Streams(hidden, first.clone())
         return Streams((hidden if any(map(plan.qep.corrects, plan.layers)) else first).clone(), hidden)
     model.note_shapes(windows, plan.batch)
-    kept = workspace.streams()
+    kept = workspace.streams(lambda count: team.part(count, plan.batch))
     original, quantized = kept.original.to(model.device), kept.quantized.to(model.device)
-    if plan.inputs == "original" and len(original) != len(windows):  # begun with Hessians, or without, unlike now
-        original = _walked(model, windows, plan.batch, workspace.position())
+    if plan.inputs == "original" and workspace.windows("original") != len(windows):
+        # Begun with Hessians, or without, unlike now.
+        original = _walked(model, windows, plan.batch, own, workspace.position())
     return Streams(original, quantized)
 
 
-def _walked(model: StreamedModel, windows: Tensor, batch: int, blocks: int) -> Tensor:
-    """Hidden states (windows, tokens, hidden) behind the first `blocks` of the original model."""
-    hidden = model.embed_all(windows, batch)
+def _walked(model: StreamedModel, windows: Tensor, batch: int, own: slice, blocks: int) -> Tensor:
+    """Hidden states (windows, tokens, hidden) of `own` behind the first `blocks` of the original model."""
+    hidden = model.embed_all(windows, batch, own)
     for index in range(blocks):
         with model.block(index, model.block_tensors(index)):
             model.run_all(index, hidden, batch)
@@ -88,31 +96,35 @@ class _Loop:
     on_layer: Callable[[LayerRecord], None]
     pause: Callable[[], None]
     hessians: Hessians | None
-
-    @property
-    def collector(self) -> Collector:
-        return Collector(self.plan, self.model.device, self.pause)
+    collector: Collector
+    team: Team
 
     def quantize_block(self, index: int, streams: Streams) -> Streams:
         tensors = self.model.block_tensors(index)
         with self.model.block(index, tensors):
             block = Block(self.model, index, tensors, self.plan.layers)
-            survey = block.survey(vars(streams)[self.plan.inputs][: self.plan.batch])
+            survey = block.survey(self._first_batch(vars(streams)[self.plan.inputs]))
             original, quantized = self._under_way(block, streams, survey.groups)
             writers = survey.writers if self.plan.follows_residual else {}
             with stops([[layer.module for layer in group] for group in survey.groups], writers):
                 for number in range(len(survey.groups)):
                     self._quantize_group(block, survey, number, original, quantized)
             streams = Streams(original.finish(self.pause), quantized.finish(self.pause))
-        record = BlockRecord(index, _drift(streams.first(self.plan.batch)))
-        if index == len(self.model) - 1:  # nothing reads what was for calibration any more, but for gigabytes of disk
-            streams = streams.first(self.plan.batch)
-        self.workspace.finish_block(record, tensors, streams)
+        first = streams.first(self.plan.batch if self.team.rank == 0 else 0)
+        record = BlockRecord(index, _drift(first))  # the leader's is kept
+        # Behind the last block nothing reads what was for calibration any more, but for gigabytes of disk.
+        kept = first if index == len(self.model) - 1 else streams
+        kept = Streams(self.team.rows(kept.original), self.team.rows(kept.quantized))
+        self.team.lead(self.workspace.finish_block, record, tensors, kept)
         return streams
 
+    def _first_batch(self, hidden: Tensor) -> Tensor:
+        """Of all processes, that all may find the same groups."""
+        return self.team.share(hidden[: self.plan.batch].cpu()).to(self.model.device)
+
     def _under_way(self, block: Block, streams: Streams, groups: list[list[Layer]]) -> tuple[Stream, Stream]:
-        solved_for = [hidden for hidden in vars(streams).values() if len(hidden) > self.plan.batch]
-        waiting = self.collector.waiting(groups, streams.quantized) // max(1, len(solved_for))
+        crossed = any(self.plan.qep.corrects(layer.name) for layer in block.layers)
+        waiting = self.collector.waiting(groups, streams.quantized) // (2 if crossed else 1)
         return (
             Stream(block, "original", streams.original, self.plan.batch, waiting),
             Stream(block, "quantized", streams.quantized, self.plan.batch, waiting),
@@ -126,7 +138,7 @@ class _Loop:
             if kept is None:
                 given = given or self._prepare(group, self._statistics(survey, number, original, quantized))
                 kept = self._quantize_layer(layer, block.weight(layer), given)
-                self.workspace.keep_layer(*kept)
+                self.team.lead(self.workspace.keep_layer, *kept)
             weight, record = kept
             block.replace(layer, weight)
             self.on_layer(record)
@@ -150,15 +162,18 @@ class _Loop:
                 correction = self.plan.qep.correction(statistics, quantizer.ridge(statistics.hessian))
         return _Given(statistics.hessian, prepared, correction, (time.perf_counter() - started) / len(group))
 
+    def _solver(self, layer: Layer, given: "_Given") -> Solver:
+        correction = given.correction if self.plan.qep.corrects(layer.name) else NoCorrection()
+        return Solver(self.plan.quantizer, given.prepared, correction, given.hessian, self.team)
+
     def _quantize_layer(self, layer: Layer, stored: Tensor, given: "_Given") -> tuple[QuantizedWeight, LayerRecord]:
         weight = stored.to(self.model.device, torch.float32)
         started = time.perf_counter()
         with named(layer):
-            wanted = given.correction.apply(weight) if self.plan.qep.corrects(layer.name) else Corrected(weight)
-            solution = self.plan.quantizer.quantize(wanted.weight, given.prepared, stored.dtype)
+            solved = self._solver(layer, given).solve(weight, stored.dtype)
         seconds = given.seconds + time.perf_counter() - started
-        quantized = solution.quantized
-        as_stored = quantized.dequantize(stored.dtype).float()
+        solution, quantized = solved.solution, solved.solution.quantized
+        output_error, weight_error = solved.energies.relative()
         record = LayerRecord(
             name=layer.name,
             block=layer.block,
@@ -168,12 +183,12 @@ class _Loop:
             bits=quantized.bits,
             group_size=quantized.group_size,
             bits_per_weight=quantized.bits_per_weight,
-            output_error=output_error(wanted.weight, as_stored, given.hessian),
-            weight_error=weight_error(wanted.weight, as_stored),
+            output_error=output_error,
+            weight_error=weight_error,
             damping=solution.damping,
             seconds=seconds,
             verdict=solution.verdict,
-            notes={**solution.notes, **wanted.notes},
+            notes={**solution.notes, **solved.notes},
         )
         return quantized, record
 

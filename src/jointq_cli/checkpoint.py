@@ -164,6 +164,15 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
 
 
+def read_rows(path: Path, name: str, rows: slice) -> torch.Tensor:
+    """Some rows, or none, of one tensor of a safetensors file, copied off it."""
+    with safe_open(path, framework="pt") as file:
+        kept = file.get_slice(name)
+        start, stop, _ = rows.indices(kept.get_shape()[0])
+        found: torch.Tensor = kept[start:stop] if start < stop else kept[:1][:0]  # which refuses a slice of nothing
+        return found.clone()
+
+
 def write_index(directory: Path, shards: list[Path]) -> None:
     """Writes the index over `shards`, files of `directory` named in the order of the model."""
     weight_map: dict[str, str] = {}

@@ -15,15 +15,21 @@ from jointq_cli.block import Layer, Seen, Stream, Survey
 from jointq_cli.errors import NumericsError
 from jointq_cli.plan import Plan
 from jointq_cli.statistics import Accumulator, HeldOut, Statistics
+from jointq_cli.team import Team
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Collects what a plan asks for. `pause` is called after each batch and may raise."""
+    """Collects what a plan asks for, from `batches` batches that the processes of a team share between them.
+
+    `pause` is called after each batch and may raise.
+    """
 
     plan: Plan
+    batches: int
     device: torch.device
     pause: Callable[[], None]
+    team: Team
 
     def waiting(self, groups: list[list[Layer]], hidden: Tensor) -> int:
         """How many passes of hidden states (windows, tokens, hidden) may wait between two groups."""
@@ -43,11 +49,12 @@ class Collector:
         writes = survey.writes(group)
         crossed = any(self.plan.qep.corrects(layer.name) for layer in group)
         drifted = crossed and writes > 0 and self.plan.qep.follows_residual
-        held_from = self.plan.held_from(len(stream))
+        held_from = self.plan.held_from(self.batches)
         everything = self._accumulator(group, crossed, drifted)
-        held = self._accumulator(group, crossed, drifted) if held_from < len(stream) else None
+        held = self._accumulator(group, crossed, drifted) if held_from < self.batches else None
         wanted = original.at(number) if crossed and original is not None else repeat(None, len(stream))
-        for batch, (seen, other) in enumerate(zip(stream.at(number), wanted, strict=True)):
+        first = self.team.part(self.batches).start
+        for batch, (seen, other) in enumerate(zip(stream.at(number), wanted, strict=True), first):
             if seen.given is not None:
                 behind = self._behind(group[0], seen, writes)
                 weights = self.plan.weights.of(seen.given, behind, tokens=seen.entered.shape[1])
@@ -59,6 +66,8 @@ class Collector:
                     if held is not None and batch >= held_from:
                         held.add(seen.given, given, weights, lost)
             self.pause()
+        for moments in filter(None, (everything, held)):
+            moments.sum_over(self.team.sum)
         with named(group[0]):
             heldout = _held_out(everything, held)
             return Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout)

@@ -6,6 +6,8 @@
     |-- TextError               a text is missing, empty, undecodable or too short
     |-- NumericsError           a layer cannot be solved
     |-- ResourceError           the machine lacks something: a GPU, disk space, the network
+    |-- TeamError               another process of the run has ended
+    |-- Echo                    an error that another process has told already
     `-- Interrupted             Ctrl-C; everything finished is kept, exit code 75
 
 A message is one line and names the key or file as the user typed it, the rule, and the value.
@@ -37,6 +39,18 @@ class NumericsError(JointqError):
 
 class ResourceError(JointqError):
     """The machine lacks something that the run needs."""
+
+
+class TeamError(JointqError):
+    """Another process of the run has ended."""
+
+
+class Echo(JointqError):
+    """An error that another process of the run has told already: nothing is printed, and the exit code is its own."""
+
+    def __init__(self, error: JointqError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
 
 
 class Interrupted(JointqError):

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class ScoredWindows:
     stride: int  # tokens of text from one window to the next
     provenance: dict[str, str] = field(default_factory=dict)  # of the text: revision, sha256 and the like
 
+    def part(self, own: slice) -> "ScoredWindows":
+        return replace(self, ids=self.ids[own], scored=self.scored[own])
+
     @property
     def hash(self) -> str:
         """sha256 over ids and scored positions, 64 hex digits."""
@@ -74,6 +77,11 @@ class Scores:
     quantized_nll: Tensor
     kl: Tensor  # KL(original || quantised), nats
     agreements: Tensor  # tokens where both models have the same most likely token
+
+    @classmethod
+    def joined(cls, parts: list["Scores"]) -> "Scores":
+        """Those of all windows, part behind part."""
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
 def cut_windows(
@@ -111,13 +119,14 @@ def final_hidden(
     batch: int,
     on_block: Callable[[], None] = lambda: None,
     pause: Callable[[], None] = lambda: None,
+    own: slice = slice(None),
 ) -> Tensor:
     """Hidden states (windows, tokens, hidden) after the last block, in the model's compute dtype.
 
-    ids: (windows, tokens) int64, `batch` windows per forward pass. on_block is called after each block, pause after
-    each batch, where it may raise.
+    ids: (windows, tokens) int64, `batch` windows per forward pass; own: those that are wanted, in whole batches.
+    on_block is called after each block, pause after each batch, where it may raise.
     """
-    hidden = model.embed_all(ids, batch)
+    hidden = model.embed_all(ids, batch, own)
     for index in range(len(model)):
         with model.block(index, model.block_tensors(index)):
             model.run_all(index, hidden, batch, pause)
@@ -143,7 +152,7 @@ def score(
             f"reference: has a vocabulary of {_vocabulary(original)} tokens, and the model one of "
             f"{_vocabulary(quantized)}; only models with the same tokens can be compared"
         )
-    rows = [torch.zeros(5, dtype=torch.float64) for _ in windows.ids]
+    rows = torch.zeros(len(windows.ids), 5, dtype=torch.float64)
     with ExitStack() as loaded:
         for model in {id(m): m for m in (original, quantized)}.values():
             loaded.enter_context(model.outer())
@@ -156,7 +165,7 @@ def score(
                 q = p if quantized is original else _log_probabilities(quantized, quantized_hidden[number, part])
                 rows[number] += _sums(p, q, ids[part + 1].to(p.device))
             on_window()
-    return Scores(*torch.stack(rows).unbind(1))
+    return Scores(*rows.unbind(1))
 
 
 def perplexity(nll: Tensor, tokens: Tensor) -> Perplexity:

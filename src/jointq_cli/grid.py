@@ -11,8 +11,8 @@ of the weights: where the dtype's exponent allows, a layer times a power of two 
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -178,6 +178,18 @@ class QuantizedWeight:
     permutation: Tensor | None
     bits: int
     symmetric: bool
+
+    @classmethod
+    def joined(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """The layer whose rows, one behind the other, are those of the parts."""
+        if len(parts) == 1:
+            return parts[0]
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            zero_point=torch.cat([part.zero_point for part in parts]),
+        )
 
     @property
     def group_size(self) -> int:

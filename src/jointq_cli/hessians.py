@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jointq_cli.block import Block, Layer, Stream
-from jointq_cli.checkpoint import save_tensors
+from jointq_cli.checkpoint import read_rows, save_tensors
 from jointq_cli.collecting import Collector
 from jointq_cli.model import StreamedModel
 from jointq_cli.passes import stops
 from jointq_cli.plan import Plan
 from jointq_cli.statistics import HeldOut, Statistics, packed, packed_size, unpacked
 from jointq_cli.store import write_atomically
+from jointq_cli.team import ALONE, Team
 
 
 def bytes_needed(model: StreamedModel, plan: Plan) -> int:
@@ -41,34 +42,37 @@ def collect_hessians(
     hessians: "Hessians",
     on_block: Callable[[], None],
     pause: Callable[[], None],
+    team: Team = ALONE,
 ) -> None:
     """Walks through the original model once, and leaves the moments of every group's input in `hessians`.
 
     windows: (windows, tokens) int64. on_block is called after each block, pause after each batch, where it may raise.
+    The windows are shared out between the processes of the team, whose leader writes.
     """
-    collector = Collector(plan, model.device, pause)
-    start, hidden = hessians.position(), _entering(model, windows, plan, hessians)
+    collector = Collector(plan, len(windows.split(plan.batch)), model.device, pause, team)
+    start, hidden = hessians.position(), _entering(model, windows, plan, hessians, team)
     for index in range(start, len(model)):
         tensors = model.block_tensors(index)
         with model.block(index, tensors):
             block = Block(model, index, tensors, plan.layers)
-            survey = block.survey(hidden[: plan.batch])
+            survey = block.survey(team.share(hidden[: plan.batch].cpu()).to(model.device))
             stream = Stream(block, "original", hidden, plan.batch, collector.waiting(survey.groups, hidden))
             writers = survey.writers if plan.follows_residual else {}
             with stops([[layer.module for layer in group] for group in survey.groups], writers):
                 for number in range(len(survey.groups)):
-                    hessians.keep(index, number, collector.collect(survey, number, stream))
+                    team.lead(hessians.keep, index, number, collector.collect(survey, number, stream))
             hidden = stream.finish(pause)
-        hessians.finish_block(index, hidden if index + 1 < len(model) else hidden[:0])
+        team.lead(hessians.finish_block, index, team.rows(hidden if index + 1 < len(model) else hidden[:0]))
         on_block()
 
 
-def _entering(model: StreamedModel, windows: Tensor, plan: Plan, hessians: "Hessians") -> Tensor:
-    """Hidden states (windows, tokens, hidden) at the first unfinished block."""
+def _entering(model: StreamedModel, windows: Tensor, plan: Plan, hessians: "Hessians", team: Team) -> Tensor:
+    """This process's hidden states (windows, tokens, hidden) at the first unfinished block."""
+    own = team.part(len(windows), plan.batch)
     if not hessians.position():
-        return model.embed_all(windows, plan.batch)
+        return model.embed_all(windows, plan.batch, own)
     model.note_shapes(windows, plan.batch)
-    return hessians.hidden().to(model.device)
+    return hessians.hidden(own).to(model.device)
 
 
 class Hessians:
@@ -85,9 +89,9 @@ class Hessians:
         with safe_open(self._hidden, framework="pt") as file:
             return int(file.metadata()["block"])
 
-    def hidden(self) -> Tensor:
-        """The hidden states at `position`. Only there once a block has been finished."""
-        return load_file(self._hidden)["hidden"]
+    def hidden(self, own: slice) -> Tensor:
+        """The hidden states of these windows at `position`. Only there once a block has been finished."""
+        return read_rows(self._hidden, "hidden", own)
 
     def finish_block(self, index: int, hidden: Tensor) -> None:
         """Keeps the hidden states that enter the next block."""

@@ -2,11 +2,14 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from jointq_cli.errors import Interrupted
+
+_ECHO = 1.0  # seconds in which a second SIGINT is the first one: torchrun hands on what the terminal sent to all
 
 
 class Interrupts:
@@ -14,6 +17,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._requested = False
+        self._since = 0.0
 
     def raise_if_requested(self) -> None:
         """To be called where stopping is safe. Raises Interrupted (exit code 75)."""
@@ -21,7 +25,9 @@ class Interrupts:
             raise Interrupted("interrupted; everything finished is kept, and the same command continues here")
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self._requested:
+        if not self._requested:
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > _ECHO:
             raise KeyboardInterrupt
         self._requested = True
 

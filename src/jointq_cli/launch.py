@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -34,6 +35,7 @@ from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.mistakes import Mistakes, UsageError
 from jointq_cli.sweep_directory import attempt, job_key, note_failure
 from jointq_cli.sweeping import Refused, Sweep, current
+from jointq_cli.team import ALONE, Team
 from jointq_cli.thawed import thawed
 
 _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
@@ -42,11 +44,12 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 @dataclass(frozen=True)
 class Job:
-    """Where a task writes, and how it was asked for."""
+    """Where a task writes, how it was asked for, and who does it together."""
 
     directory: Path
     overrides: list[str]
     config: str  # yaml: the whole config, in the form of a recipe that gives this very config again
+    team: Team = ALONE
     number: int | None = None  # in a sweep
     elsewhere: bool = False  # in another process than the one that has the terminal
 
@@ -65,6 +68,13 @@ def launch(command: str, arguments: list[str], task: Task) -> int:
     Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. The same sweep again runs
     only what is not done. Raises JointqError for what a user can cause; any other exception is a bug and passes.
     """
+    from jointq_cli.processes import joined  # not above: it brings torch, and shell completion answers without
+
+    with joined() as team, _in_place(team) as places:
+        return _launch(command, [*arguments, *places], task, team)
+
+
+def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.config import RECIPES, Recipe, keys, schemas
 
@@ -75,8 +85,10 @@ def launch(command: str, arguments: list[str], task: Task) -> int:
     recipe = RECIPES[command]
     groups = ["recipe"] if issubclass(recipe, Recipe) else []
     mistakes = Mistakes([*keys(recipe), *groups], types, overrides)
-    border = _Border(command, options, task, types, mistakes)
+    border = _Border(command, options, task, types, mistakes, team)
     if {"-m", "--multirun"} & set(options):
+        if team.size > 1:
+            raise UsageError("-m: several processes do one run together; the jobs of a sweep take hydra/launcher=...")
         return _sweep(border, command, overrides, options)
     with _command_line([*overrides, *options]), _raised_by_hydra():
         border.cross()
@@ -126,13 +138,20 @@ class _Border:
     """Takes one composed config after the other across. Launchers send copies of it to other processes."""
 
     def __init__(
-        self, command: str, options: list[str], task: Task, types: dict[str, type[Any]], mistakes: Mistakes
+        self,
+        command: str,
+        options: list[str],
+        task: Task,
+        types: dict[str, type[Any]],
+        mistakes: Mistakes,
+        team: Team,
     ) -> None:
         self._command = command
         self._options = [word for word in options if word not in ("-m", "--multirun")]
         self._task = task
         self._types = types
         self._mistakes = mistakes
+        self._team = team
         self._started = False
         self._failure: JointqError | None = None
         self.sweep: Sweep | None = None
@@ -194,8 +213,9 @@ class _Border:
             raise self._mistakes.told(error) from error
         overrides = list(context.overrides.task)
         text = _as_recipe(config, self._command, context.runtime.choices)
-        number = context.job.num if context.mode == RunMode.MULTIRUN else None
-        return recipe, Job(directory, overrides, text, number, number is not None and self.sweep is None)
+        if context.mode != RunMode.MULTIRUN:
+            return recipe, Job(directory, overrides, text, self._team)
+        return recipe, Job(directory, overrides, text, ALONE, context.job.num, elsewhere=self.sweep is None)
 
     def _run(self, recipe: Any, job: Job) -> None:
         with _command_line([self._command, *job.overrides, *self._options]):
@@ -250,6 +270,19 @@ def _overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str
             raise UsageError(f"jointq {command} has no option {word}; settings are KEY=VALUE, see --help")
     overrides = [*known.overrides, *rest]
     return overrides, [word for word in arguments if word not in overrides]
+
+
+@contextmanager
+def _in_place(team: Team) -> Iterator[list[str]]:
+    """Inside, the leader of a team has the screen and the run directory, and the others nothing that is seen.
+
+    Yields what that takes on the command line.
+    """
+    if team.rank == 0:
+        yield []
+        return
+    with TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield [f"hydra.run.dir={folder}"]
 
 
 @contextmanager

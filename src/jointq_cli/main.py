@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from jointq_cli import __version__
-from jointq_cli.errors import JointqError
+from jointq_cli.errors import Echo, JointqError
 
 COMMANDS = {
     "quantize": "quantise a model, and measure what that cost",
@@ -34,12 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch: idle OpenMP threads should sleep. Where another process wants a core too, threads that spin at the
     # end of each product made a GPTQ layer of 256 x 1024 take 0.18 s instead of 0.035 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Likewise: where processes do a run together and one ends, the others say so in a line, and c10d in thirty.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch(arguments)
     except JointqError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not isinstance(error, Echo):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -122,15 +122,18 @@ class StreamedModel:
             _unload(self.blocks[index])
             release_freed_memory()
 
-    def embed_all(self, windows: Tensor, batch: int) -> Tensor:
-        """Hidden states (windows, tokens, hidden) that enter the first block, `batch` windows at a time."""
+    def embed_all(self, windows: Tensor, batch: int, own: slice = slice(None)) -> Tensor:
+        """Hidden states (windows, tokens, hidden) that enter the first block, `batch` windows at a time.
+
+        own: those that are wanted, whole batches of them or none. The shape of the first batch is noted in any case.
+        """
         with self.outer():
-            parts = windows.split(batch)
-            first = self.embed(parts[0])
-            hidden = first.new_empty((len(windows), *first.shape[1:]))
-            hidden[:batch] = first
-            for number, part in enumerate(parts[1:], 1):
-                hidden[number * batch : number * batch + len(part)] = self.embed(part)
+            first = self.embed(windows[:batch])
+            start, stop, _ = own.indices(len(windows))
+            hidden = first.new_empty((stop - start, *first.shape[1:]))
+            for done in range(start, stop, batch):
+                part = windows[done : min(done + batch, stop)]
+                hidden[done - start : done - start + len(part)] = self.embed(part) if done else first
             return hidden
 
     def note_shapes(self, windows: Tensor, batch: int) -> None:
@@ -141,7 +144,7 @@ class StreamedModel:
 
     def run_all(self, index: int, hidden: Tensor, batch: int, pause: Callable[[], None] = lambda: None) -> Tensor:
         """Block `index` over all hidden states (windows, tokens, hidden), in place; calls `pause` between batches."""
-        for part in hidden.split(batch):
+        for part in hidden.split(batch) if len(hidden) else ():
             part.copy_(self.run(index, part))
             pause()
         return hidden

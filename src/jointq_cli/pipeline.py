@@ -3,7 +3,7 @@
     tokens -> (rotate) -> quantize -> checkpoint -> evaluate -> report
 
 Each step is a stage that reads artifacts and writes an artifact through the store. Nothing here computes, and nothing
-here knows Hydra.
+here knows Hydra. Where several processes do it together, all take the road, and the leader alone leaves something.
 """
 
 import shutil
@@ -20,6 +20,7 @@ from jointq_cli.assembly import audit
 from jointq_cli.calibration import Tokens, load_tokenizer, save_tokens
 from jointq_cli.checkpoint import file_hashes
 from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
+from jointq_cli.errors import TeamError
 from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity, protocol
 from jointq_cli.interrupts import deferred
 from jointq_cli.machine import peak_memory, versions
@@ -33,54 +34,66 @@ from jointq_cli.runtime import Runtime
 from jointq_cli.sources import ModelSource
 from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
 from jointq_cli.store import Store, link_files, translated_disk_errors
+from jointq_cli.team import ALONE, Team
 
 
-def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
-    """Quantises a model, measures the checkpoint as it lies on disk, and leaves everything in the run directory."""
-    with _stages(recipe.store, recipe.runtime, console) as stages:
+def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = ALONE) -> RunReport | None:
+    """Quantises a model, measures the checkpoint as it lies on disk, and leaves everything in the run directory.
+
+    The report is the leader's, None for others.
+    """
+    with _stages(recipe.store, recipe.runtime, console, team) as stages:
         source = stages.source(recipe.model)
         original = stages.model(source, recipe.model)
         tokenizer = load_tokenizer(source.directory, recipe.model.trust_remote_code)
         tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
         windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
-        console.header(_header(recipe, original, tokens, _measured_how(recipe, original, windows)))
+        console.header(_header(recipe, stages, original, tokens, _measured_how(recipe, original, windows)))
         selected_layers(original, recipe)  # a key that names nothing is told before hours of work
         rotated = rotation_stages.rotate(stages, original, tokens, recipe)
-        _keep_rotation(rotated, run)
+        team.lead(_keep_rotation, rotated, run)
         quantized = stages.quantize(rotated.model, tokens, recipe)
-        link_files(quantized.checkpoint.directory, run.checkpoint)
-        link_files(quantized.codes, run.codes, "*.safetensors")
+        team.lead(link_files, quantized.checkpoint.directory, run.checkpoint)
+        team.lead(link_files, quantized.codes, run.codes, "*.safetensors")
         hidden = stages.final_hidden(original, windows)
         measured = stages.score(original, hidden, quantized, windows, tokens, recipe)
-        files = _file_hashes(stages, run)
-        report = _report(recipe, stages, original, tokens, windows, rotated, quantized, measured)
-        _write(run, recipe, report, tokens, windows, files)
-        console.closing(report, run.path)
-        return report
+
+        def finish() -> RunReport:
+            files = _file_hashes(stages, run)
+            report = _report(recipe, stages, original, tokens, windows, rotated, quantized, measured)
+            _write(run, recipe, report, tokens, windows, files, team)
+            console.closing(report, run.path)
+            return report
+
+        return team.lead(finish)
 
 
-def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console) -> RotationRecord:
+def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = ALONE) -> RotationRecord:
     """Smooths and rotates a model at full precision, and leaves it in the run directory."""
-    with _stages(recipe.store, recipe.runtime, console) as stages:
+    with _stages(recipe.store, recipe.runtime, console, team) as stages:
         original = stages.model(stages.source(recipe.model), recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
-        console.header(_header(recipe, original, tokens, []))
+        console.header(_header(recipe, stages, original, tokens, []))
         rotated = rotation_stages.rotate(stages, original, tokens, recipe)
         assert rotated.record is not None  # the recipe was refused if it changes nothing
-        link_files(rotated.model.checkpoint.directory, run.checkpoint)
-        _keep_rotation(rotated, run)
+        team.lead(link_files, rotated.model.checkpoint.directory, run.checkpoint)
+        team.lead(_keep_rotation, rotated, run)
         hashes = {"model": original.checkpoint.content_hash, "calibration tokens": tokens.hash}
         texts = {"calibration": tokens.provenance}
-        files = _file_hashes(stages, run)
-        run.write_manifest(_manifest(recipe, str(stages.device), hashes, texts, files))
+
+        def finish() -> None:
+            files = _file_hashes(stages, run)
+            run.write_manifest(_manifest(recipe, str(stages.device), hashes, texts, files, team))
+
+        team.lead(finish)
         console.rotated(rotated.record, run.path)
         return rotated.record
 
 
-def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console) -> EvaluationReport:
+def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: Team = ALONE) -> EvaluationReport:
     """Perplexity of a checkpoint, and with a reference what became of the original's predictions."""
-    with _stages(recipe.store, recipe.runtime, console) as stages:
+    with _stages(recipe.store, recipe.runtime, console, team) as stages:
         model = stages.model(stages.source(recipe.model), recipe.model)
         original = _reference(recipe, stages) or model
         tokenizer = load_tokenizer(model.checkpoint.directory, recipe.model.trust_remote_code)
@@ -104,27 +117,31 @@ def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console) -> Eva
         return report
 
 
-def calibrate(recipe: CalibrateRecipe, console: Console) -> Tokens:
+def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = ALONE) -> Tokens:
     """Freezes a recipe's calibration tokens in a file that `calibration.tokens` reads without a network."""
-    with _stages(recipe.store, recipe.runtime, console) as stages:
+    with _stages(recipe.store, recipe.runtime, console, team) as stages:
         source = stages.source(recipe.model)
         tokenizer = load_tokenizer(source.directory, recipe.model.trust_remote_code)
         tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
-        save_tokens(Path(recipe.output), tokens)
+        team.lead(save_tokens, Path(recipe.output), tokens)
         console.note(f"{tokens.describe()} -> {recipe.output}")
         return tokens
 
 
 @contextmanager
-def _stages(root: str, runtime: Runtime, console: Console) -> Iterator[Stages]:
+def _stages(root: str, runtime: Runtime, console: Console, team: Team) -> Iterator[Stages]:
     path = Path(root)
     with (
         deferred() as interrupts,
         translated_disk_errors(path),
         torch.no_grad(),
-        Store(path, interrupts.raise_if_requested, console.note) as store,
+        Store(path, interrupts.raise_if_requested, console.note, team) as store,
     ):
-        yield Stages(store, console, runtime, interrupts)
+        try:
+            yield Stages(store, console, runtime, interrupts, team)
+        except TeamError:  # Ctrl-C has reached all, and this is what another one makes of it
+            interrupts.raise_if_requested()
+            raise
 
 
 def _reference(recipe: EvaluateRecipe, stages: Stages) -> StreamedModel | None:
@@ -146,8 +163,13 @@ def _keep_rotation(rotated: Rotated, run: RunDirectory) -> None:
         shutil.rmtree(run.rotation, ignore_errors=True)
 
 
+def _computing(team: Team) -> str:
+    threads = f"{torch.get_num_threads()} threads"
+    return threads if team.size == 1 else f"{team.size} processes of {threads}"
+
+
 def _header(
-    recipe: Recipe, model: StreamedModel, tokens: Tokens, further: list[tuple[str, str]]
+    recipe: Recipe, stages: Stages, model: StreamedModel, tokens: Tokens, further: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     parameters = f"{model.checkpoint.parameters / 1e6:,.1f} M"
     basis = "; ".join(filter(None, [recipe.smoothing.describe(), recipe.rotation.describe()]))
@@ -157,7 +179,7 @@ def _header(
         ("rotation", basis),
         ("calibration", f"{tokens.describe()} {recipe.calibration.describe_use()}"),
         *further,
-        ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"),
+        ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {_computing(stages.team)}"),
     ]
     return [(label, value) for label, value in lines if value]
 
@@ -233,6 +255,7 @@ def _write(
     tokens: Tokens,
     windows: ScoredWindows,
     files: dict[str, str],
+    team: Team,
 ) -> None:
     hashes = {
         "model": report.model_hash,
@@ -240,7 +263,7 @@ def _write(
         "evaluation windows": windows.hash,
     }
     texts = {"calibration": tokens.provenance, "evaluation": windows.provenance}
-    run.write_manifest(_manifest(recipe, report.device, hashes, texts, files))
+    run.write_manifest(_manifest(recipe, report.device, hashes, texts, files, team))
     write_report(report, run)
 
 
@@ -250,9 +273,10 @@ def _manifest(
     hashes: dict[str, str],
     texts: dict[str, dict[str, str]],
     files: dict[str, str],
+    team: Team,
 ) -> Manifest:
     seeds = {"calibration.seed": recipe.calibration.seed}
     if isinstance(recipe.rotation, (HadamardRotation, LearnedRotation)):
         seeds["rotation.seed"] = recipe.rotation.seed
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return take_manifest(sys.argv, device, torch.get_num_threads(), seeds, hashes, texts, files, gpu)
+    return take_manifest(sys.argv, device, torch.get_num_threads(), team.size, seeds, hashes, texts, files, gpu)

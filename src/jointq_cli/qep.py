@@ -23,7 +23,7 @@ Knows weights and statistics of one input; no blocks, no quantizers.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class Corrected:
 
 class Correction(ABC):
     """What QEP does to the layers that share an input."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the rows of a layer may be corrected apart."""
+        return True
+
+    def of_rows(self, rows: slice) -> "Correction":
+        """What it does to these rows alone."""
+        return self
 
     @abstractmethod
     def apply(self, weight: Tensor) -> Corrected:
@@ -78,6 +87,13 @@ class Step(Correction):
     alpha: float
     beta: float
     judge: "Judge | None"
+
+    @property
+    def by_rows(self) -> bool:
+        return self.judge is None  # who sees the whole layer
+
+    def of_rows(self, rows: slice) -> Correction:
+        return self if self.drift is None else replace(self, drift=self.drift[rows])
 
     def apply(self, weight: Tensor) -> Corrected:
         exact = weight.double()

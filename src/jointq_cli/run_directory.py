@@ -31,7 +31,8 @@ class Manifest:
     platform: str
     device: str
     cpu_count: int  # cores the process may use
-    threads: int  # that the computation uses
+    threads: int  # that each process of the computation uses
+    processes: int
     seeds: dict[str, int]  # by the key of the recipe
     hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation windows
     texts: dict[str, dict[str, str]]  # where calibration and evaluation text came from: revision, sha256, tokenizer
@@ -45,6 +46,7 @@ def take_manifest(
     command: Sequence[str],
     device: str,
     threads: int,
+    processes: int,
     seeds: dict[str, int],
     hashes: dict[str, str],
     texts: dict[str, dict[str, str]],
@@ -61,6 +63,7 @@ def take_manifest(
         device=device,
         cpu_count=machine.cpu_count(),
         threads=threads,
+        processes=processes,
         seeds=seeds,
         hashes=hashes,
         texts=texts,

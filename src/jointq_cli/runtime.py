@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from jointq_cli.errors import ConfigError, ResourceError
+from jointq_cli.machine import cpu_count
+from jointq_cli.team import ALONE, Team
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,19 +41,29 @@ class Runtime:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be at least 0")
 
-    def torch_device(self) -> torch.device:
-        """Raises ResourceError when CUDA is asked for and absent."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(self.device)
-        if device.type == "cuda":
-            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            if (device.index or 0) >= count:
-                raise ResourceError(
-                    f"runtime.device={self.device}: this machine offers {count} CUDA devices to PyTorch "
-                    f"{torch.__version__}; use runtime.device=cpu or auto"
-                )
+    def torch_device(self, team: Team = ALONE) -> torch.device:
+        """Of a team each process has a CUDA device. Raises ResourceError when CUDA is asked for and absent."""
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if self.device == "cpu" or (self.device == "auto" and not count):
+            return torch.device("cpu")
+        device = torch.device("cuda" if self.device == "auto" else self.device)
+        if team.local_size > 1:
+            device = torch.device("cuda", team.local_rank)
+        if (device.index or 0) >= count or team.local_size > count:
+            wanted = f" for {team.local_size} processes" if team.local_size > 1 else ""
+            raise ResourceError(
+                f"runtime.device={self.device}: this machine offers {count} CUDA devices to PyTorch "
+                f"{torch.__version__}{wanted}; use runtime.device=cpu{'' if wanted else ' or auto'}"
+            )
+        if team.local_size > 1:
+            torch.cuda.set_device(device)
         return device
+
+    def threads(self, team: Team = ALONE) -> int | None:
+        """CPU threads of each process; None: as PyTorch has it."""
+        if self.num_threads is None and team.local_size > 1:
+            return max(1, cpu_count() // team.local_size)
+        return self.num_threads
 
     def torch_dtype(self, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """`auto` is the checkpoint's own dtype, but float32 where half precision has no fast products."""

@@ -27,7 +27,7 @@ from jointq_cli.calibration import (
     save_tokens,
     tokenizer_hash,
 )
-from jointq_cli.checkpoint import Checkpoint, save_tensors
+from jointq_cli.checkpoint import Checkpoint, read_rows, save_tensors
 from jointq_cli.config import Recipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
 from jointq_cli.grid import check_group_size
@@ -42,6 +42,7 @@ from jointq_cli.runtime import Runtime
 from jointq_cli.simulation import search_clips, simulated
 from jointq_cli.sources import ModelSource, fetch
 from jointq_cli.store import Artifact, Store
+from jointq_cli.team import ALONE, Team
 from jointq_cli.text import HUB
 from jointq_cli.workspace import Workspace
 
@@ -77,15 +78,19 @@ class Quantized:
 class Stages:
     """What all stages of one command share: store, console, device, and the wish to stop."""
 
-    def __init__(self, store: Store, console: Console, runtime: Runtime, interrupts: Interrupts) -> None:
+    def __init__(
+        self, store: Store, console: Console, runtime: Runtime, interrupts: Interrupts, team: Team = ALONE
+    ) -> None:
         self.store = store
         self.console = console
         self.runtime = runtime
-        self.device = runtime.torch_device()
+        self.team = team
+        self.device = runtime.torch_device(team)
         self.records: list[StageRecord] = []
         self.pause = interrupts.raise_if_requested
-        if runtime.num_threads is not None:
-            torch.set_num_threads(runtime.num_threads)
+        threads = runtime.threads(team)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -159,7 +164,7 @@ class Stages:
         companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
         inputs = [model.checkpoint.content_hash, companions, tokens.hash]
         hessians = None
-        if not self.store.holds("quantize", spec, inputs):
+        if not self.team.share(self.store.holds("quantize", spec, inputs)):
             hessians = self._hessians(model, tokens, plan, names)
 
         def make(scratch: Path) -> None:
@@ -171,11 +176,12 @@ class Stages:
                     self.console.layer(record)
                     bar.advance()
 
-                quantize_blocks(model, tokens.windows, plan, workspace, on_layer, self.pause, hessians)
-            assemble(model, workspace, scratch / "checkpoint", code=recipe.model.trust_remote_code)
+                quantize_blocks(model, tokens.windows, plan, workspace, on_layer, self.pause, hessians, self.team)
+            code = recipe.model.trust_remote_code
+            self.team.lead(lambda: assemble(model, workspace, scratch / "checkpoint", code=code))
 
         with self.stage("quantize") as stage:
-            artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True)
+            artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True, together=True)
             mark(stage, artifact)
             workspace = Workspace(artifact.path)
             layers = [workspace.record(name) for name in names]
@@ -202,12 +208,12 @@ class Stages:
             hessians = Hessians(scratch)
             with self.console.bar("hessians", total=len(model)) as bar:
                 bar.advance(hessians.position())
-                collect_hessians(model, tokens.windows, plan, hessians, bar.advance, self.pause)
+                collect_hessians(model, tokens.windows, plan, hessians, bar.advance, self.pause, self.team)
 
         with self.stage("hessians") as stage:
             inputs = [model.checkpoint.content_hash, tokens.hash]
             artifact = self.store.reuse_within(
-                "hessians", spec, inputs, make, budget=budget, size=needed, resumable=True
+                "hessians", spec, inputs, make, budget=budget, size=needed, resumable=True, together=True
             )
             if artifact is None:
                 self._tell_no_room("those of runs that are under way take the rest")
@@ -224,11 +230,13 @@ class Stages:
         batch = self.batch(windows.ids)
 
         def make(scratch: Path) -> None:
-            save_tensors(scratch / "hidden.safetensors", {"hidden": self._walk(model, windows.ids, batch)})
+            hidden = self.team.rows(self._walk(model, windows.ids, batch))
+            self.team.lead(save_tensors, scratch / "hidden.safetensors", {"hidden": hidden})
 
         with self.stage(name) as stage:
             spec = {"batch": batch, "dtype": str(model.dtype), "device": self.device.type}
-            artifact = self.store.reuse("hidden", spec, [model.checkpoint.content_hash, windows.hash], make)
+            inputs = [model.checkpoint.content_hash, windows.hash]
+            artifact = self.store.reuse("hidden", spec, inputs, make, together=True)
             mark(stage, artifact)
             return artifact
 
@@ -248,19 +256,26 @@ class Stages:
         def make(scratch: Path) -> None:
             reloaded = self.model(quantized.checkpoint, recipe.model)
             names = [layer.name for layer in quantized.layers]
-            clips = search_clips(reloaded, activations, names, tokens.windows, self.batch(tokens.windows), self.pause)
+            first = self.batch(tokens.windows)
+            clips = search_clips(reloaded, activations, names, tokens.windows, first, self.pause)
             with simulated(reloaded, activations, names, clips):
                 hidden = self._walk(reloaded, windows.ids, batch)
-            (scratch / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
-            scores = self._score(original, load_hidden(original_hidden), reloaded, hidden, windows)
-            first = self.batch(tokens.windows)
-            probe = final_hidden(reloaded, tokens.windows[:first], first, pause=self.pause)
-            (scratch / "reload.txt").write_text(_difference(probe.cpu(), quantized.probe), encoding="utf-8")
-            _save_scores(scratch, scores)
+            scores = self._score(
+                original, self._own_hidden(original_hidden, self._own(windows)), reloaded, hidden, windows
+            )
+
+            def finish() -> None:
+                (scratch / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
+                probe = final_hidden(reloaded, tokens.windows[:first], first, pause=self.pause)
+                (scratch / "reload.txt").write_text(_difference(probe.cpu(), quantized.probe), encoding="utf-8")
+                _save_scores(scratch, scores)
+
+            self.team.lead(finish)
 
         with self.stage("evaluate quantized") as stage:
             spec = {"batch": batch, "activations": activations if activations.simulates else None}
-            artifact = self.store.reuse("scores", spec, [quantized.artifact.key, original_hidden.key], make)
+            inputs = [quantized.artifact.key, original_hidden.key]
+            artifact = self.store.reuse("scores", spec, inputs, make, together=True)
             mark(stage, artifact)
             clips = json.loads((artifact.path / "clips.json").read_text(encoding="utf-8"))
             return Measured(
@@ -275,13 +290,14 @@ class Stages:
         batch = self.batch(windows.ids)
 
         def make(scratch: Path) -> None:
-            first = load_hidden(hidden)
+            first = self._own_hidden(hidden, self._own(windows))
             second = first if model is original else self._walk(model, windows.ids, batch)
-            _save_scores(scratch, self._score(original, first, model, second, windows))
+            self.team.lead(_save_scores, scratch, self._score(original, first, model, second, windows))
 
         with self.stage("score") as stage:
             inputs = [model.checkpoint.content_hash, hidden.key]
-            artifact = self.store.reuse("scores", {"batch": batch, "dtype": str(model.dtype)}, inputs, make)
+            spec = {"batch": batch, "dtype": str(model.dtype)}
+            artifact = self.store.reuse("scores", spec, inputs, make, together=True)
             mark(stage, artifact)
             return _load_scores(artifact.path)
 
@@ -290,19 +306,28 @@ class Stages:
         return max(1, self.runtime.batch_tokens // windows.shape[1])
 
     def _walk(self, model: StreamedModel, ids: Tensor, batch: int) -> Tensor:
+        """This process's share of the final hidden states, in whole batches."""
         with self.console.bar("evaluate", total=len(model)) as bar:
-            return final_hidden(model, ids, batch, bar.advance, self.pause)
+            return final_hidden(model, ids, batch, bar.advance, self.pause, self.team.part(len(ids), batch))
+
+    def _own(self, windows: ScoredWindows) -> slice:
+        return self.team.part(len(windows.ids), self.batch(windows.ids))
+
+    def _own_hidden(self, artifact: Artifact, own: slice) -> Tensor:
+        return read_rows(artifact.path / "hidden.safetensors", "hidden", own)
 
     def _score(
         self, original: StreamedModel, first: Tensor, model: StreamedModel, second: Tensor, windows: ScoredWindows
     ) -> Scores:
-        with self.console.bar("score", total=len(windows.ids)) as bar:
+        """Of all windows, each process having scored those whose final hidden states it has."""
+        own = windows.part(self._own(windows))
+        with self.console.bar("score", total=len(own.ids)) as bar:
 
             def on_window() -> None:
                 bar.advance()
                 self.pause()
 
-            return score(original, first, model, second, windows, on_window)
+            return Scores.joined(self.team.gather(score(original, first, model, second, own, on_window)))
 
     def _tell_position(self, workspace: Workspace, model: StreamedModel, names: list[str], bar: Bar) -> None:
         finished = range(workspace.position())
@@ -326,10 +351,6 @@ def mark(stage: Stage, artifact: Artifact) -> None:
     """Tells whether the store had it."""
     if artifact.reused:
         stage.reused()
-
-
-def load_hidden(artifact: Artifact) -> Tensor:
-    return load_file(artifact.path / "hidden.safetensors")["hidden"]
 
 
 def _save_scores(directory: Path, scores: Scores) -> None:

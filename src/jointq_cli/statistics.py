@@ -7,7 +7,8 @@ R = S_o - S (tokens, out) by then, the drift is D = R^T X / tokens (out, in). To
 as often as it weighs, in sums and in `tokens`. Layers that share an input share its moments.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,6 +131,16 @@ class Accumulator:
             self._drift += _flat(residual).T @ weighted
         self.tokens += len(flat) if weights is None else float(weights.sum(dtype=torch.float64))
 
+    def sum_over(self, processes: Callable[[Tensor], Tensor]) -> None:
+        """Adds what other processes have accumulated; `processes` gives the sum of a contiguous tensor over all."""
+        for start in range(0, len(self._square), PANEL):
+            panel = self._square[start : start + PANEL, start:]
+            panel.copy_(processes(panel.contiguous()))
+        for moments in (self._cross, self._drift):
+            if moments is not None:
+                processes(moments)
+        self.tokens = float(processes(torch.tensor([self.tokens], dtype=torch.float64, device=self._square.device)))
+
     def hessian(self) -> Tensor:
         """H (in, in) float64, in the accumulator's own memory: to be called once, at the end."""
         for start in range(0, len(self._square), PANEL):
@@ -171,17 +182,43 @@ def unpacked(flat: Tensor, size: int) -> Tensor:
     return hessian
 
 
+@dataclass(frozen=True)
+class Energies:
+    """What the relative errors of some rows of a layer are made of, to be added up over all its rows."""
+
+    output_error: float  # tr(E H E^T), E = W - W_quantised
+    output: float  # tr(W H W^T)
+    weight_error: float  # |E|^2
+    weight: float  # |W|^2
+
+    @classmethod
+    def of(cls, weight: Tensor, quantized: Tensor, hessian: Tensor) -> "Energies":
+        """weight, quantized (rows, in) float32."""
+        error = weight - quantized
+        squares = (rows.double().square().sum().item() for rows in (weight.double() - quantized.double(), weight))
+        return cls(_energy(error, hessian), _energy(weight, hessian), *squares)
+
+    def __add__(self, other: "Energies") -> "Energies":
+        return Energies(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def relative(self) -> tuple[float, float]:
+        """The relative errors of output and weight, 0 where there is nothing to be relative to."""
+        return _ratio(self.output_error, self.output), _ratio(self.weight_error, self.weight)
+
+
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Relative output error tr(E H E^T) / tr(W H W^T), E = W - W_quantised; weights (out, in) float32."""
-    error = _energy(weight - quantized, hessian)
-    signal = _energy(weight, hessian)
-    return 0.0 if signal == 0 else error / signal
+    return _ratio(_energy(weight - quantized, hessian), _energy(weight, hessian))
 
 
 def weight_error(weight: Tensor, quantized: Tensor) -> float:
     """Relative weight error |E|^2 / |W|^2 (Frobenius)."""
-    signal = weight.double().square().sum().item()
-    return 0.0 if signal == 0 else (weight.double() - quantized.double()).square().sum().item() / signal
+    error = (weight.double() - quantized.double()).square().sum().item()
+    return _ratio(error, weight.double().square().sum().item())
+
+
+def _ratio(error: float, signal: float) -> float:
+    return 0.0 if signal == 0 else error / signal
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> float:

@@ -35,6 +35,7 @@ from jointq_cli.inventory import (
     take_away,
 )
 from jointq_cli.locks import Kind, Lock, try_lock
+from jointq_cli.team import ALONE, Team
 
 LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
 ATTEMPTS = 20  # a second, to get a lock
@@ -56,10 +57,16 @@ class Store:
     """
 
     def __init__(
-        self, root: Path, pause: Callable[[], None] = lambda: None, tell: Callable[[str], None] = lambda text: None
+        self,
+        root: Path,
+        pause: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = lambda text: None,
+        team: Team = ALONE,
     ) -> None:
-        """pause: called while waiting, may raise. tell: hears what is being waited for, and what is found damaged."""
+        """pause: called while waiting, may raise. tell: hears what is being waited for, and what is found damaged.
+        team: all its processes ask this store for the same artifacts in the same order, and only the leader writes."""
         self.root = root
+        self._team = team
         self._pause = pause
         self._tell = tell
         self._held: dict[str, Lock] = {}  # shared, by the name of the artifact
@@ -89,19 +96,33 @@ class Store:
         make: Callable[[Path], None],
         *,
         resumable: bool = False,
+        together: bool = False,
     ) -> Artifact:
         """The artifact of `stage` for these settings and inputs, made by `make(scratch directory)` if it is not there.
 
         inputs: keys or hashes of what it is made from. A `resumable` stage finds what it left in its scratch directory
         when it was stopped; any other starts from an empty one. Two processes that want the same artifact take turns.
-        One whose files are not what they were when it was made is taken away, and made anew.
+        One whose files are not what they were when it was made is taken away, and made anew. The leader of a team makes
+        it while the others wait, or they call `make` together; then it must leave writing to the leader.
         """
         key = artifact_key(stage, spec, inputs)
         name = _name(stage, key)
+        if self._team.rank > 0:
+            self._help(name, make, together)
+            return Artifact(artifact_path(self.root, name), key, reused=False)
         made = False
+
+        def make_together(scratch: Path) -> None:
+            if together:
+                self._team.share(True)
+            make(scratch)
+
         with translated_disk_errors(self.root):
             while not self._hold(name, is_new=made):  # who removes an artifact may have been quicker
-                made = self._make(name, make, resumable) or made
+                made = self._make(name, make_together, resumable) or made
+        if together and not made:
+            self._team.share(False)
+        self._team.wait()
         return Artifact(artifact_path(self.root, name), key, reused=not made)
 
     def reuse_within(
@@ -114,6 +135,7 @@ class Store:
         budget: int,
         size: int,
         resumable: bool = False,
+        together: bool = False,
     ) -> Artifact | None:
         """As `reuse`, for large artifacts: those of `stage` may take `budget` bytes together.
 
@@ -121,10 +143,22 @@ class Store:
         None, and none goes, where that is not enough because the others are in use.
         """
         name = _name(stage, artifact_key(stage, spec, inputs))
-        with translated_disk_errors(self.root):
-            if not self._hold(name) and not self._make_room(stage, name, budget - size):
-                return None
-        return self.reuse(stage, spec, inputs, make, resumable=resumable)
+        fits = False
+        if self._team.rank == 0:
+            with translated_disk_errors(self.root):
+                fits = self._hold(name) or self._make_room(stage, name, budget - size)
+        if not self._team.share(fits):
+            return None
+        return self.reuse(stage, spec, inputs, make, resumable=resumable, together=together)
+
+    def _help(self, name: str, make: Callable[[Path], None], together: bool) -> None:
+        """The part in `reuse` of a process that does not lead."""
+        if together and self._team.share(True):
+            make(partial_path(self.root, name))
+        self._team.wait()
+        if not self._hold(name, is_new=True):
+            place = artifact_path(self.root, name)
+            raise ResourceError(f"{place}: is not there for process {self._team.rank}; all must see the same disk")
 
     def holds(self, stage: str, spec: object, inputs: list[str]) -> bool:
         """Whether `reuse` would find this artifact."""

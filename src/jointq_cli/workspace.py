@@ -11,13 +11,14 @@ Every file is renamed into place when whole. A block is finished when the hidden
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
-from jointq_cli.checkpoint import save_tensors
+from jointq_cli.checkpoint import read_rows, save_tensors
 from jointq_cli.grid import QuantizedWeight
 from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.store import write_atomically
@@ -55,10 +56,16 @@ class Workspace:
         with safe_open(self._hidden, framework="pt") as file:
             return int(file.metadata()["block"])
 
-    def streams(self) -> Streams:
-        """The hidden states at `position`. Only there once a block has been finished."""
+    def streams(self, part: Callable[[int], slice] = slice) -> Streams:
+        """The hidden states at `position`, of each stream's windows those that `part` says, given their number. Only
+        there once a block has been finished."""
+        rows = [part(self.windows(name)) for name in ("original", "quantized")]
+        return Streams(read_rows(self._hidden, "original", rows[0]), read_rows(self._hidden, "quantized", rows[1]))
+
+    def windows(self, stream: str) -> int:
+        """How many there are of "original" or "quantized" hidden states."""
         with safe_open(self._hidden, framework="pt") as file:
-            return Streams(*(file.get_tensor(name).clone() for name in ("original", "quantized")))
+            return int(file.get_slice(stream).get_shape()[0])
 
     def finish_block(self, record: BlockRecord, tensors: dict[str, Tensor], streams: Streams) -> None:
         """Keeps a block's checkpoint tensors, what is known of it, and the hidden states that enter the next block."""

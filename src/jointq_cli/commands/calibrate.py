@@ -12,4 +12,4 @@ def main(arguments: list[str]) -> int:
 
 def run(recipe: CalibrateRecipe, job: Job) -> None:
     with Console() as console:
-        calibrate(recipe, console)
+        calibrate(recipe, console, job.team)

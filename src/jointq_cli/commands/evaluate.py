@@ -16,4 +16,4 @@ def run(recipe: EvaluateRecipe, job: Job) -> None:
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
     with Console(directory.log) as console:
-        evaluate(recipe, directory, console)
+        evaluate(recipe, directory, console, job.team)

@@ -19,7 +19,7 @@ def run(recipe: Recipe, job: Job) -> None:
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
     with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
-        report = quantize(recipe, directory, console)
-        found = problems(report)
+        report = quantize(recipe, directory, console, job.team)
+        found = problems(report) if report else []
         if found:
             raise JointqError(f"{'; '.join(found)}; see {directory.report_markdown}")

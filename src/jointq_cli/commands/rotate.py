@@ -19,6 +19,6 @@ def run(recipe: RotateRecipe, job: Job) -> None:
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
     with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
-        found = rotation_problems(rotate(recipe, directory, console))
+        found = rotation_problems(rotate(recipe, directory, console, job.team))
         if found:
             raise JointqError(f"{'; '.join(found)}; see {directory.rotation}")

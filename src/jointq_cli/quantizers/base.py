@@ -8,7 +8,8 @@ e = w - w_quantised.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from jointq_cli.errors import NumericsError
 from jointq_cli.grid import Grid, QuantizedWeight, check_bits, check_group_size, group_columns
 from jointq_cli.statistics import HeldOut
+
+ROWS = 16  # products of multiples of so many rows give each row the same bits, whichever the others are
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Solution:
     damping: float | None
     verdict: str
     notes: dict[str, float | int | str | bool] = field(default_factory=dict)
+    signal: float = 0.0  # what errors among the notes are shares of
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,15 @@ class Quantizer(ABC):
     def heldout(self) -> float:
         """The share of the calibration tokens that `prepare` wants to see apart as well; 0: none."""
         return 0.0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the rows of a layer may be solved apart, in multiples of ROWS, with the same result."""
+        return True
+
+    def join(self, parts: Sequence[Solution]) -> Solution:
+        """The solution of a layer whose rows were solved in parts, one behind the other, with one verdict."""
+        return replace(parts[0], quantized=QuantizedWeight.joined([part.quantized for part in parts]))
 
     def ridge(self, hessian: Tensor) -> Tensor | None:
         """The diagonal (in,) float64 by which `quantize` pulls to the weight it is given: it minimises e (H + diag) e^T

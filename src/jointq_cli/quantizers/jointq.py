@@ -8,7 +8,7 @@ docs/jointq.md has the measurements behind the defaults, and what was tried and 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -191,6 +191,31 @@ class JointQ(Quantizer):
             self.regularization_reference,
         )
 
+    @property
+    def by_rows(self) -> bool:
+        # Else lambda is chosen for the whole layer, its worst rows are looked for, or random steps depend on the tile.
+        return self.lambda_mode == "fixed_lambda" and not self.ils_enabled and not self.annealing_sweeps
+
+    def join(self, parts: Sequence[Solution]) -> Solution:
+        whole = super().join(parts)
+        if whole.verdict == "fallback":
+            return whole
+        signals = [part.signal for part in parts]
+        rows = [float(len(part.quantized.codes)) for part in parts]
+
+        def mean(name: str, weights: list[float]) -> float:
+            total = math.fsum(weights)
+            parted = zip(parts, weights, strict=True)
+            return math.fsum(float(part.notes[name]) * weight for part, weight in parted) / total if total else 0.0
+
+        joined = {
+            "start_error": mean("start_error", signals),
+            "final_error": mean("final_error", signals),
+            "sweeps": max(int(part.notes["sweeps"]) for part in parts),
+            "flips_per_weight": mean("flips_per_weight", rows),
+        }
+        return replace(whole, notes={**whole.notes, **joined}, signal=math.fsum(signals))
+
     def ridge(self, hessian: Tensor) -> Tensor | None:
         return self._penalty(hessian, self.regularization_lambda) if self.lambda_mode == "fixed_lambda" else None
 
@@ -245,6 +270,7 @@ class JointQ(Quantizer):
                 "dead_columns": int((given.everything.diagonal() == 0).sum()),
                 "min_condition": metric.condition,
             },
+            signal=signal,
         )
 
     def _fixed(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:

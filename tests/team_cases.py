@@ -1,0 +1,129 @@
+"""What the processes of a team do in tests: `python team_cases.py CASE FOLDER`, started as torchrun would."""
+
+import hashlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def start(rank: int, size: int, port: int, command: Sequence[object], directory: Path) -> subprocess.Popen[str]:
+    """One process with the environment that torchrun gives it."""
+    members = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=directory,
+        env={**os.environ, **{name: str(value) for name, value in {**members, **meeting}.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return int(listening.getsockname()[1])
+
+
+def start_all(size: int, command: Sequence[object], directory: Path) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    return [start(rank, size, port, command, directory) for rank in range(size)]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each; a team that hangs is killed, and its test fails."""
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+# --- the cases
+
+
+def collectives(folder: Path) -> None:
+    """Every answer of the team, by rank."""
+    import torch
+
+    from jointq_cli.processes import joined
+
+    with joined() as team:
+        mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
+        answers = {
+            "part": [team.part(count, unit) for count, unit in ((10, 4), (4, 4), (0, 4), (33, 16))],
+            "lead": team.lead(lambda value: value + 1, 1),
+            "sum": team.sum(torch.tensor([1.0 + team.rank], dtype=torch.float64)).tolist(),
+            "share": team.share({"tensor": mine}),
+            "gather": team.gather(team.rank),
+            "rows": team.rows(mine),
+            "no rows": team.rows(mine[:0]),
+            "first": team.first(lambda: after(folder / "made", team.rank)),
+        }
+        team.wait()
+        (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
+
+
+def after(path: Path, rank: int) -> bool:
+    """The leader makes a file, slowly; whether it was there for the others."""
+    there = path.exists()
+    if rank == 0:
+        time.sleep(0.3)
+        path.touch()
+    return there
+
+
+def engine(folder: Path) -> None:
+    """The tiny models of test_team.RUNS, quantised; which bits they have."""
+    import torch
+    from test_team import RUNS, quantize
+
+    from jointq_cli.processes import joined
+
+    torch.set_num_threads(1)
+    with joined() as team:
+        for name, run in RUNS.items():
+            quantize(folder / name, team, run)
+
+
+def stopping(folder: Path) -> None:
+    """A run that its leader, and so everybody, breaks off somewhere."""
+    from test_team import RUNS, Stop, quantize
+
+    from jointq_cli.processes import joined
+
+    with joined() as team:
+        left = 25
+
+        def pause() -> None:
+            nonlocal left
+            left -= team.rank == 0
+            if not left:
+                raise Stop("stopped")
+
+        quantize(folder / "stopped", team, RUNS["qep"], pause)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    from jointq_cli.errors import Echo, JointqError
+
+    try:
+        globals()[sys.argv[1]](Path(sys.argv[2]))
+    except JointqError as error:
+        if not isinstance(error, Echo):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,301 @@
+"""One run by two processes: what they tell each other, the bits they agree on, and how they end together."""
+
+import json
+import pickle
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from team_cases import HERE, ended, sha256, start_all
+from test_blockwise import CPU, EQUAL, FULL, JOINT, NO_QEP, ROUND, SOLVE, WEIGHED, windows
+from tiny_models import write_checkpoint
+
+from jointq_cli.blockwise import quantize_blocks
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.errors import Interrupted, JointqError, ResourceError
+from jointq_cli.evaluation import final_hidden
+from jointq_cli.hessians import Hessians, collect_hessians
+from jointq_cli.model import StreamedModel
+from jointq_cli.plan import Plan
+from jointq_cli.qep import Propagation
+from jointq_cli.quantizers import Quantizer
+from jointq_cli.runtime import Runtime
+from jointq_cli.statistics import Accumulator, TokenWeights
+from jointq_cli.team import ALONE, Team
+from jointq_cli.workspace import Workspace, load_layer
+
+
+class Stop(JointqError):
+    pass
+
+
+@dataclass(frozen=True)
+class Run:
+    quantizer: Quantizer
+    qep: Propagation = NO_QEP
+    inputs: str = "quantized"
+    weights: TokenWeights = EQUAL
+    count: int = 7  # windows, two in a batch: one process has more of them
+    ahead: bool = False
+
+
+RUNS = {
+    "rtn": Run(ROUND, inputs="original"),
+    "qep": Run(SOLVE, FULL, weights=WEIGHED),
+    "jointq": Run(JOINT, FULL, weights=WEIGHED),
+    "heldout": Run(replace(JOINT, lambda_mode="heldout"), replace(FULL, perccorr_mode="heldout")),
+    "ahead": Run(SOLVE, inputs="original", weights=WEIGHED, ahead=True),
+    "one batch": Run(SOLVE, FULL, count=2),  # of which the other process has nothing
+}
+
+
+def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lambda: None) -> Workspace:
+    """A tiny model, quantised in `folder` by a team."""
+    team.lead(lambda: folder.mkdir(exist_ok=True))
+    team.wait()
+    model = StreamedModel(Checkpoint(folder.parent / "model"), CPU, torch.float32)
+    names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
+    plan = Plan(run.quantizer, run.qep, names, run.inputs, run.weights, 2, 1e9)
+    workspace, hessians = Workspace(folder), None
+    with torch.no_grad():
+        if run.ahead:
+            hessians = Hessians(_made(folder / "hessians", team))
+            collect_hessians(model, windows(run.count), plan, hessians, lambda: None, pause, team)
+            team.wait()
+        quantize_blocks(
+            model, windows(run.count), plan, workspace, lambda record: None, pause, hessians, team
+        )  # fmt: skip
+    team.wait()
+    return workspace
+
+
+def _made(folder: Path, team: Team) -> Path:
+    team.lead(lambda: folder.mkdir(exist_ok=True))
+    team.wait()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUNS, each in its folder, by two processes; and what each process was answered."""
+    folder = tmp_path_factory.mktemp("together")
+    write_checkpoint(folder / "model", dtype=torch.bfloat16)
+    jobs = [start_all(2, [HERE / "team_cases.py", case, folder], HERE) for case in ("collectives", "engine")]
+    for job in jobs:
+        assert [(code, err) for code, _, err in ended(job)] == [(0, ""), (0, "")]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    write_checkpoint(folder / "model", dtype=torch.bfloat16)
+    for name, run in RUNS.items():
+        quantize(folder / name, ALONE, run)
+    return folder
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+
+
+def test_what_the_processes_tell_each_other(together: Path) -> None:
+    first, second = answers(together)
+    assert (first["lead"], second["lead"]) == (2, None)
+    assert first["sum"] == second["sum"] == [3.0]
+    assert first["gather"] == second["gather"] == [0, 1]
+    assert torch.equal(first["share"]["tensor"], second["share"]["tensor"])
+    expected = torch.tensor([[0.0] * 3, [1.0] * 3, [1.0] * 3], dtype=torch.bfloat16)
+    assert torch.equal(first["rows"], expected)
+    assert first["no rows"].shape == (0, 3)
+    assert (first["first"], second["first"]) == (False, True)
+
+
+def test_parts_are_whole_units_that_cover_everything_once_and_the_first_is_the_leaders(together: Path) -> None:
+    parts = list(zip(*(answer["part"] for answer in answers(together)), strict=True))
+    assert parts == [
+        (slice(0, 8), slice(8, 10)),
+        (slice(0, 4), slice(4, 4)),
+        (slice(0, 0), slice(0, 0)),
+        (slice(0, 32), slice(32, 33)),
+    ]
+    assert ALONE.part(10, 4) == slice(0, 10)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_have_the_codes_of_one(name: str, together: Path, alone: Path) -> None:
+    """RTN's to the bit. Sums over batches in another order may move the last of 53 bits of a Hessian, and so, hardly
+    ever, a code that stood between two levels."""
+    different = total = 0
+    files = sorted((alone / name / "layers").glob("*.safetensors"))
+    assert len(files) == 3 * 7
+    for file in files:
+        expected, found = (load_layer(place / name / "layers" / file.name) for place in (alone, together))
+        different += int((expected.codes != found.codes).sum())
+        total += expected.codes.numel()
+    assert different <= (0 if name == "rtn" else 1e-3 * total)
+    shards = [sha256(place / name / "shards" / "00002.safetensors") for place in (alone, together)]
+    assert different or shards[0] == shards[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_records_of_two_processes_are_those_of_one(name: str, together: Path, alone: Path) -> None:
+    for file in sorted((alone / name / "layers").glob("*.json")):
+        expected, found = (json.loads((place / name / "layers" / file.name).read_text()) for place in (alone, together))
+        expected, found = ({**record.pop("notes"), **record, "seconds": 0.0} for record in (expected, found))
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), key
+    blocks = [Workspace(place / name).blocks() for place in (alone, together)]
+    assert [b.output_error for b in blocks[1]] == pytest.approx([b.output_error for b in blocks[0]], rel=1e-3)
+
+
+def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    codes = ended(start_all(2, [HERE / "team_cases.py", "stopping", tmp_path], HERE))
+    assert sorted(err for _, _, err in codes) == ["", "error: stopped\n"]
+    assert {code for code, _, _ in codes} == {1}
+    assert 0 < len(list((tmp_path / "stopped" / "layers").glob("*.json"))) < 3 * 7
+    quantize(tmp_path / "stopped", ALONE, RUNS["qep"])
+    names = [f"shards/0000{block}.safetensors" for block in range(3)]
+    assert [sha256(tmp_path / "stopped" / name) for name in names] == [sha256(alone / "qep" / name) for name in names]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_parts_add_up_to_those_of_all_tokens(weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(6, 5, 70, generator=generator) for _ in range(2))
+    weights = torch.rand(6, 5, generator=generator) if weighted else None
+    whole = Accumulator(70, CPU, cross=True)
+    for batch in range(6):
+        whole.add(x[batch], other[batch], None if weights is None else weights[batch])
+    parts = [Accumulator(70, CPU, cross=True) for _ in range(2)]
+    for batch in range(6):
+        parts[batch // 3].add(x[batch], other[batch], None if weights is None else weights[batch])
+    sent: list[torch.Tensor] = []
+    parts[1].sum_over(lambda tensor: (sent.append(tensor.clone()), tensor)[1])
+    parts[0].sum_over(lambda tensor: tensor.add_(sent.pop(0)))
+    torch.testing.assert_close(parts[0].hessian(), whole.hessian(), rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(parts[0].cross(), whole.cross(), rtol=1e-12, atol=1e-14)
+    assert parts[0].tokens == pytest.approx(whole.tokens)
+
+
+def test_windows_in_whole_batches_have_the_hidden_states_they_have_among_all(tmp_path: Path) -> None:
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path)), CPU, torch.float32)
+    with torch.no_grad():
+        whole = final_hidden(model, windows(5), batch=2)
+        parts = [final_hidden(model, windows(5), 2, own=own) for own in (slice(0, 2), slice(2, 5), slice(5, 5))]
+    assert len(parts[-1]) == 0
+    assert torch.equal(torch.cat(parts), whole)
+
+
+RUNTIME = Runtime("auto", "auto", None, 4096, 4.0, 16.0)
+
+
+class Third(Team):
+    rank = local_rank = 2
+    size = local_size = 4
+
+
+def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jointq_cli.runtime.cpu_count", lambda: 10)
+    assert RUNTIME.threads() is None
+    assert RUNTIME.threads(Third()) == 2
+    assert replace(RUNTIME, num_threads=7).threads(Third()) == 7
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert RUNTIME.torch_device(Third()) == torch.device("cuda:2") == chosen[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ResourceError, match=r"offers 3 CUDA devices .* for 4 processes; use runtime.device=cpu"):
+        RUNTIME.torch_device(Third())
+
+
+# --- the command, by two processes
+
+SMOKE = [
+    "-m", "jointq_cli", "quantize", "recipe=ci_smoke", "output_dir=out", "hydra.run.dir=out/run",
+    "runtime.batch_tokens=256",
+]  # fmt: skip
+
+
+def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path) -> None:
+    found = ended(start_all(2, [*SMOKE, "quantizer.bits=9"], tmp_path))
+    assert [code for code, _, _ in found] == [1, 1]
+    assert "".join(err for _, _, err in found) == "error: quantizer.bits=9: must be from 1 to 8\n"
+
+
+def layer_files(directory: Path) -> int:
+    return len(list(directory.glob("out/store/partial/quantize-*/layers/*.json")))
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_with_one_line_and_any_number_of_processes_continues(tmp_path: Path) -> None:
+    processes = start_all(2, SMOKE, tmp_path)
+    while layer_files(tmp_path) < 5 and processes[0].poll() is None:
+        time.sleep(0.01)
+    for _ in range(2):  # by the terminal to all, and by torchrun once more
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+    found = ended(processes)
+    assert [code for code, _, _ in found] == [Interrupted.exit_code] * 2
+    assert "".join(err for _, _, err in found).count("\n") == 1
+    assert 5 <= layer_files(tmp_path) < 28
+    assert [(code, err) for code, _, err in ended(start_all(1, SMOKE, tmp_path))] == [(0, "")]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    found = ended(start_all(2, SMOKE, whole))
+    assert [(code, err) for code, _, err in found] == [(0, ""), (0, "")]
+    assert found[1][1] == ""  # what the others say is not seen
+    for name in ("checkpoint", "codes"):
+        assert hashes(whole / "out/run" / name) == hashes(tmp_path / "out/run" / name)
+    assert json.loads((whole / "out/run/manifest.json").read_text())["processes"] == 2
+    assert {path.name for path in (whole / "out").iterdir()} == {"run", "store"}
+
+
+@pytest.mark.slow
+def test_when_one_process_is_killed_the_others_end(tmp_path: Path) -> None:
+    for victim in (0, 1):
+        processes = start_all(2, SMOKE, tmp_path)
+        done = layer_files(tmp_path)
+        while layer_files(tmp_path) < done + 3 and processes[0].poll() is None:
+            time.sleep(0.01)
+        processes[victim].kill()
+        found = ended(processes)
+        assert found[victim][0] == -signal.SIGKILL
+        assert found[1 - victim][0] == 1
+        assert found[1 - victim][2].count("\n") <= 1
+
+
+@pytest.mark.slow
+def test_a_sweep_by_two_processes_is_refused_in_one_line(tmp_path: Path) -> None:
+    found = ended(start_all(2, [*SMOKE[:3], "-m", *SMOKE[3:5], "quantizer.bits=4,3"], tmp_path))
+    assert [code for code, _, _ in found] == [2, 2]
+    assert "".join(err for _, _, err in found).count("\n") == 1
+    assert not list(tmp_path.glob("**/job.json"))
+
+
+@pytest.mark.slow
+def test_an_evaluation_by_two_processes_scores_every_window(tmp_path: Path) -> None:
+    evaluate = [
+        "-m", "jointq_cli", "evaluate", "model=pocket", "evaluation.seqlen=128", "evaluation.max_windows=5",
+        "runtime.batch_tokens=256", "hydra.run.dir=out",
+    ]  # fmt: skip
+    for place, size in (("one", 1), ("two", 2)):
+        (tmp_path / place).mkdir()
+        assert {code for code, _, _ in ended(start_all(size, evaluate, tmp_path / place))} == {0}
+    reports = [json.loads((tmp_path / place / "out/evaluation.json").read_text()) for place in ("one", "two")]
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
