@@ -27,7 +27,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from jointq_cli import resources
@@ -97,9 +97,10 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
 
 def _sweep(border: "_Border", command: str, overrides: list[str], options: list[str]) -> int:
     """Runs the jobs by whatever launcher Hydra is told to use, and sums up what they left on disk."""
-    sweep = Sweep(["jointq", command, *overrides, *options], border.check, functools.partial(print, flush=True))
+    words = ["jointq", command, *overrides, *options]
+    sweep = Sweep(words, border.key, border.mistakes.told, functools.partial(print, flush=True))
     border.sweep = sweep
-    words = [*overrides, *_sweep_directory(overrides, options), sweep.override]
+    words = [*overrides, *_sweep_directory(command, overrides, options), sweep.override]
     with _command_line([*words, *options]), _raised_by_hydra(), current(sweep):
         try:
             with sweep.watched():
@@ -112,11 +113,11 @@ def _sweep(border: "_Border", command: str, overrides: list[str], options: list[
     return sweep.close(stopped=False)
 
 
-def _sweep_directory(overrides: list[str], options: list[str]) -> list[str]:
+def _sweep_directory(command: str, overrides: list[str], options: list[str]) -> list[str]:
     """The same command means the same sweep: its directory is named by what was typed, not by the time."""
-    if any(word.startswith("hydra.sweep.dir=") for word in overrides):
+    if any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides):
         return []
-    name = hashlib.sha256("\0".join([*overrides, *options]).encode()).hexdigest()[:8]
+    name = hashlib.sha256("\0".join([command, *overrides, *options]).encode()).hexdigest()[:8]
     return [f"hydra.sweep.dir=${{output_dir}}/${{name}}/sweep_{name}"]
 
 
@@ -150,7 +151,7 @@ class _Border:
         self._options = [word for word in options if word not in ("-m", "--multirun")]
         self._task = task
         self._types = types
-        self._mistakes = mistakes
+        self.mistakes = mistakes
         self._team = team
         self._started = False
         self._failure: JointqError | None = None
@@ -165,16 +166,17 @@ class _Border:
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
             if self._started:
                 raise
-            raise self._mistakes.told(error) from error
+            raise self.mistakes.told(error) from error
         if self._failure is not None:
             raise self._failure
 
-    def check(self, config: DictConfig) -> None:
-        """Raises JointqError where no recipe can be made of a composed config."""
-        try:
-            self._typed(OmegaConf.to_object(config), "")
-        except (OmegaConfBaseException, ConfigError) as error:
-            raise self._mistakes.told(error) from error
+    def key(self, config: DictConfig) -> str:
+        """Of a job that would be run with this config, Hydra's own part included. Raises where none can be."""
+        choices = config.hydra.runtime.choices
+        with open_dict(config):
+            del config["hydra"]
+        recipe = self._typed(OmegaConf.to_object(config), "")
+        return job_key(recipe, _as_recipe(config, self._command, choices))
 
     def _job(self, config: DictConfig) -> None:
         self._started = True
@@ -210,7 +212,7 @@ class _Border:
             recipe = self._typed(OmegaConf.to_object(config), "")
         except (OmegaConfBaseException, ConfigError) as error:
             _remove_empty(directory, Path(config.output_dir).absolute())
-            raise self._mistakes.told(error) from error
+            raise self.mistakes.told(error) from error
         overrides = list(context.overrides.task)
         text = _as_recipe(config, self._command, context.runtime.choices)
         if context.mode != RunMode.MULTIRUN:
@@ -228,7 +230,7 @@ class _Border:
         schema = self._types[type(value).__name__]
         names = [field.name for field in dataclasses.fields(schema)]
         for extra in vars(value).keys() - set(names):  # came with a leading +
-            raise ConfigError(self._mistakes.unknown_key(path + extra, path, schema.__name__))
+            raise ConfigError(self.mistakes.unknown_key(path + extra, path, schema.__name__))
         return schema(**{name: self._typed(getattr(value, name), f"{path}{name}.") for name in names})
 
 
@@ -243,10 +245,23 @@ def _as_recipe(config: DictConfig, command: str, choices: Mapping[str, str]) -> 
         f"#   jointq {command} --config-dir FOLDER recipe={config.name}",
         "",
         "defaults:",
-        *(f"  - override /{group}: {choices[group]}" for group in map(str, config) if group in choices),
+        *(
+            f"  - override /{group}: {_bundled(group, choices[group], OmegaConf.get_type(config, group))}"
+            for group in map(str, config)
+            if group in choices
+        ),
         "",
     ]
     return "\n".join([*head, values])
+
+
+def _bundled(group: str, option: str, schema: type[Any] | None) -> str:
+    """An option that is there for everybody: all its values follow, so one of the same type will do."""
+    options = resources.options(group)
+    if option in options or schema is None:
+        return option
+    reference = f"/schema@_here_: {schema.__name__}\n"
+    return next((name for name, path in options.items() if reference in path.read_text(encoding="utf-8")), option)
 
 
 class _SweepStopped(BaseException):

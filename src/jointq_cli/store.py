@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -259,7 +260,8 @@ def code_version() -> str:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write(scratch file)`, then rename over `path`: readers see the old file or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.partial")
+    # Of this thread alone: two that write the same file must not rename each other's.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         write(scratch)
         _sync(scratch)

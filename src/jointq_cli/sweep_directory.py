@@ -9,8 +9,10 @@ Knows names, states and locks. Knows nothing of Hydra, of how a job is run, or o
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,16 +28,18 @@ PLAN, JOB, LOCK = "sweep.json", "job.json", ".job.lock"
 LOOK_EVERY = 0.5  # seconds between two looks at a lock
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
 ENDED = (DONE, FAILED, INTERRUPTED)
-ELSEWHERE = ("output_dir", "store")  # fields of a recipe that say where results lie, not what they are
+PLACES = ("path", "tokens", "reference")  # fields of a recipe that may name local files
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep was asked for. settings: of each job what it does not share with all others, by key as typed."""
+    """What a sweep was asked for. settings: of each job what it does not share with all others, by key as typed. keys:
+    what decides each job's result, as `job_key` has it."""
 
     name: str
     command: list[str]
     settings: list[dict[str, str]]
+    keys: list[str]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class JobRecord:
     key: str = ""
     seconds: float = 0.0
     error: str | None = None
+    left: list[str] = dataclasses.field(default_factory=list)  # files in its directory without which it is not done
 
 
 class SweepDirectory:
@@ -76,10 +81,15 @@ class SweepDirectory:
         return self.path / str(number)
 
     def record(self, number: int) -> JobRecord:
-        """A job that is said to run, and that nobody is at, was interrupted."""
+        """What is known of a job as it is planned now. One that is said to run, and that nobody is at, was
+        interrupted."""
         record = load_job(self.run(number))
         if record.state == RUNNING and not is_locked(self.run(number) / LOCK):
-            return dataclasses.replace(record, state=INTERRUPTED)
+            record = load_job(self.run(number))  # it may have ended between the two looks
+            if record.state == RUNNING:
+                record = dataclasses.replace(record, state=INTERRUPTED)
+        if record.state in ENDED and record.key and record.key != self.plan().keys[number]:
+            return JobRecord(WAITING)  # of other settings, code or texts
         return record
 
 
@@ -92,7 +102,7 @@ def attempt(directory: Path, key: str, run: Callable[[], None]) -> bool:
         lock = _lock(directory / LOCK)
     with lock:
         kept = load_job(directory)
-        if kept.state == DONE and kept.key == key:
+        if kept.state == DONE and kept.key == key and all((directory / name).is_file() for name in kept.left):
             return False
         started = time.monotonic()
         _keep(directory, JobRecord(RUNNING, key))
@@ -102,7 +112,9 @@ def attempt(directory: Path, key: str, run: Callable[[], None]) -> bool:
             state = INTERRUPTED if isinstance(error, (Interrupted, KeyboardInterrupt)) else FAILED
             _keep(directory, JobRecord(state, key, time.monotonic() - started, _one_line(error)))
             raise
-        _keep(directory, JobRecord(DONE, key, time.monotonic() - started))
+        left = sorted(path.name for path in directory.iterdir() if path.suffix in (".json", ".yaml"))
+        seconds = time.monotonic() - started
+        _keep(directory, JobRecord(DONE, key, seconds, left=[name for name in left if name != JOB]))
         return True
 
 
@@ -129,14 +141,16 @@ def job_key(recipe: object, config: str) -> str:
 
 
 def _local_files(value: Any) -> Iterator[Path]:
-    """Every file, and every file right in a directory, that a text of the recipe is the path of."""
+    """The files that a recipe names: one by one, by a directory, or by a pattern as texts may be given."""
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if dataclasses.is_dataclass(item):
             yield from _local_files(item)
-        elif isinstance(item, str) and field.name not in ELSEWHERE and len(item) < 4096 and "\0" not in item:
-            path = Path(item).expanduser()
-            yield from sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        elif field.name in PLACES and isinstance(item, str):
+            place = os.path.expanduser(item)
+            inside = os.path.join(glob.escape(place), "*")
+            found = glob.glob(inside if os.path.isdir(place) else place, recursive=True)
+            yield from (path for path in map(Path, sorted(found)) if path.is_file())
 
 
 def _state_of(path: Path) -> str:

@@ -15,9 +15,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, open_dict, read_write
 
-from jointq_cli.errors import JointqError
+from jointq_cli.errors import ConfigError, JointqError
 from jointq_cli.report.sweep_files import best_command, write_summary
 from jointq_cli.report.sweep_sheet import Rows, best, load_jobs, make_sweep_sheet
 from jointq_cli.sweep_directory import DONE, ENDED, JobRecord, Plan, SweepDirectory
@@ -36,14 +36,20 @@ class Refused(BaseException):
 class Sweep:
     """What the process that started a sweep does around its jobs.
 
-    check: raises JointqError for a composed config that no job can be run with. tell: shows a line.
+    key: of what a job is, from its config with Hydra's own part; raises where no job can be run with it. told: the
+    error in one line. tell: shows a line.
     """
 
     def __init__(
-        self, command: Sequence[str], check: Callable[[DictConfig], None], tell: Callable[[str], None]
+        self,
+        command: Sequence[str],
+        key: Callable[[DictConfig], str],
+        told: Callable[[BaseException], JointqError],
+        tell: Callable[[str], None],
     ) -> None:
         self._command = list(command)
-        self._check = check
+        self._key = key
+        self._told = told
         self._tell = tell
         self._looking = threading.Lock()
         self._before: dict[int, JobRecord] = {}  # of the jobs that have no row yet
@@ -56,12 +62,15 @@ class Sweep:
 
     def begin(self, config: DictConfig) -> None:
         """Before the first job. config: what Hydra composed for the sweep as a whole. Raises Refused."""
-        jobs = _jobs(config)
-        for number, overrides in enumerate(jobs):
-            self._check_job(config, number, overrides)
-        directory = SweepDirectory(Path(config.hydra.sweep.dir).absolute())
-        plan = Plan(str(config.name), self._command, varying(jobs))
-        directory.write_plan(plan)
+        try:
+            directory = SweepDirectory(Path(config.hydra.sweep.dir).absolute())
+            _pin(config, directory.path)
+            jobs = _jobs(config)
+            keys = [self._key_of(config, number, overrides) for number, overrides in enumerate(jobs)]
+            plan = Plan(str(config.name), self._command, varying(jobs), keys)
+            directory.write_plan(plan)
+        except Exception as error:  # Hydra would print a warning, and go on
+            raise Refused(self._told(error)) from error
         self._before = {number: directory.record(number) for number in range(len(jobs))}
         self._rows = Rows(plan.settings)
         self._tell(f"{len(jobs)} jobs -> {shown(directory.path)}")
@@ -77,6 +86,8 @@ class Sweep:
 
     def ended(self, number: int) -> None:
         """A job that this process has run, or found done."""
+        if self.directory is None:
+            return
         with self._looking:
             self._tell_of([number] if number in self._before else [])
 
@@ -127,16 +138,27 @@ class Sweep:
         record = self.directory.record(number)
         return record.state in ENDED and record != before
 
-    def _check_job(self, config: DictConfig, number: int, overrides: Sequence[str]) -> None:
-        composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
-        with open_dict(composed):
-            composed.hydra.job.num = number
-            HydraConfig.instance().set_config(composed)
-            del composed["hydra"]
+    def _key_of(self, config: DictConfig, number: int, overrides: Sequence[str]) -> str:
         try:
-            self._check(composed)
-        except JointqError as error:
-            raise Refused(type(error)(f"job {number} ({' '.join(overrides)}): {error}; no job has begun")) from error
+            composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+            with open_dict(composed):
+                composed.hydra.job.num = number
+                composed.hydra.runtime.output_dir = str(Path(composed.hydra.sweep.dir, str(number)))
+            HydraConfig.instance().set_config(composed)
+            return self._key(composed)
+        except Exception as error:
+            told = self._told(error)
+            raise type(told)(f"job {number} ({' '.join(overrides)}): {told}; no job has begun") from error
+
+
+def _pin(config: DictConfig, directory: Path) -> None:
+    """All jobs go into one directory, also where they differ in what it would be called by."""
+    if any(word.lstrip("+").startswith("hydra.sweep.subdir=") for word in config.hydra.overrides.hydra):
+        raise ConfigError("hydra.sweep.subdir: cannot be given, since a sweep knows its jobs by their numbers")
+    quoted = str(directory).replace("'", "\\'")
+    with read_write(config), open_dict(config):
+        config.hydra.sweep.dir = str(directory)
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
 
 
 _sweeps: list[Sweep] = []

@@ -43,7 +43,7 @@ def sweep_of(
 ) -> SweepDirectory:
     """None: a job that has not begun."""
     directory = SweepDirectory(place)
-    directory.write_plan(Plan("mine", ["jointq", "quantize", "-m"], list(settings)))
+    directory.write_plan(Plan("mine", ["jointq", "quantize", "-m"], list(settings), ["key"] * len(settings)))
     for number, perplexity in enumerate(perplexities):
         if perplexity is not None:
             run = directory.run(number)

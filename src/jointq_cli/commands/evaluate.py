@@ -15,5 +15,5 @@ def run(recipe: EvaluateRecipe, job: Job) -> None:
     directory = RunDirectory(job.directory)
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
-    with Console(directory.log) as console:
+    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
         evaluate(recipe, directory, console, job.team)

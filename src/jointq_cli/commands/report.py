@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:
-    write_summary(sweep, page=parsed.html)
+    write_summary(sweep, page=parsed.html or (sweep.path / "summary.html").is_file())
     sheet = make_sweep_sheet(sweep.plan().name, load_jobs(sweep))
     if parsed.markdown:
         print(render_sheet(sheet), end="")

@@ -14,6 +14,7 @@ import yaml
 from jointq_cli.errors import JointqError
 from jointq_cli.report.json_form import load_report
 from jointq_cli.report.side_by_side import Run
+from jointq_cli.sweep_directory import DONE, SweepDirectory
 
 REPORT, RECIPE = "report.json", "recipe.yaml"
 
@@ -56,12 +57,24 @@ def _found_at(place: Path) -> Found:
         runs = sorted((path for path in place.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     except OSError as error:
         raise JointqError(f"{place}: cannot be read ({error.strerror})") from error
+    sweep = SweepDirectory(place)
+    if sweep.is_one:  # numbered directories beyond its plan are of another one
+        runs = [sweep.run(number) for number in range(len(sweep.plan().settings))]
+        finished = [run for number, run in enumerate(runs) if _is_done(sweep, number)]
+        return _found(place, runs, finished)
     if not runs:
         raise JointqError(f"{place}: neither a finished run, which has a {REPORT}, nor a sweep of runs 0, 1, ...")
-    finished = [path for path in runs if (path / REPORT).is_file()]
+    return _found(place, runs, [path for path in runs if (path / REPORT).is_file()])
+
+
+def _found(place: Path, runs: list[Path], finished: list[Path]) -> Found:
     if not finished:
         raise JointqError(f"{place}: no run of this sweep has finished; a finished one has a {REPORT}")
     return Found(finished, [path for path in runs if path not in finished])
+
+
+def _is_done(sweep: SweepDirectory, number: int) -> bool:
+    return sweep.record(number).state == DONE and (sweep.run(number) / REPORT).is_file()
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

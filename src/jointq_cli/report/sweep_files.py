@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from jointq_cli.report.markdown import render_sheet
 from jointq_cli.report.runs import RECIPE
 from jointq_cli.report.sweep_sheet import SweepJob, best, load_jobs, make_sweep_sheet
 from jointq_cli.run_directory import write_whole
+from jointq_cli.store import translated_disk_errors
 from jointq_cli.sweep_directory import SweepDirectory
 
 BEST = "best"  # the recipe's name
@@ -35,7 +37,7 @@ def write_summary(directory: SweepDirectory, *, page: bool) -> None:
 
 def best_command(directory: Path) -> str:
     """What runs the best job again."""
-    return f"jointq quantize --config-dir {directory} recipe={BEST}"
+    return f"jointq quantize --config-dir {shlex.quote(str(directory))} recipe={BEST}"
 
 
 def _row(job: SweepJob) -> dict[str, Any]:
@@ -79,11 +81,14 @@ def _csv(table: Sequence[dict[str, Any]]) -> str:
 
 def _write_best(directory: SweepDirectory, job: SweepJob | None) -> None:
     """The best job's recipe where --config-dir finds it."""
-    if job is None:
+    file = directory.path / "recipe" / f"{BEST}.yaml"
+    recipe = None if job is None else directory.run(job.number) / RECIPE
+    if job is None or recipe is None or not recipe.is_file():
+        file.unlink(missing_ok=True)
         return
-    text = (directory.run(job.number) / RECIPE).read_text(encoding="utf-8")
+    text = recipe.read_text(encoding="utf-8")
     head = f"# The best of a sweep, job {job.number}: {best_command(directory.path)}\n"
     package, _, rest = text.partition("\n")  # Hydra wants its own comment on line 1
-    folder = directory.path / "recipe"
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / f"{BEST}.yaml", f"{package}\n{head}{rest}")
+    with translated_disk_errors(file):
+        file.parent.mkdir(exist_ok=True)
+    write_whole(file, f"{package}\n{head}{rest}")

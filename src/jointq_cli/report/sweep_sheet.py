@@ -4,6 +4,7 @@ Knows the records of jobs and of runs. Knows no markup and no terminal; what run
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,8 +47,11 @@ def best(jobs: Sequence[SweepJob]) -> SweepJob | None:
     """The finished job of the least perplexity among those measured alike with most others; the first where two tie."""
     finished = [job for job in jobs if job.figure < math.inf]
     alike = [(job.report.protocol, job.report.model_hash) for job in finished if job.report]
-    compared = [job for job, identity in zip(finished, alike, strict=True) if identity == alike[0]]
-    return min(compared, key=lambda job: job.figure, default=None)
+    if not alike:
+        return None
+    [(common, _)] = Counter(alike).most_common(1)
+    compared = [job for job, identity in zip(finished, alike, strict=True) if identity == common]
+    return min(compared, key=lambda job: job.figure)
 
 
 class Rows:
@@ -94,7 +98,7 @@ def make_sweep_sheet(name: str, jobs: Sequence[SweepJob]) -> Sheet:
 def _headline(chosen: SweepJob | None, jobs: Sequence[SweepJob], done: int) -> str:
     so_far = "" if done == len(jobs) else f"{done} of {units.plural(len(jobs), 'job')} done. "
     if chosen is None or chosen.report is None:
-        return f"{so_far}No perplexity yet."
+        return f"{so_far}No perplexity to compare."
     at = ", ".join(f"{head}={value}" for head, value in _told(chosen))
     perplexity, increase = _figures(chosen)[:2]
     return f"{so_far}Least perplexity in job {chosen.number}{f' ({at})' if at else ''}: {perplexity}, {increase}."
@@ -106,9 +110,10 @@ def _told(job: SweepJob) -> Iterable[tuple[str, str]]:
 
 def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
     protocols = {job.report.protocol.line() for job in jobs if job.report}
+    models = {job.report.model_hash for job in jobs if job.report}
     notes = [f"protocol: {line}" for line in sorted(protocols)]
-    if len(protocols) > 1:
-        notes.append("these jobs were not all measured alike: only figures of one protocol compare")
+    if len(protocols) > 1 or len(models) > 1:
+        notes.append("these jobs were not all measured alike: only figures of one model and protocol compare")
     if chosen is not None:
         notes.append(f"{BEST.strip()} the least perplexity; chosen on this text, it is a little too good for any other")
         notes.append("increase: against the original, ± the standard error of the paired difference")
