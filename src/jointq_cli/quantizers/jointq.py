@@ -270,7 +270,7 @@ class JointQ(Quantizer):
                 "dead_columns": int((given.everything.diagonal() == 0).sum()),
                 "min_condition": metric.condition,
             },
-            signal=signal,
+            signal=math.ldexp(signal, 2 * layer.exponent),  # parts of a layer may be divided by other powers of two
         )
 
     def _fixed(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:
