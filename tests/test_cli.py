@@ -441,6 +441,39 @@ def test_a_value_out_of_range_is_told_before_any_job_begins(jobs: list[tuple[Any
     assert not list(tmp_path.glob("runs/*/sweep*/[0-9]*"))
 
 
+def test_jobs_that_differ_in_what_the_sweep_is_called_by_lie_in_one_place(tmp_path: Path) -> None:
+    assert launch("quantize", ["-m", "recipe=ci_smoke,pocket_w2g128"], failing_on(ValueError(), 9, [])) == 0
+    assert len(list(tmp_path.glob("runs/*/sweep_*/[01]/job.json"))) == 2
+    assert len(list(tmp_path.glob("runs/*/sweep_*"))) == 1
+
+
+def test_a_changed_text_of_a_pattern_runs_its_jobs_again(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    done: list[int] = []
+    for content in ("one", "another"):
+        (tmp_path / "texts" / "a.txt").write_text(content)
+        words = ["-m", "quantizer.bits=3,4", "calibration=text", "calibration.path='texts/*.txt'"]
+        assert launch("quantize", words, failing_on(ValueError(), 9, done)) == 0
+    assert done == [3, 4, 3, 4]
+
+
+def test_the_recipe_of_a_job_does_without_options_of_ones_own(tmp_path: Path, jobs: list[tuple[Any, Job]]) -> None:
+    (tmp_path / "my" / "quantizer").mkdir(parents=True)
+    own = resources.options("quantizer")["gptq"].read_text().replace("damping: 0.01", "damping: 0.5")
+    (tmp_path / "my" / "quantizer" / "mine.yaml").write_text(own)
+    assert run("quantize --config-dir my quantizer=mine", jobs) == 0
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "again.yaml").write_text(jobs[0][1].config)
+    assert run(f"quantize --config-dir {tmp_path} recipe=again", jobs) == 0
+    assert jobs[0][0] == jobs[1][0]
+    assert jobs[1][0].quantizer.damping == 0.5
+
+
+def test_a_directory_for_each_job_of_ones_own_is_refused(jobs: list[tuple[Any, Job]]) -> None:
+    with pytest.raises(ConfigError, match=r"hydra\.sweep\.subdir: cannot be given"):
+        run("quantize -m quantizer.bits=3,4 hydra.sweep.subdir=x", jobs)
+
+
 def test_an_interrupted_sweep_stops_with_its_exit_code() -> None:
     done: list[int] = []
     with pytest.raises(Interrupted) as caught:

@@ -298,6 +298,7 @@ def _surrounding(run: Evidence) -> dict[str, str | None]:
         "gpu": manifest.gpu,
         "cpu": manifest.cpu,
         "threads": str(manifest.threads),
+        "processes": str(manifest.processes),
     }
 
 

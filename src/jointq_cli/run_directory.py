@@ -32,7 +32,6 @@ class Manifest:
     device: str
     cpu_count: int  # cores the process may use
     threads: int  # that each process of the computation uses
-    processes: int
     seeds: dict[str, int]  # by the key of the recipe
     hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation windows
     texts: dict[str, dict[str, str]]  # where calibration and evaluation text came from: revision, sha256, tokenizer
@@ -40,6 +39,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)  # sha256 by path in the run directory, of `made_files`
     cpu: str | None = None  # the processor's name and its instruction sets
     gpu: str | None = None  # the name of the one that computed
+    processes: int = 1
 
 
 def take_manifest(

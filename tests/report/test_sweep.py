@@ -14,6 +14,7 @@ from jointq_cli.errors import Interrupted, JointqError, NumericsError
 from jointq_cli.main import main
 from jointq_cli.records import RunReport
 from jointq_cli.report import encode
+from jointq_cli.report.runs import find_runs
 from jointq_cli.report.sweep_files import write_summary
 from jointq_cli.report.sweep_pictures import draw_sweep
 from jointq_cli.report.sweep_sheet import Rows, best, load_jobs, make_sweep_sheet
@@ -74,7 +75,7 @@ def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_c
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
     jobs = load_jobs(sweep_of(tmp_path, report, [None, math.inf], [{}, {}]))
     assert best(jobs) is None
-    assert "No perplexity yet" in make_sweep_sheet("mine", jobs).headline
+    assert "No perplexity to compare" in make_sweep_sheet("mine", jobs).headline
     assert draw_sweep(jobs) == []
 
 
@@ -167,6 +168,7 @@ def test_an_attempt_that_fails_is_noted_and_made_again(tmp_path: Path, error: Ex
 
 def test_a_job_whose_process_is_gone_was_interrupted(tmp_path: Path) -> None:
     directory = SweepDirectory(tmp_path)
+    directory.write_plan(Plan("mine", [], [{}], ["key"]))
     seen: list[str] = []
     attempt(directory.run(0), "key", lambda: seen.append(directory.record(0).state))
     assert seen == [RUNNING]
@@ -181,3 +183,41 @@ def test_a_job_json_that_is_cut_off_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text('{"state": "do')
     assert load_job(tmp_path).state == WAITING
     assert attempt(tmp_path, "key", lambda: None)
+
+
+def test_what_is_done_with_another_key_waits_to_be_run_again(half_done: SweepDirectory) -> None:
+    plan = half_done.plan()
+    half_done.write_plan(replace(plan, keys=["another", "key", "key", "key"]))
+    assert [job.record.state for job in load_jobs(half_done)] == [WAITING, DONE, FAILED, WAITING]
+
+
+def test_a_job_whose_report_was_deleted_runs_again(tmp_path: Path) -> None:
+    def run() -> None:
+        (tmp_path / "report.json").write_text("{}")
+
+    assert attempt(tmp_path, "key", run)
+    assert not attempt(tmp_path, "key", run)
+    (tmp_path / "report.json").unlink()
+    assert attempt(tmp_path, "key", run)
+
+
+def test_a_best_recipe_does_not_outlive_its_job(half_done: SweepDirectory) -> None:
+    write_summary(half_done, page=False)
+    half_done.write_plan(replace(half_done.plan(), keys=["another"] * 4))
+    write_summary(half_done, page=False)
+    assert not (half_done.path / "recipe" / "best.yaml").exists()
+
+
+def test_the_best_is_of_those_that_most_were_measured_with(tmp_path: Path, report: RunReport) -> None:
+    directory = sweep_of(tmp_path, report, [1.0, 14.0, 13.0], [{KEY: value} for value in "123"])
+    odd = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
+    (directory.run(0) / "report.json").write_text(encode(odd), encoding="utf-8")
+    chosen = best(load_jobs(directory))
+    assert chosen is not None
+    assert chosen.number == 2
+
+
+def test_compare_leaves_out_what_the_sweep_does_not_call_done(half_done: SweepDirectory) -> None:
+    found = find_runs([half_done.path])
+    assert [path.name for path in found.finished] == ["0", "1"]
+    assert [path.name for path in found.unfinished] == ["2", "3"]
