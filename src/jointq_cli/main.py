@@ -14,6 +14,7 @@ from jointq_cli.errors import JointqError
 
 COMMANDS = {
     "quantize": "quantise a model, and measure what that cost",
+    "plan": "what quantize would do and take, before it reads a weight",
     "rotate": "change a model's basis, and nothing else: easier to quantise, same function",
     "evaluate": "perplexity of a checkpoint, by the same protocol",
     "calibrate": "freeze a recipe's calibration tokens, for a machine without network",
@@ -21,7 +22,13 @@ COMMANDS = {
     "report": "render a finished run again",
     "compare": "several finished runs, or a sweep, side by side",
 }
-COMPOSED = ("quantize", "rotate", "evaluate", "calibrate")  # these read a config, the others have an argparse each
+COMPOSED = (
+    "quantize",
+    "plan",
+    "rotate",
+    "evaluate",
+    "calibrate",
+)  # these read a config, the others have an argparse each
 USAGE_ERROR = 2  # as argparse and most shells have it
 INTERRUPTED = 130  # 128 + SIGINT, where nothing was begun that could be continued
 

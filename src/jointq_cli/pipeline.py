@@ -23,8 +23,10 @@ from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity
 from jointq_cli.interrupts import deferred
 from jointq_cli.machine import peak_memory, versions
 from jointq_cli.model import StreamedModel
-from jointq_cli.records import EvaluationReport, Protocol, RotationRecord, RunReport
+from jointq_cli.planning import Survey, foresee
+from jointq_cli.records import EvaluationReport, Outlook, Protocol, RotationRecord, RunReport
 from jointq_cli.report import Console, encode, write_report
+from jointq_cli.report.plan_sheet import plan_sheet
 from jointq_cli.rotation import HadamardRotation, LearnedRotation
 from jointq_cli.rotation_stages import Rotated
 from jointq_cli.run_directory import Manifest, RunDirectory, take_manifest
@@ -111,6 +113,21 @@ def calibrate(recipe: CalibrateRecipe, console: Console) -> Tokens:
         return tokens
 
 
+def plan(recipe: Recipe, console: Console) -> Outlook:
+    """What `quantize` would do with this recipe, told from configs and headers; nothing is written."""
+    with torch.no_grad():
+        survey = Survey(recipe)
+        original = survey.model(survey.source(recipe.model), recipe.model)
+        tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
+        tokens = survey.calibration(recipe.calibration, tokenizer)
+        windows = survey.evaluation(recipe.evaluation, tokenizer)
+        console.header(_header(recipe, original, tokens, _measured_how(recipe, original, windows)))
+        survey.look(recipe, original, tokens, windows)
+        outlook = foresee(survey, recipe, original, tokens, windows)
+        console.side_by_side(plan_sheet(outlook))
+        return outlook
+
+
 @contextmanager
 def _stages(store: str, runtime: Runtime, console: Console) -> Iterator[Stages]:
     root = Path(store)
@@ -138,7 +155,7 @@ def _keep_rotation(rotated: Rotated, run: RunDirectory) -> None:
 
 
 def _header(
-    recipe: Recipe, model: StreamedModel, tokens: Tokens, further: list[tuple[str, str]]
+    recipe: Recipe, model: StreamedModel, tokens: Tokens | None, further: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     parameters = f"{model.checkpoint.parameters / 1e6:,.1f} M"
     basis = "; ".join(filter(None, [recipe.smoothing.describe(), recipe.rotation.describe()]))
@@ -146,18 +163,19 @@ def _header(
         ("recipe", recipe.name),
         ("model", f"{recipe.model.path} ({type(model.module).__name__}, {parameters})"),
         ("rotation", basis),
-        ("calibration", f"{tokens.describe()} {recipe.calibration.describe_use()}"),
+        ("calibration", f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_use()}"),
         *further,
         ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"),
     ]
     return [(label, value) for label, value in lines if value]
 
 
-def _measured_how(recipe: Recipe, model: StreamedModel, windows: ScoredWindows) -> list[tuple[str, str]]:
+def _measured_how(recipe: Recipe, model: StreamedModel, windows: ScoredWindows | None) -> list[tuple[str, str]]:
+    protocol = "" if windows is None else _protocol(recipe.evaluation, windows, model).line()
     return [
         ("quantizer", _quantizer(recipe)),
         ("simulated", recipe.activations.describe()),
-        ("protocol", _protocol(recipe.evaluation, windows, model).line()),
+        ("protocol", protocol),
     ]
 
 

@@ -27,10 +27,11 @@ from jointq_cli.calibration import (
     save_tokens,
     tokenizer_hash,
 )
-from jointq_cli.checkpoint import Checkpoint, save_tensors
+from jointq_cli.checkpoint import Checkpoint, file_hash, save_tensors
 from jointq_cli.config import Recipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
 from jointq_cli.grid import check_group_size
+from jointq_cli.hashes import note_hash
 from jointq_cli.interrupts import Interrupts
 from jointq_cli.model import StreamedModel
 from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, StageRecord
@@ -96,10 +97,20 @@ class Stages:
     def source(self, model: ModelSource) -> Checkpoint:
         """The original checkpoint; downloaded or converted where needed, every byte hashed, every value finite."""
         with self.stage("model"):
-            checkpoint = fetch(model, self.store)
+            checkpoint = fetch(model, self.store, self._hash_of)
             # Before any computing: a NaN in the last shard should not be found hours later.
             self.store.reuse("verified", {}, [checkpoint.content_hash], lambda scratch: checkpoint.check_finite())
+            self._note_hash(checkpoint)
         return checkpoint
+
+    def _hash_of(self, file: Path) -> str:
+        digest = file_hash(file)
+        note_hash(self.store.root, file, [file], digest)
+        return digest
+
+    def _note_hash(self, checkpoint: Checkpoint) -> None:
+        """For plans, which read no weights."""
+        note_hash(self.store.root, checkpoint.directory, checkpoint.hashed_files, checkpoint.content_hash)
 
     def model(self, checkpoint: Checkpoint, source: ModelSource) -> StreamedModel:
         dtype = self.runtime.torch_dtype(checkpoint.dtype, self.device)
@@ -170,6 +181,7 @@ class Stages:
             companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
             inputs = [model.checkpoint.content_hash, companions, tokens.hash]
             artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True)
+            self._note_hash(model.checkpoint)
             mark(stage, artifact)
             workspace = Workspace(artifact.path)
             layers = [workspace.record(name) for name in names]
