@@ -16,12 +16,15 @@ from jointq_cli.shapes import Input, Shapes
 from jointq_cli.speeds import Speeds
 
 FLOAT, DOUBLE = 4, 8  # bytes
-KERNELS = 160e6  # bytes of the compiler and of what it compiles
+KERNELS = 200e6  # bytes of the compiler and of what it compiles
 REPORTS = 3e6
 TEXT_SECONDS, TOKENS_PER_SECOND = 0.3, 200_000
-READ = 0.8e9  # bytes per second that are read, hashed or written
+READ = 1.5e9  # bytes per second that are read, hashed or written
 
 # Fitted.
+KERNELS_SECONDS = 1.2  # to load them
+CASTS = 6  # pointwise operations on what a layer is given, for its statistics; with QEP twice as many
+PANELS = 1.4  # what the statistics' narrow products take, against wide ones
 POINTWISE = 14  # pointwise operations on the hidden states per block and token, and
 WIDE = 3  # on the hidden states of the MLP
 BLOCK_SECONDS = 0.02  # of a block by itself: modules that are exchanged, files
@@ -94,17 +97,18 @@ class Load:
         merged = 2 * shapes.hidden * (shapes.in_blocks + 2 * shapes.embedding) / self.speeds.double
         learned, residual = self._learning()
         return Cost(
-            seconds=2 * merged + size / READ + 4 * BLOCK_SECONDS * shapes.blocks + learned,
+            seconds=3 * merged + size / READ + 8 * BLOCK_SECONDS * shapes.blocks + learned,
             memory=max(outside + (FLOAT + DOUBLE) * shapes.largest_block, residual),
             disk=size,
         )
 
     def quantize(self) -> Cost:
         streams = self._streams * self._stream(self.calibration)
-        statistics = max(map(self._statistics_memory, self.shapes.inputs))
-        in_block = 2 * self._block + self._pass + self._waiting + statistics
+        in_block = 2 * self._block + self._waiting + max(map(self._group_memory, self.shapes.inputs))
         return Cost(
-            seconds=self._streams * self._forward(self.calibration) + sum(map(self._layer_seconds, self.shapes.inputs)),
+            seconds=KERNELS_SECONDS
+            + self._streams * self._forward(self.calibration)
+            + sum(map(self._layer_seconds, self.shapes.inputs)),
             memory=KERNELS + streams + max(self._outside, in_block),
             disk=self._quantized_bytes + self._codes,
             scratch=2 * streams,
@@ -120,7 +124,7 @@ class Load:
 
     def evaluate_quantized(self) -> Cost:
         hidden = self._stream(self.evaluation)
-        simulated = 1.0 + 0.6 * self.recipe.activations.simulates
+        simulated = 1.0 + 1.2 * self.recipe.activations.simulates
         logits = min(LOGITS_AT_ONCE, self.shapes.vocabulary * self.evaluation.length)
         return Cost(
             seconds=simulated * self._forward(self.evaluation) + self._scoring() + self._first_batch(),
@@ -130,7 +134,7 @@ class Load:
     def audit(self) -> Cost:
         """Both checkpoints are read, and every weight is made of its codes."""
         return Cost(
-            seconds=2 * self._source_bytes / READ + 8 * self.shapes.selected / self.speeds.pointwise,
+            seconds=2 * self._source_bytes / READ + 20 * self.shapes.selected / self.speeds.pointwise,
             memory=FLOAT * 3 * self.shapes.widest * max(max(one.out_features) for one in self.shapes.inputs),
         )
 
@@ -194,9 +198,8 @@ class Load:
 
     @property
     def _pass(self) -> float:
-        """What one forward pass holds, beside the statistics' float32 copies of what layers are given."""
-        inside = (6 * self.shapes.hidden + 4 * self.shapes.widest) * self.element
-        return self._batch * (inside + 4 * FLOAT * self.shapes.widest)
+        """What one forward pass holds."""
+        return self._batch * (6 * self.shapes.hidden + 4 * self.shapes.widest) * self.element
 
     @property
     def _waiting(self) -> float:
@@ -204,12 +207,14 @@ class Load:
         per_token = max(4 * self.shapes.hidden, 2 * self.shapes.hidden + self.shapes.widest) * self.element
         return min(self.recipe.runtime.waiting_gb * 1e9, self._streams * self.calibration.tokens * per_token)
 
-    def _statistics_memory(self, one: Input) -> float:
-        """Hessian, factor and what both are made of; with QEP the cross term and another factor; a layer's rows."""
+    def _group_memory(self, one: Input) -> float:
+        """While an input is collected: its moments, and one pass with its float32 copies. While it is solved: the same
+        moments, factors and what they are made of, and a layer's rows."""
         square, rows = one.in_features**2 * DOUBLE, max(one.out_features) * one.in_features * DOUBLE
         qep = bool(self.recipe.qep.describe())
-        held = 2 if self.recipe.quantizer.heldout or self.recipe.qep.heldout else 1
-        return held * (square + qep * (square + rows)) + (3 + 2 * qep) * square + (2 + 2 * qep) * rows
+        parts = 2 if self.recipe.quantizer.heldout or self.recipe.qep.heldout else 1
+        moments = parts * (square + qep * (square + one.writes * rows))
+        return moments + max(self._pass + self._batch * 4 * FLOAT * one.in_features, (3 + 2 * qep) * square + 3 * rows)
 
     def _forward(self, windows: Windows) -> float:
         """Seconds of all blocks over all windows."""
@@ -239,7 +244,8 @@ class Load:
         moments = tokens * width**2 * (1.2 + 2 * qep) + drift
         double = width**3 * (1 + qep) + qep * 6 * rows * width**2
         weights = rows * width
-        seconds = moments / self.speeds.single + double / self.speeds.double
+        seconds = PANELS * moments / self.speeds.single + double / self.speeds.double
+        seconds += CASTS * (1 + qep) * tokens * width / self.speeds.pointwise
         seconds += 8 * weights * width / self.speeds.single  # the errors that are told of a layer
         seconds += CODED * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
         return seconds + solving_products(self.recipe.quantizer) * 2 * weights * width / self.speeds.single
@@ -252,11 +258,11 @@ class Load:
         tokens = min(rotation.reservoir_tokens, self.calibration.tokens)
         kept = 2 * shapes.blocks * tokens
         steps = rotation.r1_epochs * max(1, kept // rotation.batch_tokens)
-        step = 6 * rotation.batch_tokens * shapes.hidden**2 + 20 * shapes.hidden**3
+        step = 6 * rotation.batch_tokens * shapes.hidden**2 + 30 * shapes.hidden**3
         measured = kept / 8 * (2 * shapes.hidden**2) / 10
         seconds = rotation.r1 * steps * (step + measured) / self.speeds.single
         head = shapes.hidden / shapes.heads
-        heads = rotation.r2_epochs * shapes.blocks * (6 * tokens * shapes.hidden * head + 20 * shapes.hidden * head**2)
+        heads = rotation.r2_epochs * shapes.blocks * (6 * tokens * shapes.hidden * head + 30 * shapes.hidden * head**2)
         seconds += rotation.r2 * heads / self.speeds.single
         return seconds, rotation.r1 * 3 * kept * shapes.hidden * self.element
 
@@ -266,7 +272,7 @@ def solving_products(quantizer: Quantizer) -> float:
     if isinstance(quantizer, JointQ):
         tried = len(quantizer.lambda_list) if quantizer.lambda_mode != "fixed_lambda" else 1
         random = quantizer.annealing_sweeps + quantizer.ils_enabled * quantizer.ils_num_iterations
-        return tried * (6 + 3 * quantizer.max_sweeps + 4 * random)
+        return tried * (6 + 5 * quantizer.max_sweeps + 4 * random)
     return 4.0 if isinstance(quantizer, GPTQ) else 0.5
 
 

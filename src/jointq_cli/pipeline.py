@@ -18,6 +18,7 @@ import torch
 from jointq_cli import rotation_stages
 from jointq_cli.assembly import audit
 from jointq_cli.calibration import Tokens, load_tokenizer, save_tokens
+from jointq_cli.caveats import caveats
 from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity, protocol
 from jointq_cli.interrupts import deferred
@@ -31,6 +32,7 @@ from jointq_cli.rotation import HadamardRotation, LearnedRotation
 from jointq_cli.rotation_stages import Rotated
 from jointq_cli.run_directory import Manifest, RunDirectory, take_manifest
 from jointq_cli.runtime import Runtime
+from jointq_cli.shapes import shapes_of
 from jointq_cli.sources import ModelSource
 from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
 from jointq_cli.store import Store, link_files, translated_disk_errors
@@ -45,7 +47,9 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console) -> RunReport:
         tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
         windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
         console.header(_header(recipe, original, tokens, _measured_how(recipe, original, windows)))
-        selected_layers(original, recipe)  # a key that names nothing is told before hours of work
+        shapes = shapes_of(original, selected_layers(original, recipe))  # a key that names nothing is told here
+        for caveat in caveats(recipe, original, shapes, tokens.windows.numel(), int(windows.scored.sum())):
+            console.warn(caveat)
         rotated = rotation_stages.rotate(stages, original, tokens, recipe)
         _keep_rotation(rotated, run)
         quantized = stages.quantize(rotated.model, tokens, recipe)

@@ -187,7 +187,7 @@ def foresee(
                 recipe, original, load.shapes, load.calibration.tokens, int(windows.scored.sum()) if windows else None
             ),
         ],
-        notes=_notes(survey, original),
+        notes=_notes(survey, original, prospects),
     )
     return replace(outlook, warnings=[*outlook.warnings, *_shortages(outlook, recipe)])
 
@@ -241,9 +241,9 @@ def _one_disk(recipe: Recipe) -> bool:
     return len({place.stat().st_dev for place in places}) == 1
 
 
-def _notes(survey: Survey, original: StreamedModel) -> list[str]:
+def _notes(survey: Survey, original: StreamedModel, prospects: list[tuple[str, Standing, Cost]]) -> list[str]:
     notes = []
-    if survey.unread is not None:
+    if any(standing.state == UNKNOWN for _, standing, _ in prospects):
         notes.append(f"unknown until a run has read the weights once: what the store has of {survey.unread}")
     if original.device.type == "cuda":
         notes.append("memory is that of the GPU; that of the process is not foreseen")

@@ -10,7 +10,8 @@ from jointq_cli.report import Console
 def main(arguments: list[str]) -> int:
     if {"-m", "--multirun"} & set(arguments):
         raise UsageError("jointq plan tells of one run; give each setting of the sweep by itself, without -m")
-    return launch("plan", arguments, run)
+    # Hydra would make the directory of a run that there will not be.
+    return launch("plan", [word for word in arguments if not word.startswith("hydra.run.dir=")], run)
 
 
 def run(recipe: Recipe, job: Job) -> None:
