@@ -549,14 +549,17 @@ ROWS = [
     {"launch"},
     {"mistakes", "sweeping", "thawed"},
     {"pipeline"},
+    {"planning"},
     {"rotation_stages"},
     {"stages"},
+    {"caveats", "estimates"},
     {"config"},
     {"blockwise", "assembly", "rotating", "report"},
     {"sweep_directory"},
     {"block", "run_directory", "workspace", "evaluation", "simulation"},
+    {"shapes", "catalogue"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
-    {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text"},
+    {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text", "speeds", "hashes"},
     {"store", "machine", "records", "errors", "resources", "__init__"},
 ]
 
