@@ -559,7 +559,19 @@ ROWS = [
     {"block", "run_directory", "workspace", "evaluation", "simulation"},
     {"shapes", "catalogue"},
     {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
-    {"passes", "kernels", "selection", "runtime", "interrupts", "checkpoint", "activations", "grid", "pydoc_text", "speeds", "hashes"},
+    {
+        "passes",
+        "kernels",
+        "selection",
+        "runtime",
+        "interrupts",
+        "checkpoint",
+        "activations",
+        "grid",
+        "pydoc_text",
+        "speeds",
+        "hashes",
+    },
     {"store", "machine", "records", "errors", "resources", "__init__"},
 ]
 

@@ -39,6 +39,7 @@ MADE = ("quantize", "evaluate original", "evaluate quantized")
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jointq_cli.speeds.PATIENCE", 0.001)
+    monkeypatch.setattr("jointq_cli.report.page.render_page", lambda report: "")  # pictures take longer than the rest
 
 
 @pytest.fixture(scope="module")

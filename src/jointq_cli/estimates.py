@@ -214,7 +214,7 @@ class Load:
         qep = bool(self.recipe.qep.describe())
         parts = 2 if self.recipe.quantizer.heldout or self.recipe.qep.heldout else 1
         moments = parts * (square + qep * (square + one.writes * rows))
-        return moments + max(self._pass + self._batch * 4 * FLOAT * one.in_features, (3 + 2 * qep) * square + 3 * rows)
+        return moments + max(self._pass + self._batch * 4 * FLOAT * one.in_features, (2 + 2 * qep) * square + 3 * rows)
 
     def _forward(self, windows: Windows) -> float:
         """Seconds of all blocks over all windows."""

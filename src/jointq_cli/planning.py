@@ -142,6 +142,9 @@ class Survey(Stages):
             raise NotRead(str(file))
         return noted
 
+    def _note_hash(self, checkpoint: Checkpoint) -> None:
+        """Nothing was read, and nothing is written."""
+
     def standing(self, name: str) -> Standing:
         """Of a stage that was not come to: what it depends on is yet to be made, or its key is not known."""
         guessed = UNKNOWN if self.unread and self.catalogue.has_any(ARTIFACTS[name]) else TO_MAKE
