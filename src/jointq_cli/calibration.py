@@ -93,6 +93,11 @@ class Calibration(TextSource):
     def weights(self) -> TokenWeights:
         return TokenWeights(self.token_weighting, self.token_power, self.first_token_weight)
 
+    def describe(self) -> str:
+        """The windows that are asked for, as `Tokens` tells of those that there are."""
+        text = f"{self.dataset}/{self.split} {self.num_samples} x {self.seqlen} tokens"
+        return f"{text} {self.strategy} seed {self.seed}"
+
     def describe_use(self) -> str:
         """What the statistics are made of, such as "inputs=quantized token_weighting=residual^-2"."""
         told = [f"inputs={self.inputs}"]

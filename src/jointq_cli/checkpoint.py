@@ -99,10 +99,14 @@ class Checkpoint:
     @cached_property
     def content_hash(self) -> str:
         """sha256 over the config and every weight file: the model's identity, wherever it lies."""
-        files = sorted({info.file for info in self.tensors.values()})
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(file_hash, [self.directory / "config.json", *files]))
+            digests = list(pool.map(file_hash, self.hashed_files))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def hashed_files(self) -> list[Path]:
+        """What decides `content_hash`."""
+        return [self.directory / "config.json", *sorted({info.file for info in self.tensors.values()})]
 
     def companions(self, *, code: bool) -> list[Path]:
         """What belongs to the model beside its weights; its Python files only when remote code was allowed."""

@@ -87,6 +87,7 @@ class EvaluateRecipe:
 
 RECIPES: dict[str, type[Any]] = {
     "quantize": Recipe,
+    "plan": Recipe,
     "rotate": RotateRecipe,
     "evaluate": EvaluateRecipe,
     "calibrate": CalibrateRecipe,

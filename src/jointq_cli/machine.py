@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,10 @@ LIBRARIES = (
 # Products in other instruction sets are rounded otherwise.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "NUMBA_CPU_NAME")
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -46,7 +51,25 @@ def peak_memory() -> int:
     GPU and of child processes not. Linux tells it as VmHWM; `ru_maxrss`, the portable figure, is only the
     second choice there, because a process inherits that of the parent which started it.
     """
-    return _linux_high_water_mark() or _maximum_resident_set()
+    return _status("VmHWM") or _maximum_resident_set()
+
+
+def available_memory() -> int:
+    """Bytes that this process may have in all: what it has already and what is free, within its cgroup's limit."""
+    own = _status("VmRSS") or 0
+    limits = [room for room in (_free_memory(), _room_in_cgroup()) if room is not None]
+    return own + min(limits) if limits else sys.maxsize
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that may be written where `path` is, or will be."""
+    return shutil.disk_usage(nearest(path)).free
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the closest directory above it that exists."""
+    path = path.expanduser().absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def release_freed_memory() -> None:
@@ -98,14 +121,29 @@ def project_commit() -> str | None:
     return told.stdout.strip()
 
 
-def _linux_high_water_mark() -> int | None:
+def _status(name: str, file: str = "/proc/self/status") -> int | None:
+    """Bytes by a name of Linux's own tables, None where there are none."""
     try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        status = Path(file).read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
     for line in status.splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
+    return None
+
+
+def _free_memory() -> int | None:
+    return _status("MemAvailable", "/proc/meminfo")
+
+
+def _room_in_cgroup() -> int | None:
+    """Limit less use of the control group (versions 2 and 1) that this process sees as its own."""
+    for limit, use in CGROUPS:
+        try:
+            return int(Path(limit).read_text()) - int(Path(use).read_text())
+        except (OSError, ValueError):  # no such version, or "max"
+            continue
     return None
 
 

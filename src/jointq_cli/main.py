@@ -14,6 +14,7 @@ from jointq_cli.errors import Echo, JointqError
 
 COMMANDS = {
     "quantize": "quantise a model, and measure what that cost",
+    "plan": "what quantize would do and take, before it reads a weight",
     "rotate": "change a model's basis, and nothing else: easier to quantise, same function",
     "evaluate": "perplexity of a checkpoint, by the same protocol",
     "calibrate": "freeze a recipe's calibration tokens, for a machine without network",
@@ -23,7 +24,13 @@ COMMANDS = {
     "reproduce": "run a finished run again from what it left behind, and compare",
     "store": "what runs have kept for one another: list it, check it, make room",
 }
-COMPOSED = ("quantize", "rotate", "evaluate", "calibrate")  # these read a config, the others have an argparse each
+COMPOSED = (
+    "quantize",
+    "plan",
+    "rotate",
+    "evaluate",
+    "calibrate",
+)  # these read a config, the others have an argparse each
 USAGE_ERROR = 2  # as argparse and most shells have it
 INTERRUPTED = 130  # 128 + SIGINT, where nothing was begun that could be continued
 

@@ -18,6 +18,7 @@ import torch
 from jointq_cli import rotation_stages
 from jointq_cli.assembly import audit
 from jointq_cli.calibration import Tokens, load_tokenizer, save_tokens
+from jointq_cli.caveats import caveats
 from jointq_cli.checkpoint import file_hashes
 from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.errors import TeamError
@@ -25,12 +26,15 @@ from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity
 from jointq_cli.interrupts import deferred
 from jointq_cli.machine import peak_memory, versions
 from jointq_cli.model import StreamedModel
-from jointq_cli.records import EvaluationReport, Protocol, RotationRecord, RunReport
+from jointq_cli.planning import Survey, foresee
+from jointq_cli.records import EvaluationReport, Outlook, Protocol, RotationRecord, RunReport
 from jointq_cli.report import Console, encode, write_report
+from jointq_cli.report.plan_sheet import plan_sheet
 from jointq_cli.rotation import HadamardRotation, LearnedRotation
 from jointq_cli.rotation_stages import Rotated
 from jointq_cli.run_directory import Manifest, RunDirectory, made_files, take_manifest
 from jointq_cli.runtime import Runtime
+from jointq_cli.shapes import shapes_of
 from jointq_cli.sources import ModelSource
 from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
 from jointq_cli.store import Store, link_files, translated_disk_errors
@@ -49,7 +53,9 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = A
         tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
         windows = stages.evaluation_windows(recipe.evaluation, tokenizer)
         console.header(_header(recipe, stages, original, tokens, _measured_how(recipe, original, windows)))
-        selected_layers(original, recipe)  # a key that names nothing is told before hours of work
+        shapes = shapes_of(original, selected_layers(original, recipe))  # a key that names nothing is told here
+        for caveat in caveats(recipe, original, shapes, tokens.windows.numel(), int(windows.scored.sum())):
+            console.warn(caveat)
         rotated = rotation_stages.rotate(stages, original, tokens, recipe)
         team.lead(_keep_rotation, rotated, run)
         quantized = stages.quantize(rotated.model, tokens, recipe)
@@ -128,6 +134,21 @@ def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = ALONE) -> 
         return tokens
 
 
+def plan(recipe: Recipe, console: Console) -> Outlook:
+    """What `quantize` would do with this recipe, told from configs and headers; nothing is written."""
+    with torch.no_grad():
+        survey = Survey(recipe)
+        original = survey.model(survey.source(recipe.model), recipe.model)
+        tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
+        tokens = survey.calibration(recipe.calibration, tokenizer)
+        windows = survey.evaluation(recipe.evaluation, tokenizer)
+        console.header(_header(recipe, survey, original, tokens, _measured_how(recipe, original, windows)))
+        survey.look(recipe, original, tokens, windows)
+        outlook = foresee(survey, recipe, original, tokens, windows)
+        console.side_by_side(plan_sheet(outlook))
+        return outlook
+
+
 @contextmanager
 def _stages(root: str, runtime: Runtime, console: Console, team: Team) -> Iterator[Stages]:
     path = Path(root)
@@ -169,7 +190,7 @@ def _computing(team: Team) -> str:
 
 
 def _header(
-    recipe: Recipe, stages: Stages, model: StreamedModel, tokens: Tokens, further: list[tuple[str, str]]
+    recipe: Recipe, stages: Stages, model: StreamedModel, tokens: Tokens | None, further: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     parameters = f"{model.checkpoint.parameters / 1e6:,.1f} M"
     basis = "; ".join(filter(None, [recipe.smoothing.describe(), recipe.rotation.describe()]))
@@ -177,18 +198,19 @@ def _header(
         ("recipe", recipe.name),
         ("model", f"{recipe.model.path} ({type(model.module).__name__}, {parameters})"),
         ("rotation", basis),
-        ("calibration", f"{tokens.describe()} {recipe.calibration.describe_use()}"),
+        ("calibration", f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_use()}"),
         *further,
         ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {_computing(stages.team)}"),
     ]
     return [(label, value) for label, value in lines if value]
 
 
-def _measured_how(recipe: Recipe, model: StreamedModel, windows: ScoredWindows) -> list[tuple[str, str]]:
+def _measured_how(recipe: Recipe, model: StreamedModel, windows: ScoredWindows | None) -> list[tuple[str, str]]:
+    protocol = "" if windows is None else _protocol(recipe.evaluation, windows, model).line()
     return [
         ("quantizer", _quantizer(recipe)),
         ("simulated", recipe.activations.describe()),
-        ("protocol", _protocol(recipe.evaluation, windows, model).line()),
+        ("protocol", protocol),
     ]
 
 

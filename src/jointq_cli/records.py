@@ -199,6 +199,34 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class Prospect:
+    """One step of a road that is not taken yet. Of what is left of it: seconds, the process's peak of memory, and bytes
+    that will stay on the disk."""
+
+    name: str
+    state: str  # "to make", "reused", "continues at block 3 of 4" and the like
+    seconds: float
+    memory: float
+    disk: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run would take, and what there is, in seconds and bytes. scratch: on the disk while it runs, beside what
+    stays."""
+
+    stages: list[Prospect]
+    seconds: float
+    memory: float
+    memory_there: float
+    disk: float
+    scratch: float
+    disk_there: float
+    warnings: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything a run proves. Written to report.json as it is."""
 

@@ -49,7 +49,6 @@ def rotate(stages: Stages, original: StreamedModel, tokens: Tokens, recipe: Reci
         return Rotated(original)
     anatomy = examine(original, r1="R1" in recipe.rotation.parts)
     activations = _activations(stages, original, anatomy, tokens, recipe)
-    reservoir = Reservoir(activations.path, len(original))
     code = recipe.model.trust_remote_code
     spec = {
         "rotation": recipe.rotation,
@@ -59,6 +58,7 @@ def rotate(stages: Stages, original: StreamedModel, tokens: Tokens, recipe: Reci
     }
 
     def make(scratch: Path) -> None:
+        reservoir = Reservoir(activations.path, len(original))
         basis, courses = _basis(stages, original, anatomy, recipe, reservoir, scratch)
         target = scratch / "checkpoint"
         target.mkdir(exist_ok=True)

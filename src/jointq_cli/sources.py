@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: the bundled model, a directory, a GGUF file or the hub. Always ends at a directory."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,21 +42,24 @@ class ModelSource:
             raise ConfigError("model.path=: must name a model: pocket, a directory, a FILE.gguf or a hub id")
 
 
-def fetch(source: ModelSource, store: Store) -> Checkpoint:
+def fetch(
+    source: ModelSource, store: Store, hash_of: Callable[[Path], str] = file_hash, *, offline: bool = False
+) -> Checkpoint:
     """The checkpoint that `source` names, as a local directory of safetensors.
 
-    Raises ModelError when it is not there or not usable, ResourceError when the hub cannot be reached.
+    offline: nothing is downloaded. hash_of: sha256 of a GGUF file. Raises ModelError when it is not there or not
+    usable, ResourceError when the hub cannot be reached.
     """
     if source.path == "pocket":
         return Checkpoint(BUNDLED)
     local = Path(source.path).expanduser()
     if local.suffix == ".gguf":
-        return Checkpoint(_converted_gguf(local, store))
+        return Checkpoint(_converted_gguf(local, store, hash_of))
     if local.exists():
         return Checkpoint(local)
     if looks_local(source.path):
         raise ModelError(f"model.path={source.path}: no such directory; `jointq recipes` says what a recipe needs")
-    return Checkpoint(_downloaded(source))
+    return Checkpoint(_downloaded(source, offline))
 
 
 def looks_local(path: str) -> bool:
@@ -63,14 +67,14 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _converted_gguf(file: Path, store: Store) -> Path:
+def _converted_gguf(file: Path, store: Store, hash_of: Callable[[Path], str]) -> Path:
     if not file.is_file():
         raise ModelError(f"model.path={file}: no such file")
 
     def convert(scratch: Path) -> None:
         convert_gguf(file, scratch)
 
-    return store.reuse("convert", {"dtype": str(GGUF_DTYPE)}, [file_hash(file)], convert).path
+    return store.reuse("convert", {"dtype": str(GGUF_DTYPE)}, [hash_of(file)], convert).path
 
 
 def convert_gguf(file: Path, target: Path) -> None:
@@ -93,11 +97,17 @@ def convert_gguf(file: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _downloaded(source: ModelSource) -> Path:
+def _downloaded(source: ModelSource, offline: bool) -> Path:
     patterns = ["*.safetensors", *COMPANIONS, *(["*.py"] if source.trust_remote_code else [])]
     try:
         return Path(
-            snapshot_download(source.path, revision=source.revision, allow_patterns=patterns, ignore_patterns=UNWANTED)
+            snapshot_download(
+                source.path,
+                revision=source.revision,
+                allow_patterns=patterns,
+                ignore_patterns=UNWANTED,
+                local_files_only=offline,
+            )
         )
     except HFValidationError as error:
         raise ModelError(f"model.path={source.path}: neither a directory here nor a hub id ({error})") from error
@@ -110,6 +120,11 @@ def _downloaded(source: ModelSource) -> Path:
     except RepositoryNotFoundError as error:
         raise ModelError(f"model.path={source.path}: neither a directory here nor a model on the hub") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if offline:
+            raise ResourceError(
+                f"model.path={source.path}: no such directory here, and not downloaded yet; nothing more can be told "
+                "before a run has asked the hub for it"
+            ) from error
         raise ResourceError(
             f"model.path={source.path}: no such directory here, and the hub cannot be reached ({_one_line(error)}); "
             "offline, give a downloaded directory: model.path=DIR"

@@ -27,10 +27,11 @@ from jointq_cli.calibration import (
     save_tokens,
     tokenizer_hash,
 )
-from jointq_cli.checkpoint import Checkpoint, read_rows, save_tensors
+from jointq_cli.checkpoint import Checkpoint, file_hash, read_rows, save_tensors
 from jointq_cli.config import Recipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
 from jointq_cli.grid import check_group_size
+from jointq_cli.hashes import note_hash
 from jointq_cli.hessians import Hessians, bytes_needed, collect_hessians
 from jointq_cli.interrupts import Interrupts
 from jointq_cli.model import StreamedModel
@@ -103,10 +104,21 @@ class Stages:
     def source(self, model: ModelSource) -> Checkpoint:
         """The original checkpoint; downloaded or converted where needed, every byte hashed, every value finite."""
         with self.stage("model"):
-            checkpoint = fetch(model, self.store)
+            checkpoint = fetch(model, self.store, self._hash_of)
             # Before any computing: a NaN in the last shard should not be found hours later.
             self.store.reuse("verified", {}, [checkpoint.content_hash], lambda scratch: checkpoint.check_finite())
+            self._note_hash(checkpoint)
         return checkpoint
+
+    def _hash_of(self, file: Path) -> str:
+        digest = file_hash(file)
+        self.team.lead(note_hash, self.store.root, file, [file], digest)
+        return digest
+
+    def _note_hash(self, checkpoint: Checkpoint) -> None:
+        """For plans, which read no weights."""
+        files = checkpoint.hashed_files
+        self.team.lead(note_hash, self.store.root, checkpoint.directory, files, checkpoint.content_hash)
 
     def model(self, checkpoint: Checkpoint, source: ModelSource) -> StreamedModel:
         dtype = self.runtime.torch_dtype(checkpoint.dtype, self.device)
@@ -182,6 +194,7 @@ class Stages:
 
         with self.stage("quantize") as stage:
             artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True, together=True)
+            self._note_hash(model.checkpoint)
             mark(stage, artifact)
             workspace = Workspace(artifact.path)
             layers = [workspace.record(name) for name in names]

@@ -23,6 +23,8 @@ from jointq_cli.grid import QuantizedWeight
 from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.store import write_atomically
 
+HIDDEN = "hidden.safetensors"
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -45,16 +47,13 @@ class Workspace:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._hidden = directory / "hidden.safetensors"
+        self._hidden = directory / HIDDEN
         for name in ("layers", "blocks", "shards"):
             (directory / name).mkdir(exist_ok=True)
 
     def position(self) -> int:
         """The first unfinished block."""
-        if not self._hidden.exists():
-            return 0
-        with safe_open(self._hidden, framework="pt") as file:
-            return int(file.metadata()["block"])
+        return finished_blocks(self.directory)
 
     def streams(self, part: Callable[[int], slice] = slice) -> Streams:
         """The hidden states at `position`, of each stream's windows those that `part` says, given their number. Only
@@ -106,6 +105,14 @@ class Workspace:
     def _write_record(self, path: Path, record: LayerRecord | BlockRecord) -> None:
         text = json.dumps(dataclasses.asdict(record))
         write_atomically(path, lambda scratch: _write(scratch, text))
+
+
+def finished_blocks(directory: Path) -> int:
+    """How far the workspace in a directory is; makes nothing there."""
+    if not (directory / HIDDEN).exists():
+        return 0
+    with safe_open(directory / HIDDEN, framework="pt") as file:
+        return int(file.metadata()["block"])
 
 
 def save_layer(path: Path, weight: QuantizedWeight) -> None:

@@ -15,6 +15,17 @@ GROUPS = {
         "evaluation",
         "sweep",
     ],
+    "plan": [
+        "recipe",
+        "model",
+        "calibration",
+        "rotation",
+        "smoothing",
+        "quantizer",
+        "qep",
+        "activations",
+        "evaluation",
+    ],
     "rotate": ["recipe", "model", "calibration", "rotation", "smoothing"],
     "evaluate": ["model", "evaluation"],
     "calibrate": ["recipe", "model", "calibration"],
@@ -32,6 +43,16 @@ usage: jointq quantize [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
   jointq quantize quantizer=rtn                            another option of a group
   jointq quantize -m quantizer.bits=4,3,2                  a sweep: one run per value
   jointq quantize -m +sweep=lambda                         a sweep that comes with jointq (docs/sweeps.md)""",
+    "plan": """\
+Tell what quantize would do with the same words: its stages, which of them are there already, time, memory, disk.
+
+Reads configs and headers only, and writes nothing.
+
+usage: jointq plan [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  jointq plan                                              the bundled model
+  jointq plan recipe=pocket_w4a4 quantizer.bits=3          any words that quantize takes
+  jointq plan model.path=DIR calibration=c4                a model whose weights nobody has read yet""",
     "rotate": """\
 Smooth and rotate a model: its activations and weights become easier to quantise, its function stays.
 

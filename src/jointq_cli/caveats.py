@@ -1,0 +1,69 @@
+"""What a person should know before hours of work: what is allowed, and will most likely be regretted.
+
+Told by a plan and by the run itself, one line each, with the key to change. Knows sizes only.
+"""
+
+from typing import Any
+
+from jointq_cli.config import Recipe
+from jointq_cli.model import StreamedModel
+from jointq_cli.shapes import Shapes
+
+LEAST_TOKENS_PER_COLUMN = 4  # of calibration: with fewer than one the Hessian is singular
+LEAST_SCORED = 4000  # tokens: with fewer, perplexities are known to some ten percent
+
+
+def caveats(
+    recipe: Recipe, model: StreamedModel, shapes: Shapes, calibrated: int, scored: int | None = None
+) -> list[str]:
+    """calibrated, scored: tokens that there are; scored is None where the text has not been seen yet."""
+    found = [
+        *_beyond_positions(recipe, model),
+        _few_tokens(calibrated, shapes),
+        _short_text(recipe, scored),
+        _untied(recipe, model, shapes),
+    ]
+    return [text for text in found if text]
+
+
+def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:
+    config: Any = model.module.config
+    limit = getattr(config, "max_position_embeddings", None)
+    lengths = {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}
+    return [
+        f"{part}.seqlen={length}: more tokens than the model's max_position_embeddings={limit}; lower it"
+        for part, length in lengths.items()
+        if limit and length > limit
+    ]
+
+
+def _few_tokens(calibrated: int, shapes: Shapes) -> str:
+    if calibrated >= LEAST_TOKENS_PER_COLUMN * shapes.widest:
+        return ""
+    ratio = calibrated / shapes.widest
+    return (
+        f"calibration.num_samples: {calibrated} tokens for layers of {shapes.widest} columns are {ratio:.2g} per "
+        f"column, and should be {LEAST_TOKENS_PER_COLUMN} at least; raise it"
+    )
+
+
+def _short_text(recipe: Recipe, scored: int | None) -> str:
+    if scored is None or scored >= LEAST_SCORED:
+        return ""
+    key = "evaluation.max_windows" if recipe.evaluation.max_windows else f"evaluation.{_text_key(recipe)}"
+    return f"{key}: only {scored} tokens are scored, and perplexity needs some {LEAST_SCORED}; its error will be large"
+
+
+def _text_key(recipe: Recipe) -> str:
+    return "path" if recipe.evaluation.path else "dataset"
+
+
+def _untied(recipe: Recipe, model: StreamedModel, shapes: Shapes) -> str:
+    if not (shapes.is_tied and "R1" in recipe.rotation.parts):
+        return ""
+    grown = shapes.embedding * model.checkpoint.dtype.itemsize
+    share = grown / model.checkpoint.weight_bytes
+    return (
+        f"rotation.r1=true: parts input and output embeddings, and the checkpoint grows by {grown / 1e6:,.0f} MB "
+        f"({100 * share:.0f} %); rotation.r1=false keeps them tied"
+    )

@@ -1,0 +1,19 @@
+"""`jointq plan`: what quantize would do with the same words, what that takes, and what there is already."""
+
+from jointq_cli.config import Recipe
+from jointq_cli.launch import Job, launch
+from jointq_cli.mistakes import UsageError
+from jointq_cli.pipeline import plan
+from jointq_cli.report import Console
+
+
+def main(arguments: list[str]) -> int:
+    if {"-m", "--multirun"} & set(arguments):
+        raise UsageError("jointq plan tells of one run; give each setting of the sweep by itself, without -m")
+    # Hydra would make the directory of a run that there will not be.
+    return launch("plan", [word for word in arguments if not word.startswith("hydra.run.dir=")], run)
+
+
+def run(recipe: Recipe, job: Job) -> None:
+    with Console() as console:
+        plan(recipe, console)

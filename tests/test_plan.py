@@ -1,0 +1,486 @@
+"""What a plan says of a run, against what the run then does; and that it neither reads weights nor writes anything."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from tiny_models import edit_config, write_checkpoint, write_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from jointq_cli import checkpoint, machine, pipeline, planning, stages
+from jointq_cli.caveats import LEAST_SCORED
+from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.estimates import Load, Windows, total
+from jointq_cli.hashes import FILE, note_hash, noted_hash
+from jointq_cli.launch import launch
+from jointq_cli.main import USAGE_ERROR, main
+from jointq_cli.records import Outlook
+from jointq_cli.report import Console
+from jointq_cli.workspace import Workspace
+
+TINY = [
+    "recipe=ci_smoke", "quantizer=rtn", "quantizer.group_size=32", "qep=none", "calibration.num_samples=8",
+    "calibration.seqlen=32", "evaluation.seqlen=32", "evaluation.max_windows=4", "runtime.batch_tokens=64",
+    "output_dir=out",
+]  # fmt: skip
+RUN = "hydra.run.dir=out/run"
+MADE = ("quantize", "evaluate original", "evaluate quantized")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jointq_cli.speeds.PATIENCE", 0.001)
+    monkeypatch.setattr("jointq_cli.report.page.render_page", lambda report: "")  # pictures take longer than the rest
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tied", "llama_tied")
+
+
+@pytest.fixture
+def words(model: Path) -> list[str]:
+    return [*TINY, f"model.path={model}"]
+
+
+def planned(words: list[str]) -> Outlook:
+    found: list[Outlook] = []
+    launch("plan", words, lambda recipe, job: found.append(pipeline.plan(recipe, Console(quiet=True))))
+    return found[0]
+
+
+def states(words: list[str]) -> dict[str, str]:
+    return {stage.name: stage.state for stage in planned(words).stages}
+
+
+def quantized(words: list[str]) -> dict[str, Any]:
+    """The report of a run."""
+    assert main(["quantize", *words, RUN]) == 0
+    report: dict[str, Any] = json.loads(Path("out/run/report.json").read_text())
+    return report
+
+
+def everything(directory: Path) -> dict[str, tuple[int, int]]:
+    states = {path: path.stat() for path in directory.rglob("*")}
+    return {str(path): (state.st_size, state.st_mtime_ns) for path, state in states.items()}
+
+
+# --- what it leaves alone
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Path:
+    """A checkpoint of Llama-3-8B's shape, of which only the headers take room on the disk."""
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    directory = tmp_path / "llama"
+    config.save_pretrained(directory)
+    write_tokenizer(directory)
+    with init_empty_weights():
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return directory
+
+
+@pytest.fixture
+def _unreadable_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Checkpoint, name: str) -> torch.Tensor:
+        raise AssertionError(f"{name} was read")
+
+    def hash_of(path: Path) -> str:
+        assert path.suffix != ".safetensors", f"{path} was read"
+        return "0" * 64
+
+    monkeypatch.setattr(Checkpoint, "_read_one", refuse)
+    for module in (checkpoint, stages):
+        monkeypatch.setattr(module, "file_hash", hash_of)
+
+
+@pytest.mark.usefixtures("_unreadable_weights")
+def test_a_model_of_8_billion_parameters_is_planned_from_its_headers(llama_8b: Path) -> None:
+    outlook = planned([*TINY, f"model.path={llama_8b}", "quantizer.group_size=128", "rotation=learned"])
+    assert outlook.memory > 2 * 2 * 128256 * 4096  # input and output embeddings
+    assert outlook.disk > 2 * 8e9
+    assert outlook.seconds > 1
+
+
+def test_a_plan_writes_nothing_and_makes_no_store(words: list[str], model: Path, tmp_path: Path) -> None:
+    before = everything(model)
+    assert main(["plan", *words, RUN]) == 0
+    assert everything(tmp_path) == {}
+    assert everything(model) == before
+
+
+def test_a_plan_changes_nothing_in_a_store(words: list[str], tmp_path: Path) -> None:
+    quantized(words)
+    before = everything(tmp_path)
+    states(words)
+    states([*words, "quantizer.bits=3", "rotation=hadamard"])
+    assert everything(tmp_path) == before
+
+
+# --- what is there already
+
+
+def test_what_a_run_made_is_to_make_before_and_reused_after_it(words: list[str]) -> None:
+    before, outlook = states(words), planned(words)
+    assert [before[name] for name in MADE] == ["to make"] * 3
+    report = quantized(words)
+    after = planned(words)
+    assert [stage.state for stage in after.stages if stage.name in MADE] == ["reused"] * 3
+    assert all(stage.seconds == stage.disk == 0 for stage in after.stages if stage.name in MADE)
+    assert after.seconds < outlook.seconds
+    assert [name for name in before if name != "run directory"] == [stage["name"] for stage in report["stages"]]
+
+
+@pytest.mark.slow
+def test_another_setting_shares_what_it_does_not_decide(words: list[str]) -> None:
+    quantized(words)
+    found = states([*words, "quantizer.bits=3"])
+    assert [found[name] for name in MADE] == ["to make", "reused", "to make"]
+
+
+def test_a_rotated_run_is_found_again_and_its_rotation_shared(words: list[str]) -> None:
+    words = [*words, "rotation=hadamard"]
+    before = states(words)
+    assert [before[name] for name in ("activations", "rotate", *MADE)] == ["to make"] * 5
+    report = quantized(words)
+    assert [name for name in before if name != "run directory"] == [stage["name"] for stage in report["stages"]]
+    after = states(words)
+    assert [after[name] for name in ("activations", "rotate", *MADE)] == ["reused"] * 5
+    other = states([*words, "rotation.seed=1"])
+    assert [other[name] for name in ("activations", "rotate", *MADE)] == [
+        "reused", "to make", "to make", "reused", "to make",
+    ]  # fmt: skip
+
+
+def test_an_interrupted_run_continues_at_its_block(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = Workspace.finish_block
+
+    def stop(self: Workspace, *given: Any) -> None:
+        finish(self, *given)
+        raise Interrupted("stopped")
+
+    whole = planned(words)
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "finish_block", stop)
+        assert main(["quantize", *words, RUN]) == Interrupted.exit_code
+    left = planned(words)
+    stage = {stage.name: stage for stage in left.stages}["quantize"]
+    assert stage.state == "continues at block 2 of 3"
+    assert stage.disk == pytest.approx({stage.name: stage for stage in whole.stages}["quantize"].disk * 2 / 3)
+
+
+def test_weights_that_changed_since_are_unknown_until_a_run_has_read_them(words: list[str], tmp_path: Path) -> None:
+    mine = write_checkpoint(tmp_path / "mine")
+    words = [*words, f"model.path={mine}"]
+    quantized(words)
+    os.utime(mine / "model.safetensors", (0, 0))
+    outlook = planned(words)
+    found = {stage.name: stage.state for stage in outlook.stages}
+    assert [found[name] for name in MADE] == ["unknown"] * 3
+    assert any(str(mine) in note for note in outlook.notes)
+    quantized(words)
+    assert [states(words)[name] for name in MADE] == ["reused"] * 3
+
+
+@pytest.mark.slow
+def test_a_run_does_not_believe_the_note(words: list[str], tmp_path: Path) -> None:
+    mine = write_checkpoint(tmp_path / "mine")
+    words = [*words, f"model.path={mine}"]
+    first = quantized(words)
+    file = mine / "model.safetensors"
+    state = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\0\0\0\0"
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert states(words)["quantize"] == "reused"  # all that a plan can see
+    second = quantized(words)
+    assert second["model_hash"] != first["model_hash"]
+    assert not any(stage["reused"] for stage in second["stages"])
+
+
+@pytest.mark.slow
+def test_the_bundled_model_is_to_make_before_a_run_and_reused_after_it() -> None:
+    words = ["recipe=ci_smoke", "output_dir=out"]
+    before = planned(words)
+    assert [stage.state for stage in before.stages if stage.name in MADE] == ["to make"] * 3
+    quantized(words)
+    assert [states(words)[name] for name in MADE] == ["reused"] * 3
+
+
+@pytest.mark.slow
+def test_memory_is_foreseen_within_a_third() -> None:
+    words = ["recipe=ci_smoke", "output_dir=out"]
+    told = [
+        subprocess.run([sys.executable, "-m", "jointq_cli", command, *words], capture_output=True, text=True)
+        for command in ("plan", "quantize")
+    ]
+    assert [process.returncode for process in told] == [0, 0]
+    foreseen, unit = re.findall(r"^memory: ([\d.]+) (MB|GB) at its peak", told[0].stdout, re.MULTILINE)[0]
+    (report,) = Path("out").glob("ci_smoke/*/report.json")
+    peak = json.loads(report.read_text())["peak_memory"]
+    assert 0.75 < float(foreseen) * {"MB": 1e6, "GB": 1e9}[unit] / peak < 1.33
+
+
+# --- notes of hashes
+
+
+def test_a_note_holds_as_long_as_size_and_time_do(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_text("one")
+    note_hash(tmp_path, file, [file], "digest")
+    assert noted_hash(tmp_path, file, [file]) == "digest"
+    file.write_text("longer")
+    assert noted_hash(tmp_path, file, [file]) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}'])
+def test_a_damaged_note_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE).write_text(content)
+    assert noted_hash(tmp_path, tmp_path / "x", []) is None
+    note_hash(tmp_path, tmp_path / "x", [], "digest")
+    assert noted_hash(tmp_path, tmp_path / "x", []) == "digest"
+
+
+def test_a_store_that_takes_no_note_stops_nobody(tmp_path: Path) -> None:
+    note_hash(tmp_path / "nowhere", tmp_path, [], "digest")
+    assert noted_hash(tmp_path / "nowhere", tmp_path, []) is None
+
+
+# --- estimates
+
+
+@pytest.fixture(scope="module")
+def load(model: Path) -> Load:
+    found: list[Load] = []
+    launch("plan", [*TINY, f"model.path={model}"], lambda recipe, job: found.append(_load_of(recipe)))
+    return found[0]
+
+
+def _load_of(recipe: Any) -> Load:
+    survey = planning.Survey(recipe)
+    original = survey.model(survey.source(recipe.model), recipe.model)
+    return planning._load(recipe, original, None, None)
+
+
+def stages_of(load: Load) -> Iterator[Any]:
+    for name in ("activations", "rotate", "quantize", "evaluate_original", "evaluate_quantized", "audit"):
+        yield getattr(load, name)()
+
+
+def test_shapes_are_those_of_the_checkpoint(load: Load, model: Path) -> None:
+    held = Checkpoint(model)
+    assert load.shapes.in_blocks + load.shapes.outside == held.parameters
+    assert load.shapes.is_tied
+    linear = [info.shape for name, info in held.tensors.items() if "_proj" in name]
+    assert load.shapes.selected == sum(math.prod(shape) for shape in linear)
+    assert [(one.in_features, one.out_features) for one in load.shapes.inputs[:4]] == [
+        (64, (64, 32, 32)), (64, (64,)), (64, (128, 128)), (128, (64,)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["calibration", "evaluation"])
+def test_more_windows_cost_more(load: Load, part: str) -> None:
+    more = replace(load, **{part: Windows(1000, 32)})
+    some, many = total(list(stages_of(load))), total(list(stages_of(more)))
+    assert many.seconds > some.seconds
+    assert many.disk >= some.disk
+    kind = "quantize" if part == "calibration" else "evaluate_original"
+    assert getattr(more, kind)().memory > getattr(load, kind)().memory
+
+
+def test_a_larger_model_costs_more_of_everything(load: Load) -> None:
+    shapes = load.shapes
+    larger = replace(
+        load,
+        shapes=replace(
+            shapes,
+            largest_block=2 * shapes.largest_block,
+            in_blocks=2 * shapes.in_blocks,
+            vocabulary=2 * shapes.vocabulary,
+            outside=2 * shapes.outside,
+        ),
+    )
+    for small, large in zip(stages_of(load), stages_of(larger), strict=True):
+        assert large.seconds >= small.seconds
+        assert large.memory >= small.memory
+        assert large.disk >= small.disk
+    assert larger.quantize().memory > load.quantize().memory
+    assert larger.quantize().disk > load.quantize().disk
+
+
+def test_memory_follows_the_block_and_not_the_number_of_blocks(load: Load) -> None:
+    shapes = replace(load.shapes, blocks=100, in_blocks=100 * load.shapes.in_blocks, inputs=100 * load.shapes.inputs)
+    assert replace(load, shapes=shapes).quantize().memory == load.quantize().memory
+
+
+def test_waiting_passes_are_bounded_by_their_key(load: Load) -> None:
+    many = replace(load, calibration=Windows(100_000, 32))
+    recipe = replace(load.recipe, runtime=replace(load.recipe.runtime, waiting_gb=0.0))
+    spared = many.quantize().memory - replace(many, recipe=recipe).quantize().memory
+    per_token = 2 * 64 + 128
+    assert spared == pytest.approx(100_000 * 32 * max(4 * 64, per_token) * load.element)
+
+
+def test_time_and_disk_of_stages_add_up_and_memory_does_not(load: Load) -> None:
+    costs = list(stages_of(load))
+    both = total(costs)
+    assert both.seconds == pytest.approx(sum(cost.seconds for cost in costs))
+    assert both.memory == max(cost.memory for cost in costs)
+    assert costs[2].left(0.0) == total([])
+
+
+@pytest.mark.slow
+def test_disk_is_what_a_run_leaves_in_the_store(words: list[str]) -> None:
+    words = [*words, "rotation=hadamard"]
+    estimates = {stage.name: stage.disk for stage in planned(words).stages}
+    quantized(words)
+    for name, stage in planning.ARTIFACTS.items():
+        (directory,) = Path("out/store").glob(f"{stage}-*")
+        kept = sum(path.stat().st_size for path in directory.rglob("*.safetensors") if "scores" not in path.name)
+        # Headers of so small files are as large as what they hold.
+        assert estimates[name] == pytest.approx(kept, rel=0.7, abs=60_000), name
+
+
+# --- warnings
+
+
+def test_the_run_gives_the_warnings_of_its_plan(words: list[str]) -> None:
+    words = [*words, "rotation=hadamard", "evaluation.seqlen=128"]
+    warnings = planned(words).warnings
+    keys = [warning.split(":")[0] for warning in warnings]
+    assert keys == ["evaluation.seqlen=128", "calibration.num_samples", "evaluation.max_windows", "rotation.r1=true"]
+    assert quantized(words)["warnings"] == warnings
+
+
+def test_what_is_plenty_is_not_warned_of(words: list[str]) -> None:
+    words = [*words, "calibration.num_samples=32", f"evaluation.max_windows={LEAST_SCORED // 31 + 1}"]
+    assert planned(words).warnings == []
+
+
+def test_too_little_memory_and_disk_are_told_with_their_keys(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**8)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10**5)
+    memory, disk = planned(words).warnings[-2:]
+    assert "runtime.waiting_gb=4, runtime.batch_tokens=64: " in memory
+    assert "0.1 GB are free" in memory
+    assert disk.startswith("store=out/store: ")
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, use = tmp_path / "max", tmp_path / "current"
+    use.write_text("1000\n")
+    monkeypatch.setattr(machine, "CGROUPS", ((str(limit), str(use)),))
+    free = machine.available_memory()
+    limit.write_text("max\n")
+    assert machine.available_memory() == pytest.approx(free, rel=0.5)
+    limit.write_text("3000\n")
+    own = machine._status("VmRSS") or 0
+    assert machine.available_memory() == pytest.approx(own + 2000, rel=0.05)
+
+
+def test_a_place_that_is_not_there_has_its_parents_disk(tmp_path: Path) -> None:
+    assert machine.nearest(tmp_path / "a" / "b") == tmp_path
+    assert machine.free_disk(tmp_path / "a" / "b") > 0
+
+
+# --- what cannot be planned
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("quantizer.group_size=48", "quantizer.group_size=48: must divide in_features"),
+        ("layers.include_layer_names=[nothing]", "layers.include_layer_names: 'nothing' matches none"),
+        ("model.path=nobody/nothing", "model.path=nobody/nothing: no such directory here, and not downloaded yet"),
+        ("calibration.seqlen=10000000", "calibration.seqlen=10000000: pydoc/calibration has only"),
+        ("model.path=./nowhere", "model.path=./nowhere: no such directory"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(
+    words: list[str], setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words, setting]) == JointqError.exit_code
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_a_rotation_that_the_architecture_does_not_admit_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neox = write_checkpoint(tmp_path / "neox", "gpt_neox")
+    assert main(["plan", *words, f"model.path={neox}"]) == 0
+    assert main(["plan", *words, f"model.path={neox}", "rotation=hadamard"]) == 1
+    assert "rotation: nobody has told jointq" in capsys.readouterr().err
+
+
+def test_a_quantised_checkpoint_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = write_checkpoint(tmp_path / "mine")
+    edit_config(mine, quantization_config={})
+    assert main(["plan", *words, f"model.path={mine}"]) == 1
+    assert "is quantised already" in capsys.readouterr().err
+
+
+def test_a_hubs_texts_are_to_fetch_and_the_rest_is_told_all_the_same(words: list[str]) -> None:
+    found = states([*words, "evaluation=wikitext2", "calibration=c4", "calibration.num_samples=4"])
+    assert found["calibration tokens"] == found["evaluation tokens"] == "to fetch"
+    assert [found[name] for name in MADE] == ["to make"] * 3
+
+
+def test_a_gguf_file_that_no_run_has_converted_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.gguf").write_bytes(b"GGUF")
+    assert main(["plan", *words, "model.path=mine.gguf"]) == 1
+    assert "model.path=mine.gguf: is to be converted first" in capsys.readouterr().err
+
+
+def test_a_sweep_is_no_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "-m", "quantizer.bits=2,3"]) in (1, USAGE_ERROR)
+    assert "without -m" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- how it is told
+
+
+def test_a_pipe_gets_plain_lines_with_everything_in_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    lines = out.splitlines()
+    assert lines[0].startswith("recipe ")
+    assert any(line.startswith("About ") for line in lines)
+    assert any(line.split()[:3] == ["quantize", "to", "make"] for line in lines)
+    assert "[warning] calibration.num_samples: " in out
