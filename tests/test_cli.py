@@ -225,7 +225,7 @@ MISTAKES = {
     "compare --html nowhere/page.html x": (1, "nowhere/page.html: there is no directory nowhere"),
     "quantise": (2, "no command 'quantise'; did you mean 'quantize'?"),
     "recipe=ci_smoke": (2, "'recipe=ci_smoke' is a setting and needs a command before it"),
-    "frobnz": (2, "no command 'frobnz'; there are quantize, rotate, evaluate,"),
+    "frobnz": (2, "no command 'frobnz'; there are quantize, plan, rotate, evaluate,"),
 }
 
 
