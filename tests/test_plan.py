@@ -484,3 +484,19 @@ def test_a_pipe_gets_plain_lines_with_everything_in_them(words: list[str], capsy
     assert any(line.startswith("About ") for line in lines)
     assert any(line.split()[:3] == ["quantize", "to", "make"] for line in lines)
     assert "[warning] calibration.num_samples: " in out
+
+
+def test_hessians_of_original_inputs_are_a_stage_and_spare_the_next_run_their_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=ci_smoke", "quantizer=gptq", "qep=none", "calibration.inputs=original"]
+    states = []
+    for damping in ("0.01", "0.02"):
+        assert main(["plan", *words, f"quantizer.damping={damping}"]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hessians ")]
+        states.append(" ".join(line.split()[1:3]))
+        assert main(["quantize", *words, f"quantizer.damping={damping}"]) == 0
+        capsys.readouterr()
+    assert states[0] == "to make"
+    assert states[1].startswith("reused")

@@ -153,6 +153,9 @@ class Load:
             memory=2 * hidden + max(2 * self._outside + 6 * FLOAT * logits, self._block + self._pass),
         )
 
+    def file_hashes(self) -> Cost:
+        return Cost(seconds=(self._quantized_bytes + self._codes) / READ)
+
     def audit(self) -> Cost:
         """Both checkpoints are read, and every weight is made of its codes."""
         return Cost(

@@ -243,6 +243,7 @@ def _prospects(survey: Survey, recipe: Recipe, load: Load) -> list[tuple[str, St
             if cost is not None
             for standing in [survey.standing(name)]
         ),
+        ("file hashes", always, load.file_hashes()),
         ("audit", always, load.audit()),
         ("run directory", always, load.run_directory(linked=_one_disk(recipe))),
     ]
