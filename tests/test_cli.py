@@ -417,20 +417,29 @@ def test_a_job_whose_text_has_changed_runs_again(tmp_path: Path) -> None:
     assert done == [3, 4, 3, 4]
 
 
+IN_PROCESSES = """
+import sys
+from jointq_cli.errors import NumericsError
+from jointq_cli.launch import launch
+
+def task(recipe, job):
+    assert job.elsewhere
+    if recipe.quantizer.bits == 3:
+        raise NumericsError("layer x")
+
+if __name__ == "__main__":
+    sys.exit(launch("quantize", ["-m", "quantizer.bits=3,4", "hydra/launcher=processes"], task))
+"""
+
+
 def test_the_jobs_of_a_sweep_by_launcher_processes_end_as_in_one_process(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    words = ["-m", "quantizer.bits=3,4", "hydra/launcher=processes"]
-    assert launch("quantize", words, fail_at_three_bits) == 1
+    (tmp_path / "sweep.py").write_text(IN_PROCESSES)
+    assert subprocess.run([sys.executable, "sweep.py"], check=False).returncode == 1
     [sweep] = (tmp_path / "runs" / "pocket_w4g128").iterdir()
     records = [json.loads((sweep / job / "job.json").read_text()) for job in "01"]
     assert [record["state"] for record in records] == ["failed", "done"]
     assert records[0]["error"] == "layer x"
-
-
-def fail_at_three_bits(recipe: Recipe, job: Job) -> None:
-    assert job.elsewhere
-    if recipe.quantizer.bits == 3:
-        raise NumericsError("layer x")
 
 
 def test_a_value_out_of_range_is_told_before_any_job_begins(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Place:
 
     def artifacts(self) -> list[str]:
         """Kinds of what is finished in the store."""
-        return sorted(path.name.split("-")[0] for path in self.path.glob("out/store/*-*"))
+        return sorted(path.name.split("-")[0] for path in self.path.glob("out/store/[!.]*-*"))
 
 
 @pytest.fixture(scope="module", autouse=True)

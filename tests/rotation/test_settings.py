@@ -146,6 +146,8 @@ def test_the_shipped_options_are_what_they_are_called() -> None:
     assert shipped("rotation") == {
         "none": "",
         "hadamard": "R1+R2 random Hadamard seed=0",
+        "hadamard_seed1": "R1+R2 random Hadamard seed=1",
+        "hadamard_seed2": "R1+R2 random Hadamard seed=2",
         "learned": "R1+R2 learned range2 lie from random_hadamard seed=0",
         "dartquant": "R1+R2 learned whip qr_orth from hadamard seed=0",
         "jointquant": "R1+R2 learned whip qr_orth from random_hadamard seed=0",
