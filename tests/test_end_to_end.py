@@ -136,6 +136,7 @@ def test_frozen_tokens_give_the_run_that_its_text_gives(finished: tuple[Path, st
     assert hashes(directory / "checkpoint") == hashes(tmp_path / "out" / "run" / "checkpoint")
 
 
+@pytest.mark.slow
 def test_another_tokenizer_or_generation_config_is_another_checkpoint(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -156,6 +157,7 @@ def wait_for(process: subprocess.Popen[str], directory: Path, layers: int) -> No
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_75_and_the_same_command_continues(finished: tuple[Path, str], tmp_path: Path) -> None:
     process = start(tmp_path, *SMOKE)
     wait_for(process, tmp_path, layers=5)

@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, open_dict, read_write
 
 from jointq_cli.errors import ConfigError, JointqError
@@ -22,6 +23,7 @@ from jointq_cli.report.sweep_files import best_command, write_summary
 from jointq_cli.report.sweep_sheet import Rows, best, load_jobs, make_sweep_sheet
 from jointq_cli.sweep_directory import DONE, ENDED, JobRecord, Plan, SweepDirectory
 
+VALIDATE = "validate_batch_is_legal"  # of Hydra's sweepers: composes every job once more
 LOOK_EVERY = 2.0  # seconds between two looks at what other processes have finished
 
 
@@ -166,12 +168,15 @@ _sweeps: list[Sweep] = []
 
 @contextmanager
 def current(sweep: Sweep) -> Iterator[None]:
-    """Inside, Hydra's callbacks reach this sweep."""
+    """Inside, Hydra's callbacks reach this sweep, and Hydra leaves it to the sweep to check its jobs."""
+    validate = getattr(Sweeper, VALIDATE)
+    setattr(Sweeper, VALIDATE, lambda sweeper, batch: None)
     _sweeps.append(sweep)
     try:
         yield
     finally:
         _sweeps.pop()
+        setattr(Sweeper, VALIDATE, validate)
 
 
 class Announcer(Callback):
