@@ -366,6 +366,8 @@ def test_disk_is_what_a_run_leaves_in_the_store(words: list[str]) -> None:
     estimates = {stage.name: stage.disk for stage in planned(words).stages}
     quantized(words)
     for name, stage in planning.ARTIFACTS.items():
+        if name not in estimates:  # without original inputs there are no Hessians to keep
+            continue
         (directory,) = Path("out/store").glob(f"{stage}-*")
         kept = sum(path.stat().st_size for path in directory.rglob("*.safetensors") if "scores" not in path.name)
         # Headers of so small files are as large as what they hold.
