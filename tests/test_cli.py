@@ -456,6 +456,25 @@ def test_jobs_that_differ_in_what_the_sweep_is_called_by_lie_in_one_place(tmp_pa
     assert len(list(tmp_path.glob("runs/*/sweep_*"))) == 1
 
 
+def test_a_recipe_may_say_where_its_sweeps_lie(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    text = "# @package _global_\nname: mine\ndescription: mine\nhydra:\n  sweep:\n    dir: there\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(text)
+    words = ["-m", "--config-dir", str(tmp_path), "recipe=mine", "quantizer.bits=3,4"]
+    assert launch("quantize", words, failing_on(ValueError(), 9, [])) == 0
+    assert len(list(tmp_path.glob("there/[01]/job.json"))) == 2
+
+
+def test_two_jobs_that_would_write_one_file_are_refused(jobs: list[tuple[Any, Job]]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"job 1 .*output: .*safetensors: another job writes it too.*no job has begun"
+    ):
+        run("calibrate -m calibration.seed=0,1", jobs)
+    assert not jobs
+    launch("calibrate", ["-m", "calibration.seed=0,1", "output='a_${hydra:job.num}'"], lambda *job: jobs.append(job))
+    assert [recipe.output for recipe, _ in jobs] == ["a_0", "a_1"]
+
+
 def test_a_changed_text_of_a_pattern_runs_its_jobs_again(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     done: list[int] = []

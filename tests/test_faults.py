@@ -401,9 +401,11 @@ def test_a_read_only_store_still_serves_what_it_has(
 @pytest.mark.slow
 def test_two_sweeps_at_once_share_their_jobs_and_end_with_the_same_bits(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "jointq_cli", "quantize", "-m", "recipe=ci_smoke", "quantizer.bits=4,3"]
-    both = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate(timeout=600)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(words, cwd=tmp_path, **pipes) for _ in range(2)]
+    told, waited = zip(*(process.communicate(timeout=600) for process in both), strict=True)
+    assert [process.returncode for process in both] == [0, 0], (told, waited)
+    assert any("another process is at it" in text for text in waited)
     [sweep] = (tmp_path / "runs" / "ci_smoke").iterdir()
     table = json.loads((sweep / "summary.json").read_text())
     assert [row["state"] for row in table] == ["done", "done"]

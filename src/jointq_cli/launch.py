@@ -100,8 +100,8 @@ def _sweep(border: "_Border", command: str, overrides: list[str], options: list[
     words = ["jointq", command, *overrides, *options]
     sweep = Sweep(words, border.key, border.mistakes.told, functools.partial(print, flush=True))
     border.sweep = sweep
-    words = [*overrides, *_sweep_directory(command, overrides, options), sweep.override]
-    with _command_line([*words, *options]), _raised_by_hydra(), current(sweep):
+    OmegaConf.register_new_resolver("command_hash", lambda: _command_hash(words[1:]), replace=True)
+    with _command_line([*overrides, sweep.override, *options]), _raised_by_hydra(), current(sweep):
         try:
             with sweep.watched():
                 border.cross()
@@ -113,12 +113,9 @@ def _sweep(border: "_Border", command: str, overrides: list[str], options: list[
     return sweep.close(stopped=False)
 
 
-def _sweep_directory(command: str, overrides: list[str], options: list[str]) -> list[str]:
-    """The same command means the same sweep: its directory is named by what was typed, not by the time."""
-    if any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides):
-        return []
-    name = hashlib.sha256("\0".join([command, *overrides, *options]).encode()).hexdigest()[:8]
-    return [f"hydra.sweep.dir=${{output_dir}}/${{name}}/sweep_{name}"]
+def _command_hash(words: list[str]) -> str:
+    """What configs call a sweep's directory by: what was typed, not the time, so that the same command finds it."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
 
 
 def complete(command: str, arguments: list[str]) -> list[str]:
@@ -155,6 +152,7 @@ class _Border:
         self._team = team
         self._started = False
         self._failure: JointqError | None = None
+        self._outputs: set[str] = set()  # files that jobs were asked to write
         self.sweep: Sweep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,11 +169,21 @@ class _Border:
             raise self._failure
 
     def key(self, config: DictConfig) -> str:
-        """Of a job that would be run with this config, Hydra's own part included. Raises where none can be."""
+        """Of a job that would be run with this config, Hydra's own part included, after those asked for before.
+
+        Raises where none can be.
+        """
         choices = config.hydra.runtime.choices
         with open_dict(config):
             del config["hydra"]
         recipe = self._typed(OmegaConf.to_object(config), "")
+        if isinstance(output := getattr(recipe, "output", None), str):
+            if output in self._outputs:
+                raise ConfigError(
+                    f"output: {output}: another job writes it too; output='NAME_${{hydra:job.num}}.safetensors' "
+                    f"gives each its own"
+                )
+            self._outputs.add(output)
         return job_key(recipe, _as_recipe(config, self._command, choices))
 
     def _job(self, config: DictConfig) -> None:
@@ -194,7 +202,7 @@ class _Border:
         directory = Path(context.runtime.output_dir)
         try:
             recipe, job = self._crossed(config, context)
-            attempt(directory, job_key(recipe, job.config), lambda: self._run(recipe, job))
+            attempt(directory, job_key(recipe, job.config), lambda: self._run(recipe, job), self._wait_told(job))
         except Interrupted as error:
             raise _SweepStopped from error
         except JointqError as error:
@@ -204,6 +212,10 @@ class _Border:
             note_failure(directory, error)
         if self.sweep is not None:
             self.sweep.ended(context.job.num)
+
+    def _wait_told(self, job: Job) -> Callable[[], None]:
+        told = f"{job.label}: another process is at it; waiting for it to end"
+        return functools.partial(print, told, file=sys.stderr, flush=True)
 
     def _crossed(self, config: DictConfig, context: Any) -> tuple[Any, Job]:
         """The recipe, and the job it is for."""

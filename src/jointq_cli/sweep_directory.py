@@ -93,13 +93,14 @@ class SweepDirectory:
         return record
 
 
-def attempt(directory: Path, key: str, run: Callable[[], None]) -> bool:
+def attempt(directory: Path, key: str, run: Callable[[], None], waits: Callable[[], None] = lambda: None) -> bool:
     """Runs a job in its directory, unless it was done before with the same key; False where it was.
 
-    Two processes that come to the same job take turns. What `run` raises is noted and passes.
+    Two processes that come to the same job take turns: `waits` is called when it is another one's. What `run` raises
+    is noted and passes.
     """
     with translated_disk_errors(directory):
-        lock = _lock(directory / LOCK)
+        lock = _lock(directory / LOCK, waits)
     with lock:
         kept = load_job(directory)
         if kept.state == DONE and kept.key == key and all((directory / name).is_file() for name in kept.left):
@@ -168,7 +169,10 @@ def _one_line(error: BaseException) -> str:
     return told if isinstance(error, JointqError) else f"{type(error).__name__}: {told}"
 
 
-def _lock(path: Path) -> Lock:
+def _lock(path: Path, waits: Callable[[], None]) -> Lock:
+    if (lock := try_lock(path, Kind.EXCLUSIVE)) is not None:
+        return lock
+    waits()
     while (lock := try_lock(path, Kind.EXCLUSIVE)) is None:
         time.sleep(LOOK_EVERY)
     return lock

@@ -16,11 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from jointq_cli.errors import ConfigError, JointqError
-from jointq_cli.report.sweep_files import best_command, write_summary
-from jointq_cli.report.sweep_sheet import Rows, best, load_jobs, make_sweep_sheet
+from jointq_cli.report.sweep_files import best_command, best_recipe, write_summary
+from jointq_cli.report.sweep_jobs import load_jobs
+from jointq_cli.report.sweep_sheet import Rows, make_sweep_sheet
 from jointq_cli.sweep_directory import DONE, ENDED, JobRecord, Plan, SweepDirectory
 
 VALIDATE = "validate_batch_is_legal"  # of Hydra's sweepers: composes every job once more
@@ -106,7 +107,7 @@ class Sweep:
         jobs = load_jobs(self.directory)
         sheet = make_sweep_sheet(self.directory.plan().name, jobs)
         self._tell(f"\n{sheet.headline}\nsummary   {shown(self.directory.path)}/summary.html, .md, .csv, .json")
-        if best(jobs) is not None:
+        if best_recipe(self.directory).is_file():
             self._tell(f"the best  {best_command(shown(self.directory.path))}")
         return 0 if all(job.record.state == DONE for job in jobs) else 1
 
@@ -202,6 +203,8 @@ def _jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of every job, in the order of their numbers."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*params, *config.hydra.overrides.task])
+    words = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${hydra:job.num} is each job's own
+    assert isinstance(words, list)
+    overrides = parser.parse_overrides([*params, *words])
     [jobs] = BasicSweeper.split_arguments(overrides, None)
     return jobs

@@ -12,12 +12,13 @@ import pytest
 
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
 from jointq_cli.main import main
-from jointq_cli.records import RunReport
+from jointq_cli.records import Comparison, EvaluationReport, RunReport
 from jointq_cli.report import encode
 from jointq_cli.report.runs import find_runs
 from jointq_cli.report.sweep_files import write_summary
+from jointq_cli.report.sweep_jobs import best, load_jobs
 from jointq_cli.report.sweep_pictures import draw_sweep
-from jointq_cli.report.sweep_sheet import Rows, best, load_jobs, make_sweep_sheet
+from jointq_cli.report.sweep_sheet import Rows, make_sweep_sheet
 from jointq_cli.sweep_directory import (
     DONE,
     FAILED,
@@ -66,7 +67,7 @@ def half_done(tmp_path: Path, report: RunReport) -> SweepDirectory:
 def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_count(half_done: SweepDirectory) -> None:
     jobs = load_jobs(half_done)
     assert [job.record.state for job in jobs] == [DONE, DONE, FAILED, WAITING]
-    assert jobs[2].report is None
+    assert jobs[2].measured is None
     chosen = best(jobs)
     assert chosen is not None
     assert chosen.number == 1
@@ -128,6 +129,40 @@ def test_a_curve_has_the_swept_values_below_and_a_line_for_every_mix_of_the_othe
     for picture in pictures:
         texts = ["".join(element.itertext()) for element in ElementTree.fromstring(picture.svg).iter("text")]
         assert {"0.01", "0.1", "1", "10", "bits=4", "bits=3"} <= set(texts)
+
+
+def evaluated(report: RunReport, perplexity: float, comparison: Comparison | None) -> EvaluationReport:
+    return EvaluationReport(
+        model="some/checkpoint",
+        model_hash=f"of {perplexity}",
+        reference=comparison and "original",
+        protocol=report.protocol,
+        perplexity=replace(report.quantized, value=perplexity),
+        comparison=comparison,
+        stages=[],
+        versions={},
+    )
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_a_sweep_of_evaluations_has_figures_and_no_recipe(
+    tmp_path: Path, report: RunReport, with_reference: bool
+) -> None:
+    directory = sweep_of(tmp_path, report, [14.0, 12.0, 13.0], [{"model.path": name} for name in "123"])
+    comparison = replace(report.comparison, nll_increase=math.log(1.5)) if with_reference else None
+    for number, perplexity in enumerate((14.0, 12.0, 13.0)):
+        (directory.run(number) / "report.json").unlink()
+        found = evaluated(report, perplexity, comparison)
+        (directory.run(number) / "evaluation.json").write_text(encode(found), encoding="utf-8")
+    write_summary(directory, page=True)
+    table = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["perplexity"] for row in table] == [14.0, 12.0, 13.0]
+    assert table[0]["original_perplexity"] == (pytest.approx(14 / 1.5) if with_reference else None)
+    sheet = make_sweep_sheet("mine", load_jobs(directory))
+    assert "job 1 (path=2)" in sheet.headline
+    assert ("+50.0" in sheet.headline) == with_reference
+    assert len(draw_sweep(load_jobs(directory))) == (2 if with_reference else 1)
+    assert not (tmp_path / "recipe" / "best.yaml").exists()
 
 
 def test_two_values_make_no_curve(tmp_path: Path, report: RunReport) -> None:

@@ -7,7 +7,8 @@ from jointq_cli.records import RunReport
 from jointq_cli.report import Console, load_report
 from jointq_cli.report.markdown import render_markdown, render_sheet
 from jointq_cli.report.sweep_files import write_summary
-from jointq_cli.report.sweep_sheet import load_jobs, make_sweep_sheet
+from jointq_cli.report.sweep_jobs import load_jobs
+from jointq_cli.report.sweep_sheet import make_sweep_sheet
 from jointq_cli.run_directory import RunDirectory
 from jointq_cli.sweep_directory import SweepDirectory
 

@@ -16,7 +16,7 @@ from jointq_cli.report.json_form import load_report
 from jointq_cli.report.side_by_side import Run
 from jointq_cli.sweep_directory import DONE, SweepDirectory
 
-REPORT, RECIPE = "report.json", "recipe.yaml"
+REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def measured_figures(report: EvaluationReport) -> list[KeyFigure]:
     return figures + (comparison_figures(report.comparison) if report.comparison else [])
 
 
-def total_seconds(report: RunReport) -> float:
+def total_seconds(report: RunReport | EvaluationReport) -> float:
     """What this run took; reused stages cost nothing."""
     return sum(stage.seconds for stage in report.stages if not stage.reused)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.report.markdown import render_sheet
-from jointq_cli.report.runs import RECIPE
-from jointq_cli.report.sweep_sheet import SweepJob, best, load_jobs, make_sweep_sheet
+from jointq_cli.report.runs import RECIPE, REPORT
+from jointq_cli.report.sweep_jobs import SweepJob, best, load_jobs
+from jointq_cli.report.sweep_sheet import make_sweep_sheet
 from jointq_cli.run_directory import write_whole
 from jointq_cli.store import translated_disk_errors
 from jointq_cli.sweep_directory import SweepDirectory
@@ -35,6 +36,11 @@ def write_summary(directory: SweepDirectory, *, page: bool) -> None:
         write_whole(directory.path / "summary.html", render_sheet_page(sheet, draw_sweep(jobs)))
 
 
+def best_recipe(directory: SweepDirectory) -> Path:
+    """Where the best job's recipe is, if there is a job that has one."""
+    return directory.path / "recipe" / f"{BEST}.yaml"
+
+
 def best_command(directory: Path) -> str:
     """What runs the best job again."""
     return f"jointq quantize --config-dir {shlex.quote(str(directory))} recipe={BEST}"
@@ -42,18 +48,18 @@ def best_command(directory: Path) -> str:
 
 def _row(job: SweepJob) -> dict[str, Any]:
     """Everything measured, at full precision; null where there is nothing."""
-    report = job.report
-    measured: dict[str, Any] = {
-        "perplexity": report and report.quantized.value,
-        "perplexity_standard_error": report and report.quantized.standard_error,
-        "original_perplexity": report and report.original.value,
-        "nll_increase": report and report.comparison.nll_increase,
-        "nll_increase_standard_error": report and report.comparison.nll_increase_standard_error,
-        "kl_divergence": report and report.comparison.kl_divergence,
-        "kl_divergence_standard_error": report and report.comparison.kl_divergence_standard_error,
-        "top1_agreement": report and report.comparison.top1_agreement,
-        "bits_per_weight": report and report.bits_per_weight,
-        "peak_memory": report and report.peak_memory,
+    measured, comparison = job.measured, job.measured and job.measured.comparison
+    figures: dict[str, Any] = {
+        "perplexity": measured and measured.perplexity.value,
+        "perplexity_standard_error": measured and measured.perplexity.standard_error,
+        "original_perplexity": measured and measured.original_perplexity,
+        "nll_increase": comparison and comparison.nll_increase,
+        "nll_increase_standard_error": comparison and comparison.nll_increase_standard_error,
+        "kl_divergence": comparison and comparison.kl_divergence,
+        "kl_divergence_standard_error": comparison and comparison.kl_divergence_standard_error,
+        "top1_agreement": comparison and comparison.top1_agreement,
+        "bits_per_weight": measured and measured.bits_per_weight,
+        "peak_memory": measured and measured.peak_memory,
     }
     return {
         "job": job.number,
@@ -61,7 +67,7 @@ def _row(job: SweepJob) -> dict[str, Any]:
         "state": job.record.state,
         "error": job.record.error,
         "seconds": round(job.record.seconds, 3),
-        **{name: _jsonable(value) for name, value in measured.items()},
+        **{name: _jsonable(value) for name, value in figures.items()},
     }
 
 
@@ -80,14 +86,14 @@ def _csv(table: Sequence[dict[str, Any]]) -> str:
 
 
 def _write_best(directory: SweepDirectory, job: SweepJob | None) -> None:
-    """The best job's recipe where --config-dir finds it."""
-    file = directory.path / "recipe" / f"{BEST}.yaml"
-    recipe = None if job is None else directory.run(job.number) / RECIPE
-    if job is None or recipe is None or not recipe.is_file():
+    """The best job's recipe where --config-dir finds it. What was only evaluated has none."""
+    file = best_recipe(directory)
+    run = None if job is None else directory.run(job.number)
+    if run is None or not (run / REPORT).is_file() or not (run / RECIPE).is_file():
         file.unlink(missing_ok=True)
         return
-    text = recipe.read_text(encoding="utf-8")
-    head = f"# The best of a sweep, job {job.number}: {best_command(directory.path)}\n"
+    text = (run / RECIPE).read_text(encoding="utf-8")
+    head = f"# The best of a sweep, job {run.name}: {best_command(directory.path)}\n"
     package, _, rest = text.partition("\n")  # Hydra wants its own comment on line 1
     with translated_disk_errors(file):
         file.parent.mkdir(exist_ok=True)

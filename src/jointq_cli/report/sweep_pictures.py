@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from jointq_cli.records import RunReport
-from jointq_cli.report import summary, units
+from jointq_cli.report import units
 from jointq_cli.report.canvas import INK, WIDE, Canvas, Picture, fits_log_axis, log_ticks, look
 from jointq_cli.report.sheet import tails
-from jointq_cli.report.sweep_sheet import SweepJob, best
+from jointq_cli.report.sweep_jobs import Measured, SweepJob, best
 
 LEAST_POINTS = 3  # of a curve
 MOST_TICKS = 12
 WIDE_RANGE = 8  # ratio of the largest to the smallest value from which on the axis is logarithmic
-Figure = Callable[[RunReport], tuple[float, float]]  # value and standard error
+Figure = Callable[[Measured], tuple[float, float]]  # value and standard error
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,21 @@ def draw_sweep(jobs: Sequence[SweepJob]) -> list[Picture]:
     if axis is None:
         return []
     marked = best(jobs)
-    return [
-        _curves(f"Perplexity over {axis.name}", "perplexity", _perplexity, axis, measured, marked),
-        _curves(f"KL divergence over {axis.name}", "nats per token", _divergence, axis, measured, marked),
-    ]
+    pictures = [_curves(f"Perplexity over {axis.name}", "perplexity", _perplexity, axis, measured, marked)]
+    if all(job.measured and job.measured.comparison for job in measured):
+        title = f"KL divergence over {axis.name}"
+        pictures.append(_curves(title, "nats per token", _divergence, axis, measured, marked))
+    return pictures
 
 
-def _perplexity(report: RunReport) -> tuple[float, float]:
-    return report.quantized.value, summary.perplexity_increase_error(report) * report.original.value
+def _perplexity(measured: Measured) -> tuple[float, float]:
+    value, comparison = measured.perplexity.value, measured.comparison
+    return value, value * (comparison.nll_increase_standard_error if comparison else math.nan)
 
 
-def _divergence(report: RunReport) -> tuple[float, float]:
-    return report.comparison.kl_divergence, report.comparison.kl_divergence_standard_error
+def _divergence(measured: Measured) -> tuple[float, float]:
+    assert measured.comparison is not None
+    return measured.comparison.kl_divergence, measured.comparison.kl_divergence_standard_error
 
 
 def _axis(jobs: Sequence[SweepJob]) -> _Axis | None:
@@ -85,19 +87,19 @@ def _curves(
 ) -> Picture:
     lines = _lines(jobs, axis)
     drawn = [job for members in lines.values() for job in members]
-    values = [figure(job.report)[0] for job in drawn if job.report]
+    values = [figure(job.measured)[0] for job in drawn if job.measured]
     with Canvas(WIDE) as canvas:
         axes = canvas.axes
         for index, (label, members) in enumerate(lines.items()):
             colour, marker = look(index)
-            points = [(axis.values[job.number], *figure(job.report)) for job in members if job.report]
+            points = [(axis.values[job.number], *figure(job.measured)) for job in members if job.measured]
             x, y, errors = map(list, zip(*points, strict=True))
             axes.errorbar(
                 x, y, yerr=errors, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.2,
                 elinewidth=1.0, label=label or None,
             )  # fmt: skip
-        if marked is not None and marked.report is not None and marked.number in axis.values:
-            value = figure(marked.report)[0]
+        if marked is not None and marked.measured is not None and marked.number in axis.values:
+            value = figure(marked.measured)[0]
             at = axis.values[marked.number]
             axes.plot([at], [value], marker="o", markersize=14, markerfacecolor="none", color=INK, linestyle="none")
         _values_below(axes, axis)
@@ -126,7 +128,10 @@ def _caption(figure: Figure, jobs: Sequence[SweepJob]) -> str:
     circle = "; in the circle: the least perplexity"
     if figure is _divergence:
         return f"KL(original || quantised), ± one standard error over windows{circle}"
-    originals = sorted({units.significant(job.report.original.value) for job in jobs if job.report})
+    found = {job.measured.original_perplexity for job in jobs if job.measured and job.measured.original_perplexity}
+    if not found:
+        return circle.removeprefix("; ")
+    originals = map(units.significant, sorted(found))
     return f"± the standard error of the difference to the original, whose perplexity is {', '.join(originals)}{circle}"
 
 

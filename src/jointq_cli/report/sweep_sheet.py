@@ -1,57 +1,16 @@
-"""A sweep as rows: one job to a row while it runs, all of them as a sheet, which of them is best.
+"""A sweep as rows: one job to a row while it runs, and all of them as a sheet.
 
-Knows the records of jobs and of runs. Knows no markup and no terminal; what runs have in common is `sheet`'s.
+Knows jobs and what they measured. Knows no markup and no terminal; what runs have in common is `sheet`'s.
 """
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 
-from jointq_cli.errors import JointqError
-from jointq_cli.records import RunReport
-from jointq_cli.report import summary, units
-from jointq_cli.report.json_form import load_report
-from jointq_cli.report.runs import REPORT
+from jointq_cli.report import units
 from jointq_cli.report.sheet import BEST, GAP, MISSING, Cell, Grid, Sheet, tails
-from jointq_cli.sweep_directory import DONE, JobRecord, SweepDirectory
+from jointq_cli.report.sweep_jobs import SweepJob, best
+from jointq_cli.sweep_directory import DONE
 
 FIGURES = (("perplexity", 14), ("increase", 16), ("KL divergence", 19), ("time", 11))  # widths of a live row
-
-
-@dataclass(frozen=True)
-class SweepJob:
-    """A job, and what it measured once it is done."""
-
-    number: int
-    settings: dict[str, str]
-    record: JobRecord
-    report: RunReport | None
-
-    @property
-    def figure(self) -> float:
-        """Perplexity; what cannot be compared is infinite."""
-        value = self.report.quantized.value if self.report else math.inf
-        return value if math.isfinite(value) else math.inf
-
-
-def load_jobs(directory: SweepDirectory, numbers: Iterable[int] | None = None) -> list[SweepJob]:
-    """All jobs of a sweep, or some. A report that cannot be read counts as none."""
-    settings = directory.plan().settings
-    chosen = range(len(settings)) if numbers is None else numbers
-    return [_load_job(directory, number, settings[number]) for number in chosen]
-
-
-def best(jobs: Sequence[SweepJob]) -> SweepJob | None:
-    """The finished job of the least perplexity among those measured alike with most others; the first where two tie."""
-    finished = [job for job in jobs if job.figure < math.inf]
-    alike = [(job.report.protocol, job.report.model_hash) for job in finished if job.report]
-    if not alike:
-        return None
-    [(common, _)] = Counter(alike).most_common(1)
-    compared = [job for job, identity in zip(finished, alike, strict=True) if identity == common]
-    return min(compared, key=lambda job: job.figure)
 
 
 class Rows:
@@ -97,11 +56,12 @@ def make_sweep_sheet(name: str, jobs: Sequence[SweepJob]) -> Sheet:
 
 def _headline(chosen: SweepJob | None, jobs: Sequence[SweepJob], done: int) -> str:
     so_far = "" if done == len(jobs) else f"{done} of {units.plural(len(jobs), 'job')} done. "
-    if chosen is None or chosen.report is None:
+    if chosen is None or chosen.measured is None:
         return f"{so_far}No perplexity to compare."
     at = ", ".join(f"{head}={value}" for head, value in _told(chosen))
     perplexity, increase = _figures(chosen)[:2]
-    return f"{so_far}Least perplexity in job {chosen.number}{f' ({at})' if at else ''}: {perplexity}, {increase}."
+    against = f", {increase}" if chosen.measured.comparison else ""
+    return f"{so_far}Least perplexity in job {chosen.number}{f' ({at})' if at else ''}: {perplexity}{against}."
 
 
 def _told(job: SweepJob) -> Iterable[tuple[str, str]]:
@@ -109,13 +69,14 @@ def _told(job: SweepJob) -> Iterable[tuple[str, str]]:
 
 
 def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
-    protocols = {job.report.protocol.line() for job in jobs if job.report}
-    models = {job.report.model_hash for job in jobs if job.report}
+    protocols = {job.measured.protocol.line() for job in jobs if job.measured}
+    originals = {job.measured.original for job in jobs if job.measured}
     notes = [f"protocol: {line}" for line in sorted(protocols)]
-    if len(protocols) > 1 or len(models) > 1:
+    if len(protocols) > 1 or len(originals) > 1:
         notes.append("these jobs were not all measured alike: only figures of one model and protocol compare")
     if chosen is not None:
         notes.append(f"{BEST.strip()} the least perplexity; chosen on this text, it is a little too good for any other")
+    if any(job.measured and job.measured.comparison for job in jobs):
         notes.append("increase: against the original, ± the standard error of the paired difference")
     return notes
 
@@ -136,8 +97,9 @@ def _grid(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> Grid:
 
 def _cells(job: SweepJob, is_best: bool) -> list[Cell]:
     perplexity, increase, divergence, time = _figures(job)
-    top1 = units.percent(job.report.comparison.top1_agreement) if job.report else MISSING
-    bits = units.significant(job.report.bits_per_weight, 3) if job.report else MISSING
+    measured = job.measured
+    top1 = units.percent(measured.comparison.top1_agreement) if measured and measured.comparison else MISSING
+    bits = units.significant(measured.bits_per_weight, 3) if measured and measured.bits_per_weight else MISSING
     mark = BEST if is_best else " " * len(BEST)
     texts = [increase, divergence, top1, bits, time, job.record.state]
     return [Cell(perplexity + mark, is_best), *map(Cell, texts)]
@@ -145,25 +107,17 @@ def _cells(job: SweepJob, is_best: bool) -> list[Cell]:
 
 def _figures(job: SweepJob) -> list[str]:
     """The texts of FIGURES."""
-    if job.report is None:
-        return [MISSING, MISSING, MISSING, units.duration(job.record.seconds) if job.record.seconds else MISSING]
-    quantized, comparison = job.report.quantized, job.report.comparison
-    return [
-        units.plus_minus(quantized.value, quantized.standard_error),
-        units.change(summary.perplexity_increase(job.report), summary.perplexity_increase_error(job.report)),
-        units.plus_minus(comparison.kl_divergence, comparison.kl_divergence_standard_error),
-        units.duration(job.record.seconds or summary.total_seconds(job.report)),
-    ]
+    measured = job.measured
+    seconds = job.record.seconds or (measured.seconds if measured else 0)
+    time = units.duration(seconds) if seconds else MISSING
+    if measured is None:
+        return [MISSING, MISSING, MISSING, time]
+    perplexity = units.plus_minus(measured.perplexity.value, measured.perplexity.standard_error)
+    if (comparison := measured.comparison) is None:
+        return [perplexity, MISSING, MISSING, time]
+    divergence = units.plus_minus(comparison.kl_divergence, comparison.kl_divergence_standard_error)
+    return [perplexity, units.change(*measured.increase), divergence, time]
 
 
 def _keys(settings: Sequence[dict[str, str]]) -> list[str]:
     return list(dict.fromkeys(key for job in settings for key in job))
-
-
-def _load_job(directory: SweepDirectory, number: int, settings: dict[str, str]) -> SweepJob:
-    record = directory.record(number)
-    report = None
-    if record.state == DONE:  # any other report is that of an earlier attempt
-        with suppress(JointqError):
-            report = load_report(directory.run(number) / REPORT)
-    return SweepJob(number, settings, record, report)
