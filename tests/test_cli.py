@@ -634,7 +634,7 @@ ROWS = [
     {"collecting"},
     {"plan", "block", "run_directory", "workspace", "evaluation", "simulation"},
     {"shapes", "catalogue"},
-    {"calibration", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
+    {"calibration", "tokens", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
     {
         "passes",
         "kernels",
@@ -647,10 +647,11 @@ ROWS = [
         "pydoc_text",
         "speeds",
         "hashes",
+        "tokenizer",
     },
     {"store", "machine", "records"},
     {"team", "processes", "inventory"},
-    {"contents", "locks", "errors", "resources", "__init__"},
+    {"contents", "disk", "locks", "errors", "resources", "__init__"},
 ]
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from jointq_cli import inventory
 from jointq_cli.contents import CONTENTS
+from jointq_cli.disk import link_files
 from jointq_cli.inventory import entries
 from jointq_cli.main import main
-from jointq_cli.store import Artifact, Store, link_files
+from jointq_cli.store import Artifact, Store
 
 DAY = 86400.0
 

@@ -1,27 +1,22 @@
 """From text to tokens: the windows that a model is calibrated on, and the one long text it is evaluated on.
 
-Knows tokenizers, how windows are cut, and the file in which they are frozen. Knows no model and no device,
-and not where text comes from. No padding anywhere: a window is `seqlen` consecutive tokens of real text.
+Knows how windows are cut. Knows no model and no device, and not where text comes from. No padding anywhere: a window is
+`seqlen` consecutive tokens of real text.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from jointq_cli.errors import ConfigError, ModelError, ResourceError, TextError
+from jointq_cli.errors import ConfigError, TextError
 from jointq_cli.statistics import TokenWeights
 from jointq_cli.text import Corpus, TextSource, read, text_hash
+from jointq_cli.tokenizer import tokenizer_hash
+from jointq_cli.tokens import Tokens, load_tokens
 
 if TYPE_CHECKING:  # transformers takes more than a second to import
     from transformers import PreTrainedTokenizerBase
@@ -109,33 +104,6 @@ class Calibration(TextSource):
     def of_tokens_alone(self) -> "Calibration":
         """The same tokens, with nothing said about what becomes of them."""
         return replace(self, inputs="original", token_weighting="uniform", token_power=0.0, first_token_weight=1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Calibration windows (num_samples, seqlen) int64, and where they come from."""
-
-    windows: Tensor
-    provenance: dict[str, str]
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 of shape and ids, 64 hex digits."""
-        digest = hashlib.sha256(repr(tuple(self.windows.shape)).encode())
-        digest.update(self.windows.contiguous().numpy().astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    @property
-    def warning(self) -> str:
-        """What a person should know before trusting the windows; empty where there is nothing."""
-        return self.provenance.get("warning", "")
-
-    def describe(self) -> str:
-        """A line such as "pydoc/calibration 128 x 512 tokens concat_chunk seed 0 tokens=0123456789abcdef"."""
-        told = self.provenance
-        count, seqlen = self.windows.shape
-        text = f"{told['dataset']}/{told['split']} {count} x {seqlen} tokens"
-        return f"{text} {told['strategy']} seed {told['seed']} tokens={self.hash[:16]}"
 
 
 def calibration_tokens(config: Calibration, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
@@ -324,68 +292,6 @@ def _warning(config: Calibration, count: int, reading: Reading) -> str:
     return ""
 
 
-# --- frozen tokens
-
-
-def save_tokens(path: Path, tokens: Tokens) -> None:
-    """Freezes `tokens`: safetensors with `windows`, and the provenance as JSON; the same bytes each time.
-
-    Raises ResourceError when the file cannot be written.
-    """
-    # One metadata key only: safetensors writes several in no fixed order.
-    metadata = {"provenance": json.dumps(tokens.provenance, sort_keys=True)}
-    content = save({"windows": tokens.windows.contiguous()}, metadata)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            scratch.unlink()
-        raise ResourceError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def load_tokens(path: Path, tokenizer: "PreTrainedTokenizerBase | None") -> Tokens:
-    """Reads what `save_tokens` wrote. With a tokenizer, the tokens must be that tokenizer's.
-
-    Raises TextError when the file is missing, is not of this kind, or belongs to another tokenizer.
-    """
-    windows, provenance = _read_frozen(path)
-    if windows.dtype != torch.int64 or windows.dim() != 2 or not windows.numel():
-        shape = f"{windows.dtype} of shape {tuple(windows.shape)}"
-        raise _bad_file(path, f"windows must be int64 of shape (number, tokens), not {shape}")
-    if tokenizer is not None:
-        _check_tokenizer(path, windows, provenance, tokenizer)
-    return Tokens(windows, provenance)
-
-
-def _read_frozen(path: Path) -> tuple[Tensor, dict[str, str]]:
-    if not path.is_file():
-        raise _bad_file(path, "no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            provenance = json.loads((file.metadata() or {})["provenance"])
-            return file.get_tensor("windows"), {str(key): str(value) for key, value in provenance.items()}
-    except OSError as error:
-        raise _bad_file(path, f"cannot be read ({error.strerror or error})") from error
-    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
-        rule = "is not a file of frozen tokens, as `jointq calibrate` writes them"
-        raise _bad_file(path, rule) from error
-
-
-def _check_tokenizer(
-    path: Path, windows: Tensor, provenance: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
-) -> None:
-    theirs, ours = provenance.get("tokenizer_sha256", "unknown"), tokenizer_hash(tokenizer)
-    if theirs != ours:
-        raise _bad_file(path, f"was made with tokenizer {theirs[:16]}, but the model's is {ours[:16]}")
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= len(tokenizer):
-        last = len(tokenizer) - 1
-        raise _bad_file(path, f"has ids from {low} to {high}, but the tokenizer knows 0 to {last}")
-
-
 def _frozen(config: Calibration, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
     path = Path(config.tokens or "").expanduser()
     tokens = load_tokens(path, tokenizer)
@@ -398,48 +304,3 @@ def _frozen(config: Calibration, tokenizer: "PreTrainedTokenizerBase") -> Tokens
         asked = f"calibration.num_samples={config.num_samples}"
         provenance["warning"] = f"{asked}: {path.name} has only {count} windows"
     return Tokens(tokens.windows[:taken], provenance)
-
-
-def _bad_file(path: Path, rule: str) -> TextError:
-    return TextError(f"calibration.tokens={path}: {rule}")
-
-
-# --- tokenizers
-
-
-def load_tokenizer(directory: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint directory; never from the hub. Raises ModelError when there is none."""
-    from transformers import AutoTokenizer
-
-    if not any(directory.glob("*token*")) and not (directory / "vocab.json").is_file():
-        raise ModelError(f"{directory}: has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    # A damaged file gives whatever its parser raises; the Rust one raises plain Exception.
-    except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({said})") from error
-    # Without its vocabulary file, transformers makes a tokenizer out of the special tokens alone.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ModelError(f"{directory}: the tokenizer has no vocabulary; its tokenizer.json is missing")
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256, 64 hex digits, of all that decides which ids a text gets; the same wherever the files lie.
-
-    Left out: names, paths, chat template, and padding and truncation, which are never used here.
-    """
-    state = {"rules": _rules(tokenizer), "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _rules(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # written in Python: its vocabulary, and what it does around a text
-        around = tokenizer("a", verbose=False)["input_ids"]
-        return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "around": around}
-    rules: dict[str, Any] = json.loads(backend.to_str())
-    return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}

@@ -20,11 +20,11 @@ from torch import Tensor
 from jointq_cli.block import Block, Layer, Stream
 from jointq_cli.checkpoint import read_rows, save_tensors
 from jointq_cli.collecting import Collector
+from jointq_cli.disk import write_atomically
 from jointq_cli.model import StreamedModel
 from jointq_cli.passes import stops
 from jointq_cli.plan import Plan
 from jointq_cli.statistics import HeldOut, Statistics, packed, packed_size, unpacked
-from jointq_cli.store import write_atomically
 from jointq_cli.team import ALONE, Team
 
 

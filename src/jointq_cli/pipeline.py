@@ -17,10 +17,10 @@ import torch
 
 from jointq_cli import rotation_stages
 from jointq_cli.assembly import audit
-from jointq_cli.calibration import Tokens, load_tokenizer, save_tokens
 from jointq_cli.caveats import caveats
 from jointq_cli.checkpoint import file_hashes
 from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
+from jointq_cli.disk import link_files, translated_disk_errors
 from jointq_cli.errors import TeamError
 from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity, protocol
 from jointq_cli.interrupts import deferred
@@ -37,8 +37,10 @@ from jointq_cli.runtime import Runtime
 from jointq_cli.shapes import shapes_of
 from jointq_cli.sources import ModelSource
 from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
-from jointq_cli.store import Store, link_files, translated_disk_errors
+from jointq_cli.store import Store
 from jointq_cli.team import ALONE, Team
+from jointq_cli.tokenizer import load_tokenizer
+from jointq_cli.tokens import Tokens, save_tokens
 
 
 def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = ALONE) -> RunReport | None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from jointq_cli import machine, rotation_stages
-from jointq_cli.calibration import Calibration, Tokens
+from jointq_cli.calibration import Calibration
 from jointq_cli.catalogue import Catalogue, NotRead, NotThere, Unread
 from jointq_cli.caveats import caveats
 from jointq_cli.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ from jointq_cli.sources import ModelSource, fetch
 from jointq_cli.speeds import measure_speeds
 from jointq_cli.stages import Quantized, Stages, selected_layers
 from jointq_cli.text import HUB
+from jointq_cli.tokens import Tokens
 from jointq_cli.workspace import finished_blocks
 
 ARTIFACTS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from jointq_cli.calibration import Tokens
 from jointq_cli.checkpoint import Checkpoint, file_hash, save_tensors
 from jointq_cli.config import Recipe
+from jointq_cli.disk import write_atomically
 from jointq_cli.errors import ConfigError
 from jointq_cli.model import StreamedModel
 from jointq_cli.records import Course, RotationRecord
@@ -23,7 +23,8 @@ from jointq_cli.rotation.learning import Watch
 from jointq_cli.rotation.reservoir import Reservoir, collect
 from jointq_cli.rotation.sites import measure_sites
 from jointq_cli.stages import Stages, mark
-from jointq_cli.store import Artifact, write_atomically
+from jointq_cli.store import Artifact
+from jointq_cli.tokens import Tokens
 
 LEAST_TOKENS = 64  # of which an eighth is measured with
 _RECORD = "rotation.json"

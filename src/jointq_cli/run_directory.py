@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from jointq_cli import machine
-from jointq_cli.store import translated_disk_errors, write_atomically
+from jointq_cli.disk import translated_disk_errors, write_whole
 
 MADE = (
     "rotation/*.safetensors",
@@ -156,13 +156,3 @@ class RunDirectory:
 
     def write(self, path: Path, text: str) -> None:
         write_whole(path, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Puts `text` at `path` as UTF-8, whole or not at all. Raises ResourceError."""
-    with translated_disk_errors(path):
-        write_atomically(path, lambda scratch: _write_text(scratch, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")

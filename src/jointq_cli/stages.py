@@ -18,15 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jointq_cli.assembly import assemble
 from jointq_cli.blockwise import quantize_blocks
-from jointq_cli.calibration import (
-    Calibration,
-    Tokens,
-    calibration_tokens,
-    evaluation_ids,
-    load_tokens,
-    save_tokens,
-    tokenizer_hash,
-)
+from jointq_cli.calibration import Calibration, calibration_tokens, evaluation_ids
 from jointq_cli.checkpoint import Checkpoint, file_hash, read_rows, save_tensors
 from jointq_cli.config import Recipe
 from jointq_cli.evaluation import Evaluation, ScoredWindows, Scores, cut_windows, final_hidden, score
@@ -45,6 +37,8 @@ from jointq_cli.sources import ModelSource, fetch
 from jointq_cli.store import Artifact, Store
 from jointq_cli.team import ALONE, Team
 from jointq_cli.text import HUB
+from jointq_cli.tokenizer import tokenizer_hash
+from jointq_cli.tokens import Tokens, load_tokens, save_tokens
 from jointq_cli.workspace import Workspace
 
 

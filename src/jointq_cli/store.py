@@ -7,13 +7,11 @@ a run computes, how loudly and into which directory is no part of a key.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jointq_cli.contents import CONTENTS, find_damage, write_contents
+from jointq_cli.disk import sync, sync_tree, translated_disk_errors
 from jointq_cli.errors import ResourceError
 from jointq_cli.inventory import (
     MARKER,
@@ -197,9 +196,9 @@ class Store:
             scratch.mkdir(parents=True, exist_ok=True)
             make(scratch)
             write_contents(scratch)
-            _sync_tree(scratch)
+            sync_tree(scratch)
             os.rename(scratch, final)
-            _sync(self.root)
+            sync(self.root)
         return True
 
     def _make_room(self, stage: str, name: str, room: int) -> bool:
@@ -258,56 +257,6 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(scratch file)`, then rename over `path`: readers see the old file or the new one, never a part."""
-    # Of this thread alone: two that write the same file must not rename each other's.
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        write(scratch)
-        _sync(scratch)
-        os.replace(scratch, path)
-    finally:  # also after a rename onto another link of the same file, which leaves both names
-        scratch.unlink(missing_ok=True)
-
-
-def link_files(source: Path, target: Path, pattern: str = "*") -> None:
-    """The files of directory `source`, and nothing else, in `target`: weights as hard links where the disk allows.
-
-    A weight file is never edited in place, so it may be shared with the store; a config.json may well be.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    files = sorted(source.glob(pattern))
-    for old in target.iterdir():  # of an earlier run into this directory
-        if old.name not in {file.name for file in files}:
-            old.unlink()
-    for file in files:
-        write_atomically(target / file.name, functools.partial(_link_or_copy, file))
-
-
-def _link_or_copy(file: Path, scratch: Path) -> None:
-    scratch.unlink(missing_ok=True)
-    if file.suffix == ".safetensors":
-        with contextlib.suppress(OSError):  # another file system, or one without links
-            os.link(file, scratch)
-            return
-    shutil.copyfile(file, scratch)
-
-
-@contextlib.contextmanager
-def translated_disk_errors(path: Path) -> Any:
-    """Turns the errors of a full, read-only or forbidden disk into a ResourceError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"{error.filename or path}: the disk is full; what was finished is kept") from error
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise ResourceError(f"{error.filename or path}: the file system has no locks ({error.strerror})") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise ResourceError(f"{error.filename or path}: cannot be written ({error.strerror})") from error
-        raise
-
-
 def _canonical(value: object) -> Any:
     """JSON that tells apart what may compute differently: the type of a dataclass is part of it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -320,16 +269,3 @@ def _canonical(value: object) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a store key cannot hold a {type(value).__name__}")
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

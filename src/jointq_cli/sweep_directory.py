@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jointq_cli.disk import translated_disk_errors, write_whole
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.locks import Kind, Lock, is_locked, try_lock
-from jointq_cli.run_directory import write_whole
-from jointq_cli.store import code_version, translated_disk_errors
+from jointq_cli.store import code_version
 
 PLAN, JOB, LOCK = "sweep.json", "job.json", ".job.lock"
 LOOK_EVERY = 0.5  # seconds between two looks at a lock

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from jointq_cli.checkpoint import read_rows, save_tensors
+from jointq_cli.disk import write_atomically
 from jointq_cli.grid import QuantizedWeight
 from jointq_cli.records import BlockRecord, LayerRecord
-from jointq_cli.store import write_atomically
 
 HIDDEN = "hidden.safetensors"
 

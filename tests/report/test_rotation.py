@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jointq_cli.records import Course, RotationRecord, RunReport, Simulation
-from jointq_cli.report import Console, encode, lines, load_record, load_report, summary, write_report
+from jointq_cli.report import Console, encode, lines, load_record, load_report, rotation_summary, summary, write_report
 from jointq_cli.report.markdown import render_markdown
 from jointq_cli.report.page import render_page
 from jointq_cli.run_directory import RunDirectory
@@ -96,7 +96,7 @@ def test_rotations_that_stayed_where_they_started_are_a_problem(
 
 
 def test_a_rotation_that_was_not_to_be_learned_is_no_problem(record: RotationRecord) -> None:
-    assert summary.rotation_problems(replace(record, courses=[])) == []
+    assert rotation_summary.problems(replace(record, courses=[])) == []
 
 
 @pytest.mark.parametrize(("ratio", "told"), [(0.5, False), (1.49, False), (1.51, True), (300.0, True)])
@@ -111,8 +111,8 @@ def test_a_rotated_model_that_rounds_more_than_the_original_is_a_problem(
 
 def test_in_float32_there_is_no_rounding_to_compare_with(record: RotationRecord) -> None:
     exact = replace(record, invariance=replace(record.invariance, rounding=0.0, dtype="float32"))
-    assert summary.rotation_problems(exact) == []
-    assert "rounding" not in {figure.label for figure in summary.rotation_figures(exact)}
+    assert rotation_summary.problems(exact) == []
+    assert "rounding" not in {figure.label for figure in rotation_summary.figures(exact)}
 
 
 def test_problems_of_a_rotation_are_told_in_every_form(rotated: RunReport, record: RotationRecord) -> None:
@@ -142,4 +142,4 @@ def test_the_closing_of_a_rotation_tells_how_it_was_found_and_what_it_does(recor
 
 def test_nothing_is_told_of_a_growth_that_there_is_not(record: RotationRecord) -> None:
     same = replace(record, rotated_bytes=record.source_bytes + 4000)  # other shards have other headers
-    assert "weights" not in dict(summary.rotation_provenance(same))
+    assert "weights" not in dict(rotation_summary.provenance(same))

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from jointq_cli.disk import write_whole
 from jointq_cli.errors import JointqError
 from jointq_cli.report import Console
 from jointq_cli.report.markdown import render_sheet
 from jointq_cli.report.runs import find_runs, load_runs
 from jointq_cli.report.sheet import Sheet, make_sheet
 from jointq_cli.report.side_by_side import Run
-from jointq_cli.run_directory import write_whole
 
 PAGE = "compare.html"
 

@@ -5,8 +5,8 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from jointq_cli.disk import write_whole
 from jointq_cli.errors import JointqError
-from jointq_cli.run_directory import write_whole
 
 JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 

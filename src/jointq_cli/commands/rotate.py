@@ -5,7 +5,7 @@ from jointq_cli.errors import JointqError
 from jointq_cli.launch import Job, launch
 from jointq_cli.pipeline import rotate
 from jointq_cli.report import Console
-from jointq_cli.report.summary import rotation_problems
+from jointq_cli.report.rotation_summary import problems
 from jointq_cli.run_directory import RunDirectory
 
 
@@ -19,6 +19,6 @@ def run(recipe: RotateRecipe, job: Job) -> None:
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
     with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
-        found = rotation_problems(rotate(recipe, directory, console, job.team))
+        found = problems(rotate(recipe, directory, console, job.team))
         if found:
             raise JointqError(f"{'; '.join(found)}; see {directory.rotation}")

@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from jointq_cli import inventory
+from jointq_cli.disk import translated_disk_errors
 from jointq_cli.errors import JointqError
 from jointq_cli.inventory import Entry
 from jointq_cli.report import Console, stock
 from jointq_cli.report.sheet import Sheet
-from jointq_cli.store import translated_disk_errors
 
 WORDS = {
     "ls": "every artifact: its size, when it was made and last used, its state",

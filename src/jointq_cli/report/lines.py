@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
-from jointq_cli.report import summary, units
+from jointq_cli.report import rotation_summary, summary, units
 from jointq_cli.report.pace import Pace
 
 # Heading and width of what follows a layer's name, each right-aligned behind two blanks but the last.
@@ -99,7 +99,7 @@ class Closing:
 
     verdict: str
     problems: list[str]  # what speaks against the result
-    figures: list[summary.KeyFigure]
+    figures: list[units.KeyFigure]
     details: list[tuple[str, str]]  # (label, value)
     next_steps: list[tuple[str, str]]  # where the results lie, and what to do with them
 
@@ -136,10 +136,10 @@ def closing_of_run(report: RunReport, run_directory: Path) -> Closing:
 def closing_of_rotation(record: RotationRecord, run_directory: Path) -> Closing:
     """What `jointq rotate` ends with."""
     return Closing(
-        verdict=summary.rotation_headline(record),
-        problems=summary.rotation_problems(record),
-        figures=summary.rotation_figures(record),
-        details=summary.rotation_provenance(record),
+        verdict=rotation_summary.headline(record),
+        problems=rotation_summary.problems(record),
+        figures=rotation_summary.figures(record),
+        details=rotation_summary.provenance(record),
         next_steps=[("results", str(run_directory)), ("the basis", str(run_directory / "rotation"))],
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from jointq_cli.store import translated_disk_errors
+from jointq_cli.disk import translated_disk_errors
 
 # Libraries whose loggers end at their own handler, so that the root logger never hears them.
 PRIVATE_LOGGERS = ("transformers", "datasets", "huggingface_hub", "accelerate")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from jointq_cli.records import LayerRecord, RunReport
-from jointq_cli.report import lines, summary, units
+from jointq_cli.report import lines, rotation_summary, summary, units
 from jointq_cli.report.sheet import Grid, Sheet
 
 WORST = 10  # layers; layers.csv has them all
@@ -65,8 +65,8 @@ def _basis(report: RunReport) -> list[str]:
     parts = ["## Stored and simulated", _inline(summary.stored_and_simulated(report))]
     if report.rotation is None:
         return parts
-    figures = [(figure.label, figure.value, figure.detail) for figure in summary.rotation_figures(report.rotation)]
-    found = [(what, value, "") for what, value in summary.rotation_provenance(report.rotation)]
+    figures = [(figure.label, figure.value, figure.detail) for figure in rotation_summary.figures(report.rotation)]
+    found = [(what, value, "") for what, value in rotation_summary.provenance(report.rotation)]
     return [*parts, _table(("new basis", "value", "remark"), [*figures, *found])]
 
 

@@ -5,7 +5,7 @@ import math
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jointq_cli.records import LayerRecord, RunReport
-from jointq_cli.report import lines, summary, units
+from jointq_cli.report import lines, rotation_summary, summary, units
 from jointq_cli.report.pictures import draw_pictures
 
 TEMPLATE = "page.html.jinja"
@@ -23,7 +23,7 @@ def render_page(report: RunReport) -> str:
         source="the rotated model" if report.rotation else "the source",
         basis=summary.basis(report),
         stored_and_simulated=summary.stored_and_simulated(report),
-        rotation_figures=summary.rotation_figures(report.rotation) if report.rotation else [],
+        rotation_figures=rotation_summary.figures(report.rotation) if report.rotation else [],
         kinds=summary.kind_summaries(report.layers),
         layer_verdicts=summary.layer_verdicts(report),
         rows=_rows(report.layers),

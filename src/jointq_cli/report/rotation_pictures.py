@@ -1,7 +1,7 @@
 """The pictures of a rotation: what it does to the activations over depth, and how R1 was learned."""
 
 from jointq_cli.records import Course, RotationRecord, Site
-from jointq_cli.report import summary
+from jointq_cli.report import rotation_summary
 from jointq_cli.report.canvas import FAINT, WIDE, Canvas, Picture, depth_axis, draw_over_depth, look
 
 
@@ -13,7 +13,7 @@ def draw_rotation(record: RotationRecord) -> list[Picture]:
 def _sites(sites: list[Site]) -> list[Picture]:
     if not sites:
         return []
-    before, after = summary.mean_sqnr(sites)
+    before, after = rotation_summary.mean_sqnr(sites)
     with Canvas(WIDE) as canvas:
         axes = canvas.axes
         tips: dict[str, list[str]] = {}

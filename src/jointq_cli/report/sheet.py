@@ -148,7 +148,7 @@ def _notes(runs: Sequence[Run], unfinished: Sequence[str], differences: Sequence
         *_calibration_note(runs),
         *([_told(last_blocks, runs)] if len(set(last_blocks.values)) > 1 else []),
         *(
-            f"only {_names(runs, indices)}: {units.plural(len(layers), 'layer')}, {summary.listed(layers)}"
+            f"only {_names(runs, indices)}: {units.plural(len(layers), 'layer')}, {units.listed(layers)}"
             for indices, layers in side_by_side.partial_layers(runs).items()
         ),
     ]

@@ -9,22 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointq_cli.records import IDENTICAL, Comparison, EvaluationReport, LayerRecord, RotationRecord, RunReport, Site
-from jointq_cli.report import units
+from jointq_cli.records import IDENTICAL, Comparison, EvaluationReport, LayerRecord, RunReport
+from jointq_cli.report import rotation_summary, units
+from jointq_cli.report.units import KeyFigure
 
 FALLBACK = "fallback"
 DAMPED = "damped"
-MOST_ROUNDING = 1.5  # x the original's own
-LEAST_MOVE = 1e-6  # of a rotation; its start, rounded to float32, has moved by 1e-7
-
-
-@dataclass(frozen=True)
-class KeyFigure:
-    """One measurement with the line that puts it into proportion."""
-
-    label: str
-    value: str
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -88,92 +78,12 @@ def explanation(report: RunReport) -> str:
     return " ".join(sentences)
 
 
-def rotation_headline(record: RotationRecord) -> str:
-    """What the new basis brings, in one line."""
-    before, after = mean_sqnr(record.sites)
-    return (
-        f"{' + '.join(_names(record))}: SQNR of activations at 4 bits "
-        f"{before:.1f} → {after:.1f} dB, logits the same within {record.invariance.merge:.1e}"
-    )
-
-
-def mean_sqnr(sites: list[Site]) -> tuple[float, float]:
-    """dB before and after, the mean over sites."""
-    count = max(1, len(sites))
-    return sum(site.sqnr_before for site in sites) / count, sum(site.sqnr_after for site in sites) / count
-
-
-def rotation_problems(record: RotationRecord) -> list[str]:
-    """What speaks against a rotation: one that rounds more than the original does, or that learned nothing."""
-    found = []
-    invariance = record.invariance
-    if invariance.rounding > 0 and invariance.stored > MOST_ROUNDING * invariance.rounding:
-        found.append(
-            f"the rotated model rounds {invariance.stored / invariance.rounding:.1f} x as much as the original in "
-            f"{invariance.dtype}"
-        )
-    idle = [course.name for course in record.courses if course.moved < LEAST_MOVE]
-    if idle:
-        found.append(f"nothing was learned for {listed(idle)}")
-    return found
-
-
-def rotation_figures(record: RotationRecord) -> list[KeyFigure]:
-    """One figure per kind of site, and what shows that the model is still the same."""
-    kinds = dict.fromkeys(site.name for site in record.sites)
-    figures = []
-    for kind in kinds:
-        sites = [site for site in record.sites if site.name == kind]
-        before, after = mean_sqnr(sites)
-        peak_before = statistics.mean(site.peak_before for site in sites)
-        peak_after = statistics.mean(site.peak_after for site in sites)
-        peaks = f"max/rms {peak_before:.1f} → {peak_after:.1f}"
-        figures.append(KeyFigure(f"SQNR of {kind}", f"{before:.1f} → {after:.1f} dB", peaks))
-    invariance = record.invariance
-    remark = f"relative error of the logits in float32, {invariance.tokens} tokens"
-    figures.append(KeyFigure("invariance", f"{invariance.merge:.1e}", remark))
-    if invariance.rounding > 0:
-        rounding = f"as stored in {invariance.dtype}; the original's own rounding {invariance.rounding:.1e}"
-        figures.append(KeyFigure("rounding", f"{invariance.stored:.1e}", rounding))
-    figures.append(KeyFigure("orthogonality", f"{record.orthogonality_error:.1e}", "largest |R R^T - I|"))
-    return figures
-
-
-def rotation_provenance(record: RotationRecord) -> list[tuple[str, str]]:
-    """How the basis was found, as (what, value)."""
-    courses = [course for course in record.courses if course.name == "R1"] or record.courses[:1]
-    learned = [
-        (
-            f"learned {course.name}",
-            f"{course.steps} steps, that of {course.best_step} kept; loss {units.significant(course.loss_before, 4)} → "
-            f"{units.significant(course.loss_after, 4)}, moved {units.significant(course.moved, 2)}",
-        )
-        for course in courses
-    ]
-    grown = record.rotated_bytes / record.source_bytes - 1 if record.source_bytes else 0.0
-    growth = f"{units.size(record.rotated_bytes)}, {units.change(grown)} (input and output embeddings are untied)"
-    return [
-        ("rotation", record.rotation or "none"),
-        ("smoothing", record.smoothing or "none"),
-        *(("built of", text) for text in record.constructions),
-        *learned,
-        *([("weights", growth)] if grown > 0.001 else []),
-        *_online(record),
-        ("basis hash", record.hash),
-    ]
-
-
-def _online(record: RotationRecord) -> list[tuple[str, str]]:
-    needed = "needed whenever the model runs, so plain transformers refuses the checkpoint"
-    return [("online", f"{name}: {needed}") for name in record.online]
-
-
 def basis(report: RunReport) -> list[tuple[str, str]]:
     """Rotation and simulation of a run, where there are any."""
     found = []
     if report.rotation is not None:
-        found.append(("rotation", rotation_headline(report.rotation)))
-        found += _online(report.rotation)
+        found.append(("rotation", rotation_summary.headline(report.rotation)))
+        found += rotation_summary.online(report.rotation)
     if report.simulation is not None:
         found.append(("simulated", f"{report.simulation.activations}; not in the checkpoint"))
     return found
@@ -183,7 +93,7 @@ def stored_and_simulated(report: RunReport) -> str:
     """What of the result is in the checkpoint, and what only in the figures."""
     stored = f"In the checkpoint: weights of {units.significant(report.bits_per_weight, 3)} bits, dequantised"
     if report.rotation is not None:
-        stored += f", in a basis that is absorbed ({'; '.join(_names(report.rotation))})"
+        stored += f", in a basis that is absorbed ({'; '.join(rotation_summary.names(report.rotation))})"
         if report.rotation.online:
             stored += f" but for {' and '.join(report.rotation.online)}, which must run online: transformers refuses it"
     if report.simulation is None:
@@ -192,10 +102,6 @@ def stored_and_simulated(report: RunReport) -> str:
         f"{stored}. Simulated while the perplexity was measured, and not in the checkpoint: activations "
         f"{report.simulation.activations}."
     )
-
-
-def _names(record: RotationRecord) -> list[str]:
-    return [name for name in (record.smoothing, record.rotation) if name]
 
 
 def within_noise(report: RunReport) -> bool:
@@ -213,9 +119,9 @@ def problems(report: RunReport) -> list[str]:
         found.append(f"the quantised model's perplexity is {report.quantized.value}")
     fallbacks = [layer.name for layer in report.layers if layer.verdict == FALLBACK]
     if fallbacks:
-        found.append(f"{units.plural(len(fallbacks), 'layer')} fell back to RTN: {listed(fallbacks)}")
+        found.append(f"{units.plural(len(fallbacks), 'layer')} fell back to RTN: {units.listed(fallbacks)}")
     if report.rotation is not None:
-        found += rotation_problems(report.rotation)
+        found += rotation_summary.problems(report.rotation)
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
     return found
@@ -225,7 +131,7 @@ def audit_verdict(report: RunReport) -> str:
     """The audit in one line: counts, and the first names of what is wrong."""
     audit = report.audit
     wrong = [
-        f"{len(names)} {what} ({listed(names)})"
+        f"{len(names)} {what} ({units.listed(names)})"
         for what, names in (
             ("missing", audit.missing),
             ("unexpected", audit.unexpected),
@@ -344,9 +250,3 @@ def provenance(report: RunReport) -> list[tuple[str, str]]:
 
 def _badness(layer: LayerRecord) -> float:
     return layer.output_error if math.isfinite(layer.output_error) else math.inf
-
-
-def listed(names: list[str], limit: int = 3) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"

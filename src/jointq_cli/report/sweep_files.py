@@ -9,12 +9,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from jointq_cli.disk import translated_disk_errors, write_whole
 from jointq_cli.report.markdown import render_sheet
 from jointq_cli.report.runs import RECIPE, REPORT
 from jointq_cli.report.sweep_jobs import SweepJob, best, load_jobs
 from jointq_cli.report.sweep_sheet import make_sweep_sheet
-from jointq_cli.run_directory import write_whole
-from jointq_cli.store import translated_disk_errors
 from jointq_cli.sweep_directory import SweepDirectory
 
 BEST = "best"  # the recipe's name

@@ -228,7 +228,7 @@ def _live_line(rich: Rich) -> Progress:
     )
 
 
-def _figures(figures: list[summary.KeyFigure]) -> Table:
+def _figures(figures: list[units.KeyFigure]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(min_width=LABEL_WIDTH)
     for figure in figures:

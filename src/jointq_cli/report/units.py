@@ -1,10 +1,20 @@
 """Numbers as people read them: as many digits as mean something, and a unit. Knows nothing of reports."""
 
 import math
+from dataclasses import dataclass
 
 SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 AGES = (("d", 86400), ("h", 3600), ("min", 60))  # used from two on
 COUNTS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One measurement with the line that puts it into proportion."""
+
+    label: str
+    value: str
+    detail: str
 
 
 def significant(value: float, digits: int = 4) -> str:
@@ -127,3 +137,9 @@ def _decimals(value: float, digits: int) -> int:
     if value == 0:
         return 1
     return max(0, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
