@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from tiny_models import edit_config, write_checkpoint, write_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_models import GROUPED, edit_config, write_checkpoint, write_tokenizer
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from jointq_cli import checkpoint, machine, pipeline, planning, stages
 from jointq_cli.caveats import LEAST_SCORED
@@ -212,6 +212,52 @@ def test_weights_that_changed_since_are_unknown_until_a_run_has_read_them(words:
     assert [states(words)[name] for name in MADE] == ["reused"] * 3
 
 
+def test_a_rotated_run_that_was_stopped_is_known_too(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*words, "rotation=hadamard"]
+
+    def stop(*given: Any, **named: Any) -> None:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "assemble", stop)
+        assert main(["quantize", *words, RUN]) == Interrupted.exit_code
+    stage = {stage.name: stage for stage in planned(words).stages}["quantize"]
+    assert stage.state == "continues after all blocks"
+    assert stage.disk > 0  # the checkpoint is yet to be written
+
+
+def test_a_damaged_artifact_is_to_make(words: list[str]) -> None:
+    quantized(words)
+    next(Path("out/store").glob("quantize-*/layers/*.json")).unlink()
+    assert states(words)["quantize"] == "to make"
+
+
+HESSIANS = ["quantizer=gptq", "quantizer.group_size=32", "calibration.inputs=original"]
+
+
+def test_hessians_of_the_original_are_not_those_of_its_rotation(words: list[str]) -> None:
+    words = [*words, *HESSIANS]
+    quantized(words)
+    assert "hessians" not in states(words)  # what they are for is there
+    assert states([*words, "quantizer.bits=2"])["hessians"] == "reused"
+    found = states([*words, "quantizer.bits=2", "rotation=hadamard"])
+    assert found["rotate"] == found["hessians"] == found["quantize"] == "to make"
+
+
+def test_whether_hessians_are_kept_is_counted_as_the_run_counts(words: list[str]) -> None:
+    words = [*words, *HESSIANS, "runtime.hessians_gb=0.00055"]
+    planned_stages = [name for name in states(words) if name != "run directory"]
+    assert planned_stages == [stage["name"] for stage in quantized(words)["stages"]]
+
+
+def test_an_evaluation_of_a_hubs_text_is_not_known_to_be_there_or_not(words: list[str]) -> None:
+    quantized(words)
+    outlook = planned([*words, "evaluation=wikitext2"])
+    found = {stage.name: stage.state for stage in outlook.stages}
+    assert [found[name] for name in MADE] == ["reused", "unknown", "unknown"]
+    assert any("evaluation.dataset=wikitext2" in note for note in outlook.notes)
+
+
 @pytest.mark.slow
 def test_a_run_does_not_believe_the_note(words: list[str], tmp_path: Path) -> None:
     mine = write_checkpoint(tmp_path / "mine")
@@ -390,6 +436,21 @@ def test_what_is_plenty_is_not_warned_of(words: list[str]) -> None:
     assert planned(words).warnings == []
 
 
+def test_a_short_text_is_not_said_to_be_cut(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("some words " * 20)
+    words = [*words, "evaluation=text", f"evaluation.path={tmp_path / 'short.txt'}", "evaluation.max_windows=1000"]
+    assert planned([*words, "evaluation.seqlen=32"]).warnings[-1].startswith("evaluation.path: only ")
+
+
+def test_run_directories_on_another_disk_have_their_own_room(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_one_disk", lambda recipe: False)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10**9 if "store" in str(path) else 10**5)
+    [warning] = [text for text in planned(words).warnings if "GB there" in text]
+    assert warning.startswith("output_dir=out: ")
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10**6 if "store" in str(path) else 10**9)
+    assert not [text for text in planned(words).warnings if text.startswith("output_dir")]
+
+
 def test_too_little_memory_and_disk_are_told_with_their_keys(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda: 10**8)
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**5)
@@ -409,6 +470,8 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest
     limit.write_text("3000\n")
     own = machine._status("VmRSS") or 0
     assert machine.available_memory() == pytest.approx(own + 2000, rel=0.05)
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {10**10}\n")  # what was read may go again
+    assert machine.available_memory() > min(free, 10**9)
 
 
 def test_a_place_that_is_not_there_has_its_parents_disk(tmp_path: Path) -> None:
@@ -456,6 +519,38 @@ def test_a_quantised_checkpoint_is_refused(
     assert "is quantised already" in capsys.readouterr().err
 
 
+def test_a_rotation_is_refused_also_where_texts_are_yet_to_be_fetched(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neox = write_checkpoint(tmp_path / "neox", "gpt_neox")
+    assert main(["plan", *words, f"model.path={neox}", "rotation=hadamard", "calibration=c4"]) == 1
+    assert "rotation: nobody has told jointq" in capsys.readouterr().err
+
+
+def test_a_part_of_a_model_of_the_hub_is_not_a_model(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tokenizer(tmp_path / "snapshot")
+    monkeypatch.setattr("jointq_cli.sources.snapshot_download", lambda *given, **named: str(tmp_path / "snapshot"))
+    assert main(["plan", *words, "model.path=acme/model"]) == 1
+    assert "not downloaded yet" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_that_sees_as_well_is_planned_as_it_is_run(words: list[str], tmp_path: Path) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**GROUPED, "head_dim": 16, "sliding_window": 8},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "seeing")
+    write_tokenizer(tmp_path / "seeing")
+    words = [*words, f"model.path={tmp_path / 'seeing'}"]
+    assert states(words)["quantize"] == "to make"
+    quantized(words)
+    assert states(words)["quantize"] == "reused"
+
+
 def test_a_hubs_texts_are_to_fetch_and_the_rest_is_told_all_the_same(words: list[str]) -> None:
     found = states([*words, "evaluation=wikitext2", "calibration=c4", "calibration.num_samples=4"])
     assert found["calibration tokens"] == found["evaluation tokens"] == "to fetch"
@@ -469,8 +564,14 @@ def test_a_gguf_file_that_no_run_has_converted_is_told(words: list[str], capsys:
 
 
 def test_a_sweep_is_no_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["plan", "-m", "quantizer.bits=2,3"]) in (1, USAGE_ERROR)
-    assert "without -m" in capsys.readouterr().err
+    for words in (["-m", "quantizer.bits=2,3"], ["hydra.mode=MULTIRUN", "quantizer.bits=2,3"]):
+        assert main(["plan", *words]) in (1, USAGE_ERROR)
+        assert "without -m" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_is_named_is_not_made(words: list[str], tmp_path: Path) -> None:
+    assert main(["plan", *words, "++hydra.run.dir=made"]) == 0
     assert list(tmp_path.iterdir()) == []
 
 

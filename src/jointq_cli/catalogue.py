@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.contents import looks_whole
 from jointq_cli.hashes import noted_hash
 from jointq_cli.inventory import artifact_path, partial_path
 from jointq_cli.store import Artifact, Store, artifact_key
@@ -64,7 +65,7 @@ class Catalogue(Store):
         key = artifact_key(stage, spec, inputs)
         name = f"{stage}-{key[:16]}"
         path, scratch = artifact_path(self.root, name), partial_path(self.root, name)
-        is_there = path.is_dir()
+        is_there = path.is_dir() and looks_whole(path)
         self.found = Finding(is_there, scratch if resumable and not is_there and scratch.is_dir() else None)
         return Artifact(path, key, reused=True) if is_there else Absent(key)
 
@@ -74,11 +75,9 @@ class Catalogue(Store):
         spec: object,
         inputs: list[str],
         make: Callable[[Path], None],
-        *,
-        resumable: bool = False,
         **how_it_is_made: Any,
     ) -> Artifact:
-        return self.reuse(stage, spec, inputs, make, resumable=resumable)
+        return self.reuse(stage, spec, inputs, make, **how_it_is_made)
 
     def has_any(self, stage: str) -> bool:
         """Whether there is, or has been begun, an artifact of this stage at all."""

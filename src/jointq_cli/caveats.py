@@ -6,6 +6,7 @@ Told by a plan and by the run itself, one line each, with the key to change. Kno
 from typing import Any
 
 from jointq_cli.config import Recipe
+from jointq_cli.evaluation import Evaluation
 from jointq_cli.model import StreamedModel
 from jointq_cli.shapes import Shapes
 
@@ -27,7 +28,7 @@ def caveats(
 
 
 def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:
-    config: Any = model.module.config
+    config: Any = model.module.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     lengths = {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}
     return [
@@ -50,12 +51,17 @@ def _few_tokens(calibrated: int, shapes: Shapes) -> str:
 def _short_text(recipe: Recipe, scored: int | None) -> str:
     if scored is None or scored >= LEAST_SCORED:
         return ""
-    key = "evaluation.max_windows" if recipe.evaluation.max_windows else f"evaluation.{_text_key(recipe)}"
-    return f"{key}: only {scored} tokens are scored, and perplexity needs some {LEAST_SCORED}; its error will be large"
+    key = "max_windows" if _is_cut(recipe.evaluation, scored) else "path" if recipe.evaluation.path else "dataset"
+    return (
+        f"evaluation.{key}: only {scored} tokens are scored, and perplexity needs some {LEAST_SCORED}; its error will "
+        "be large"
+    )
 
 
-def _text_key(recipe: Recipe) -> str:
-    return "path" if recipe.evaluation.path else "dataset"
+def _is_cut(evaluation: Evaluation, scored: int) -> bool:
+    """Whether more of the text could be scored: all windows that were asked for are there."""
+    of_a_window = (evaluation.stride or evaluation.seqlen) - 1  # the first token of a text is not scored
+    return evaluation.max_windows is not None and scored >= evaluation.max_windows * of_a_window
 
 
 def _untied(recipe: Recipe, model: StreamedModel, shapes: Shapes) -> str:

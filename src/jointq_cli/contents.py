@@ -20,7 +20,7 @@ CONTENTS = ".contents.json"  # in an artifact's directory; its own time is that 
 
 def write_contents(directory: Path) -> None:
     """Writes down what `directory` holds by now."""
-    files = {name: found for name, found in walk(directory) if name != CONTENTS}
+    files = _files(directory)
     with ThreadPoolExecutor() as pool:
         digests = pool.map(functools.partial(_file_digest, directory), files, files.values())
         listed = {
@@ -36,22 +36,20 @@ def find_damage(directory: Path) -> str | None:
 
     Reads every byte, but none twice in a process while size and time of its file stay the same.
     """
-    listed = _read(directory)
+    listed, found = _read(directory), _files(directory)
     if listed is None:
         return f"{CONTENTS} is missing or damaged"
-    found = {name: status for name, status in walk(directory) if name != CONTENTS}
-    for name in sorted(listed.keys() | found.keys()):
-        if name not in found:
-            return f"{name} is missing"
-        if name not in listed:
-            return f"{name} does not belong there"
-        if not stat.S_ISREG(found[name].st_mode):
-            return f"{name} is no file any more"
-        if found[name].st_size != listed[name]["size"]:
-            return f"{name} has {found[name].st_size} bytes, not {listed[name]['size']}"
+    if misfit := _misfit(listed, found):
+        return misfit
     with ThreadPoolExecutor() as pool:
         wrong = pool.map(functools.partial(_wrong_bytes, directory, listed), found, found.values())
         return next(filter(None, wrong), None)
+
+
+def looks_whole(directory: Path) -> bool:
+    """Whether names and sizes are those that were written; no file is read."""
+    listed = _read(directory)
+    return listed is not None and _misfit(listed, _files(directory)) is None
 
 
 def when_made(directory: Path) -> float | None:
@@ -75,6 +73,23 @@ def walk(directory: Path, prefix: str = "") -> Iterator[tuple[str, os.stat_resul
                     yield name, entry.stat(follow_symlinks=False)
             except FileNotFoundError:  # renamed or deleted since: who is at work there knows
                 continue
+
+
+def _files(directory: Path) -> dict[str, os.stat_result]:
+    return {name: status for name, status in walk(directory) if name != CONTENTS}
+
+
+def _misfit(listed: dict[str, dict[str, Any]], found: dict[str, os.stat_result]) -> str | None:
+    for name in sorted(listed.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in listed:
+            return f"{name} does not belong there"
+        if not stat.S_ISREG(found[name].st_mode):
+            return f"{name} is no file any more"
+        if found[name].st_size != listed[name]["size"]:
+            return f"{name} has {found[name].st_size} bytes, not {listed[name]['size']}"
+    return None
 
 
 def _load(directory: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from jointq_cli.quantizers import GPTQ, JointQ, Quantizer
 from jointq_cli.rotation import LearnedRotation
 from jointq_cli.shapes import Input, Shapes
 from jointq_cli.speeds import Speeds
+from jointq_cli.statistics import packed_size
 
 FLOAT, DOUBLE = 4, 8  # bytes
 KERNELS = 200e6  # bytes of the compiler and of what it compiles
@@ -106,22 +107,22 @@ class Load:
     def collects_ahead(self) -> bool:
         """Whether Hessians are a stage of their own, which `quantize` is then spared."""
         alone = self.recipe.calibration.inputs == "original" and not self.recipe.qep.describe()
-        return alone and self._hessian_bytes <= self.recipe.runtime.hessians_gb * 1e9
+        most = sum(len(one.out_features) * self._packed(one) for one in self.shapes.inputs)  # as the run counts
+        return alone and most <= self.recipe.runtime.hessians_gb * 1e9
 
-    @property
-    def _hessian_bytes(self) -> float:
-        """Triangles in float64, and those of held-out tokens as well."""
+    def _packed(self, one: Input) -> float:
+        """Bytes of a Hessian in float64, and of that of held-out tokens as well."""
         parts = 2 if self.recipe.quantizer.heldout else 1
-        return parts * DOUBLE * sum(one.in_features * (one.in_features + 1) / 2 for one in self.shapes.inputs)
+        return parts * DOUBLE * packed_size(one.in_features)
 
     def hessians(self) -> Cost:
         """One walk through the original model."""
         in_block = 2 * self._block + self._waiting + max(map(self._group_memory, self.shapes.inputs))
         return Cost(
             seconds=self._forward(self.calibration) + sum(map(self._moments_seconds, self.shapes.inputs)),
-            memory=self._stream(self.calibration) + max(self._outside, in_block),
-            disk=self._hessian_bytes,
-            scratch=self._stream(self.calibration),
+            memory=self._stream(self.calibration) + max(self._outside_rotated, in_block),
+            disk=sum(map(self._packed, self.shapes.inputs)),
+            scratch=2 * self._stream(self.calibration),
         )
 
     def quantize(self) -> Cost:
@@ -131,7 +132,7 @@ class Load:
         in_block = 2 * self._block + self._waiting + max(map(self._group_memory, self.shapes.inputs))
         return Cost(
             seconds=KERNELS_SECONDS + self._collecting() + sum(map(self._solving_seconds, self.shapes.inputs)),
-            memory=KERNELS + streams + max(self._outside, in_block),
+            memory=KERNELS + streams + max(self._outside_rotated, in_block),
             disk=self._quantized_bytes + self._codes,
             scratch=2 * streams,
         )
@@ -150,7 +151,8 @@ class Load:
         logits = min(LOGITS_AT_ONCE, self.shapes.vocabulary * self.evaluation.length)
         return Cost(
             seconds=simulated * self._forward(self.evaluation) + self._scoring() + self._first_batch(),
-            memory=2 * hidden + max(2 * self._outside + 6 * FLOAT * logits, self._block + self._pass),
+            memory=2 * hidden
+            + max(self._outside + self._outside_rotated + 6 * FLOAT * logits, self._block + self._pass),
         )
 
     def file_hashes(self) -> Cost:
@@ -169,11 +171,15 @@ class Load:
 
     @property
     def rotated_bytes(self) -> float:
-        """Of a rotated checkpoint: with R1, what was tied is no longer."""
-        untied = self.shapes.embedding if self.shapes.is_tied and "R1" in self.recipe.rotation.parts else 0
-        return self._source_bytes + self.stored * untied
+        """Of a rotated checkpoint."""
+        return self._source_bytes + self.stored * self._untied
 
     # what they have in common
+
+    @property
+    def _untied(self) -> int:
+        """Elements that R1 adds: what was tied is no longer."""
+        return self.shapes.embedding if self.shapes.is_tied and "R1" in self.recipe.rotation.parts else 0
 
     @property
     def _source_bytes(self) -> float:
@@ -199,6 +205,11 @@ class Load:
     def _outside(self) -> float:
         """Embeddings and head in the dtype of the forward pass, and as read if that is another one."""
         return self._held(self.shapes.outside)
+
+    @property
+    def _outside_rotated(self) -> float:
+        """The same of the model that is quantised."""
+        return self._held(self.shapes.outside + self._untied)
 
     @property
     def _block(self) -> float:

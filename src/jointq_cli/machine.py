@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -141,10 +142,18 @@ def _room_in_cgroup() -> int | None:
     """Limit less use of the control group (versions 2 and 1) that this process sees as its own."""
     for limit, use in CGROUPS:
         try:
-            return int(Path(limit).read_text()) - int(Path(use).read_text())
+            return int(Path(limit).read_text()) - int(Path(use).read_text()) + _reclaimable(Path(use).parent)
         except (OSError, ValueError):  # no such version, or "max"
             continue
     return None
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of a control group that are files in memory, not used of late: a group's use counts them as well."""
+    with suppress(OSError):
+        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(told.get("total_inactive_file", told.get("inactive_file", 0)))
+    return 0
 
 
 def _maximum_resident_set() -> int:

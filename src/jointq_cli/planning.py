@@ -46,7 +46,10 @@ ARTIFACTS = {
 }
 """Stage -> what it is called in the store, in the order of the road."""
 
+LEAST_SHARE = 0.02  # of a stage whose blocks are all done: the checkpoint is to be written
+EVALUATIONS = ("evaluate original", "evaluate quantized")
 TO_MAKE, TO_FETCH, REUSED, UNKNOWN, ALWAYS = "to make", "to fetch", "reused", "unknown", "every run"
+RUN_DIRECTORY = "run directory"
 HUB_TOKENS = 300_000  # of an evaluation text that is not here yet: about WikiText-2's test split
 
 
@@ -66,6 +69,7 @@ class Survey(Stages):
         super().__init__(self.catalogue, Console(quiet=True), recipe.runtime, Interrupts())
         self.standings: dict[str, Standing] = {}
         self.unread: Path | None = None  # whose weights no run has read yet
+        self.unseen: str | None = None  # a hub's text for evaluation, which only runs ask for
         self._blocks = 1
 
     def source(self, model: ModelSource) -> Checkpoint:
@@ -103,6 +107,7 @@ class Survey(Stages):
         """None where the text is a hub's."""
         if evaluation.dataset in HUB and not evaluation.path:
             self.standings["evaluation tokens"] = Standing(TO_FETCH, 1.0)
+            self.unseen = f"evaluation.dataset={evaluation.dataset}"
             return None
         return self.evaluation_windows(evaluation, tokenizer)
 
@@ -111,7 +116,9 @@ class Survey(Stages):
     ) -> None:
         """Walks the road as far as it is known. Raises what the run would raise before computing."""
         selected_layers(original, recipe)
-        quantized = None if tokens is None else self._quantized(recipe, original, tokens)
+        quantized = self._quantized(recipe, original, tokens or _stand_in(recipe.calibration))
+        if tokens is None:  # what the run would refuse is refused by now
+            self._forget("activations", "rotate", "hessians", "quantize")
         if windows is None:
             return
         with self._as_far_as_known():
@@ -127,7 +134,7 @@ class Survey(Stages):
             # Yet to be rotated, a model has the shapes of the original: what the run would refuse is refused now.
             quantized = self.quantize(rotated or original, tokens, recipe)
         if rotated is None:
-            self.standings.pop("quantize", None)
+            self._forget("hessians", "quantize")
             return None
         return quantized
 
@@ -140,6 +147,11 @@ class Survey(Stages):
         except NotThere:
             pass
 
+    def _forget(self, *names: str) -> None:
+        """What was told of them is not of this run."""
+        for name in names:
+            self.standings.pop(name, None)
+
     def _hash_of(self, file: Path) -> str:
         noted = noted_hash(self.catalogue.root, file, [file])
         if noted is None:
@@ -151,7 +163,8 @@ class Survey(Stages):
 
     def standing(self, name: str) -> Standing:
         """Of a stage that was not come to: what it depends on is yet to be made, or its key is not known."""
-        guessed = UNKNOWN if self.unread and self.catalogue.has_any(ARTIFACTS[name]) else TO_MAKE
+        blind = self.unread or (self.unseen and name in EVALUATIONS)
+        guessed = UNKNOWN if blind and self.catalogue.has_any(ARTIFACTS[name]) else TO_MAKE
         return self.standings.get(name, Standing(guessed, 1.0))
 
     def _hessians(self, model: StreamedModel, tokens: Tokens, plan: Plan, names: list[str]) -> Hessians | None:
@@ -170,8 +183,14 @@ class Survey(Stages):
             self.standings[name] = Standing(TO_MAKE, 1.0)
         else:
             done = finished_blocks(found.scratch)
-            at = f" at block {done + 1} of {self._blocks}" if done else ""
-            self.standings[name] = Standing(f"continues{at}", 1.0 - done / self._blocks)
+            at = f" at block {done + 1} of {self._blocks}" if 0 < done < self._blocks else " after all blocks"
+            share = max(1.0 - done / self._blocks, LEAST_SHARE)
+            self.standings[name] = Standing(f"continues{at if done else ''}", share)
+
+
+def _stand_in(calibration: Calibration) -> Tokens:
+    """As many as are asked for."""
+    return Tokens(torch.zeros(calibration.num_samples, calibration.seqlen, dtype=torch.int64), {})
 
 
 def foresee(
@@ -225,11 +244,12 @@ def _load(recipe: Recipe, original: StreamedModel, tokens: Tokens | None, window
 def _prospects(survey: Survey, recipe: Recipe, load: Load) -> list[tuple[str, Standing, Cost]]:
     """(stage, how far it is, what is left of its cost), in the order of the road."""
     always = Standing(ALWAYS, 1.0)
+    wanted = load.collects_ahead and survey.standing("quantize").state != REUSED
     rotates = recipe.rotation.parts or recipe.smoothing.places
     made = {
         "activations": load.activations() if rotates else None,
         "rotate": load.rotate() if rotates else None,
-        "hessians": load.hessians() if load.collects_ahead else None,
+        "hessians": load.hessians() if wanted else None,
         "quantize": load.quantize(),
         "evaluate original": load.evaluate_original(),
         "evaluate quantized": load.evaluate_quantized(),
@@ -246,7 +266,7 @@ def _prospects(survey: Survey, recipe: Recipe, load: Load) -> list[tuple[str, St
         ),
         ("file hashes", always, load.file_hashes()),
         ("audit", always, load.audit()),
-        ("run directory", always, load.run_directory(linked=_one_disk(recipe))),
+        (RUN_DIRECTORY, always, load.run_directory(linked=_one_disk(recipe))),
     ]
 
 
@@ -259,7 +279,10 @@ def _one_disk(recipe: Recipe) -> bool:
 def _notes(survey: Survey, original: StreamedModel, prospects: list[tuple[str, Standing, Cost]]) -> list[str]:
     notes = []
     if any(standing.state == UNKNOWN for _, standing, _ in prospects):
-        notes.append(f"unknown until a run has read the weights once: what the store has of {survey.unread}")
+        if survey.unread:
+            notes.append(f"unknown until a run has read the weights once: what the store has of {survey.unread}")
+        if survey.unseen:
+            notes.append(f"unknown, since a plan asks no hub: what the store has of {survey.unseen}")
     if original.device.type == "cuda":
         notes.append("memory is that of the GPU; that of the process is not foreseen")
     return notes
@@ -275,9 +298,15 @@ def _shortages(outlook: Outlook, recipe: Recipe) -> list[str]:
             f"{keys}: stage {stage} takes about {outlook.memory / 1e9:.3g} GB of memory, and "
             f"{outlook.memory_there / 1e9:.3g} GB are free; lower these, or calibration.num_samples"
         )
-    if outlook.disk + outlook.scratch > outlook.disk_there:
-        found.append(
-            f"store={recipe.store}: the run writes about {(outlook.disk + outlook.scratch) / 1e9:.3g} GB, and "
-            f"{outlook.disk_there / 1e9:.3g} GB are free; give store=DIR on another disk"
-        )
+    copied = 0.0 if _one_disk(recipe) else next(stage.disk for stage in outlook.stages if stage.name == RUN_DIRECTORY)
+    places = (
+        ("store", recipe.store, outlook.disk - copied + outlook.scratch, outlook.disk_there),
+        ("output_dir", recipe.output_dir, copied, machine.free_disk(Path(recipe.output_dir))),
+    )
+    for key, place, written, there in places:
+        if written > there:
+            found.append(
+                f"{key}={place}: the run writes about {written / 1e9:.3g} GB there, and {there / 1e9:.3g} GB are free; "
+                f"give {key}=DIR on another disk"
+            )
     return found

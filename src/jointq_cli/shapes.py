@@ -52,7 +52,7 @@ class Shapes:
 
 def shapes_of(model: StreamedModel, selected: Iterable[str]) -> Shapes:
     """selected: full names of the layers to quantise, in the order of the model."""
-    config: Any = model.module.config
+    config: Any = model.module.config.get_text_config()  # of a model that sees as well
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
     head = next(name for name, module in model.linear_layers().items() if module is _head(model))
     return Shapes(

@@ -59,7 +59,13 @@ def fetch(
         return Checkpoint(local)
     if looks_local(source.path):
         raise ModelError(f"model.path={source.path}: no such directory; `jointq recipes` says what a recipe needs")
-    return Checkpoint(_downloaded(source, offline))
+    downloaded = _downloaded(source, offline)
+    try:
+        return Checkpoint(downloaded)
+    except ModelError as error:
+        if offline:  # only a part, as somebody leaves who wanted the tokenizer
+            raise _not_downloaded(source) from error
+        raise
 
 
 def looks_local(path: str) -> bool:
@@ -121,14 +127,18 @@ def _downloaded(source: ModelSource, offline: bool) -> Path:
         raise ModelError(f"model.path={source.path}: neither a directory here nor a model on the hub") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         if offline:
-            raise ResourceError(
-                f"model.path={source.path}: no such directory here, and not downloaded yet; nothing more can be told "
-                "before a run has asked the hub for it"
-            ) from error
+            raise _not_downloaded(source) from error
         raise ResourceError(
             f"model.path={source.path}: no such directory here, and the hub cannot be reached ({_one_line(error)}); "
             "offline, give a downloaded directory: model.path=DIR"
         ) from error
+
+
+def _not_downloaded(source: ModelSource) -> ResourceError:
+    return ResourceError(
+        f"model.path={source.path}: no such directory here, and not downloaded yet; nothing more can be told "
+        "before a run has asked the hub for it"
+    )
 
 
 def _one_line(error: Exception) -> str:

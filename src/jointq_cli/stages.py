@@ -187,8 +187,8 @@ class Stages:
             self.team.lead(lambda: assemble(model, workspace, scratch / "checkpoint", code=code))
 
         with self.stage("quantize") as stage:
+            self._note_hash(model.checkpoint)  # first: a plan of what is left should know it
             artifact = self.store.reuse("quantize", spec, inputs, make, resumable=True, together=True)
-            self._note_hash(model.checkpoint)
             mark(stage, artifact)
             workspace = Workspace(artifact.path)
             layers = [workspace.record(name) for name in names]

@@ -8,10 +8,14 @@ from jointq_cli.report import Console
 
 
 def main(arguments: list[str]) -> int:
-    if {"-m", "--multirun"} & set(arguments):
+    if {"-m", "--multirun"} & set(arguments) or any(_key(word) == "hydra.mode" for word in arguments):
         raise UsageError("jointq plan tells of one run; give each setting of the sweep by itself, without -m")
     # Hydra would make the directory of a run that there will not be.
-    return launch("plan", [word for word in arguments if not word.startswith("hydra.run.dir=")], run)
+    return launch("plan", [word for word in arguments if _key(word) != "hydra.run.dir"], run)
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 def run(recipe: Recipe, job: Job) -> None:
