@@ -66,6 +66,12 @@ def test_every_change_is_told_by_the_file(change: str, checked_before: bool, who
     assert find_damage(whole) == said
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "layers/._a.bin", "layers/.nfs0000000001"])
+def test_what_desktops_and_file_systems_leave_is_no_damage(name: str, whole: Path) -> None:
+    (whole / name).touch()
+    assert find_damage(whole) is None
+
+
 def test_a_list_of_contents_can_be_checked_with_sha256sum(whole: Path) -> None:
     listed = json.loads((whole / CONTENTS).read_text())["files"]
     assert set(listed) == {"empty", "layers/a.bin", "layers/b.json"}

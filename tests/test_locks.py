@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jointq_cli import locks
 from jointq_cli.locks import Kind, is_locked, try_lock
 
 HOLD = """
@@ -72,3 +73,13 @@ def test_a_lock_file_that_is_deleted_gives_out_no_second_lock(tmp_path: Path, mo
 def test_to_look_at_a_lock_creates_nothing(tmp_path: Path) -> None:
     assert not is_locked(tmp_path / "lock")
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_disk_that_may_only_be_read_what_is_shared_needs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks.os, "access", lambda path, mode: False)
+    lock = try_lock(tmp_path / "locks" / "a", Kind.SHARED)
+    assert lock is not None
+    lock.release()
+    assert list(tmp_path.iterdir()) == []

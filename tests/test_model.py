@@ -57,6 +57,19 @@ def test_a_head_that_differs_from_the_embeddings_it_is_said_to_be_tied_to_is_bel
         torch.testing.assert_close(walk(model, windows(), batch=5), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_code_that_a_model_brings_is_a_part_of_it_only_where_it_is_run(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+
+    def identity(trust: bool) -> list[str]:
+        return StreamedModel(Checkpoint(directory), torch.device("cpu"), torch.float32, trust).identity
+
+    (directory / "mine.py").write_text("scale = 1.0")
+    alone, trusted = identity(False), identity(True)
+    (directory / "mine.py").write_text("scale = 0.1")
+    assert identity(False) == alone
+    assert identity(True) != trusted
+
+
 def test_ids_that_the_model_does_not_know_are_refused_in_one_line(tmp_path: Path) -> None:
     model = StreamedModel(Checkpoint(write_checkpoint(tmp_path)), CPU, torch.float32)
     with pytest.raises(ModelError, match="ids up to 999"):

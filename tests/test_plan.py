@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 from jointq_cli import checkpoint, machine, pipeline, planning, stages
 from jointq_cli.caveats import LEAST_SCORED
 from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.disk import nearest
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.estimates import Load, Windows, total
 from jointq_cli.hashes import FILE, note_hash, noted_hash
@@ -475,7 +476,7 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_place_that_is_not_there_has_its_parents_disk(tmp_path: Path) -> None:
-    assert machine.nearest(tmp_path / "a" / "b") == tmp_path
+    assert nearest(tmp_path / "a" / "b") == tmp_path
     assert machine.free_disk(tmp_path / "a" / "b") > 0
 
 

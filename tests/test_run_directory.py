@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jointq_cli import machine, run_directory
-from jointq_cli.errors import ResourceError
+from jointq_cli import disk, machine
+from jointq_cli.errors import ConfigError, ResourceError
 from jointq_cli.run_directory import RunDirectory, take_manifest
 
 
@@ -63,10 +63,29 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_text("ne", encoding="utf-8")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(run_directory, "_write_text", full)
+    monkeypatch.setattr(disk, "_write_text", full)
     with pytest.raises(ResourceError, match=r"recipe\.yaml.*full"):
         directory.write_recipe("new")
     assert directory.recipe.read_text(encoding="utf-8") == "old"
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "codes", "rotation"])
+def test_what_no_run_has_made_is_not_taken(place, tmp_path):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match=rf"hydra\.run\.dir=.*: has a {place}/ that no run of jointq made"):
+        RunDirectory(tmp_path).claim("pocket")
+    (tmp_path / "recipe.yaml").touch()  # an earlier run
+    RunDirectory(tmp_path).claim("pocket")
+
+
+def test_a_run_does_not_replace_the_model_that_it_reads(tmp_path):
+    model = tmp_path / "run" / "checkpoint"
+    model.mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").touch()
+    with pytest.raises(ConfigError, match=r"model\.path=.*: lies in the run directory"):
+        RunDirectory(tmp_path / "run").claim(str(model))
+    RunDirectory(tmp_path / "another").claim(str(model))
 
 
 def test_a_rename_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -289,6 +289,32 @@ def test_linked_files_are_those_of_the_last_source_and_nothing_else(tmp_path: Pa
     assert {file.name: file.read_text() for file in target.iterdir()} == {"a.safetensors": "two"}
 
 
+def test_what_a_killed_write_has_left_is_no_part_of_an_artifact(tmp_path: Path) -> None:
+    def stopped(scratch: Path) -> None:
+        (scratch / ".hidden.safetensors.host-1-2.partial").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).reuse("stage", {}, [], stopped, resumable=True)
+    artifact = Store(tmp_path).reuse("stage", {}, [], lambda scratch: (scratch / "a").touch(), resumable=True)
+    assert {path.name for path in artifact.path.iterdir()} == {"a", CONTENTS}
+
+
+def test_a_scratch_directory_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").touch()
+    store = Store(tmp_path / "store")
+    name = f"stage-{artifact_key('stage', {}, [])[:16]}"
+    (tmp_path / "store" / "partial").mkdir()
+    for resumable in (False, True):
+        (tmp_path / "store" / "partial" / name).symlink_to(tmp_path / "outside")
+        artifact = store.reuse("stage", {}, [], lambda scratch: (scratch / "a").touch(), resumable=resumable)
+        assert {path.name for path in artifact.path.iterdir()} == {"a", CONTENTS}
+        assert [path.name for path in (tmp_path / "outside").iterdir()] == ["precious"]
+        store.close()
+        remove(store.root, entries(store.root)[0])
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -10,6 +10,7 @@ import pytest
 from jointq_cli import inventory
 from jointq_cli.contents import CONTENTS
 from jointq_cli.disk import link_files
+from jointq_cli.errors import JointqError
 from jointq_cli.inventory import entries
 from jointq_cli.main import main
 from jointq_cli.store import Artifact, Store
@@ -202,9 +203,16 @@ def test_nothing_that_has_not_the_form_of_an_artifact_is_touched(shelf: Shelf, o
     assert (shelf.root / "stage-bbbbbbbbbbbbbbbb").is_symlink()
 
 
-def test_partial_work_that_is_a_link_to_elsewhere_is_not_followed(shelf: Shelf, outside: Path) -> None:
-    (shelf.root / "partial").symlink_to(outside.parent)
-    assert shelf("prune", "--all") == 0
+@pytest.mark.parametrize("place", ["partial", "locks"])
+@pytest.mark.parametrize("words", [["ls"], ["prune", "--all"]])
+def test_a_store_whose_own_directories_lie_elsewhere_is_refused(
+    place: str, words: list[str], shelf: Shelf, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shelf.root / place).symlink_to(outside.parent)
+    assert shelf(*words) == 1
+    assert f"{place}: must be a directory of the store itself" in capsys.readouterr().err
+    with pytest.raises(JointqError, match="must be a directory of the store itself"):
+        Store(shelf.root)
 
 
 @pytest.mark.parametrize("words", [["ls"], ["size"], ["prune", "--all"]])

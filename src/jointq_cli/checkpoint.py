@@ -108,6 +108,11 @@ class Checkpoint:
         """What decides `content_hash`."""
         return [self.directory / "config.json", *sorted({info.file for info in self.tensors.values()})]
 
+    @cached_property
+    def code_hash(self) -> str:
+        """sha256 over names and bytes of the Python files that come with the model."""
+        return _named_hash(sorted(self.directory.glob("*.py")))
+
     def companions(self, *, code: bool) -> list[Path]:
         """What belongs to the model beside its weights; its Python files only when remote code was allowed."""
         patterns = (*COMPANIONS, "*.py") if code else COMPANIONS
@@ -116,8 +121,7 @@ class Checkpoint:
 
     def companions_hash(self, *, code: bool) -> str:
         """sha256 over names and bytes of `companions`."""
-        named = [file.name + file_hash(file) for file in self.companions(code=code)]
-        return hashlib.sha256("".join(named).encode()).hexdigest()
+        return _named_hash(self.companions(code=code))
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -271,6 +275,11 @@ def file_hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         digests = pool.map(file_hash, listed)
         return {file.relative_to(root).as_posix(): digest for file, digest in zip(listed, digests, strict=True)}
+
+
+def _named_hash(files: Iterable[Path]) -> str:
+    """sha256 over names and bytes."""
+    return hashlib.sha256("".join(file.name + file_hash(file) for file in files).encode()).hexdigest()
 
 
 def _umask() -> int:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+# What file systems and desktops leave everywhere: no reason to take hours of work away.
+DROPPING = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini)$")
 CONTENTS = ".contents.json"  # in an artifact's directory; its own time is that of the artifact's last use
 
 
@@ -76,7 +79,7 @@ def walk(directory: Path, prefix: str = "") -> Iterator[tuple[str, os.stat_resul
 
 
 def _files(directory: Path) -> dict[str, os.stat_result]:
-    return {name: status for name, status in walk(directory) if name != CONTENTS}
+    return {name: status for name, status in walk(directory) if name != CONTENTS and not DROPPING.search(name)}
 
 
 def _misfit(listed: dict[str, dict[str, Any]], found: dict[str, os.stat_result]) -> str | None:

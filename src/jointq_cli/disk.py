@@ -8,23 +8,39 @@ import errno
 import functools
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jointq_cli.errors import ResourceError
 
+UNFINISHED = ".partial"  # at the end of the names of files that are being written
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the closest directory above it that exists."""
+    path = path.expanduser().absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write(scratch file)`, then rename over `path`: readers see the old file or the new one, never a part."""
-    # Of this thread alone: two that write the same file must not rename each other's.
-    scratch = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    # Of this thread alone: two that write the same file, be it on two hosts, must not rename each other's.
+    author = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    scratch = path.with_name(f".{path.name}.{author}{UNFINISHED}")
     try:
         write(scratch)
         sync(scratch)
         os.replace(scratch, path)
     finally:  # also after a rename onto another link of the same file, which leaves both names
         scratch.unlink(missing_ok=True)
+
+
+def discard_unfinished(directory: Path) -> None:
+    """Deletes what a killed `write_atomically` has left, where nobody else is writing."""
+    for path in directory.rglob(f".*{UNFINISHED}"):
+        path.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -38,14 +54,14 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def link_files(source: Path, target: Path, pattern: str = "*") -> None:
-    """The files of directory `source`, and nothing else, in `target`: weights as hard links where the disk allows.
+    """The files of directory `source`, and no others, in `target`: weights as hard links where the disk allows.
 
     A weight file is never edited in place, so it may be shared with the store; a config.json may well be.
     """
     target.mkdir(parents=True, exist_ok=True)
     files = sorted(source.glob(pattern))
     for old in target.iterdir():  # of an earlier run into this directory
-        if old.name not in {file.name for file in files}:
+        if old.name not in {file.name for file in files} and not old.is_dir():
             old.unlink()
     for file in files:
         write_atomically(target / file.name, functools.partial(_link_or_copy, file))

@@ -5,11 +5,13 @@ reads the weights and hashes them, always. Knows nothing of what is in the files
 """
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from jointq_cli.disk import write_whole
+from jointq_cli.errors import ResourceError
 
 FILE = "hashes.json"
 
@@ -17,10 +19,8 @@ FILE = "hashes.json"
 def note_hash(root: Path, place: Path, files: Sequence[Path], digest: str) -> None:
     """Notes in the store at `root` what `files` of the model at `place` hashed to together. The last writer wins."""
     notes = {**_read(root), str(place.resolve()): {"files": _states(files), "sha256": digest}}
-    scratch = root / f".{FILE}.{os.getpid()}"
-    with suppress(OSError):  # a store that cannot be written is told of by what has to be written
-        scratch.write_text(json.dumps(notes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        scratch.replace(root / FILE)
+    with suppress(ResourceError):  # a store that cannot be written is told of by what has to be written
+        write_whole(root / FILE, json.dumps(notes, indent=1, sort_keys=True) + "\n")
 
 
 def noted_hash(root: Path, place: Path, files: Sequence[Path]) -> str | None:

@@ -61,6 +61,15 @@ def check_store(root: Path) -> None:
         raise JointqError(f"--store={root}: there is no such directory")
     if not (root / MARKER).is_file():
         raise JointqError(f"--store={root}: is not a store, for there is no {MARKER} in it")
+    check_inside(root)
+
+
+def check_inside(root: Path) -> None:
+    """Raises JointqError where a store's own directories lie elsewhere: what is removed there would not be the store's,
+    and what is made there could not be given its name."""
+    for place in (root / PARTIAL, root / LOCKS):
+        if place.is_symlink() or (place.exists() and place.stat().st_dev != root.stat().st_dev):
+            raise JointqError(f"{place}: must be a directory of the store itself and on its disk; give another store")
 
 
 def artifact_path(root: Path, name: str) -> Path:
@@ -78,9 +87,7 @@ def lock_path(root: Path, name: str) -> Path:
 def entries(root: Path) -> list[Entry]:
     """Artifacts, then partial work, each by name."""
     found = [_entry(path, is_partial=False) for path in _directories(root)]
-    partial = root / PARTIAL
-    if not partial.is_symlink():
-        found += [_entry(path, is_partial=True) for path in _directories(partial)]
+    found += [_entry(path, is_partial=True) for path in _directories(root / PARTIAL)]
     return [entry for entry in found if entry is not None]
 
 
@@ -131,10 +138,18 @@ def take_away(root: Path, path: Path) -> None:
     doomed = root / PARTIAL / f"{path.name.removesuffix(REMOVED)}{REMOVED}"
     if path != doomed:
         doomed.parent.mkdir(exist_ok=True)
-        _delete(doomed)
+        delete(doomed)
         with suppress(FileNotFoundError):  # somebody else was quicker
             os.rename(path, doomed)
-    _delete(doomed)
+    delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """A file, a link or a whole directory; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prune(candidates: Iterable[Entry], excess: float, take: Callable[[Entry], bool]) -> Pruned:
@@ -191,10 +206,3 @@ def _sizes(files: list[os.stat_result]) -> tuple[int, int]:
     size = sum(status.st_size for status in statuses.values())
     freed = sum(status.st_size for inode, status in statuses.items() if names[inode] == status.st_nlink)
     return size, freed
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -5,11 +5,14 @@ nothing of what is locked, and never waits.
 """
 
 import enum
+import errno
 import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from jointq_cli.disk import nearest
 
 
 class Kind(enum.Enum):
@@ -22,12 +25,13 @@ class Kind(enum.Enum):
 class Lock:
     """A lock that is held until it is released."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int | None) -> None:
         self._path = path
         self._descriptor = descriptor
 
     def release(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
     def discard_file(self) -> None:
         """Deletes the lock's file, for an exclusive holder. Whoever has it open already notices: see `try_lock`."""
@@ -43,7 +47,12 @@ class Lock:
 
 
 def try_lock(path: Path, kind: Kind) -> Lock | None:
-    """The lock on `path`, which is created where needed; None while somebody holds one that forbids it."""
+    """The lock on `path`, which is created where needed; None while somebody holds one that forbids it.
+
+    On a disk that may only be read nobody makes or removes anything, and what is shared needs no lock's file.
+    """
+    if kind is Kind.SHARED and not path.exists() and not os.access(nearest(path), os.W_OK):
+        return Lock(path, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     # To read is enough for a shared lock, also on what belongs to somebody else; NFS wants the other one writable.
     mode = os.O_RDONLY if kind is Kind.SHARED else os.O_RDWR
@@ -73,6 +82,10 @@ def is_locked(path: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno != errno.EBADF:  # NFS, of a file that only its owner may write
+            raise
+        return True  # perhaps: then it is not touched
     finally:
         os.close(descriptor)
     return False

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from jointq_cli import __version__
+from jointq_cli.disk import nearest
 
 LIBRARIES = (
     "torch",
@@ -65,12 +66,6 @@ def available_memory() -> int:
 def free_disk(path: Path) -> int:
     """Bytes that may be written where `path` is, or will be."""
     return shutil.disk_usage(nearest(path)).free
-
-
-def nearest(path: Path) -> Path:
-    """The path itself, or the closest directory above it that exists."""
-    path = path.expanduser().absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def release_freed_memory() -> None:

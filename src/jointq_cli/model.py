@@ -49,6 +49,7 @@ class StreamedModel:
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
+        self._runs_code = trust_remote_code
         self.device = device
         self.dtype = dtype
         self.module = _skeleton(checkpoint, dtype, trust_remote_code)
@@ -62,6 +63,12 @@ class StreamedModel:
         self._stored_names = {known: stored for stored, known in self._module_names.items()}
         _buffers_to(self.module, device)
         self._check_tensors()
+
+    @property
+    def identity(self) -> list[str]:
+        """Hashes of all that decides what it computes: config, weights, and the code that it brings if that is run."""
+        code = [self.checkpoint.code_hash] if self._runs_code else []
+        return [self.checkpoint.content_hash, *code]
 
     def __len__(self) -> int:
         return len(self.blocks)

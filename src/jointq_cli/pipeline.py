@@ -6,7 +6,6 @@ Each step is a stage that reads artifacts and writes an artifact through the sto
 here knows Hydra. Where several processes do it together, all take the road, and the leader alone leaves something.
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,8 +181,9 @@ def _keep_rotation(rotated: Rotated, run: RunDirectory) -> None:
     """What the basis is, beside what was made in it."""
     if rotated.directory is not None:
         link_files(rotated.directory, run.rotation, "rotation.*")
-    else:  # that of an earlier run into this directory would be a wrong one
-        shutil.rmtree(run.rotation, ignore_errors=True)
+        return
+    for old in run.rotation.glob("rotation.*"):  # that of an earlier run into this directory would be a wrong one
+        old.unlink()
 
 
 def _computing(team: Team) -> str:

@@ -18,6 +18,7 @@ from jointq_cli.catalogue import Catalogue, NotRead, NotThere, Unread
 from jointq_cli.caveats import caveats
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.config import Recipe
+from jointq_cli.disk import nearest
 from jointq_cli.errors import ResourceError
 from jointq_cli.estimates import Cost, Load, Windows, total
 from jointq_cli.evaluation import Evaluation, ScoredWindows
@@ -272,7 +273,7 @@ def _prospects(survey: Survey, recipe: Recipe, load: Load) -> list[tuple[str, St
 
 def _one_disk(recipe: Recipe) -> bool:
     """Whether run directories can be hard links to the store."""
-    places = [machine.nearest(Path(place)) for place in (recipe.store, recipe.output_dir)]
+    places = [nearest(Path(place)) for place in (recipe.store, recipe.output_dir)]
     return len({place.stat().st_dev for place in places}) == 1
 
 

@@ -114,7 +114,7 @@ def _activations(stages: Stages, model: StreamedModel, anatomy: Anatomy, tokens:
 
     with stages.stage("activations") as stage:
         spec = {"tokens": sampled, "batch": batch, "dtype": str(model.dtype), "device": stages.device.type}
-        artifact = stages.store.reuse("activations", spec, [model.checkpoint.content_hash, tokens.hash], make)
+        artifact = stages.store.reuse("activations", spec, [*model.identity, tokens.hash], make)
         mark(stage, artifact)
         return artifact
 

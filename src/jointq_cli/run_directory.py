@@ -4,6 +4,7 @@ Knows names and atomic writes. Knows nothing of what the reports say or how a mo
 """
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from jointq_cli import machine
 from jointq_cli.disk import translated_disk_errors, write_whole
+from jointq_cli.errors import ConfigError
 
 MADE = (
     "rotation/*.safetensors",
@@ -140,6 +142,22 @@ class RunDirectory:
     def codes(self) -> Path:
         """The codes, scales and zero-points as safetensors; made by whoever writes them."""
         return self.path / "codes"
+
+    def claim(self, model: str) -> None:
+        """For a run that writes a checkpoint of `model`, a path or a name. Raises ConfigError where that would take
+        the place of something that no run has made, or of the model itself."""
+        strangers = [place.name for place in (self.checkpoint, self.codes, self.rotation) if os.path.lexists(place)]
+        if strangers and not self.recipe.is_file():
+            raise ConfigError(
+                f"hydra.run.dir={self.path}: has a {strangers[0]}/ that no run of jointq made and that this one would "
+                "write into; name another directory"
+            )
+        source = Path(model).expanduser()
+        if source.exists() and source.resolve().is_relative_to(self.path.resolve()):
+            raise ConfigError(
+                f"model.path={model}: lies in the run directory {self.path}, whose checkpoint/ this run replaces; name "
+                "another hydra.run.dir"
+            )
 
     def write_recipe(self, text: str) -> None:
         """text: the resolved recipe as yaml."""

@@ -218,7 +218,7 @@ class Stages:
                 collect_hessians(model, tokens.windows, plan, hessians, bar.advance, self.pause, self.team)
 
         with self.stage("hessians") as stage:
-            inputs = [model.checkpoint.content_hash, tokens.hash]
+            inputs = [*model.identity, tokens.hash]
             artifact = self.store.reuse_within(
                 "hessians", spec, inputs, make, budget=budget, size=needed, resumable=True, together=True
             )
@@ -242,7 +242,7 @@ class Stages:
 
         with self.stage(name) as stage:
             spec = {"batch": batch, "dtype": str(model.dtype), "device": self.device.type}
-            inputs = [model.checkpoint.content_hash, windows.hash]
+            inputs = [*model.identity, windows.hash]
             artifact = self.store.reuse("hidden", spec, inputs, make, together=True)
             mark(stage, artifact)
             return artifact
@@ -302,7 +302,7 @@ class Stages:
             self.team.lead(_save_scores, scratch, self._score(original, first, model, second, windows))
 
         with self.stage("score") as stage:
-            inputs = [model.checkpoint.content_hash, hidden.key]
+            inputs = [*model.identity, hidden.key]
             spec = {"batch": batch, "dtype": str(model.dtype)}
             artifact = self.store.reuse("scores", spec, inputs, make, together=True)
             mark(stage, artifact)

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +20,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from jointq_cli.contents import CONTENTS, find_damage, write_contents
-from jointq_cli.disk import sync, sync_tree, translated_disk_errors
+from jointq_cli.disk import discard_unfinished, sync, sync_tree, translated_disk_errors
 from jointq_cli.errors import ResourceError
 from jointq_cli.inventory import (
     MARKER,
     Entry,
     artifact_path,
+    check_inside,
+    delete,
     entries,
     lock_path,
     lock_unused,
@@ -72,6 +73,7 @@ class Store:
         self._held: dict[str, Lock] = {}  # shared, by the name of the artifact
         with translated_disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
+            check_inside(root)
             if not (root / MARKER).exists():
                 (root / MARKER).touch()
 
@@ -191,9 +193,10 @@ class Store:
                     return False
                 self._tell(f"warning: {final}: {damage}; it is taken away and made anew")
                 take_away(self.root, final)
-            if not resumable:
-                shutil.rmtree(scratch, ignore_errors=True)
+            if not resumable or scratch.is_symlink():
+                delete(scratch)
             scratch.mkdir(parents=True, exist_ok=True)
+            discard_unfinished(scratch)
             make(scratch)
             write_contents(scratch)
             sync_tree(scratch)

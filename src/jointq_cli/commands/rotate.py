@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> int:
 def run(recipe: RotateRecipe, job: Job) -> None:
     """Raises JointqError when the run went through but its result cannot be trusted."""
     directory = RunDirectory(job.directory)
+    directory.claim(recipe.model.path)
     directory.write_recipe(job.config)
     directory.write_overrides(job.overrides)
     with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
