@@ -38,6 +38,14 @@ def run(words: str, jobs: list[tuple[Any, Job]]) -> int:
     return launch(command, arguments, lambda recipe, job: jobs.append((recipe, job)))
 
 
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "jointq_cli", "recipes"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 # --- help
 
 

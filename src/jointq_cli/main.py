@@ -33,6 +33,7 @@ COMPOSED = (
 )  # these read a config, the others have an argparse each
 USAGE_ERROR = 2  # as argparse and most shells have it
 INTERRUPTED = 130  # 128 + SIGINT, where nothing was begun that could be continued
+CUT_OFF = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Likewise: where processes do a run together and one ends, the others say so in a line, and c10d in thirty.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except JointqError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -54,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read along, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try once more at its end
+        return CUT_OFF
 
 
 def _dispatch(arguments: list[str]) -> int:
