@@ -16,8 +16,9 @@ def test_a_run_with_problems_is_an_error_in_one_line_after_everything_is_written
 ) -> None:
     monkeypatch.setattr(quantize, "quantize", lambda recipe, run, console, team: SimpleNamespace())
     monkeypatch.setattr(quantize, "problems", lambda report: ["the audit failed", "so did the reload check"])
+    recipe = SimpleNamespace(model=SimpleNamespace(path="pocket"))
     with pytest.raises(JointqError, match=r"the audit failed; so did the reload check; see .*report\.md") as caught:
-        quantize.run(SimpleNamespace(), Job(tmp_path, ["a=1"], "name: x\n", ALONE))  # type: ignore[arg-type]
+        quantize.run(recipe, Job(tmp_path, ["a=1"], "name: x\n", ALONE))  # type: ignore[arg-type]
     assert caught.value.exit_code == 1
     assert (tmp_path / "recipe.yaml").read_text() == "name: x\n"
     assert "a=1" in (tmp_path / "overrides.yaml").read_text()

@@ -129,6 +129,7 @@ def test_evaluating_the_checkpoint_gives_the_perplexity_of_the_report(finished: 
     assert found["protocol"] == report["protocol"]
 
 
+@pytest.mark.slow
 def test_frozen_tokens_give_the_run_that_its_text_gives(finished: tuple[Path, str], tmp_path: Path) -> None:
     directory, _ = finished
     assert run(tmp_path, "calibrate", "recipe=ci_smoke", "output=tokens.safetensors")[0] == 0

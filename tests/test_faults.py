@@ -250,9 +250,9 @@ KILLS = {
     **{
         f"{stage} {function}": AT.format(module="store", function=function, number=number)
         for number, stage in enumerate(STAGES, start=1)
-        for function in ("write_contents", "_sync_tree")  # the work is done; the list is written
+        for function in ("write_contents", "sync_tree")  # the work is done; the list is written
     },
-    "links of the run": AT.format(module="store", function="_link_or_copy", number=4),
+    "links of the run": AT.format(module="disk", function="_link_or_copy", number=4),
     "audit": AT.format(module="pipeline", function="audit", number=1),
     "report": AT.format(module="run_directory", function="write_whole", number=5),
 }
@@ -275,13 +275,13 @@ STEPS = {
     "while it is made": "make = kill",
     "before its list is written": "kill_at(store, 'write_contents')",
     "while its list is written": "kill_at(contents, '_digest', 2)",
-    "before it is on disk": "kill_at(store, '_sync_tree')",
+    "before it is on disk": "kill_at(store, 'sync_tree')",
     "before it has its name": "kill_at(os, 'rename')",
-    "when it has its name": "kill_at(store, '_sync', 5)",
+    "when it has its name": "kill_at(store, 'sync')",
     "before a damaged one is taken away": "kill_at(store, 'take_away')",
     "while a damaged one is moved away": "kill_at(os, 'rename')",
     "while a damaged one is deleted": "kill_at(os, 'unlink', 3)",
-    "after a damaged one was deleted": "kill_at(shutil, 'rmtree', 2)",
+    "after a damaged one was deleted": "kill_at(store, 'discard_unfinished')",
 }
 STEP = """
 import os, shutil, sys

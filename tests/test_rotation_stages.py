@@ -24,8 +24,8 @@ from jointq_cli.interrupts import Interrupts
 from jointq_cli.main import main
 from jointq_cli.model import StreamedModel
 from jointq_cli.records import EvaluationReport, RotationRecord, RunReport
-from jointq_cli.report import load_record, load_report
-from jointq_cli.report.summary import problems, rotation_problems
+from jointq_cli.report import load_record, load_report, rotation_summary
+from jointq_cli.report.summary import problems
 
 CPU = torch.device("cpu")
 LEARNED = ["rotation=learned", "rotation.r2_epochs=10", "rotation.reservoir_tokens=256"]  # of 512 that there are
@@ -397,7 +397,7 @@ def test_rotate_writes_a_model_that_computes_the_same(place: Place, capsys: pyte
 def test_rotate_fails_where_nothing_was_learned(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jointq_cli.report.summary.LEAST_MOVE", 10.0)
+    monkeypatch.setattr("jointq_cli.report.rotation_summary.LEAST_MOVE", 10.0)
     assert place("idle", *LEARNED, command="rotate") == 1
     assert "error: nothing was learned for R1" in capsys.readouterr().err
     assert (place.out("idle") / "rotation" / "rotation.json").exists()
@@ -426,7 +426,7 @@ def test_in_bfloat16_a_rotated_model_rounds_no_more_than_the_original(tmp_path: 
     assert record.invariance.merge < 5e-6
     assert 1e-4 < record.invariance.rounding < 0.1
     assert record.invariance.stored < 1.5 * record.invariance.rounding
-    assert not rotation_problems(record)
+    assert not rotation_summary.problems(record)
     stored = load_file(halves.out("run") / "checkpoint" / "model-00002-of-00004.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 

@@ -19,7 +19,7 @@ FILE = "hashes.json"
 def note_hash(root: Path, place: Path, files: Sequence[Path], digest: str) -> None:
     """Notes in the store at `root` what `files` of the model at `place` hashed to together. The last writer wins."""
     notes = {**_read(root), str(place.resolve()): {"files": _states(files), "sha256": digest}}
-    with suppress(ResourceError):  # a store that cannot be written is told of by what has to be written
+    with suppress(OSError, ResourceError):  # a store that cannot be written is told of by what has to be written
         write_whole(root / FILE, json.dumps(notes, indent=1, sort_keys=True) + "\n")
 
 

@@ -8,7 +8,7 @@ here knows Hydra. Where several processes do it together, all take the road, and
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +184,8 @@ def _keep_rotation(rotated: Rotated, run: RunDirectory) -> None:
         return
     for old in run.rotation.glob("rotation.*"):  # that of an earlier run into this directory would be a wrong one
         old.unlink()
+    with suppress(OSError):  # not there, or with something in it that is not ours
+        run.rotation.rmdir()
 
 
 def _computing(team: Team) -> str:
