@@ -6,7 +6,6 @@ import pickle
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,19 +67,10 @@ def collectives(folder: Path) -> None:
             "gather": team.gather(team.rank),
             "rows": team.rows(mine),
             "no rows": team.rows(mine[:0]),
-            "first": team.first(lambda: after(folder / "made", team.rank)),
+            "led": team.led(lambda: team.rank),
         }
         team.wait()
         (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
-
-
-def after(path: Path, rank: int) -> bool:
-    """The leader makes a file, slowly; whether it was there for the others."""
-    there = path.exists()
-    if rank == 0:
-        time.sleep(0.3)
-        path.touch()
-    return there
 
 
 def engine(folder: Path) -> None:
@@ -112,6 +102,18 @@ def stopping(folder: Path) -> None:
                 raise Stop("stopped")
 
         quantize(folder / "stopped", team, RUNS["qep"], pause)
+
+
+def disks(folder: Path) -> None:
+    """A run whose processes each have a disk of their own."""
+    import torch
+    from test_team import RUNS, quantize
+
+    from jointq_cli.processes import joined
+
+    torch.set_num_threads(1)
+    with joined() as team:
+        quantize(folder / f"disk {team.rank}", team, RUNS["qep"])
 
 
 def sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def test_what_the_processes_tell_each_other(together: Path) -> None:
     expected = torch.tensor([[0.0] * 3, [1.0] * 3, [1.0] * 3], dtype=torch.bfloat16)
     assert torch.equal(first["rows"], expected)
     assert first["no rows"].shape == (0, 3)
-    assert (first["first"], second["first"]) == (False, True)
+    assert first["led"] == second["led"] == 0
 
 
 def test_parts_are_whole_units_that_cover_everything_once_and_the_first_is_the_leaders(together: Path) -> None:
@@ -164,6 +165,29 @@ def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_pa
     quantize(tmp_path / "stopped", ALONE, RUNS["qep"])
     names = [f"shards/0000{block}.safetensors" for block in range(3)]
     assert [sha256(tmp_path / "stopped" / name) for name in names] == [sha256(alone / "qep" / name) for name in names]
+
+
+def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_path: Path) -> None:
+    """The disk of the other process, a network's say, shows it a layer that the leader must solve."""
+    write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    stale = tmp_path / "disk 1" / "layers"
+    stale.mkdir(parents=True)
+    for file in (alone / "qep" / "layers").glob("model.layers.0.*q_proj*"):
+        shutil.copy(file, stale)
+    found = ended(start_all(2, [HERE / "team_cases.py", "disks", tmp_path], HERE))
+    assert [(code, err) for code, _, err in found] == [(0, ""), (0, "")]
+    for name in (f"shards/0000{block}.safetensors" for block in range(3)):
+        assert sha256(tmp_path / "disk 0" / name) == sha256(alone / "qep" / name)
+
+
+def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    shutil.copytree(alone / "qep", tmp_path / "disk 1")
+    found = ended(start_all(2, [HERE / "team_cases.py", "disks", tmp_path], HERE))
+    assert [code for code, _, _ in found] == [1, 1]
+    problem = "process 0 finds 0 finished blocks there, process 1 3; all must see the same disk\n"
+    assert "".join(err for _, _, err in found).endswith(problem)
+    assert not list(tmp_path.glob("disk 0/layers/*"))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

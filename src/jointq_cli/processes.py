@@ -33,13 +33,12 @@ class _Processes(Team):
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
-    def first(self, action: Callable[[], T]) -> T:
-        if self.rank > 0:
-            self.wait()
-            return action()
-        done = action()
-        self.wait()
-        return done
+    def led(self, action: Callable[..., T], *given: Any) -> T:
+        answers: list[Any] = [self.lead(action, *given)]
+        with _broken():
+            dist.broadcast_object_list(answers, device=_CPU)
+        answer: T = answers[0]
+        return answer
 
     def sum(self, tensor: Tensor) -> Tensor:
         with _broken():
@@ -47,10 +46,7 @@ class _Processes(Team):
         return tensor
 
     def share(self, value: T) -> T:
-        values = [value]
-        with _broken():
-            dist.broadcast_object_list(values, device=_CPU)
-        return values[0]
+        return self.led(lambda: value)
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
