@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -114,6 +115,33 @@ def disks(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined() as team:
         quantize(folder / f"disk {team.rank}", team, RUNS["qep"])
+
+
+def removing(folder: Path) -> None:
+    """What a team makes together is removed as soon as it is made, once."""
+    from jointq_cli.inventory import entries, remove
+    from jointq_cli.processes import joined
+    from jointq_cli.store import Store
+
+    class Emptied(Store):
+        made = 0
+
+        def _make(self, *given: Any) -> bool:
+            done = super()._make(*given)
+            self.made += 1
+            if self.made == 1:
+                assert remove(self.root, entries(self.root)[0])
+            return done
+
+    with joined() as team, Emptied(folder / "store", team=team) as store:
+
+        def make(scratch: Path) -> None:
+            ranks = team.gather(team.rank)
+            team.lead(lambda: (scratch / "ranks").write_text(str(ranks)))
+
+        artifact = store.reuse("stage", {}, [], make, together=True)
+        assert (artifact.path / "ranks").read_text() == "[0, 1, 2]"
+        assert team.gather(store.made) == [2, 0, 0]  # the others only help
 
 
 def sha256(path: Path) -> str:

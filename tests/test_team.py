@@ -190,6 +190,11 @@ def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, 
     assert not list(tmp_path.glob("disk 0/layers/*"))
 
 
+def test_three_processes_make_anew_what_is_removed_as_soon_as_it_is_made(tmp_path: Path) -> None:
+    found = ended(start_all(3, [HERE / "team_cases.py", "removing", tmp_path], HERE))
+    assert [(code, err) for code, _, err in found] == [(0, "")] * 3
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_of_parts_add_up_to_those_of_all_tokens(weighted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
