@@ -144,6 +144,38 @@ def removing(folder: Path) -> None:
         assert team.gather(store.made) == [2, 0, 0]  # the others only help
 
 
+def meeting(folder: Path) -> None:
+    """A meeting that takes no more than a moment."""
+    from datetime import timedelta
+
+    from jointq_cli import processes
+
+    processes._SILENCE, processes._MEETING = 0.1, timedelta(seconds=float(folder.name))
+    with processes.joined():
+        pass
+
+
+def leaving(folder: Path) -> None:
+    """One process ends without a word, in the middle of each way to talk."""
+    import torch
+
+    from jointq_cli.errors import TeamError
+    from jointq_cli.processes import joined
+
+    with joined() as team:
+        if team.rank == 1:
+            os._exit(3)
+        one = torch.ones(1)
+        for talk in (team.gather, team.sum, team.share, team.rows):
+            try:
+                talk(one)
+            except TeamError as error:
+                last = error
+            else:
+                raise AssertionError(talk)
+        raise last
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

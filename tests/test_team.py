@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import signal
 import time
@@ -12,17 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from team_cases import HERE, ended, sha256, start_all
+from team_cases import HERE, ended, free_port, sha256, start, start_all
 from test_blockwise import CPU, EQUAL, FULL, JOINT, NO_QEP, ROUND, SOLVE, WEIGHED, windows
 from tiny_models import write_checkpoint
 
 from jointq_cli.blockwise import quantize_blocks
 from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.errors import Interrupted, JointqError, ResourceError
+from jointq_cli.errors import Interrupted, JointqError, ResourceError, TeamError
 from jointq_cli.evaluation import final_hidden
 from jointq_cli.hessians import Hessians, collect_hessians
+from jointq_cli.main import main
 from jointq_cli.model import StreamedModel
 from jointq_cli.plan import Plan
+from jointq_cli.processes import _broken, joined
 from jointq_cli.qep import Propagation
 from jointq_cli.quantizers import Quantizer
 from jointq_cli.runtime import Runtime
@@ -193,6 +196,61 @@ def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, 
 def test_three_processes_make_anew_what_is_removed_as_soon_as_it_is_made(tmp_path: Path) -> None:
     found = ended(start_all(3, [HERE / "team_cases.py", "removing", tmp_path], HERE))
     assert [(code, err) for code, _, err in found] == [(0, "")] * 3
+
+
+def test_a_process_that_ends_in_the_middle_of_a_talk_is_missed(tmp_path: Path) -> None:
+    found = ended(start_all(2, [HERE / "team_cases.py", "leaving", tmp_path], HERE))
+    assert [code for code, _, _ in found] == [1, 3]
+    told = "error: another process of this run has ended; the same command continues at what was finished\n"
+    assert [err for _, _, err in found] == [told, ""]
+
+
+def test_what_goes_wrong_while_processes_talk_keeps_its_name() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"), _broken():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(ResourceError, match=r"cannot talk to each other: NCCL error .*\n.*Duplicate GPU"), _broken():
+        raise torch.distributed.DistBackendError("NCCL error in: init.cpp:3\nLast error: Duplicate GPU detected")
+    with pytest.raises(TeamError), _broken():
+        raise torch.distributed.DistBackendError("ncclRemoteError: a remote process exiting prematurely.")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_meets_nobody_says_so_and_gives_up(rank: int) -> None:
+    [(code, _, err)] = ended([start(rank, 2, free_port(), [HERE / "team_cases.py", "meeting", "1"], HERE)])
+    assert code == 1
+    first, *_, last = err.splitlines()  # c10d may have words of its own
+    assert re.fullmatch(rf"process {rank} is waiting for the others, 2 in all, at localhost:\d+", first)
+    assert last.startswith("error: the processes do not find each other: ")
+
+
+def test_ctrl_c_ends_a_process_that_meets_nobody() -> None:
+    process = start(0, 2, free_port(), [HERE / "team_cases.py", "meeting", "300"], HERE)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("process 0 is waiting")
+    process.send_signal(signal.SIGINT)
+    assert [code for code, _, _ in ended([process])] == [-signal.SIGINT]
+
+
+def test_a_number_of_processes_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("abc", "0", ""):
+        monkeypatch.setenv("WORLD_SIZE", given)
+        with pytest.raises(ResourceError, match=f"^WORLD_SIZE={given}: must be the number of processes"), joined():
+            pass
+
+
+@pytest.mark.parametrize("words", [["plan"], ["recipes", "show", "ci_smoke"]])
+def test_what_is_not_divided_is_done_by_the_first_process_alone(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    for rank in ("0", "1"):  # with nobody to meet
+        monkeypatch.setenv("RANK", rank)
+        assert main(words) == 0
+        seen.append(capsys.readouterr().out)
+    assert seen[0]
+    assert seen[1] == ""
 
 
 @pytest.mark.parametrize("weighted", [False, True])
