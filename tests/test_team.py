@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,9 @@ class Third(Team):
     rank = local_rank = 2
     size = local_size = 4
 
+    def gather(self, value: Any) -> list[Any]:
+        return [None if value is None else f"{value} of process {rank}" for rank in range(4)]
+
 
 def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jointq_cli.runtime.cpu_count", lambda: 10)
@@ -296,14 +300,37 @@ def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: py
     assert replace(RUNTIME, num_threads=7).threads(Third()) == 7
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[torch.device] = []
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """So many are there, as far as this process can see."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU {device}"))
+    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_each_process_has_a_gpu_of_its_own(gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    gpus(4)
     assert RUNTIME.torch_device(Third()) == torch.device("cuda:2") == chosen[0]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpus(3)
     with pytest.raises(ResourceError, match=r"offers 3 CUDA devices .* for 4 processes; use runtime.device=cpu"):
+        RUNTIME.torch_device(Third())
+
+
+def test_a_process_that_is_shown_one_gpu_takes_it(gpus: Callable[[int], None]) -> None:
+    gpus(1)
+    assert RUNTIME.torch_device(Third()) == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(("seen", "told"), [(["GPU 0"] * 4, 1), (["GPU 0", "GPU 1", None, "GPU 2"], 3)])
+def test_processes_that_share_a_gpu_or_lack_one_are_refused(
+    seen: list[str | None], told: int, gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    monkeypatch.setattr(Third, "gather", lambda self, value: seen)
+    with pytest.raises(ResourceError, match=rf"4 processes have {told} CUDA devices between them"):
         RUNTIME.torch_device(Third())
 
 
