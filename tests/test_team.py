@@ -1,4 +1,4 @@
-"""One run by two processes: what they tell each other, the bits they agree on, and how they end together."""
+"""One run by several processes: what they tell each other, the bits they agree on, and how they end together."""
 
 import json
 import pickle
@@ -29,6 +29,7 @@ from jointq_cli.plan import Plan
 from jointq_cli.processes import _broken, joined
 from jointq_cli.qep import Propagation
 from jointq_cli.quantizers import Quantizer
+from jointq_cli.quantizers.base import ROWS
 from jointq_cli.runtime import Runtime
 from jointq_cli.statistics import Accumulator, TokenWeights
 from jointq_cli.team import ALONE, Team
@@ -271,6 +272,20 @@ def test_moments_of_parts_add_up_to_those_of_all_tokens(weighted: bool) -> None:
     torch.testing.assert_close(parts[0].hessian(), whole.hessian(), rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(parts[0].cross(), whole.cross(), rtol=1e-12, atol=1e-14)
     assert parts[0].tokens == pytest.approx(whole.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [128, 576, 1024])
+def test_products_give_each_row_the_same_bits_among_any_multiple_of_rows(columns: int, dtype: torch.dtype) -> None:
+    """No promise of any library, but what the codes of several processes being those of one rests upon."""
+    generator = torch.Generator().manual_seed(0)
+    weight, square = (
+        torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((208, columns), (columns,) * 2)
+    )
+    for right in (square, square.T):
+        whole = weight @ right
+        for first, last in ((0, ROWS), (0, 96), (96, 208), (192, 208)):
+            assert torch.equal(weight[first:last] @ right, whole[first:last])
 
 
 def test_windows_in_whole_batches_have_the_hidden_states_they_have_among_all(tmp_path: Path) -> None:
