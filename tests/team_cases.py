@@ -6,9 +6,9 @@ import pickle
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -68,19 +68,10 @@ def collectives(folder: Path) -> None:
             "gather": team.gather(team.rank),
             "rows": team.rows(mine),
             "no rows": team.rows(mine[:0]),
-            "first": team.first(lambda: after(folder / "made", team.rank)),
+            "led": team.led(lambda: team.rank),
         }
         team.wait()
         (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
-
-
-def after(path: Path, rank: int) -> bool:
-    """The leader makes a file, slowly; whether it was there for the others."""
-    there = path.exists()
-    if rank == 0:
-        time.sleep(0.3)
-        path.touch()
-    return there
 
 
 def engine(folder: Path) -> None:
@@ -112,6 +103,77 @@ def stopping(folder: Path) -> None:
                 raise Stop("stopped")
 
         quantize(folder / "stopped", team, RUNS["qep"], pause)
+
+
+def disks(folder: Path) -> None:
+    """A run whose processes each have a disk of their own."""
+    import torch
+    from test_team import RUNS, quantize
+
+    from jointq_cli.processes import joined
+
+    torch.set_num_threads(1)
+    with joined() as team:
+        quantize(folder / f"disk {team.rank}", team, RUNS["qep"])
+
+
+def removing(folder: Path) -> None:
+    """What a team makes together is removed as soon as it is made, once."""
+    from jointq_cli.inventory import entries, remove
+    from jointq_cli.processes import joined
+    from jointq_cli.store import Store
+
+    class Emptied(Store):
+        made = 0
+
+        def _make(self, *given: Any) -> bool:
+            done = super()._make(*given)
+            self.made += 1
+            if self.made == 1:
+                assert remove(self.root, entries(self.root)[0])
+            return done
+
+    with joined() as team, Emptied(folder / "store", team=team) as store:
+
+        def make(scratch: Path) -> None:
+            ranks = team.gather(team.rank)
+            team.lead(lambda: (scratch / "ranks").write_text(str(ranks)))
+
+        artifact = store.reuse("stage", {}, [], make, together=True)
+        assert (artifact.path / "ranks").read_text() == "[0, 1, 2]"
+        assert team.gather(store.made) == [2, 0, 0]  # the others only help
+
+
+def meeting(folder: Path) -> None:
+    """A meeting that takes no more than a moment."""
+    from datetime import timedelta
+
+    from jointq_cli import processes
+
+    processes._SILENCE, processes._MEETING = 0.1, timedelta(seconds=float(folder.name))
+    with processes.joined():
+        pass
+
+
+def leaving(folder: Path) -> None:
+    """One process ends without a word, in the middle of each way to talk."""
+    import torch
+
+    from jointq_cli.errors import TeamError
+    from jointq_cli.processes import joined
+
+    with joined() as team:
+        if team.rank == 1:
+            os._exit(3)
+        one = torch.ones(1)
+        for talk in (team.gather, team.sum, team.share, team.rows):
+            try:
+                talk(one)
+            except TeamError as error:
+                last = error
+            else:
+                raise AssertionError(talk)
+        raise last
 
 
 def sha256(path: Path) -> str:

@@ -1,29 +1,35 @@
-"""One run by two processes: what they tell each other, the bits they agree on, and how they end together."""
+"""One run by several processes: what they tell each other, the bits they agree on, and how they end together."""
 
 import json
 import pickle
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from team_cases import HERE, ended, sha256, start_all
+from team_cases import HERE, ended, free_port, sha256, start, start_all
 from test_blockwise import CPU, EQUAL, FULL, JOINT, NO_QEP, ROUND, SOLVE, WEIGHED, windows
 from tiny_models import write_checkpoint
 
 from jointq_cli.blockwise import quantize_blocks
 from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.errors import Interrupted, JointqError, ResourceError
+from jointq_cli.errors import Interrupted, JointqError, ResourceError, TeamError
 from jointq_cli.evaluation import final_hidden
 from jointq_cli.hessians import Hessians, collect_hessians
+from jointq_cli.main import main
 from jointq_cli.model import StreamedModel
 from jointq_cli.plan import Plan
+from jointq_cli.processes import _broken, joined
 from jointq_cli.qep import Propagation
 from jointq_cli.quantizers import Quantizer
+from jointq_cli.quantizers.base import ROWS
 from jointq_cli.runtime import Runtime
 from jointq_cli.statistics import Accumulator, TokenWeights
 from jointq_cli.team import ALONE, Team
@@ -113,7 +119,7 @@ def test_what_the_processes_tell_each_other(together: Path) -> None:
     expected = torch.tensor([[0.0] * 3, [1.0] * 3, [1.0] * 3], dtype=torch.bfloat16)
     assert torch.equal(first["rows"], expected)
     assert first["no rows"].shape == (0, 3)
-    assert (first["first"], second["first"]) == (False, True)
+    assert first["led"] == second["led"] == 0
 
 
 def test_parts_are_whole_units_that_cover_everything_once_and_the_first_is_the_leaders(together: Path) -> None:
@@ -166,6 +172,89 @@ def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_pa
     assert [sha256(tmp_path / "stopped" / name) for name in names] == [sha256(alone / "qep" / name) for name in names]
 
 
+def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_path: Path) -> None:
+    """The disk of the other process, a network's say, shows it a layer that the leader must solve."""
+    write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    stale = tmp_path / "disk 1" / "layers"
+    stale.mkdir(parents=True)
+    for file in (alone / "qep" / "layers").glob("model.layers.0.*q_proj*"):
+        shutil.copy(file, stale)
+    found = ended(start_all(2, [HERE / "team_cases.py", "disks", tmp_path], HERE))
+    assert [(code, err) for code, _, err in found] == [(0, ""), (0, "")]
+    for name in (f"shards/0000{block}.safetensors" for block in range(3)):
+        assert sha256(tmp_path / "disk 0" / name) == sha256(alone / "qep" / name)
+
+
+def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    shutil.copytree(alone / "qep", tmp_path / "disk 1")
+    found = ended(start_all(2, [HERE / "team_cases.py", "disks", tmp_path], HERE))
+    assert [code for code, _, _ in found] == [1, 1]
+    problem = "process 0 finds 0 finished blocks there, process 1 3; all must see the same disk\n"
+    assert "".join(err for _, _, err in found).endswith(problem)
+    assert not list(tmp_path.glob("disk 0/layers/*"))
+
+
+def test_three_processes_make_anew_what_is_removed_as_soon_as_it_is_made(tmp_path: Path) -> None:
+    found = ended(start_all(3, [HERE / "team_cases.py", "removing", tmp_path], HERE))
+    assert [(code, err) for code, _, err in found] == [(0, "")] * 3
+
+
+def test_a_process_that_ends_in_the_middle_of_a_talk_is_missed(tmp_path: Path) -> None:
+    found = ended(start_all(2, [HERE / "team_cases.py", "leaving", tmp_path], HERE))
+    assert [code for code, _, _ in found] == [1, 3]
+    told = "error: another process of this run has ended; the same command continues at what was finished\n"
+    assert [err for _, _, err in found] == [told, ""]
+
+
+def test_what_goes_wrong_while_processes_talk_keeps_its_name() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"), _broken():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(ResourceError, match=r"cannot talk to each other: NCCL error .*\n.*Duplicate GPU"), _broken():
+        raise torch.distributed.DistBackendError("NCCL error in: init.cpp:3\nLast error: Duplicate GPU detected")
+    with pytest.raises(TeamError), _broken():
+        raise torch.distributed.DistBackendError("ncclRemoteError: a remote process exiting prematurely.")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_meets_nobody_says_so_and_gives_up(rank: int) -> None:
+    [(code, _, err)] = ended([start(rank, 2, free_port(), [HERE / "team_cases.py", "meeting", "1"], HERE)])
+    assert code == 1
+    first, *_, last = err.splitlines()  # c10d may have words of its own
+    assert re.fullmatch(rf"process {rank} is waiting for the others, 2 in all, at localhost:\d+", first)
+    assert last.startswith("error: the processes do not find each other: ")
+
+
+def test_ctrl_c_ends_a_process_that_meets_nobody() -> None:
+    process = start(0, 2, free_port(), [HERE / "team_cases.py", "meeting", "300"], HERE)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("process 0 is waiting")
+    process.send_signal(signal.SIGINT)
+    assert [code for code, _, _ in ended([process])] == [-signal.SIGINT]
+
+
+def test_a_number_of_processes_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("abc", "0", ""):
+        monkeypatch.setenv("WORLD_SIZE", given)
+        with pytest.raises(ResourceError, match=f"^WORLD_SIZE={given}: must be the number of processes"), joined():
+            pass
+
+
+@pytest.mark.parametrize("words", [["plan"], ["recipes", "show", "ci_smoke"]])
+def test_what_is_not_divided_is_done_by_the_first_process_alone(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    for rank in ("0", "1"):  # with nobody to meet
+        monkeypatch.setenv("RANK", rank)
+        assert main(words) == 0
+        seen.append(capsys.readouterr().out)
+    assert seen[0]
+    assert seen[1] == ""
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_moments_of_parts_add_up_to_those_of_all_tokens(weighted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -185,6 +274,20 @@ def test_moments_of_parts_add_up_to_those_of_all_tokens(weighted: bool) -> None:
     assert parts[0].tokens == pytest.approx(whole.tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [128, 576, 1024])
+def test_products_give_each_row_the_same_bits_among_any_multiple_of_rows(columns: int, dtype: torch.dtype) -> None:
+    """No promise of any library, but what the codes of several processes being those of one rests upon."""
+    generator = torch.Generator().manual_seed(0)
+    weight, square = (
+        torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((208, columns), (columns,) * 2)
+    )
+    for right in (square, square.T):
+        whole = weight @ right
+        for first, last in ((0, ROWS), (0, 96), (96, 208), (192, 208)):
+            assert torch.equal(weight[first:last] @ right, whole[first:last])
+
+
 def test_windows_in_whole_batches_have_the_hidden_states_they_have_among_all(tmp_path: Path) -> None:
     model = StreamedModel(Checkpoint(write_checkpoint(tmp_path)), CPU, torch.float32)
     with torch.no_grad():
@@ -201,6 +304,9 @@ class Third(Team):
     rank = local_rank = 2
     size = local_size = 4
 
+    def gather(self, value: Any) -> list[Any]:
+        return [None if value is None else f"{value} of process {rank}" for rank in range(4)]
+
 
 def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jointq_cli.runtime.cpu_count", lambda: 10)
@@ -209,14 +315,37 @@ def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: py
     assert replace(RUNTIME, num_threads=7).threads(Third()) == 7
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[torch.device] = []
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """So many are there, as far as this process can see."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU {device}"))
+    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_each_process_has_a_gpu_of_its_own(gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    gpus(4)
     assert RUNTIME.torch_device(Third()) == torch.device("cuda:2") == chosen[0]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    gpus(3)
     with pytest.raises(ResourceError, match=r"offers 3 CUDA devices .* for 4 processes; use runtime.device=cpu"):
+        RUNTIME.torch_device(Third())
+
+
+def test_a_process_that_is_shown_one_gpu_takes_it(gpus: Callable[[int], None]) -> None:
+    gpus(1)
+    assert RUNTIME.torch_device(Third()) == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(("seen", "told"), [(["GPU 0"] * 4, 1), (["GPU 0", "GPU 1", None, "GPU 2"], 3)])
+def test_processes_that_share_a_gpu_or_lack_one_are_refused(
+    seen: list[str | None], told: int, gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    monkeypatch.setattr(Third, "gather", lambda self, value: seen)
+    with pytest.raises(ResourceError, match=rf"4 processes have {told} CUDA devices between them"):
         RUNTIME.torch_device(Third())
 
 

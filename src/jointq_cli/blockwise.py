@@ -48,11 +48,12 @@ def quantize_blocks(
 
     windows: (windows, tokens) int64. hessians: those of this model, windows and plan where they were collected ahead,
     which gives the same bits. on_layer is told of every layer of these blocks, pause is called wherever stopping loses
-    nothing and may raise. The processes of a team share out windows and rows of layers; its leader writes. Raises
-    NumericsError, naming the layer, where a layer cannot be solved.
+    nothing and may raise. The processes of a team share out windows and rows of layers; its leader writes, and what it
+    finds finished is finished for all. Raises NumericsError, naming the layer, where a layer cannot be solved, and
+    ResourceError where the processes do not find the same position.
     """
     plan.check(len(windows))
-    start = workspace.position()
+    start = team.agreed(workspace.directory, "finished blocks", workspace.position())
     streams = _streams(model, windows if hessians is None else windows[: plan.batch], plan, workspace, team)
     collector = Collector(plan, len(windows.split(plan.batch)), model.device, pause, team)
     loop = _Loop(model, plan, workspace, on_layer, pause, hessians, collector, team)
@@ -133,8 +134,9 @@ class _Loop:
     def _quantize_group(self, block: Block, survey: Survey, number: int, original: Stream, quantized: Stream) -> None:
         group = survey.groups[number]
         given: _Given | None = None
+        finished = self.team.led(self._finished, group)
         for layer in group:
-            kept = self.workspace.layer(layer.name)
+            kept = finished.get(layer.name)
             if kept is None:
                 given = given or self._prepare(group, self._statistics(survey, number, original, quantized))
                 kept = self._quantize_layer(layer, block.weight(layer), given)
@@ -143,6 +145,11 @@ class _Loop:
             block.replace(layer, weight)
             self.on_layer(record)
             self.pause()
+
+    def _finished(self, group: list[Layer]) -> dict[str, tuple[QuantizedWeight, LayerRecord]]:
+        """The layers that an earlier run has kept."""
+        found = {layer.name: self.workspace.layer(layer.name) for layer in group}
+        return {name: kept for name, kept in found.items() if kept is not None}
 
     def _statistics(self, survey: Survey, number: int, original: Stream, quantized: Stream) -> Statistics:
         layer = survey.groups[number][0]

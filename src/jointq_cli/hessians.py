@@ -47,10 +47,12 @@ def collect_hessians(
     """Walks through the original model once, and leaves the moments of every group's input in `hessians`.
 
     windows: (windows, tokens) int64. on_block is called after each block, pause after each batch, where it may raise.
-    The windows are shared out between the processes of the team, whose leader writes.
+    The windows are shared out between the processes of the team, whose leader writes. Raises ResourceError where they
+    do not find the same position.
     """
     collector = Collector(plan, len(windows.split(plan.batch)), model.device, pause, team)
-    start, hidden = hessians.position(), _entering(model, windows, plan, hessians, team)
+    start = team.agreed(hessians.directory, "finished blocks", hessians.position())
+    hidden = _entering(model, windows, plan, hessians, team)
     for index in range(start, len(model)):
         tensors = model.block_tensors(index)
         with model.block(index, tensors):

@@ -62,14 +62,17 @@ class Job:
 Task = Callable[[Any, Job], None]
 
 
-def launch(command: str, arguments: list[str], task: Task) -> int:
+def launch(command: str, arguments: list[str], task: Task, *, divided: bool = True) -> int:
     """Composes the primary config of `command` and runs `task(recipe, job)`, in a sweep once per job.
 
     Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. The same sweep again runs
     only what is not done. Raises JointqError for what a user can cause; any other exception is a bug and passes.
+    divided: the processes that torchrun has started do it together; else the first does it, and the others nothing.
     """
-    from jointq_cli.processes import joined  # not above: it brings torch, and shell completion answers without
+    from jointq_cli.processes import joined, leads  # not above: it brings torch, and shell completion answers without
 
+    if not divided:
+        return _launch(command, arguments, task, ALONE) if leads() else 0
     with joined() as team, _in_place(team) as places:
         return _launch(command, [*arguments, *places], task, team)
 

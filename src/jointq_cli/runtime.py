@@ -42,14 +42,21 @@ class Runtime:
                 raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be at least 0")
 
     def torch_device(self, team: Team = ALONE) -> torch.device:
-        """Of a team each process has a CUDA device. Raises ResourceError when CUDA is asked for and absent."""
+        """Of a team each process has a CUDA device of its own, or all compute on the CPU. Raises ResourceError where
+        that cannot be, or CUDA is asked for and absent."""
+        device = self._device(team)
+        if team.size > 1:
+            _check_apart(device, team)
+        return device
+
+    def _device(self, team: Team) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.device == "cpu" or (self.device == "auto" and not count):
             return torch.device("cpu")
         device = torch.device("cuda" if self.device == "auto" else self.device)
         if team.local_size > 1:
-            device = torch.device("cuda", team.local_rank)
-        if (device.index or 0) >= count or team.local_size > count:
+            device = torch.device("cuda", team.local_rank if count > 1 else 0)  # srun may show each its own one alone
+        if (device.index or 0) >= count or 1 < count < team.local_size:
             wanted = f" for {team.local_size} processes" if team.local_size > 1 else ""
             raise ResourceError(
                 f"runtime.device={self.device}: this machine offers {count} CUDA devices to PyTorch "
@@ -72,3 +79,10 @@ class Runtime:
         if checkpoint_dtype == torch.float16 and device.type == "cpu":
             return torch.float32
         return checkpoint_dtype if checkpoint_dtype in DTYPES.values() else torch.float32
+
+
+def _check_apart(device: torch.device, team: Team) -> None:
+    used = team.gather(str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
+    apart = len(set(used) - {None})
+    if apart not in (0, len(used)):
+        raise ResourceError(f"{len(used)} processes have {apart} CUDA devices between them; use runtime.device=cpu")

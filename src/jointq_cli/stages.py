@@ -170,7 +170,7 @@ class Stages:
         companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
         inputs = [model.checkpoint.content_hash, companions, tokens.hash]
         hessians = None
-        if not self.team.share(self.store.holds("quantize", spec, inputs)):
+        if not self.team.led(self.store.holds, "quantize", spec, inputs):
             hessians = self._hessians(model, tokens, plan, names)
 
         def make(scratch: Path) -> None:

@@ -122,7 +122,7 @@ class Store:
         with translated_disk_errors(self.root):
             while not self._hold(name, is_new=made):  # who removes an artifact may have been quicker
                 made = self._make(name, make_together, resumable) or made
-        if together and not made:
+        if together:
             self._team.share(False)
         self._team.wait()
         return Artifact(artifact_path(self.root, name), key, reused=not made)
@@ -155,7 +155,7 @@ class Store:
 
     def _help(self, name: str, make: Callable[[Path], None], together: bool) -> None:
         """The part in `reuse` of a process that does not lead."""
-        if together and self._team.share(True):
+        while together and self._team.share(True):  # again where it was removed as soon as it was made
             make(partial_path(self.root, name))
         self._team.wait()
         if not self._hold(name, is_new=True):

@@ -5,7 +5,10 @@ and objects, not what they mean; `processes` has teams of several. Imports no to
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from jointq_cli.errors import ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +34,20 @@ class Team:
         """`action(*given)` by the leader; None for the others, who do not wait."""
         return action(*given) if self.rank == 0 else None
 
-    def first(self, action: Callable[[], T]) -> T:
-        """`action()` by the leader, and by the others when it is done: they find what it made."""
-        return action()
+    def led(self, action: Callable[..., T], *given: Any) -> T:
+        """What the leader's `action(*given)` answers, for all; its tensors should lie in main memory."""
+        return action(*given)
+
+    def agreed(self, place: Path, what: str, found: T) -> T:
+        """What all have found at `place`. Raises ResourceError where one has found something else than the leader."""
+        everybodys = self.gather(found)
+        for rank, other in enumerate(everybodys):
+            if other != everybodys[0]:
+                raise ResourceError(
+                    f"{place}: process 0 finds {everybodys[0]} {what} there, process {rank} {other}; "
+                    f"all must see the same disk"
+                )
+        return found
 
     def sum(self, tensor: "Tensor") -> "Tensor":
         """The sum over all processes of a contiguous tensor, in its place."""

@@ -11,7 +11,7 @@ def main(arguments: list[str]) -> int:
     if {"-m", "--multirun"} & set(arguments) or any(_key(word) == "hydra.mode" for word in arguments):
         raise UsageError("jointq plan tells of one run; give each setting of the sweep by itself, without -m")
     # Hydra would make the directory of a run that there will not be.
-    return launch("plan", [word for word in arguments if _key(word) != "hydra.run.dir"], run)
+    return launch("plan", [word for word in arguments if _key(word) != "hydra.run.dir"], run, divided=False)
 
 
 def _key(word: str) -> str:

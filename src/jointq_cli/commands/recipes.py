@@ -31,4 +31,4 @@ def listing() -> str:
 def _show(name: str, overrides: list[str]) -> int:
     from jointq_cli.launch import launch  # brings hydra, which the listing does without
 
-    return launch("quantize", [f"recipe={name}", *overrides, "--cfg", "job"], lambda recipe, job: None)
+    return launch("quantize", [f"recipe={name}", *overrides, "--cfg", "job"], lambda recipe, job: None, divided=False)
