@@ -3,20 +3,21 @@
 The published run serves as evidence: what is compared here is what lies in tests/published.
 """
 
+import hashlib
 import json
 import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import pytest
 import torch
 
 from jointq_cli.checkpoint import save_tensors
-from jointq_cli.config import Recipe, keys
+from jointq_cli.config import Recipe, concrete, keys
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.evidence import Evidence, codes_file, read_evidence
 from jointq_cli.grid import QuantizedWeight
@@ -31,11 +32,14 @@ from jointq_cli.records import (
     Invariance,
     Reproduction,
     RotationRecord,
+    Simulation,
 )
 from jointq_cli.replay import replay
 from jointq_cli.report import encode, load_record
 from jointq_cli.report.replayed import conclusion, render_lines, render_reproduction
-from jointq_cli.reproduction import ROUNDING, compare, decides
+from jointq_cli.reproduction import GIVEN, compare
+from jointq_cli.reproduction.asked import DICTIONARIES, decides
+from jointq_cli.reproduction.measured import ROUNDING
 from jointq_cli.workspace import save_layer
 
 ROOT = Path(__file__).parent.parent
@@ -97,9 +101,13 @@ CHANGES: dict[str, Change] = {
     "calibration tokens": with_hash("calibration tokens"),
     "evaluation windows": with_hash("evaluation windows"),
     "codes": with_file(codes_file("model.layers.2.mlp.up_proj")),
-    "checkpoint": with_file("checkpoint/model-00003-of-00005.safetensors"),
-    "layers": lambda run: with_layer(run, 5, output_error=0.5),
+    "layers": lambda run: with_layer(run, 20, output_error=0.5),
     "blocks": lambda run: with_report(run, blocks=[*run.report.blocks[:-1], BlockRecord(3, 0.5)]),
+    "checkpoint": with_file("checkpoint/model-00003-of-00005.safetensors"),
+    "audit": lambda run: with_report(run, audit=replace(run.report.audit, changed=["lm_head.weight"])),
+    "reload check": lambda run: with_report(run, reload_check="differs by 0.1"),
+    "simulation": lambda run: with_report(run, simulation=Simulation("A4", {"model.layers.0.mlp.up_proj": 0.9})),
+    "likelihoods": lambda run: with_report(run, comparison=replace(run.report.comparison, top1_agreement=0.1)),
     "original perplexity": lambda run: with_figures(run, original=1.001),
     "quantised perplexity": lambda run: with_figures(run, quantized=1.001),
     "KL divergence": lambda run: with_figures(run, divergence=1.001),
@@ -149,6 +157,36 @@ def test_codes_that_one_run_lacks_differ(run: Evidence) -> None:
     assert first.name == "codes"
 
 
+def without(kind: str, run: Evidence) -> Evidence:
+    return replace(run, files={name: digest for name, digest in run.files.items() if not name.startswith(kind)})
+
+
+def test_what_has_no_hash_on_either_side_is_not_identical(run: Evidence) -> None:
+    for kind, name, said in (
+        ("codes/model.layers.2.mlp.up_proj", "codes", "(no hash)"),
+        ("codes/", "codes", "(no hash)"),
+        ("checkpoint/model-", "checkpoint", "no hash of any weights"),
+    ):
+        first = compare(without(kind, run), without(kind, run)).first_difference
+        assert first is not None
+        assert (first.name, said in first.detail) == (name, True)
+
+
+def test_codes_that_no_report_names_are_compared_all_the_same(run: Evidence) -> None:
+    silent = with_report(run, layers=[], blocks=[])
+    first = compare(silent, CHANGES["codes"](silent)).first_difference
+    assert first is not None
+    assert first.detail == "first in model.layers.2.mlp.up_proj"
+    nothing = without("codes/", silent)
+    assert compare(nothing, nothing).verdict == DIFFERENT
+
+
+def test_hashes_that_nothing_was_read_for_are_told_as_the_manifests(run: Evidence) -> None:
+    told = {step.name: step.detail for step in compare(run, run).steps}
+    assert told["codes"] == "28 layers (by the manifest; files not there)"
+    assert told["checkpoint"] == "10 files (by the manifest; files not there)"
+
+
 def test_the_last_digits_of_sums_are_no_difference_and_the_others_are(run: Evidence) -> None:
     layer = run.report.layers[3]
     for factor, same in ((1 + ROUNDING / 2, True), (1 - ROUNDING / 2, True), (1 + 2 * ROUNDING, False)):
@@ -188,12 +226,44 @@ def test_every_setting_of_the_maths_decides() -> None:
     assert decides("runtime.batch_tokens")
 
 
-def test_a_setting_that_came_with_later_code_is_told_and_no_difference(run: Evidence) -> None:
+def test_a_setting_that_one_side_alone_knows_is_no_difference_where_nothing_else_is(run: Evidence) -> None:
     later = with_setting("quantizer.invented", "7")(run)
-    assert compare(run, later).verdict == DIFFERENT
-    found = compare(run, with_manifest(later, commit="0" * 40))
-    assert found.verdict == IDENTICAL
-    assert found.steps[0].detail == "new since: quantizer.invented=7"
+    for found, whose in ((compare(run, later), "the replay"), (compare(later, run), "the original")):
+        assert found.verdict == IDENTICAL
+        assert found.steps[0].detail == f"only {whose} has quantizer.invented=7"
+
+
+def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_else_differs(run: Evidence) -> None:
+    later = elsewhere(with_setting("quantizer.invented", "7")(run))
+    for name in list(CHANGES)[1:]:
+        for found in (compare(run, CHANGES[name](later), 0.99), compare(CHANGES[name](later), run, 0.99)):
+            assert found.verdict == DIFFERENT
+            assert not found.steps[0].same
+            assert found.steps[0].detail.startswith("not known to be the same: only the")
+
+
+def test_an_entry_of_a_dictionary_is_no_setting_that_came_with_later_code(run: Evidence) -> None:
+    (name,) = DICTIONARIES
+    assert compare(run, with_setting(f"{name}.down_proj", "8")(run)).verdict == DIFFERENT
+    assert compare(with_setting(f"{name}.down_proj", "8")(run), run).verdict == DIFFERENT
+
+
+def test_every_dictionary_of_a_recipe_is_known() -> None:
+    found = {
+        f"{group}.{field.name}"
+        for group in get_type_hints(Recipe)
+        for choice in concrete(get_type_hints(Recipe)[group])
+        for field in fields(choice)
+        if get_origin(get_type_hints(choice)[field.name]) is dict
+    }
+    assert found == set(DICTIONARIES)
+
+
+def test_only_what_does_not_decide_a_result_can_be_given_and_every_key_of_it_is_one() -> None:
+    assert not any(map(decides, GIVEN))
+    assert set(GIVEN) <= set(keys(Recipe))
+    undecided = {key for key in keys(Recipe) if key.startswith("runtime.") and not decides(key)}
+    assert undecided <= set(GIVEN)
 
 
 def test_another_basis_is_told_with_how_far_it_is(run: Evidence, tmp_path: Path) -> None:
@@ -250,7 +320,7 @@ def test_codes_are_counted_where_both_files_are_there(run: Evidence, tmp_path: P
 @pytest.mark.parametrize("figure", ["original", "quantized", "divergence"])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_each_figure_has_to_keep_to_the_tolerance(figure: str, sign: int, run: Evidence) -> None:
-    rounded = CHANGES["codes"](run)
+    rounded = elsewhere(CHANGES["codes"](run))
     for share, verdict in ((0.049, WITHIN_TOLERANCE), (0.051, DIFFERENT)):
         assert compare(run, with_figures(rounded, **{figure: 1 + sign * share}), 0.05).verdict == verdict
         assert compare(run, with_figures(rounded, **{figure: 1 + sign * share})).verdict == DIFFERENT
@@ -259,15 +329,56 @@ def test_each_figure_has_to_keep_to_the_tolerance(figure: str, sign: int, run: E
 def test_no_tolerance_makes_another_question_the_same(run: Evidence) -> None:
     for step in compare(run, run).steps:
         if step.part == ASKED:
-            assert compare(run, CHANGES[step.name](run), 0.99).verdict == DIFFERENT
+            assert compare(run, elsewhere(CHANGES[step.name](run)), 0.99).verdict == DIFFERENT
     assert compare(run, run, 0.0).verdict == IDENTICAL
+
+
+CANNOT_ROUND_OTHERWISE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "another commit": {"commit": "1" * 40},
+    "another platform": {"platform": "Linux"},
+    "more cores that were not used": {"cpu_count": 64},
+    "a processor that is not told": {"cpu": None},
+}
+CAN_ROUND_OTHERWISE: dict[str, dict[str, Any]] = {
+    "cpu": {"cpu": "Z80"},
+    "gpu": {"gpu": "H100"},
+    "device": {"device": "cuda:0"},
+    "threads": {"threads": 3},
+    "processes": {"processes": 2},
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_ROUND_OTHERWISE)
+def test_a_tolerance_does_not_excuse_what_no_hardware_or_library_explains(case: str, run: Evidence) -> None:
+    other = with_manifest(CHANGES["codes"](run), **CANNOT_ROUND_OTHERWISE[case])
+    found = compare(run, other, 0.05)
+    assert (found.verdict, found.rounding) == (DIFFERENT, [])
+    assert "is for other hardware or libraries, and none are recorded" in conclusion(found)[0]
+
+
+@pytest.mark.parametrize("library", ["jointq", "python"])
+def test_a_version_of_what_does_not_round_is_no_reason_for_a_tolerance(library: str, run: Evidence) -> None:
+    other = with_manifest(CHANGES["codes"](run), versions=run.manifest.versions | {library: "9.9"})
+    assert compare(run, other, 0.05).verdict == DIFFERENT
+
+
+@pytest.mark.parametrize("name", [*CAN_ROUND_OTHERWISE, "torch"])
+def test_a_tolerance_names_the_hardware_or_library_that_it_is_for(name: str, run: Evidence) -> None:
+    changes = CAN_ROUND_OTHERWISE.get(name, {"versions": run.manifest.versions | {name: "9.9"}})
+    found = compare(run, with_manifest(CHANGES["codes"](run), **changes), 0.05)
+    assert found.verdict == WITHIN_TOLERANCE
+    assert [told.split()[0] for told in found.rounding] == [name]
+    assert conclusion(found)[-1].startswith(f"these differ: {name} ")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_figure_that_is_no_number_is_within_no_tolerance(value: float, run: Evidence) -> None:
     broken = with_figures(run, divergence=value)
-    assert compare(run, broken, 0.99).verdict == DIFFERENT
-    assert compare(broken, run, 0.99).verdict == DIFFERENT
+    for ours, theirs in ((run, broken), (broken, run), (broken, CHANGES["codes"](broken))):
+        found = compare(ours, elsewhere(theirs), 0.99)
+        assert found.verdict == DIFFERENT
+        assert conclusion(found)[0] == "different: KL divergence is no number, which no tolerance admits"
     assert compare(broken, broken).verdict == IDENTICAL
 
 
@@ -345,14 +456,34 @@ def test_only_a_finished_run_of_quantize_is_evidence(tmp_path: Path) -> None:
 def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: Evidence, tmp_path: Path) -> None:
     directory = copied(tmp_path)
     change_manifest(directory, files=None, cpu=None)
-    with pytest.raises(JointqError, match=r"has no hashes of files, and checkpoint/config\.json is not there"):
-        read_evidence(directory)
+
+    def refused(said: str) -> None:
+        with pytest.raises(JointqError, match=said):
+            read_evidence(directory)
+
+    refused(r"has no hashes of files, and checkpoint/config\.json is not there")
     for name in ["checkpoint/config.json", *(codes_file(layer.name) for layer in run.report.layers)]:
         (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text(name)
+        (directory / name).write_text('{"model_type": "llama"}')
+    refused("has neither model.safetensors nor")
+    save_tensors(directory / "checkpoint" / "model.safetensors", {"x": torch.ones(2)})
     found = read_evidence(directory)
-    assert len(found.files) == 29
+    assert len(found.files) == 30
     assert compare(found, found).verdict == IDENTICAL
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint/model-00001-of-00005.safetensors", codes_file("model.layers.0.mlp.up_proj")]
+)
+def test_a_file_that_was_changed_after_the_run_is_no_evidence(name: str, run: Evidence, tmp_path: Path) -> None:
+    directory = copied(tmp_path)
+    (directory / name).parent.mkdir()
+    (directory / name).write_bytes(b"weights")
+    change_manifest(directory, files=run.files | {name: hashlib.sha256(b"weights").hexdigest()})
+    assert read_evidence(directory).files[name] != run.files[name]
+    (directory / name).write_bytes(b"Weights")
+    with pytest.raises(JointqError, match=f"{name}: was changed after the run; its sha256 is"):
+        read_evidence(directory)
 
 
 def test_the_published_run_tells_nothing_of_where_it_was_made() -> None:
@@ -415,6 +546,10 @@ REFUSED = {
     "quantizer.bits=3": "quantizer.bits=3: a replay takes quantizer.bits from the run; it can be given runtime.device,",
     "runtime.dtype=float32": "runtime.dtype=float32: a replay takes runtime.dtype from the run",
     "store=x": "store=x: a replay takes store from the run",
+    "model=smollm2_135m": "model=smollm2_135m: a replay takes model from the run",
+    "runtime=default": "runtime=default: a replay takes runtime from the run",
+    "runtime={dtype:float32}": "runtime={dtype:float32}: a replay takes runtime from the run",
+    "+runtime.num_threads=1": "+runtime.num_threads=1: a replay takes",
     "+quantizer.bits=3": "+quantizer.bits=3: a replay takes",
     "quantizer": "quantizer: settings are written KEY=VALUE; a replay takes runtime.device,",
     "model.path=./nowhere": "model.path=./nowhere: the model of ",
@@ -451,7 +586,12 @@ def test_two_runs_are_compared_without_running_anything(
     change_manifest(other, files={**files, codes_file("model.layers.1.mlp.up_proj"): "0"})
     assert main(["reproduce", str(PUBLISHED), "--against", str(other)]) == 1
     assert "it begins with: codes: first in model.layers.1.mlp.up_proj" in capsys.readouterr().out
-    assert main(["reproduce", str(PUBLISHED), "--against", str(other), "--tolerance", "0.01"]) == 0
+    words = ["reproduce", str(PUBLISHED), "--against", str(other), "--tolerance", "0.01"]
+    assert main(words) == 1
+    assert "is for other hardware or libraries, and none are recorded" in capsys.readouterr().out
+    change_manifest(other, threads=3)
+    assert main(words) == 0
+    assert "these differ: threads 2 → 3" in capsys.readouterr().out
     assert not (other / "reproduction.json").exists()
 
 

@@ -12,11 +12,10 @@ from tempfile import TemporaryDirectory
 from jointq_cli.errors import ConfigError, Interrupted, JointqError, ModelError
 from jointq_cli.evidence import Evidence
 from jointq_cli.launch import Task, launch
-from jointq_cli.reproduction import decides
+from jointq_cli.reproduction import GIVEN
 from jointq_cli.sources import looks_local
 
 RECIPE = "replayed"
-OWN = ("name", "description", "output_dir", "store")  # those of the replay itself
 ADMITTED = "runtime.device, runtime.num_threads, model.path and other places of files"
 
 
@@ -53,7 +52,7 @@ def _checked(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
     if not equals:
         raise ConfigError(f"{override}: settings are written KEY=VALUE; a replay takes {ADMITTED}")
-    if decides(key) or key in OWN:
+    if key not in GIVEN:
         raise ConfigError(f"{override}: a replay takes {key} from the run; it can be given {ADMITTED}")
     return key, value
 
