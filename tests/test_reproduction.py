@@ -3,11 +3,14 @@
 The published run serves as evidence: what is compared here is what lies in tests/published.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,13 +18,15 @@ from typing import Any, get_origin, get_type_hints
 
 import pytest
 import torch
+import yaml
 
 from jointq_cli.checkpoint import save_tensors
+from jointq_cli.commands.reproduce import fresh_beside
 from jointq_cli.config import Recipe, concrete, keys
-from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.errors import Interrupted, JointqError, NumericsError, TextError, UntrustedResult
 from jointq_cli.evidence import Evidence, codes_file, read_evidence
 from jointq_cli.grid import QuantizedWeight
-from jointq_cli.launch import Job
+from jointq_cli.launch import Job, launch
 from jointq_cli.main import main
 from jointq_cli.records import (
     ASKED,
@@ -37,9 +42,11 @@ from jointq_cli.records import (
 from jointq_cli.replay import replay
 from jointq_cli.report import encode, load_record
 from jointq_cli.report.replayed import conclusion, render_lines, render_reproduction
-from jointq_cli.reproduction import GIVEN, compare
+from jointq_cli.report.runs import parse_settings
+from jointq_cli.reproduction import GIVEN, compare, deciding_differences
 from jointq_cli.reproduction.asked import DICTIONARIES, decides
 from jointq_cli.reproduction.measured import ROUNDING
+from jointq_cli.store import Store
 from jointq_cli.workspace import save_layer
 
 ROOT = Path(__file__).parent.parent
@@ -281,6 +288,19 @@ def test_another_basis_is_told_with_how_far_it_is(run: Evidence, tmp_path: Path)
     assert (first.name, first.detail) == ("rotation", "sha256 not there → ours")
 
 
+def test_a_difference_begins_where_it_is_first_in_the_model_be_it_measured_or_made(run: Evidence) -> None:
+    late = with_file(codes_file("model.layers.3.mlp.down_proj"))(run)
+    names = [layer.name for layer in run.report.layers]
+    for changed, said in (
+        (with_layer(late, 0, output_error=0.5), f"layers: 1 of 28, {names[0]} first"),
+        (with_report(late, blocks=[BlockRecord(0, 0.5), *run.report.blocks[1:]]), "blocks: 1 of 4, block 0 first"),
+        (with_layer(late, names.index("model.layers.3.mlp.down_proj"), output_error=0.5), "codes: first in"),
+        (with_file("checkpoint/config.json")(late), "codes: first in"),
+    ):
+        [told] = [line for line in conclusion(compare(run, changed)) if line.startswith("it begins with: ")]
+        assert told.startswith(f"it begins with: {said}")
+
+
 # --- how codes differ
 
 
@@ -312,6 +332,20 @@ def test_codes_are_counted_where_both_files_are_there(run: Evidence, tmp_path: P
     first = compare(*runs).first_difference
     assert first is not None
     assert first.detail.endswith(f"first in {layer} (block 0 of 4)")
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", b"\xff" * 500])
+def test_a_file_that_cannot_be_read_costs_its_own_detail_alone(content: bytes, run: Evidence, tmp_path: Path) -> None:
+    turned = RotationRecord("R1", "", [], 0.0, "ours", [], [], [], INVARIANCE, 0, 0)
+    for path in (codes_file(run.report.layers[0].name), "rotation/rotation.safetensors"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_bytes(content)
+    ours = replace(with_report(run, rotation=turned), directory=tmp_path)
+    theirs = with_file(codes_file(run.report.layers[0].name))(ours)
+    theirs = with_report(theirs, rotation=replace(turned, hash="theirs"))
+    told = {step.name: step.detail for step in compare(ours, theirs).steps}
+    assert told["rotation"] == "sha256 ours → theirs; (file cannot be read)"
+    assert told["codes"].endswith("(block 0 of 4): (file cannot be read)")
 
 
 # --- tolerance
@@ -404,6 +438,27 @@ def test_the_surroundings_are_the_probable_reason_of_other_bits_but_not_of_anoth
     assert "not deterministic" in conclusion(compare(run, CHANGES["codes"](run)))[-1]
 
 
+@pytest.mark.parametrize("commit", ["1" * 40 + "-dirty", None])
+def test_code_that_no_commit_tells_is_not_known_to_be_the_same(commit: str | None, run: Evidence) -> None:
+    ours = with_manifest(run, commit=commit)
+    theirs = CHANGES["codes"](ours)
+    assert conclusion(compare(ours, ours))[1:] == []
+    assert conclusion(compare(ours, theirs))[-1].startswith("not known to be the same: the code (")
+    assert not any("not deterministic" in line for line in conclusion(compare(ours, theirs)))
+    other = with_manifest(theirs, threads=3)
+    assert [line.split(":")[0] for line in conclusion(compare(ours, other))[-2:]] == [
+        "probable reason",
+        "not known to be the same",
+    ]
+
+
+def test_what_is_wrong_with_the_replay_is_told_beside_the_verdict(run: Evidence) -> None:
+    broken = CHANGES["reload check"](run)
+    found = compare(broken, broken)
+    assert found.verdict == IDENTICAL
+    assert conclusion(found)[-1].startswith("the replay itself: the checkpoint reloaded from disk differs")
+
+
 def test_pydoc_of_another_python_is_named_as_such(run: Evidence) -> None:
     texts = run.manifest.texts | {"calibration": run.manifest.texts["calibration"] | {"revision": "python 3.12.1"}}
     other = with_manifest(with_hash("calibration tokens")(run), texts=texts)
@@ -486,6 +541,16 @@ def test_a_file_that_was_changed_after_the_run_is_no_evidence(name: str, run: Ev
         read_evidence(directory)
 
 
+def test_a_recipe_that_is_not_the_manifests_is_no_evidence(tmp_path: Path) -> None:
+    directory = copied(tmp_path)
+    change_manifest(directory, recipe_sha256=hashlib.sha256((directory / "recipe.yaml").read_bytes()).hexdigest())
+    read_evidence(directory)
+    with (directory / "recipe.yaml").open("a") as recipe:
+        recipe.write("# another run has begun here\n")
+    with pytest.raises(JointqError, match=r"recipe\.yaml: is not the recipe of manifest\.json"):
+        read_evidence(directory)
+
+
 def test_the_published_run_tells_nothing_of_where_it_was_made() -> None:
     for file in PUBLISHED.iterdir():
         if file.suffix in (".json", ".yaml", ".csv"):
@@ -504,7 +569,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked_again(run: Evidence, fresh: Path, *overrides: str) -> tuple[Recipe, Job]:
     jobs: list[tuple[Recipe, Job]] = []
-    replay(run, fresh, list(overrides), lambda recipe, job: jobs.append((recipe, job)))
+    replay(run, fresh, list(overrides), ["reproduce"], lambda recipe, job: jobs.append((recipe, job)))
     [job] = jobs
     return job
 
@@ -538,8 +603,187 @@ def test_an_interrupted_replay_does_not_promise_to_continue(run: Evidence, tmp_p
         raise Interrupted("the same command continues here")
 
     with pytest.raises(Interrupted, match="starts anew") as caught:
-        replay(run, tmp_path / "fresh", [], stopped)
+        replay(run, tmp_path / "fresh", [], ["reproduce"], stopped)
     assert "continues" not in str(caught.value)
+
+
+def recorded(place: Path, *words: str) -> Evidence:
+    """A run with this config, everything else being the published one's."""
+    jobs: list[Job] = []
+    made = ["recipe=ci_smoke", *words, f"output_dir={place}", f"hydra.run.dir={place}/made"]
+    launch("quantize", made, lambda recipe, job: jobs.append(job))
+    directory = copied(place)
+    (directory / "recipe.yaml").write_text(jobs[0].config, encoding="utf-8")
+    return read_evidence(directory)
+
+
+def own_activations(place: Path, layer_bits: str) -> list[str]:
+    (place / "mine" / "activations").mkdir(parents=True)
+    text = (ROOT / "configs/activations/none.yaml").read_text(encoding="utf-8").replace("{}", layer_bits)
+    (place / "mine" / "activations" / "own.yaml").write_text(text, encoding="utf-8")
+    return ["activations=own", "--config-dir", str(place / "mine")]
+
+
+@pytest.mark.parametrize("layer_bits", ["{}", "{o_proj: 6}", "{down_proj: 6, o_proj: 6}"])
+def test_an_option_of_ones_own_replays_as_what_it_was(layer_bits: str, tmp_path: Path) -> None:
+    run = recorded(tmp_path, *own_activations(tmp_path, layer_bits))
+    recipe, job = asked_again(run, tmp_path / "fresh")
+    assert recipe.activations.layer_bits == yaml.safe_load(layer_bits)
+    assert deciding_differences(run.settings, parse_settings(job.config, tmp_path)) == []
+
+
+def test_an_option_that_lost_an_entry_replays_without_it(tmp_path: Path) -> None:
+    run = recorded(tmp_path, "activations=a4", "~activations.layer_bits.down_proj")
+    recipe, _ = asked_again(run, tmp_path / "fresh")
+    assert recipe.activations.layer_bits == {}
+    assert recipe.activations.bits == 4
+
+
+def test_an_option_that_is_bundled_stays_the_one_that_is_named(tmp_path: Path) -> None:
+    assert recorded(tmp_path, "activations=a4").settings["activations"] == "a4"
+
+
+def test_a_recipe_that_does_not_give_its_config_again_is_refused_before_anything_is_computed(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    directory = copied(tmp_path)
+    text = (directory / "recipe.yaml").read_text(encoding="utf-8")
+    older = text.replace("override /activations: none", "override /activations: a4")  # whose entries are added
+    (directory / "recipe.yaml").write_text(older, encoding="utf-8")
+    with pytest.raises(JointqError, match=r"again: .*activations\.layer_bits\.down_proj not there → 8") as caught:
+        asked_again(read_evidence(directory), tmp_path / "fresh")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize("error", [None, UntrustedResult("NaN"), NumericsError("layer x"), KeyError("a bug")])
+def test_the_store_of_a_replay_is_gone_however_it_ends(
+    error: Exception | None, run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    def task(recipe: Recipe, job: Job) -> None:
+        Store(Path(recipe.store)).reuse("stage", {}, [], lambda scratch: None)
+        (job.directory / "log.txt").touch()
+        if error is not None:
+            raise error
+
+    trusted = error is None or isinstance(error, UntrustedResult)
+    with contextlib.nullcontext() if trusted else pytest.raises(type(error)):  # type: ignore[arg-type]
+        replay(run, tmp_path / "fresh", [], ["reproduce"], task)
+    assert [path.name for path in (tmp_path / "fresh").iterdir()] == ["log.txt"]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_replay_that_fails_before_its_first_stage_leaves_nothing(
+    existed: bool, run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    def task(recipe: Recipe, job: Job) -> None:
+        Store(Path(recipe.store))
+        (job.directory / "log.txt").touch()
+        raise TextError("calibration.path: is empty")
+
+    fresh = tmp_path / "fresh"
+    if existed:
+        fresh.mkdir()
+    with pytest.raises(TextError, match="is empty"):
+        replay(run, fresh, [], ["reproduce"], task)
+    assert list(tmp_path.rglob("*")) == [fresh] * existed
+
+
+def test_a_replay_is_recorded_as_it_was_typed(run: Evidence, tmp_path: Path, at_the_root: None) -> None:
+    seen: list[list[str]] = []
+    typed = ["reproduce", "run", "--tolerance", "0.05"]
+    replay(run, tmp_path / "fresh", [], typed, lambda recipe, job: seen.append(sys.argv))
+    assert seen == [["jointq", *typed]]
+
+
+def test_what_the_recipe_left_to_the_hub_is_replayed_at_the_commits_that_were_read(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    commits = [digit * 40 for digit in "123"]  # which would be numbers
+    texts = {
+        section: run.manifest.texts[section] | {"repository": "a/b", "revision": commit}
+        for section, commit in (("calibration", commits[1]), ("evaluation", commits[2]))
+    }
+    known = with_manifest(run, texts=texts, model={"from": "hub", "revision": commits[0]})
+    recipe, job = asked_again(known, tmp_path / "a")
+    assert [part.revision for part in (recipe.model, recipe.calibration, recipe.evaluation)] == commits
+    assert deciding_differences(run.settings, parse_settings(job.config, tmp_path)) == []
+    recipe, _ = asked_again(known, tmp_path / "b", "model.revision=main", "calibration.revision=v1")
+    assert (recipe.model.revision, recipe.calibration.revision) == ("main", "v1")
+    asked = replace(known, settings=known.settings | {"model.revision": "main"})
+    recipe, _ = asked_again(asked, tmp_path / "c")
+    assert recipe.model.revision is None  # as the recipe has it: here none, since only the settings were changed
+    recipe, _ = asked_again(run, tmp_path / "d")
+    assert recipe.calibration.revision is None  # "python 3.11.7" is no revision
+
+
+def test_a_commit_that_was_read_is_not_looked_for_in_another_place(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    known = with_manifest(run, model={"from": "hub", "revision": "1" * 40})
+    recipe, _ = asked_again(known, tmp_path / "a", "model.path=org/copy")
+    assert recipe.model.revision is None
+
+
+@pytest.mark.parametrize("pattern", ["nowhere.txt", "nowhere/*.txt"])
+def test_a_text_that_is_not_there_is_told_before_anything_is_computed(
+    pattern: str, run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    with pytest.raises(TextError, match=f"evaluation.path={re.escape(pattern)}: not there, seen from"):
+        asked_again(run, tmp_path / "fresh", f"evaluation.path={pattern}")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_model_that_lay_on_the_disk_is_not_looked_for_on_the_hub(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    directory = copied(tmp_path)
+    text = (directory / "recipe.yaml").read_text(encoding="utf-8")
+    (directory / "recipe.yaml").write_text(text.replace("path: pocket", "path: models/mine"), encoding="utf-8")
+    assert asked_again(read_evidence(directory), tmp_path / "a")  # of before that was recorded: perhaps the hub's
+    change_manifest(directory, model={"from": "disk"})
+    with pytest.raises(JointqError, match=r"model\.path=models/mine: the model of .* is not there, seen from"):
+        asked_again(read_evidence(directory), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_replay_lies_beside_its_run_wherever_it_is_named_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copied(tmp_path)
+    (directory / "checkpoint").mkdir()
+    monkeypatch.chdir(directory / "checkpoint")
+    assert fresh_beside(Path("..")).parent == tmp_path
+
+
+@pytest.mark.parametrize("place", [".", "codes/again", "../run/x"])
+def test_a_replay_does_not_go_into_the_run_that_it_checks(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copied(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JointqError, match=r"--directory=.*: lies in the run that it would be compared with"):
+        asked_again(read_evidence(directory), Path("run") / place)
+    assert {path.name for path in directory.iterdir()} == {path.name for path in PUBLISHED.iterdir()}
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_several_processes_are_refused_once(
+    rank: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["reproduce", str(PUBLISHED)]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == lines
+    assert told.startswith("error: WORLD_SIZE=2: a replay is run by one process" * lines)
+
+
+def test_the_script_refuses_a_directory_that_has_been_used(tmp_path: Path) -> None:
+    (tmp_path / "one_thread").mkdir()
+    done = subprocess.run([ROOT / "scripts/reproduce_ci_smoke", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path}: must be new or empty, since nothing may be reused\n"
 
 
 REFUSED = {
@@ -553,6 +797,9 @@ REFUSED = {
     "+quantizer.bits=3": "+quantizer.bits=3: a replay takes",
     "quantizer": "quantizer: settings are written KEY=VALUE; a replay takes runtime.device,",
     "model.path=./nowhere": "model.path=./nowhere: the model of ",
+    "model.path=mine/model.gguf": "model.path=mine/model.gguf: the model of ",
+    "calibration.tokens=nowhere": "calibration.tokens=nowhere: not there, seen from ",
+    "evaluation.path=nowhere.txt": "calibration.tokens=tests/published/ci_smoke/tokens.safetensors: not there",
     "--directory=full": "--directory=full: must be new or empty",
     "--directory=file": "--directory=file: must be new or empty",
     "--against=full": "full: has no manifest.json",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from jointq_cli.checkpoint import Checkpoint, file_hashes
+from jointq_cli.checkpoint import Checkpoint, file_hash, file_hashes
 from jointq_cli.errors import JointqError
 from jointq_cli.records import RunReport
 from jointq_cli.report import load_record, load_report
@@ -42,6 +42,7 @@ def read_evidence(directory: Path) -> Evidence:
         raise _of_another_command(directory, "rotate")
     report = load_report(directory / "report.json")
     settings = load_settings(directory / "recipe.yaml")
+    _check_recipe(directory / "recipe.yaml", manifest)
     _check_unchanged(directory, manifest.files)
     return Evidence(directory, settings, manifest, report, manifest.files or _hashed(directory, report))
 
@@ -54,6 +55,14 @@ def codes_file(layer: str) -> str:
 def code_files(run: Evidence) -> list[str]:
     """All that the run has hashes of."""
     return sorted(name for name in run.files if name.startswith(f"{CODES}/"))
+
+
+def _check_recipe(recipe: Path, manifest: Manifest) -> None:
+    """Older manifests do not tell."""
+    if manifest.recipe_sha256 not in (None, file_hash(recipe)):
+        raise JointqError(
+            f"{recipe}: is not the recipe of manifest.json; another run has begun in this directory, or it was changed"
+        )
 
 
 def _check_unchanged(directory: Path, listed: dict[str, str]) -> None:
