@@ -177,6 +177,8 @@ def test_what_has_no_hash_on_either_side_is_not_identical(run: Evidence) -> None
         first = compare(without(kind, run), without(kind, run)).first_difference
         assert first is not None
         assert (first.name, said in first.detail) == (name, True)
+    lines = conclusion(compare(without("codes/", run), without("codes/", run)))
+    assert lines[-1] == "not known to be the same: the codes (hashes are missing)"
 
 
 def test_codes_that_no_report_names_are_compared_all_the_same(run: Evidence) -> None:

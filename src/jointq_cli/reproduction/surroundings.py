@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from jointq_cli.evidence import Evidence
+from jointq_cli.evidence import Evidence, codes_file
 from jointq_cli.machine import LIBRARIES
 from jointq_cli.report import units
 
@@ -34,6 +34,8 @@ def not_known(original: Evidence, replay: Evidence) -> list[str]:
             told.append(f"the code (both have changes since commit {commits[0][:12]})")
     if None in (original.manifest.cpu, replay.manifest.cpu):
         told.append("the processor (not in both manifests)")
+    if any(codes_file(layer.name) not in run.files for run in (original, replay) for layer in run.report.layers):
+        told.append("the codes (hashes are missing)")
     return told
 
 
