@@ -695,6 +695,12 @@ ROTATION_ROWS = [
     {"hadamard", "__init__"},
     {"settings"},
 ]
+REPRODUCTION_ROWS = [
+    {"__init__"},
+    {"comparison"},
+    {"asked", "made", "measured", "surroundings"},
+    {"order"},
+]
 KERNEL_ROWS = [
     {"cpu", "cuda"},
     {"reference"},
@@ -717,7 +723,13 @@ def imports_at_the_top(path: Path, package: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("package", "rows"), [("quantizers", QUANTIZER_ROWS), ("kernels", KERNEL_ROWS), ("rotation", ROTATION_ROWS)]
+    ("package", "rows"),
+    [
+        ("quantizers", QUANTIZER_ROWS),
+        ("kernels", KERNEL_ROWS),
+        ("rotation", ROTATION_ROWS),
+        ("reproduction", REPRODUCTION_ROWS),
+    ],
 )
 def test_imports_inside_a_room_point_one_way_too(package: str, rows: list[set[str]]) -> None:
     height = {name: number for number, row in enumerate(rows) for name in row}

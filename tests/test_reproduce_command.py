@@ -38,11 +38,13 @@ def test_ci_smoke_is_identical_in_another_directory_whatever_the_threads(
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads((tmp_path / "fresh" / "reproduction.json").read_text(encoding="utf-8"))
     assert found["verdict"] == "identical"
-    assert len([step for step in found["steps"] if step["same"]]) == 12
+    assert len([step for step in found["steps"] if step["same"]]) == 16
     report = json.loads((tmp_path / "fresh" / "report.json").read_text(encoding="utf-8"))
     assert not any(stage["reused"] for stage in report["stages"])
     assert not (tmp_path / "fresh" / "store").exists()
     assert (tmp_path / "fresh" / "reproduction.md").read_text(encoding="utf-8").startswith("# identical")
+    manifest = json.loads((tmp_path / "fresh" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["command"][1:] == ["reproduce", str(run), "--directory", "fresh", f"runtime.num_threads={threads}"]
     again = jointq(tmp_path, "reproduce", str(run), "--directory", "fresh")
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
 

@@ -3,24 +3,30 @@
 The published run serves as evidence: what is compared here is what lies in tests/published.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import pytest
 import torch
+import yaml
 
 from jointq_cli.checkpoint import save_tensors
-from jointq_cli.config import Recipe, keys
-from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.commands.reproduce import fresh_beside
+from jointq_cli.config import Recipe, concrete, keys
+from jointq_cli.errors import Interrupted, JointqError, NumericsError, TextError, UntrustedResult
 from jointq_cli.evidence import Evidence, codes_file, read_evidence
 from jointq_cli.grid import QuantizedWeight
-from jointq_cli.launch import Job
+from jointq_cli.launch import Job, launch
 from jointq_cli.main import main
 from jointq_cli.records import (
     ASKED,
@@ -31,11 +37,16 @@ from jointq_cli.records import (
     Invariance,
     Reproduction,
     RotationRecord,
+    Simulation,
 )
 from jointq_cli.replay import replay
 from jointq_cli.report import encode, load_record
 from jointq_cli.report.replayed import conclusion, render_lines, render_reproduction
-from jointq_cli.reproduction import ROUNDING, compare, decides
+from jointq_cli.report.runs import parse_settings
+from jointq_cli.reproduction import GIVEN, compare, deciding_differences
+from jointq_cli.reproduction.asked import DICTIONARIES, decides
+from jointq_cli.reproduction.measured import ROUNDING
+from jointq_cli.store import Store
 from jointq_cli.workspace import save_layer
 
 ROOT = Path(__file__).parent.parent
@@ -97,9 +108,13 @@ CHANGES: dict[str, Change] = {
     "calibration tokens": with_hash("calibration tokens"),
     "evaluation windows": with_hash("evaluation windows"),
     "codes": with_file(codes_file("model.layers.2.mlp.up_proj")),
-    "checkpoint": with_file("checkpoint/model-00003-of-00005.safetensors"),
-    "layers": lambda run: with_layer(run, 5, output_error=0.5),
+    "layers": lambda run: with_layer(run, 20, output_error=0.5),
     "blocks": lambda run: with_report(run, blocks=[*run.report.blocks[:-1], BlockRecord(3, 0.5)]),
+    "checkpoint": with_file("checkpoint/model-00003-of-00005.safetensors"),
+    "audit": lambda run: with_report(run, audit=replace(run.report.audit, changed=["lm_head.weight"])),
+    "reload check": lambda run: with_report(run, reload_check="differs by 0.1"),
+    "simulation": lambda run: with_report(run, simulation=Simulation("A4", {"model.layers.0.mlp.up_proj": 0.9})),
+    "likelihoods": lambda run: with_report(run, comparison=replace(run.report.comparison, top1_agreement=0.1)),
     "original perplexity": lambda run: with_figures(run, original=1.001),
     "quantised perplexity": lambda run: with_figures(run, quantized=1.001),
     "KL divergence": lambda run: with_figures(run, divergence=1.001),
@@ -149,6 +164,38 @@ def test_codes_that_one_run_lacks_differ(run: Evidence) -> None:
     assert first.name == "codes"
 
 
+def without(kind: str, run: Evidence) -> Evidence:
+    return replace(run, files={name: digest for name, digest in run.files.items() if not name.startswith(kind)})
+
+
+def test_what_has_no_hash_on_either_side_is_not_identical(run: Evidence) -> None:
+    for kind, name, said in (
+        ("codes/model.layers.2.mlp.up_proj", "codes", "(no hash)"),
+        ("codes/", "codes", "(no hash)"),
+        ("checkpoint/model-", "checkpoint", "no hash of any weights"),
+    ):
+        first = compare(without(kind, run), without(kind, run)).first_difference
+        assert first is not None
+        assert (first.name, said in first.detail) == (name, True)
+    lines = conclusion(compare(without("codes/", run), without("codes/", run)))
+    assert lines[-1] == "not known to be the same: the codes (hashes are missing)"
+
+
+def test_codes_that_no_report_names_are_compared_all_the_same(run: Evidence) -> None:
+    silent = with_report(run, layers=[], blocks=[])
+    first = compare(silent, CHANGES["codes"](silent)).first_difference
+    assert first is not None
+    assert first.detail == "first in model.layers.2.mlp.up_proj"
+    nothing = without("codes/", silent)
+    assert compare(nothing, nothing).verdict == DIFFERENT
+
+
+def test_hashes_that_nothing_was_read_for_are_told_as_the_manifests(run: Evidence) -> None:
+    told = {step.name: step.detail for step in compare(run, run).steps}
+    assert told["codes"] == "28 layers (by the manifest; files not there)"
+    assert told["checkpoint"] == "10 files (by the manifest; files not there)"
+
+
 def test_the_last_digits_of_sums_are_no_difference_and_the_others_are(run: Evidence) -> None:
     layer = run.report.layers[3]
     for factor, same in ((1 + ROUNDING / 2, True), (1 - ROUNDING / 2, True), (1 + 2 * ROUNDING, False)):
@@ -188,12 +235,44 @@ def test_every_setting_of_the_maths_decides() -> None:
     assert decides("runtime.batch_tokens")
 
 
-def test_a_setting_that_came_with_later_code_is_told_and_no_difference(run: Evidence) -> None:
+def test_a_setting_that_one_side_alone_knows_is_no_difference_where_nothing_else_is(run: Evidence) -> None:
     later = with_setting("quantizer.invented", "7")(run)
-    assert compare(run, later).verdict == DIFFERENT
-    found = compare(run, with_manifest(later, commit="0" * 40))
-    assert found.verdict == IDENTICAL
-    assert found.steps[0].detail == "new since: quantizer.invented=7"
+    for found, whose in ((compare(run, later), "the replay"), (compare(later, run), "the original")):
+        assert found.verdict == IDENTICAL
+        assert found.steps[0].detail == f"only {whose} has quantizer.invented=7"
+
+
+def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_else_differs(run: Evidence) -> None:
+    later = elsewhere(with_setting("quantizer.invented", "7")(run))
+    for name in list(CHANGES)[1:]:
+        for found in (compare(run, CHANGES[name](later), 0.99), compare(CHANGES[name](later), run, 0.99)):
+            assert found.verdict == DIFFERENT
+            assert not found.steps[0].same
+            assert found.steps[0].detail.startswith("not known to be the same: only the")
+
+
+def test_an_entry_of_a_dictionary_is_no_setting_that_came_with_later_code(run: Evidence) -> None:
+    (name,) = DICTIONARIES
+    assert compare(run, with_setting(f"{name}.down_proj", "8")(run)).verdict == DIFFERENT
+    assert compare(with_setting(f"{name}.down_proj", "8")(run), run).verdict == DIFFERENT
+
+
+def test_every_dictionary_of_a_recipe_is_known() -> None:
+    found = {
+        f"{group}.{field.name}"
+        for group in get_type_hints(Recipe)
+        for choice in concrete(get_type_hints(Recipe)[group])
+        for field in fields(choice)
+        if get_origin(get_type_hints(choice)[field.name]) is dict
+    }
+    assert found == set(DICTIONARIES)
+
+
+def test_only_what_does_not_decide_a_result_can_be_given_and_every_key_of_it_is_one() -> None:
+    assert not any(map(decides, GIVEN))
+    assert set(GIVEN) <= set(keys(Recipe))
+    undecided = {key for key in keys(Recipe) if key.startswith("runtime.") and not decides(key)}
+    assert undecided <= set(GIVEN)
 
 
 def test_another_basis_is_told_with_how_far_it_is(run: Evidence, tmp_path: Path) -> None:
@@ -209,6 +288,19 @@ def test_another_basis_is_told_with_how_far_it_is(run: Evidence, tmp_path: Path)
     first = compare(run, runs[0]).first_difference
     assert first is not None
     assert (first.name, first.detail) == ("rotation", "sha256 not there → ours")
+
+
+def test_a_difference_begins_where_it_is_first_in_the_model_be_it_measured_or_made(run: Evidence) -> None:
+    late = with_file(codes_file("model.layers.3.mlp.down_proj"))(run)
+    names = [layer.name for layer in run.report.layers]
+    for changed, said in (
+        (with_layer(late, 0, output_error=0.5), f"layers: 1 of 28, {names[0]} first"),
+        (with_report(late, blocks=[BlockRecord(0, 0.5), *run.report.blocks[1:]]), "blocks: 1 of 4, block 0 first"),
+        (with_layer(late, names.index("model.layers.3.mlp.down_proj"), output_error=0.5), "codes: first in"),
+        (with_file("checkpoint/config.json")(late), "codes: first in"),
+    ):
+        [told] = [line for line in conclusion(compare(run, changed)) if line.startswith("it begins with: ")]
+        assert told.startswith(f"it begins with: {said}")
 
 
 # --- how codes differ
@@ -244,13 +336,27 @@ def test_codes_are_counted_where_both_files_are_there(run: Evidence, tmp_path: P
     assert first.detail.endswith(f"first in {layer} (block 0 of 4)")
 
 
+@pytest.mark.parametrize("content", [b"", b"cut", b"\xff" * 500])
+def test_a_file_that_cannot_be_read_costs_its_own_detail_alone(content: bytes, run: Evidence, tmp_path: Path) -> None:
+    turned = RotationRecord("R1", "", [], 0.0, "ours", [], [], [], INVARIANCE, 0, 0)
+    for path in (codes_file(run.report.layers[0].name), "rotation/rotation.safetensors"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_bytes(content)
+    ours = replace(with_report(run, rotation=turned), directory=tmp_path)
+    theirs = with_file(codes_file(run.report.layers[0].name))(ours)
+    theirs = with_report(theirs, rotation=replace(turned, hash="theirs"))
+    told = {step.name: step.detail for step in compare(ours, theirs).steps}
+    assert told["rotation"] == "sha256 ours → theirs; (file cannot be read)"
+    assert told["codes"].endswith("(block 0 of 4): (file cannot be read)")
+
+
 # --- tolerance
 
 
 @pytest.mark.parametrize("figure", ["original", "quantized", "divergence"])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_each_figure_has_to_keep_to_the_tolerance(figure: str, sign: int, run: Evidence) -> None:
-    rounded = CHANGES["codes"](run)
+    rounded = elsewhere(CHANGES["codes"](run))
     for share, verdict in ((0.049, WITHIN_TOLERANCE), (0.051, DIFFERENT)):
         assert compare(run, with_figures(rounded, **{figure: 1 + sign * share}), 0.05).verdict == verdict
         assert compare(run, with_figures(rounded, **{figure: 1 + sign * share})).verdict == DIFFERENT
@@ -259,15 +365,56 @@ def test_each_figure_has_to_keep_to_the_tolerance(figure: str, sign: int, run: E
 def test_no_tolerance_makes_another_question_the_same(run: Evidence) -> None:
     for step in compare(run, run).steps:
         if step.part == ASKED:
-            assert compare(run, CHANGES[step.name](run), 0.99).verdict == DIFFERENT
+            assert compare(run, elsewhere(CHANGES[step.name](run)), 0.99).verdict == DIFFERENT
     assert compare(run, run, 0.0).verdict == IDENTICAL
+
+
+CANNOT_ROUND_OTHERWISE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "another commit": {"commit": "1" * 40},
+    "another platform": {"platform": "Linux"},
+    "more cores that were not used": {"cpu_count": 64},
+    "a processor that is not told": {"cpu": None},
+}
+CAN_ROUND_OTHERWISE: dict[str, dict[str, Any]] = {
+    "cpu": {"cpu": "Z80"},
+    "gpu": {"gpu": "H100"},
+    "device": {"device": "cuda:0"},
+    "threads": {"threads": 3},
+    "processes": {"processes": 2},
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_ROUND_OTHERWISE)
+def test_a_tolerance_does_not_excuse_what_no_hardware_or_library_explains(case: str, run: Evidence) -> None:
+    other = with_manifest(CHANGES["codes"](run), **CANNOT_ROUND_OTHERWISE[case])
+    found = compare(run, other, 0.05)
+    assert (found.verdict, found.rounding) == (DIFFERENT, [])
+    assert "is for other hardware or libraries, and none are recorded" in conclusion(found)[0]
+
+
+@pytest.mark.parametrize("library", ["jointq", "python"])
+def test_a_version_of_what_does_not_round_is_no_reason_for_a_tolerance(library: str, run: Evidence) -> None:
+    other = with_manifest(CHANGES["codes"](run), versions=run.manifest.versions | {library: "9.9"})
+    assert compare(run, other, 0.05).verdict == DIFFERENT
+
+
+@pytest.mark.parametrize("name", [*CAN_ROUND_OTHERWISE, "torch"])
+def test_a_tolerance_names_the_hardware_or_library_that_it_is_for(name: str, run: Evidence) -> None:
+    changes = CAN_ROUND_OTHERWISE.get(name, {"versions": run.manifest.versions | {name: "9.9"}})
+    found = compare(run, with_manifest(CHANGES["codes"](run), **changes), 0.05)
+    assert found.verdict == WITHIN_TOLERANCE
+    assert [told.split()[0] for told in found.rounding] == [name]
+    assert conclusion(found)[-1].startswith(f"these differ: {name} ")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_figure_that_is_no_number_is_within_no_tolerance(value: float, run: Evidence) -> None:
     broken = with_figures(run, divergence=value)
-    assert compare(run, broken, 0.99).verdict == DIFFERENT
-    assert compare(broken, run, 0.99).verdict == DIFFERENT
+    for ours, theirs in ((run, broken), (broken, run), (broken, CHANGES["codes"](broken))):
+        found = compare(ours, elsewhere(theirs), 0.99)
+        assert found.verdict == DIFFERENT
+        assert conclusion(found)[0] == "different: KL divergence is no number, which no tolerance admits"
     assert compare(broken, broken).verdict == IDENTICAL
 
 
@@ -291,6 +438,27 @@ def test_the_surroundings_are_the_probable_reason_of_other_bits_but_not_of_anoth
     assert conclusion(compare(run, elsewhere(CHANGES["config"](run))))[-1].startswith("these differ besides: torch")
     assert conclusion(compare(run, elsewhere(CHANGES["codes"](run)), 0.05))[-1].startswith("these differ: torch")
     assert "not deterministic" in conclusion(compare(run, CHANGES["codes"](run)))[-1]
+
+
+@pytest.mark.parametrize("commit", ["1" * 40 + "-dirty", None])
+def test_code_that_no_commit_tells_is_not_known_to_be_the_same(commit: str | None, run: Evidence) -> None:
+    ours = with_manifest(run, commit=commit)
+    theirs = CHANGES["codes"](ours)
+    assert conclusion(compare(ours, ours))[1:] == []
+    assert conclusion(compare(ours, theirs))[-1].startswith("not known to be the same: the code (")
+    assert not any("not deterministic" in line for line in conclusion(compare(ours, theirs)))
+    other = with_manifest(theirs, threads=3)
+    assert [line.split(":")[0] for line in conclusion(compare(ours, other))[-2:]] == [
+        "probable reason",
+        "not known to be the same",
+    ]
+
+
+def test_what_is_wrong_with_the_replay_is_told_beside_the_verdict(run: Evidence) -> None:
+    broken = CHANGES["reload check"](run)
+    found = compare(broken, broken)
+    assert found.verdict == IDENTICAL
+    assert conclusion(found)[-1].startswith("the replay itself: the checkpoint reloaded from disk differs")
 
 
 def test_pydoc_of_another_python_is_named_as_such(run: Evidence) -> None:
@@ -345,14 +513,44 @@ def test_only_a_finished_run_of_quantize_is_evidence(tmp_path: Path) -> None:
 def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: Evidence, tmp_path: Path) -> None:
     directory = copied(tmp_path)
     change_manifest(directory, files=None, cpu=None)
-    with pytest.raises(JointqError, match=r"has no hashes of files, and checkpoint/config\.json is not there"):
-        read_evidence(directory)
+
+    def refused(said: str) -> None:
+        with pytest.raises(JointqError, match=said):
+            read_evidence(directory)
+
+    refused(r"has no hashes of files, and checkpoint/config\.json is not there")
     for name in ["checkpoint/config.json", *(codes_file(layer.name) for layer in run.report.layers)]:
         (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text(name)
+        (directory / name).write_text('{"model_type": "llama"}')
+    refused("has neither model.safetensors nor")
+    save_tensors(directory / "checkpoint" / "model.safetensors", {"x": torch.ones(2)})
     found = read_evidence(directory)
-    assert len(found.files) == 29
+    assert len(found.files) == 30
     assert compare(found, found).verdict == IDENTICAL
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint/model-00001-of-00005.safetensors", codes_file("model.layers.0.mlp.up_proj")]
+)
+def test_a_file_that_was_changed_after_the_run_is_no_evidence(name: str, run: Evidence, tmp_path: Path) -> None:
+    directory = copied(tmp_path)
+    (directory / name).parent.mkdir()
+    (directory / name).write_bytes(b"weights")
+    change_manifest(directory, files=run.files | {name: hashlib.sha256(b"weights").hexdigest()})
+    assert read_evidence(directory).files[name] != run.files[name]
+    (directory / name).write_bytes(b"Weights")
+    with pytest.raises(JointqError, match=f"{name}: was changed after the run; its sha256 is"):
+        read_evidence(directory)
+
+
+def test_a_recipe_that_is_not_the_manifests_is_no_evidence(tmp_path: Path) -> None:
+    directory = copied(tmp_path)
+    change_manifest(directory, recipe_sha256=hashlib.sha256((directory / "recipe.yaml").read_bytes()).hexdigest())
+    read_evidence(directory)
+    with (directory / "recipe.yaml").open("a") as recipe:
+        recipe.write("# another run has begun here\n")
+    with pytest.raises(JointqError, match=r"recipe\.yaml: is not the recipe of manifest\.json"):
+        read_evidence(directory)
 
 
 def test_the_published_run_tells_nothing_of_where_it_was_made() -> None:
@@ -373,7 +571,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked_again(run: Evidence, fresh: Path, *overrides: str) -> tuple[Recipe, Job]:
     jobs: list[tuple[Recipe, Job]] = []
-    replay(run, fresh, list(overrides), lambda recipe, job: jobs.append((recipe, job)))
+    replay(run, fresh, list(overrides), ["reproduce"], lambda recipe, job: jobs.append((recipe, job)))
     [job] = jobs
     return job
 
@@ -407,17 +605,203 @@ def test_an_interrupted_replay_does_not_promise_to_continue(run: Evidence, tmp_p
         raise Interrupted("the same command continues here")
 
     with pytest.raises(Interrupted, match="starts anew") as caught:
-        replay(run, tmp_path / "fresh", [], stopped)
+        replay(run, tmp_path / "fresh", [], ["reproduce"], stopped)
     assert "continues" not in str(caught.value)
+
+
+def recorded(place: Path, *words: str) -> Evidence:
+    """A run with this config, everything else being the published one's."""
+    jobs: list[Job] = []
+    made = ["recipe=ci_smoke", *words, f"output_dir={place}", f"hydra.run.dir={place}/made"]
+    launch("quantize", made, lambda recipe, job: jobs.append(job))
+    directory = copied(place)
+    (directory / "recipe.yaml").write_text(jobs[0].config, encoding="utf-8")
+    return read_evidence(directory)
+
+
+def own_activations(place: Path, layer_bits: str) -> list[str]:
+    (place / "mine" / "activations").mkdir(parents=True)
+    text = (ROOT / "configs/activations/none.yaml").read_text(encoding="utf-8").replace("{}", layer_bits)
+    (place / "mine" / "activations" / "own.yaml").write_text(text, encoding="utf-8")
+    return ["activations=own", "--config-dir", str(place / "mine")]
+
+
+@pytest.mark.parametrize("layer_bits", ["{}", "{o_proj: 6}", "{down_proj: 6, o_proj: 6}"])
+def test_an_option_of_ones_own_replays_as_what_it_was(layer_bits: str, tmp_path: Path) -> None:
+    run = recorded(tmp_path, *own_activations(tmp_path, layer_bits))
+    recipe, job = asked_again(run, tmp_path / "fresh")
+    assert recipe.activations.layer_bits == yaml.safe_load(layer_bits)
+    assert deciding_differences(run.settings, parse_settings(job.config, tmp_path)) == []
+
+
+def test_an_option_that_lost_an_entry_replays_without_it(tmp_path: Path) -> None:
+    run = recorded(tmp_path, "activations=a4", "~activations.layer_bits.down_proj")
+    recipe, _ = asked_again(run, tmp_path / "fresh")
+    assert recipe.activations.layer_bits == {}
+    assert recipe.activations.bits == 4
+
+
+def test_an_option_that_is_bundled_stays_the_one_that_is_named(tmp_path: Path) -> None:
+    assert recorded(tmp_path, "activations=a4").settings["activations"] == "a4"
+
+
+def test_a_recipe_that_does_not_give_its_config_again_is_refused_before_anything_is_computed(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    directory = copied(tmp_path)
+    text = (directory / "recipe.yaml").read_text(encoding="utf-8")
+    older = text.replace("override /activations: none", "override /activations: a4")  # whose entries are added
+    (directory / "recipe.yaml").write_text(older, encoding="utf-8")
+    with pytest.raises(JointqError, match=r"again: .*activations\.layer_bits\.down_proj not there → 8") as caught:
+        asked_again(read_evidence(directory), tmp_path / "fresh")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize("error", [None, UntrustedResult("NaN"), NumericsError("layer x"), KeyError("a bug")])
+def test_the_store_of_a_replay_is_gone_however_it_ends(
+    error: Exception | None, run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    def task(recipe: Recipe, job: Job) -> None:
+        Store(Path(recipe.store)).reuse("stage", {}, [], lambda scratch: None)
+        (job.directory / "log.txt").touch()
+        if error is not None:
+            raise error
+
+    trusted = error is None or isinstance(error, UntrustedResult)
+    with contextlib.nullcontext() if trusted else pytest.raises(type(error)):  # type: ignore[arg-type]
+        replay(run, tmp_path / "fresh", [], ["reproduce"], task)
+    assert [path.name for path in (tmp_path / "fresh").iterdir()] == ["log.txt"]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_replay_that_fails_before_its_first_stage_leaves_nothing(
+    existed: bool, run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    def task(recipe: Recipe, job: Job) -> None:
+        Store(Path(recipe.store))
+        (job.directory / "log.txt").touch()
+        raise TextError("calibration.path: is empty")
+
+    fresh = tmp_path / "fresh"
+    if existed:
+        fresh.mkdir()
+    with pytest.raises(TextError, match="is empty"):
+        replay(run, fresh, [], ["reproduce"], task)
+    assert list(tmp_path.rglob("*")) == [fresh] * existed
+
+
+def test_a_replay_is_recorded_as_it_was_typed(run: Evidence, tmp_path: Path, at_the_root: None) -> None:
+    seen: list[list[str]] = []
+    typed = ["reproduce", "run", "--tolerance", "0.05"]
+    replay(run, tmp_path / "fresh", [], typed, lambda recipe, job: seen.append(sys.argv))
+    assert seen == [["jointq", *typed]]
+
+
+def test_what_the_recipe_left_to_the_hub_is_replayed_at_the_commits_that_were_read(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    commits = [digit * 40 for digit in "123"]  # which would be numbers
+    texts = {
+        section: run.manifest.texts[section] | {"repository": "a/b", "revision": commit}
+        for section, commit in (("calibration", commits[1]), ("evaluation", commits[2]))
+    }
+    known = with_manifest(run, texts=texts, model={"from": "hub", "revision": commits[0]})
+    recipe, job = asked_again(known, tmp_path / "a")
+    assert [part.revision for part in (recipe.model, recipe.calibration, recipe.evaluation)] == commits
+    assert deciding_differences(run.settings, parse_settings(job.config, tmp_path)) == []
+    recipe, _ = asked_again(known, tmp_path / "b", "model.revision=main", "calibration.revision=v1")
+    assert (recipe.model.revision, recipe.calibration.revision) == ("main", "v1")
+    asked = replace(known, settings=known.settings | {"model.revision": "main"})
+    recipe, _ = asked_again(asked, tmp_path / "c")
+    assert recipe.model.revision is None  # as the recipe has it: here none, since only the settings were changed
+    recipe, _ = asked_again(run, tmp_path / "d")
+    assert recipe.calibration.revision is None  # "python 3.11.7" is no revision
+
+
+def test_a_commit_that_was_read_is_not_looked_for_in_another_place(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    known = with_manifest(run, model={"from": "hub", "revision": "1" * 40})
+    recipe, _ = asked_again(known, tmp_path / "a", "model.path=org/copy")
+    assert recipe.model.revision is None
+
+
+@pytest.mark.parametrize("pattern", ["nowhere.txt", "nowhere/*.txt"])
+def test_a_text_that_is_not_there_is_told_before_anything_is_computed(
+    pattern: str, run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    with pytest.raises(TextError, match=f"evaluation.path={re.escape(pattern)}: not there, seen from"):
+        asked_again(run, tmp_path / "fresh", f"evaluation.path={pattern}")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_model_that_lay_on_the_disk_is_not_looked_for_on_the_hub(
+    run: Evidence, tmp_path: Path, at_the_root: None
+) -> None:
+    directory = copied(tmp_path)
+    text = (directory / "recipe.yaml").read_text(encoding="utf-8")
+    (directory / "recipe.yaml").write_text(text.replace("path: pocket", "path: models/mine"), encoding="utf-8")
+    assert asked_again(read_evidence(directory), tmp_path / "a")  # of before that was recorded: perhaps the hub's
+    change_manifest(directory, model={"from": "disk"})
+    with pytest.raises(JointqError, match=r"model\.path=models/mine: the model of .* is not there, seen from"):
+        asked_again(read_evidence(directory), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_replay_lies_beside_its_run_wherever_it_is_named_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copied(tmp_path)
+    (directory / "checkpoint").mkdir()
+    monkeypatch.chdir(directory / "checkpoint")
+    assert fresh_beside(Path("..")).parent == tmp_path
+
+
+@pytest.mark.parametrize("place", [".", "codes/again", "../run/x"])
+def test_a_replay_does_not_go_into_the_run_that_it_checks(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copied(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JointqError, match=r"--directory=.*: lies in the run that it would be compared with"):
+        asked_again(read_evidence(directory), Path("run") / place)
+    assert {path.name for path in directory.iterdir()} == {path.name for path in PUBLISHED.iterdir()}
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_several_processes_are_refused_once(
+    rank: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["reproduce", str(PUBLISHED)]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == lines
+    assert told.startswith("error: WORLD_SIZE=2: a replay is run by one process" * lines)
+
+
+def test_the_script_refuses_a_directory_that_has_been_used(tmp_path: Path) -> None:
+    (tmp_path / "one_thread").mkdir()
+    done = subprocess.run([ROOT / "scripts/reproduce_ci_smoke", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path}: must be new or empty, since nothing may be reused\n"
 
 
 REFUSED = {
     "quantizer.bits=3": "quantizer.bits=3: a replay takes quantizer.bits from the run; it can be given runtime.device,",
     "runtime.dtype=float32": "runtime.dtype=float32: a replay takes runtime.dtype from the run",
     "store=x": "store=x: a replay takes store from the run",
+    "model=smollm2_135m": "model=smollm2_135m: a replay takes model from the run",
+    "runtime=default": "runtime=default: a replay takes runtime from the run",
+    "runtime={dtype:float32}": "runtime={dtype:float32}: a replay takes runtime from the run",
+    "+runtime.num_threads=1": "+runtime.num_threads=1: a replay takes",
     "+quantizer.bits=3": "+quantizer.bits=3: a replay takes",
     "quantizer": "quantizer: settings are written KEY=VALUE; a replay takes runtime.device,",
     "model.path=./nowhere": "model.path=./nowhere: the model of ",
+    "model.path=mine/model.gguf": "model.path=mine/model.gguf: the model of ",
+    "calibration.tokens=nowhere": "calibration.tokens=nowhere: not there, seen from ",
+    "evaluation.path=nowhere.txt": "calibration.tokens=tests/published/ci_smoke/tokens.safetensors: not there",
     "--directory=full": "--directory=full: must be new or empty",
     "--directory=file": "--directory=file: must be new or empty",
     "--against=full": "full: has no manifest.json",
@@ -451,7 +835,12 @@ def test_two_runs_are_compared_without_running_anything(
     change_manifest(other, files={**files, codes_file("model.layers.1.mlp.up_proj"): "0"})
     assert main(["reproduce", str(PUBLISHED), "--against", str(other)]) == 1
     assert "it begins with: codes: first in model.layers.1.mlp.up_proj" in capsys.readouterr().out
-    assert main(["reproduce", str(PUBLISHED), "--against", str(other), "--tolerance", "0.01"]) == 0
+    words = ["reproduce", str(PUBLISHED), "--against", str(other), "--tolerance", "0.01"]
+    assert main(words) == 1
+    assert "is for other hardware or libraries, and none are recorded" in capsys.readouterr().out
+    change_manifest(other, threads=3)
+    assert main(words) == 0
+    assert "these differ: threads 2 → 3" in capsys.readouterr().out
     assert not (other / "reproduction.json").exists()
 
 

@@ -1,6 +1,7 @@
 """The run directory: fixed names, atomic writes, clear words when the disk will not."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -32,6 +33,8 @@ def test_no_overrides_are_an_empty_list(tmp_path):
 
 def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     directory = RunDirectory(tmp_path)
+    assert directory.recipe_hash is None
+    directory.write_recipe("name: mine\n")
     directory.write_manifest(
         take_manifest(
             ["jointq", "quantize"],
@@ -42,6 +45,8 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
             hashes={"model": "5c1f"},
             texts={},
             files={"codes/a.safetensors": "9e0b"},
+            recipe_sha256=directory.recipe_hash,
+            model={"from": "hub", "revision": "c0"},
         )
     )
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
@@ -51,6 +56,8 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     assert {"jointq", "torch", "transformers"} <= set(manifest["versions"])
     assert manifest["files"] == {"codes/a.safetensors": "9e0b"}
     assert (manifest["threads"], manifest["processes"]) == (2, 3)
+    assert manifest["recipe_sha256"] == hashlib.sha256(b"name: mine\n").hexdigest()
+    assert manifest["model"] == {"from": "hub", "revision": "c0"}
     assert manifest["cpu"]
     assert manifest["cpu_count"] >= 1
 

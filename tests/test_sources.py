@@ -10,7 +10,7 @@ import torch
 from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ConfigError, ModelError, ResourceError
 from jointq_cli.model import StreamedModel
-from jointq_cli.sources import BUNDLED, ModelSource, fetch
+from jointq_cli.sources import BUNDLED, ModelSource, fetch, provenance
 from jointq_cli.store import Store
 
 
@@ -64,6 +64,14 @@ def test_the_bundled_model_needs_no_store_and_no_network(tmp_path: Path) -> None
     checkpoint = fetch(source("pocket"), Store(tmp_path))
     assert checkpoint.directory == BUNDLED
     assert checkpoint.dtype == torch.bfloat16
+
+
+def test_where_a_model_came_from_is_told_with_the_hubs_commit(tmp_path: Path) -> None:
+    assert provenance(source("pocket"), BUNDLED) == {"from": "jointq"}
+    assert provenance(source(str(tmp_path)), tmp_path) == {"from": "disk"}
+    fetched = tmp_path / "models--org--name" / "snapshots" / "c0ffee"
+    assert provenance(source("org/name"), fetched) == {"from": "hub", "revision": "c0ffee"}
+    assert provenance(source("org/name"), tmp_path / "elsewhere") == {"from": "hub"}
 
 
 def test_a_gguf_file_is_unpacked_once_into_a_directory(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
     |-- TextError               a text is missing, empty, undecodable or too short
     |-- NumericsError           a layer cannot be solved
     |-- ResourceError           the machine lacks something: a GPU, disk space, the network
+    |-- UntrustedResult         a run went through, and what it made is of no use as it is
     |-- TeamError               another process of the run has ended
     |-- Echo                    an error that another process has told already
     `-- Interrupted             Ctrl-C; everything finished is kept, exit code 75
@@ -39,6 +40,10 @@ class NumericsError(JointqError):
 
 class ResourceError(JointqError):
     """The machine lacks something that the run needs."""
+
+
+class UntrustedResult(JointqError):
+    """A run went through and everything is written, but its result should not be used as it is."""
 
 
 class TeamError(JointqError):

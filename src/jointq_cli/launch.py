@@ -93,7 +93,7 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
         if team.size > 1:
             raise UsageError("-m: several processes do one run together; the jobs of a sweep take hydra/launcher=...")
         return _sweep(border, command, overrides, options)
-    with _command_line([*overrides, *options]), _raised_by_hydra():
+    with command_line([*overrides, *options]), _raised_by_hydra():
         border.cross()
     return 0
 
@@ -104,7 +104,7 @@ def _sweep(border: "_Border", command: str, overrides: list[str], options: list[
     sweep = Sweep(words, border.key, border.mistakes.told, functools.partial(print, flush=True))
     border.sweep = sweep
     OmegaConf.register_new_resolver("command_hash", lambda: _command_hash(words[1:]), replace=True)
-    with _command_line([*overrides, sweep.override, *options]), _raised_by_hydra(), current(sweep):
+    with command_line([*overrides, sweep.override, *options]), _raised_by_hydra(), current(sweep):
         try:
             with sweep.watched():
                 border.cross()
@@ -130,7 +130,7 @@ def complete(command: str, arguments: list[str]) -> list[str]:
         for name in _SCHEMA_REFERENCE.findall(path.read_text(encoding="utf-8")):
             ConfigStore.instance().store(group="schema", name=name, node={})
     answer = io.StringIO()
-    with _command_line(arguments), redirect_stdout(answer):
+    with command_line(arguments), redirect_stdout(answer):
         _hydra_main(command, lambda config: None)()
     return answer.getvalue().splitlines()
 
@@ -235,7 +235,7 @@ class _Border:
         return recipe, Job(directory, overrides, text, ALONE, context.job.num, elsewhere=self.sweep is None)
 
     def _run(self, recipe: Any, job: Job) -> None:
-        with _command_line([self._command, *job.overrides, *self._options]):
+        with command_line([self._command, *job.overrides, *self._options]):
             self._task(recipe, job)
 
     def _typed(self, value: Any, path: str) -> Any:
@@ -261,7 +261,7 @@ def _as_recipe(config: DictConfig, command: str, choices: Mapping[str, str]) -> 
         "",
         "defaults:",
         *(
-            f"  - override /{group}: {_bundled(group, choices[group], OmegaConf.get_type(config, group))}"
+            f"  - override /{group}: {_bundled(group, choices[group], config)}"
             for group in map(str, config)
             if group in choices
         ),
@@ -270,13 +270,26 @@ def _as_recipe(config: DictConfig, command: str, choices: Mapping[str, str]) -> 
     return "\n".join([*head, values])
 
 
-def _bundled(group: str, option: str, schema: type[Any] | None) -> str:
-    """An option that is there for everybody: all its values follow, so one of the same type will do."""
-    options = resources.options(group)
-    if option in options or schema is None:
-        return option
-    reference = f"/schema@_here_: {schema.__name__}\n"
-    return next((name for name, path in options.items() if reference in path.read_text(encoding="utf-8")), option)
+def _bundled(group: str, option: str, config: DictConfig) -> str:
+    """An option that is there for everybody: all values follow, so one of the same type will do.
+
+    Values of a dictionary are added to those of the option, so it may have none beyond them.
+    """
+    schema = OmegaConf.get_type(config, group)
+    texts = {name: path.read_text(encoding="utf-8") for name, path in resources.options(group).items()}
+    reference = f"/schema@_here_: {schema.__name__}\n" if schema else None
+    alike = [name for name, text in texts.items() if name == option or (reference and reference in text)]
+    fitting = [name for name in alike if _has_no_more(yaml.safe_load(texts[name]), config[group])]
+    return option if option in fitting or not fitting else fitting[0]
+
+
+def _has_no_more(option: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether every key of the option has a value, in the dictionaries that it holds too."""
+    return all(
+        key in values and (not isinstance(value, dict) or _has_no_more(value, values[key]))
+        for key, value in option.items()
+        if key != "defaults"
+    )
 
 
 class _SweepStopped(BaseException):
@@ -316,7 +329,7 @@ def _in_place(team: Team) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _command_line(arguments: list[str]) -> Iterator[None]:
+def command_line(arguments: list[str]) -> Iterator[None]:
     """Hydra reads sys.argv: without the command's name, and whatever started this process under ours."""
     before = sys.argv
     sys.argv = ["jointq", *arguments]

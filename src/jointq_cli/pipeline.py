@@ -34,7 +34,7 @@ from jointq_cli.rotation_stages import Rotated
 from jointq_cli.run_directory import Manifest, RunDirectory, made_files, take_manifest
 from jointq_cli.runtime import Runtime
 from jointq_cli.shapes import shapes_of
-from jointq_cli.sources import ModelSource
+from jointq_cli.sources import ModelSource, provenance
 from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
 from jointq_cli.store import Store
 from jointq_cli.team import ALONE, Team
@@ -68,7 +68,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = A
         def finish() -> RunReport:
             files = _file_hashes(stages, run)
             report = _report(recipe, stages, original, tokens, windows, rotated, quantized, measured)
-            _write(run, recipe, report, tokens, windows, files, team)
+            _write(run, recipe, report, original, tokens, windows, files, team)
             console.closing(report, run.path)
             return report
 
@@ -91,7 +91,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
 
         def finish() -> None:
             files = _file_hashes(stages, run)
-            run.write_manifest(_manifest(recipe, str(stages.device), hashes, texts, files, team))
+            run.write_manifest(_manifest(recipe, run, original, str(stages.device), hashes, texts, files, team))
 
         team.lead(finish)
         console.rotated(rotated.record, run.path)
@@ -278,6 +278,7 @@ def _write(
     run: RunDirectory,
     recipe: Recipe,
     report: RunReport,
+    model: StreamedModel,
     tokens: Tokens,
     windows: ScoredWindows,
     files: dict[str, str],
@@ -289,12 +290,14 @@ def _write(
         "evaluation windows": windows.hash,
     }
     texts = {"calibration": tokens.provenance, "evaluation": windows.provenance}
-    run.write_manifest(_manifest(recipe, report.device, hashes, texts, files, team))
+    run.write_manifest(_manifest(recipe, run, model, report.device, hashes, texts, files, team))
     write_report(report, run)
 
 
 def _manifest(
     recipe: Recipe,
+    run: RunDirectory,
+    model: StreamedModel,
     device: str,
     hashes: dict[str, str],
     texts: dict[str, dict[str, str]],
@@ -305,4 +308,16 @@ def _manifest(
     if isinstance(recipe.rotation, (HadamardRotation, LearnedRotation)):
         seeds["rotation.seed"] = recipe.rotation.seed
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return take_manifest(sys.argv, device, torch.get_num_threads(), team.size, seeds, hashes, texts, files, gpu)
+    return take_manifest(
+        command=sys.argv,
+        device=device,
+        threads=torch.get_num_threads(),
+        processes=team.size,
+        seeds=seeds,
+        hashes=hashes,
+        texts=texts,
+        files=files,
+        gpu=gpu,
+        recipe_sha256=run.recipe_hash,
+        model=provenance(recipe.model, model.checkpoint.directory),
+    )

@@ -277,6 +277,7 @@ class Step:
     part: str  # ASKED, MADE or MEASURED
     same: bool
     detail: str
+    at: int | None = None  # where in the order of the model the difference begins, None where it is not about a part
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,14 @@ class Reproduction:
     surroundings: list[str]  # in which machine, libraries and code differ, such as "torch 2.9.0 → 2.13.0"
     figures: list[ReplayedFigure]
     tolerance: float | None  # relative, None where only identical runs will do
+    rounding: list[str] = field(default_factory=list)  # those of the surroundings that can round otherwise
+    unknown: list[str] = field(default_factory=list)  # what may differ and would not be seen
+    problems: list[str] = field(default_factory=list)  # that the replay itself has, whatever the original
 
     @property
     def first_difference(self) -> Step | None:
-        return next((step for step in self.steps if not step.same), None)
+        """Layers and blocks take turns: of steps about them, the one that begins earliest in the model."""
+        differing = [step for step in self.steps if not step.same]
+        if not differing or differing[0].at is None:
+            return differing[0] if differing else None
+        return min((step for step in differing if step.at is not None), key=lambda step: step.at or 0)

@@ -3,6 +3,7 @@
 Knows names and atomic writes. Knows nothing of what the reports say or how a model is stored.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -42,6 +43,8 @@ class Manifest:
     cpu: str | None = None  # the processor's name and its instruction sets
     gpu: str | None = None  # the name of the one that computed
     processes: int = 1
+    recipe_sha256: str | None = None  # of recipe.yaml: another run into the same directory writes its own first
+    model: dict[str, str] = field(default_factory=dict)  # where it came from, as `sources.provenance` tells
 
 
 def take_manifest(
@@ -54,6 +57,8 @@ def take_manifest(
     texts: dict[str, dict[str, str]],
     files: dict[str, str],
     gpu: str | None = None,
+    recipe_sha256: str | None = None,
+    model: dict[str, str] | None = None,
 ) -> Manifest:
     """The manifest of a run that this process does now."""
     return Manifest(
@@ -72,6 +77,8 @@ def take_manifest(
         files=files,
         cpu=machine.cpu(),
         gpu=gpu,
+        recipe_sha256=recipe_sha256,
+        model=model or {},
     )
 
 
@@ -158,6 +165,11 @@ class RunDirectory:
                 f"model.path={model}: lies in the run directory {self.path}, whose checkpoint/ this run replaces; name "
                 "another hydra.run.dir"
             )
+
+    @property
+    def recipe_hash(self) -> str | None:
+        """sha256 of recipe.yaml, None where there is none."""
+        return hashlib.sha256(self.recipe.read_bytes()).hexdigest() if self.recipe.is_file() else None
 
     def write_recipe(self, text: str) -> None:
         """text: the resolved recipe as yaml."""

@@ -68,6 +68,17 @@ def fetch(
         raise
 
 
+def provenance(source: ModelSource, directory: Path) -> dict[str, str]:
+    """Where the checkpoint that `fetch` gave came from: its kind, and for the hub's the commit, where it is known."""
+    if source.path == "pocket":
+        return {"from": "jointq"}
+    if Path(source.path).expanduser().exists():
+        return {"from": "disk"}
+    # The hub's client lays what it downloads in .../snapshots/COMMIT.
+    known = directory.parent.name == "snapshots"
+    return {"from": "hub", "revision": directory.name} if known else {"from": "hub"}
+
+
 def looks_local(path: str) -> bool:
     """Hub ids are `name` or `org/name`; anything else can only be meant as a path."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1

@@ -1,7 +1,7 @@
 """`jointq quantize`: a recipe in, a checkpoint and a report of what it costs out."""
 
 from jointq_cli.config import Recipe
-from jointq_cli.errors import JointqError
+from jointq_cli.errors import UntrustedResult
 from jointq_cli.launch import Job, launch
 from jointq_cli.pipeline import quantize
 from jointq_cli.report import Console
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(recipe: Recipe, job: Job) -> None:
-    """Raises JointqError when the run went through but its result cannot be trusted."""
+    """Raises UntrustedResult when the run went through but its result cannot be trusted."""
     directory = RunDirectory(job.directory)
     directory.claim(recipe.model.path)
     directory.write_recipe(job.config)
@@ -23,4 +23,4 @@ def run(recipe: Recipe, job: Job) -> None:
         report = quantize(recipe, directory, console, job.team)
         found = problems(report) if report else []
         if found:
-            raise JointqError(f"{'; '.join(found)}; see {directory.report_markdown}")
+            raise UntrustedResult(f"{'; '.join(found)}; see {directory.report_markdown}")

@@ -1,12 +1,13 @@
 """`jointq reproduce`: a finished run, run again from what it left behind, and where the two part."""
 
 import argparse
+import os
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from jointq_cli.disk import write_whole
-from jointq_cli.errors import JointqError
+from jointq_cli.errors import Echo, JointqError
 
 JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 
@@ -16,6 +17,7 @@ def main(arguments: list[str]) -> int:
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.against is not None and (parsed.overrides or parsed.directory):
         raise JointqError("--against compares two runs that are there; --directory and KEY=VALUE are for a replay")
+    _check_alone()
     # Not above: these bring torch, and --help answers without.
     from jointq_cli.commands.quantize import run
     from jointq_cli.evidence import read_evidence
@@ -26,15 +28,23 @@ def main(arguments: list[str]) -> int:
     from jointq_cli.reproduction import compare
 
     original = read_evidence(parsed.run_directory)
-    place = parsed.against or parsed.directory or _fresh_beside(parsed.run_directory)
+    place = parsed.against or parsed.directory or fresh_beside(parsed.run_directory)
     if parsed.against is None:
-        replay(original, place, parsed.overrides, run)
+        replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
     found = compare(original, read_evidence(place), parsed.tolerance)
     if parsed.against is None:
         write_whole(place / JSON, encode(found))
         write_whole(place / MARKDOWN, render_reproduction(found))
     print(f"\n{parsed.run_directory} and {place}\n\n{render_lines(found)}")
     return 1 if found.verdict == DIFFERENT else 0
+
+
+def _check_alone() -> None:
+    """Raises JointqError under torchrun; all but one process tell nothing of it."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if int(size) > 1:
+        error = JointqError(f"WORLD_SIZE={size}: a replay is run by one process, so start it without torchrun")
+        raise error if os.environ.get("RANK", "0") == "0" else Echo(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,5 +87,5 @@ def _share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text}: must be a share from 0 to 1, such as 0.1 for ten percent")
 
 
-def _fresh_beside(run: Path) -> Path:
-    return run.absolute().parent / f"reproduced_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+def fresh_beside(run: Path) -> Path:
+    return run.resolve().parent / f"reproduced_{datetime.now():%Y-%m-%d_%H-%M-%S}"

@@ -3,9 +3,10 @@
 Knows the record of the comparison. Compares nothing.
 """
 
+import math
 from collections.abc import Iterable
 
-from jointq_cli.records import ASKED, IDENTICAL, MADE, MEASURED, WITHIN_TOLERANCE, Reproduction, Step
+from jointq_cli.records import ASKED, IDENTICAL, MADE, MEASURED, WITHIN_TOLERANCE, ReplayedFigure, Reproduction, Step
 from jointq_cli.report import units
 from jointq_cli.report.lines import aligned
 
@@ -31,7 +32,7 @@ def render_reproduction(reproduction: Reproduction) -> str:
 
 def conclusion(reproduction: Reproduction) -> list[str]:
     """The verdict, then what explains it."""
-    return [_verdict(reproduction), *_where(reproduction), *_why(reproduction)]
+    return [_verdict(reproduction), *_where(reproduction), *_why(reproduction), *_problems(reproduction)]
 
 
 def _verdict(reproduction: Reproduction) -> str:
@@ -40,13 +41,22 @@ def _verdict(reproduction: Reproduction) -> str:
     if reproduction.tolerance is None:
         return "different"
     share = units.percent(reproduction.tolerance)
+    if not all(step.same for step in reproduction.steps if step.part == ASKED):
+        return f"different: a tolerance of {share} is for runs that were asked for the same, on the same tokens"
+    if not reproduction.rounding:
+        return f"different: a tolerance of {share} is for other hardware or libraries, and none are recorded"
+    broken = [figure for figure in reproduction.figures if not _is_finite(figure)]
+    if broken:
+        return f"different: {broken[0].name} is no number, which no tolerance admits"
     worst = max(reproduction.figures, key=lambda figure: abs(figure.change))
     moved = f"{worst.name} moved most, by {units.change(worst.change)}"
     if reproduction.verdict == WITHIN_TOLERANCE:
         return f"not identical, but within {share}: {moved}"
-    if all(step.same for step in reproduction.steps if step.part == ASKED):
-        return f"different by more than {share}: {moved}"
-    return f"different: a tolerance of {share} is for runs that were asked for the same, on the same tokens"
+    return f"different by more than {share}: {moved}"
+
+
+def _is_finite(figure: ReplayedFigure) -> bool:
+    return math.isfinite(figure.original) and math.isfinite(figure.replay)
 
 
 def _where(reproduction: Reproduction) -> list[str]:
@@ -63,10 +73,17 @@ def _why(reproduction: Reproduction) -> list[str]:
         return [f"although these differ: {differ}"] if differ else []
     if first.part == ASKED:
         return [f"these differ besides: {differ}"] if differ else []
-    if not differ:
-        return ["no difference of machine, libraries or code is recorded: something is not deterministic"]
-    reason = "these differ" if reproduction.verdict == WITHIN_TOLERANCE else "probable reason"
-    return [f"{reason}: {differ}"]
+    unknown = [f"not known to be the same: {', '.join(reproduction.unknown)}"] if reproduction.unknown else []
+    if differ:
+        reason = "these differ" if reproduction.verdict == WITHIN_TOLERANCE else "probable reason"
+        return [f"{reason}: {differ}", *unknown]
+    if unknown:
+        return ["no difference of machine, libraries or code is recorded", *unknown]
+    return ["no difference of machine, libraries or code is recorded: something is not deterministic"]
+
+
+def _problems(reproduction: Reproduction) -> list[str]:
+    return [f"the replay itself: {problem}" for problem in reproduction.problems]
 
 
 def _outcome(step: Step) -> str:

@@ -89,10 +89,18 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def load_settings(path: Path) -> dict[str, str]:
     """Every value of a recipe.yaml as text by dotted key, and the option by group. Raises JointqError."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_settings(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise JointqError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise JointqError(f"{path}: not valid yaml ({error})") from error
+
+
+def parse_settings(text: str, path: Path) -> dict[str, str]:
+    """As `load_settings`, of what stands in `path`."""
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise JointqError(f"{path}: not valid yaml ({error})") from error
     if not isinstance(recipe, dict):
         raise JointqError(f"{path}: not a recipe, which has keys with values")

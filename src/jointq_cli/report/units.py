@@ -139,6 +139,11 @@ def _decimals(value: float, digits: int) -> int:
     return max(0, digits - 1 - math.floor(math.log10(abs(value))))
 
 
+def arrow(before: str | None, after: str | None) -> str:
+    """ "4 → 3", of two values; None for one that is not there."""
+    return " → ".join("not there" if value is None else value for value in (before, after))
+
+
 def listed(names: list[str], limit: int = 3) -> str:
     """The first names, and how many more there are."""
     shown = ", ".join(names[:limit])

@@ -1,0 +1,18 @@
+"""Where in the model a difference is: the order in which a run makes its layers and measures its blocks."""
+
+from jointq_cli.records import RunReport
+
+
+def block_name(block: int) -> str:
+    return f"block {block}"
+
+
+def position(name: str, report: RunReport) -> int:
+    """Of a layer, or of a block as a whole, which comes behind its layers; what is not known comes last."""
+    blocks = sorted({layer.block for layer in report.layers} | {block.block for block in report.blocks})
+    order = [
+        entry
+        for block in blocks
+        for entry in (*(layer.name for layer in report.layers if layer.block == block), block_name(block))
+    ]
+    return order.index(name) if name in order else len(order)
