@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 def _check_alone() -> None:
     """Raises JointqError under torchrun; all but one process tell nothing of it."""
     size = os.environ.get("WORLD_SIZE", "1")
-    if int(size) > 1:
+    if size != "1":
         error = JointqError(f"WORLD_SIZE={size}: a replay is run by one process, so start it without torchrun")
         raise error if os.environ.get("RANK", "0") == "0" else Echo(error)
 
