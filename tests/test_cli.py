@@ -440,6 +440,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_by_launcher_processes_end_as_in_one_process(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     (tmp_path / "sweep.py").write_text(IN_PROCESSES)

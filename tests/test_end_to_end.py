@@ -89,6 +89,7 @@ def test_the_same_recipe_twice_gives_the_same_bytes(finished: tuple[Path, str], 
         assert hashes(directory / name) == hashes(tmp_path / "out" / "run" / name)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_reuses_every_long_stage(finished: tuple[Path, str]) -> None:
     directory, _ = finished
     code, out, _ = run(directory.parent.parent, *SMOKE[:-1], "hydra.run.dir=out/again")
@@ -201,6 +202,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_no_run_that_looks_finished(small_disk: Path) -> None:
     code, _, err = run(small_disk, *SMOKE)
     assert code == 1
@@ -314,6 +316,7 @@ def test_a_gpu_does_what_a_cpu_does(finished: tuple[Path, str], tmp_path: Path) 
     assert found["quantized"]["nll"] == pytest.approx(expected["quantized"]["nll"], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_directory_of_any_name_is_a_model(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "mine", "qwen3", dtype=torch.bfloat16)
     settings = ["model.path=mine", "quantizer.group_size=32", "calibration.seqlen=32", "evaluation.seqlen=32"]

@@ -590,6 +590,7 @@ def test_a_pipe_gets_plain_lines_with_everything_in_them(words: list[str], capsy
     assert "[warning] calibration.num_samples: " in out
 
 
+@pytest.mark.slow
 def test_hessians_of_original_inputs_are_a_stage_and_spare_the_next_run_their_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

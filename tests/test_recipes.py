@@ -95,6 +95,7 @@ def test_a_recipe_without_the_hub_in_its_needs_uses_none(name: str) -> None:
     assert bool(uses or on_hub) == resources.needs(resources.options("recipe")[name]).startswith("the hub")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", sorted(set(GROUPS["quantizer"]) - {"jointq"}))
 def test_every_recipe_takes_the_other_quantizers_too(quantizer: str) -> None:
     for name in NAMES:
@@ -213,7 +214,10 @@ def test_recipes_lists_all_and_show_prints_one_in_full(capsys: pytest.CaptureFix
     assert shown["quantizer"]["bits"] == 3
 
 
-@pytest.mark.parametrize("sweep", resources.options("sweep"))
+@pytest.mark.parametrize(
+    "sweep",
+    [name if name == "lambda" else pytest.param(name, marks=pytest.mark.slow) for name in resources.options("sweep")],
+)
 def test_every_shipped_sweep_composes_into_several_jobs(
     sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ def test_records_of_two_processes_are_those_of_one(name: str, together: Path, al
     assert [b.output_error for b in blocks[1]] == pytest.approx([b.output_error for b in blocks[0]], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     codes = ended(start_all(2, [HERE / "team_cases.py", "stopping", tmp_path], HERE))
@@ -185,6 +186,7 @@ def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_pat
         assert sha256(tmp_path / "disk 0" / name) == sha256(alone / "qep" / name)
 
 
+@pytest.mark.slow
 def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     shutil.copytree(alone / "qep", tmp_path / "disk 1")

@@ -33,7 +33,10 @@ def gram(matrix: Tensor) -> Tensor:
     return wide @ wide.T
 
 
-@pytest.mark.parametrize("sizes", [REACHABLE, MODEL_SIZES], ids=["small", "of models"])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(REACHABLE, id="small"), pytest.param(MODEL_SIZES, id="of models", marks=pytest.mark.slow)],
+)
 def test_rows_are_signs_and_orthogonal_in_integers(sizes: list[int]) -> None:
     for size in sizes:
         matrix = hadamard(size)
