@@ -406,7 +406,13 @@ def test_cross_terms_pair_the_original_model_with_the_one_quantised_so_far(waiti
         torch.testing.assert_close(found, (original - given).T @ given / len(given), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in ("llama", "gemma2", "gpt_neox") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_qep_brings_every_quantizer_closer_to_the_original_model(family: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", family)
     tokens = windows(40)

@@ -105,7 +105,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["llama", "granite", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", [EQUAL, WEIGHED])
 @pytest.mark.parametrize("quantizer", [SOLVE, JOINT, replace(JOINT, lambda_mode="heldout")])
 def test_hessians_collected_ahead_give_the_bits_of_the_loop_that_collects(
@@ -184,6 +184,7 @@ def stages(directory: Path) -> dict[str, bool]:
     return {stage["name"]: stage["reused"] for stage in json.loads((directory / "report.json").read_text())["stages"]}
 
 
+@pytest.mark.slow
 def test_a_sweep_collects_its_hessians_once_and_shares_their_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

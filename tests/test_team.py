@@ -173,6 +173,7 @@ def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_pa
     assert [sha256(tmp_path / "stopped" / name) for name in names] == [sha256(alone / "qep" / name) for name in names]
 
 
+@pytest.mark.slow
 def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_path: Path) -> None:
     """The disk of the other process, a network's say, shows it a layer that the leader must solve."""
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
