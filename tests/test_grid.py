@@ -137,7 +137,7 @@ def test_bits_outside_one_to_eight_are_refused_with_the_key(bits: int) -> None:
         check_bits(bits)
 
 
-def test_group_sizes_that_do_not_divide_name_every_layer_and_what_would_divide() -> None:
+def test_group_sizes_that_do_not_divide_name_layers_and_what_would_divide() -> None:
     with pytest.raises(ConfigError) as caught:
         check_group_size(128, {"a.q_proj": 576, "a.down_proj": 1536, "b.q_proj": 576})
     message = str(caught.value)
@@ -146,6 +146,11 @@ def test_group_sizes_that_do_not_divide_name_every_layer_and_what_would_divide()
     assert "b.q_proj (576)" in message
     assert "down_proj" not in message
     assert ", 32, 48, 64, 96, 192;" in message
+
+
+def test_of_many_layers_the_first_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"for 0 \(576\), 1 \(576\), 2 \(576\) and 297 more; sizes"):
+        check_group_size(128, {str(number): 576 for number in range(300)})
 
 
 @pytest.mark.parametrize("group_size", [0, -2])

@@ -21,6 +21,7 @@ from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, ModelError, NumericsError
 
 SHRINK_STEPS = 80  # GPTQ's clip search: maxshrink 0.8 on a grid of 100, that is factors 1.00, 0.99 .. 0.21
+MOST_NAMED = 3  # layers in an error's line
 _MANTISSA = {torch.bfloat16: (7, -126), torch.float16: (10, -14), torch.float32: (23, -126)}  # digits, least exponent
 _GROUPS_AT_ONCE = 1 << 15  # bounds the memory of the clip search's tables, 10 MiB each
 
@@ -84,7 +85,7 @@ def group_columns(group_size: int | None, in_features: int) -> int:
 
 
 def check_group_size(group_size: int | None, in_features: Mapping[str, int]) -> None:
-    """Raises ConfigError, naming each offending layer, unless `group_size` divides every in_features."""
+    """Raises ConfigError, naming offending layers, unless `group_size` divides every in_features."""
     if group_size in (None, -1):
         return
     key = f"quantizer.group_size={group_size}"
@@ -92,10 +93,11 @@ def check_group_size(group_size: int | None, in_features: Mapping[str, int]) -> 
         raise ConfigError(f"{key}: must be positive, or null (-1) for one scale per row")
     offending = [f"{name} ({size})" for name, size in in_features.items() if size % group_size]
     if offending:
+        more = f" and {len(offending) - MOST_NAMED} more" if len(offending) > MOST_NAMED else ""
         common = math.gcd(*in_features.values())
         sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
         raise ConfigError(
-            f"{key}: must divide in_features, and does not for {', '.join(offending)}; "
+            f"{key}: must divide in_features, and does not for {', '.join(offending[:MOST_NAMED])}{more}; "
             f"sizes that divide all layers: {sizes}; or null for one scale per row"
         )
 

@@ -147,7 +147,7 @@ def log_ticks(axis: Axis, values: Sequence[float]) -> None:
     decades = math.log10(max(values) / min(values))
     digits = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(map(float, range(1, 10)))
     axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 0.1 else _power(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 0.01 else _power(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
