@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointq_cli.quantizers import GPTQ
-from jointq_cli.quantizers.factor import invert_lower
+from jointq_cli.quantization.quantizers import GPTQ
+from jointq_cli.quantization.quantizers.cholesky import invert_lower
 
 GOAL = 3.0
 

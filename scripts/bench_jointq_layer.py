@@ -34,8 +34,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from jointq_cli.quantizers import GPTQ, JointQ
-from jointq_cli.quantizers.jointq import GptqStart
+from jointq_cli.quantization.quantizers import GPTQ, JointQ
+from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 
 GROUP = 128
 Solve = Callable[[Tensor, Tensor, int], Tensor]  # weight (out, in), X^T X (in, in) float64, tokens -> dequantised

@@ -17,8 +17,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jointq_cli.checkpoint import save_tensors, write_index
-from jointq_cli.sources import BUNDLED
+from jointq_cli.models.checkpoint import write_index
+from jointq_cli.models.sources import BUNDLED
+from jointq_cli.system.tensor_files import save_tensors
 
 
 def main() -> None:

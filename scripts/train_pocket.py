@@ -41,7 +41,7 @@ def prepare(folder: Path) -> None:
     """Write the tokenizer, one array of token ids per source, the dev share and the held-out text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from jointq_cli import pydoc_text
+    from jointq_cli.data import pydoc as pydoc_text
 
     reference = len(pydoc_text.topics("train"))
     library = len(pydoc_text.docstrings(()))

@@ -56,7 +56,7 @@ def collectives(folder: Path) -> None:
     """Every answer of the team, by rank."""
     import torch
 
-    from jointq_cli.processes import joined
+    from jointq_cli.system.torchrun import joined
 
     with joined() as team:
         mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
@@ -79,7 +79,7 @@ def engine(folder: Path) -> None:
     import torch
     from test_team import RUNS, quantize
 
-    from jointq_cli.processes import joined
+    from jointq_cli.system.torchrun import joined
 
     torch.set_num_threads(1)
     with joined() as team:
@@ -91,7 +91,7 @@ def stopping(folder: Path) -> None:
     """A run that its leader, and so everybody, breaks off somewhere."""
     from test_team import RUNS, Stop, quantize
 
-    from jointq_cli.processes import joined
+    from jointq_cli.system.torchrun import joined
 
     with joined() as team:
         left = 25
@@ -110,7 +110,7 @@ def disks(folder: Path) -> None:
     import torch
     from test_team import RUNS, quantize
 
-    from jointq_cli.processes import joined
+    from jointq_cli.system.torchrun import joined
 
     torch.set_num_threads(1)
     with joined() as team:
@@ -119,9 +119,9 @@ def disks(folder: Path) -> None:
 
 def removing(folder: Path) -> None:
     """What a team makes together is removed as soon as it is made, once."""
-    from jointq_cli.inventory import entries, remove
-    from jointq_cli.processes import joined
-    from jointq_cli.store import Store
+    from jointq_cli.system.inventory import entries, remove
+    from jointq_cli.system.store import Store
+    from jointq_cli.system.torchrun import joined
 
     class Emptied(Store):
         made = 0
@@ -148,7 +148,7 @@ def meeting(folder: Path) -> None:
     """A meeting that takes no more than a moment."""
     from datetime import timedelta
 
-    from jointq_cli import processes
+    from jointq_cli.system import torchrun as processes
 
     processes._SILENCE, processes._MEETING = 0.1, timedelta(seconds=float(folder.name))
     with processes.joined():
@@ -160,7 +160,7 @@ def leaving(folder: Path) -> None:
     import torch
 
     from jointq_cli.errors import TeamError
-    from jointq_cli.processes import joined
+    from jointq_cli.system.torchrun import joined
 
     with joined() as team:
         if team.rank == 1:

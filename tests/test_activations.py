@@ -13,13 +13,19 @@ from tiny_models import write_checkpoint
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from jointq_cli import resources
-from jointq_cli.activations import CLIP_RATIOS, Activations, best_clip, kv_clip_ratio, quantize_tokens
-from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.cli import config_files as resources
 from jointq_cli.errors import ConfigError, ModelError
-from jointq_cli.evaluation import final_hidden
-from jointq_cli.model import StreamedModel
-from jointq_cli.simulation import search_clips, simulated
+from jointq_cli.evaluation.activation_quantization import search_clips, simulated
+from jointq_cli.evaluation.activation_settings import (
+    CLIP_RATIOS,
+    Activations,
+    best_clip,
+    kv_clip_ratio,
+    quantize_tokens,
+)
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.forward import final_hidden
+from jointq_cli.models.streamed import StreamedModel
 
 CPU = torch.device("cpu")
 GRIDS = [(bits, symmetric, clip) for bits in (2, 4, 8) for symmetric in (False, True) for clip in (1.0, 0.8)]
@@ -347,7 +353,7 @@ def test_each_layer_searches_on_what_the_quantised_layers_before_it_give(
     llama: StreamedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With few ratios all layers of such a model agree on one.
-    monkeypatch.setattr("jointq_cli.activations.CLIP_RATIOS", [1 - step / 200 for step in range(80)])
+    monkeypatch.setattr("jointq_cli.evaluation.activation_settings.CLIP_RATIOS", [1 - step / 200 for step in range(80)])
     config = activations(bits=4, clip_ratio=None, kv_bits=4)
     layers = block_layers(llama)
     clips = search_clips(llama, config, layers, windows(), batch=3)
@@ -453,7 +459,7 @@ def test_a_model_whose_attention_is_not_in_the_registry_is_refused(tmp_path: Pat
 
 
 def test_r3_helps_keys_with_a_few_large_channels() -> None:
-    from jointq_cli.simulation import _given_to_attention
+    from jointq_cli.evaluation.activation_quantization import _given_to_attention
 
     query, key, value = tokens(1, 2, 50, 64), tokens(1, 2, 50, 64, seed=1), tokens(1, 2, 50, 64, seed=2)
     exact = query @ key.transpose(-1, -2)

@@ -13,20 +13,35 @@ from tiny_models import FAMILIES, GROUPED, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from jointq_cli.assembly import assemble, audit
-from jointq_cli.block import Block
-from jointq_cli.blockwise import quantize_blocks
-from jointq_cli.checkpoint import Checkpoint
+from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.evaluation import final_hidden
-from jointq_cli.model import StreamedModel
-from jointq_cli.plan import Plan
-from jointq_cli.qep import Correction, NoQep, Propagation, Qep
-from jointq_cli.quantizers import GPTQ, RTN, JointQ, Prepared, Quantizer, Solution
-from jointq_cli.quantizers.jointq import GptqStart
+from jointq_cli.formats.audit import audit
+from jointq_cli.formats.layer_file import load_layer
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.forward import final_hidden
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.assembly import assemble
+from jointq_cli.quantization.block import Block
+from jointq_cli.quantization.loop import quantize_blocks
+from jointq_cli.quantization.qep import (
+    Correction,
+    NoQep,
+    Propagation,
+    Qep,
+)
+from jointq_cli.quantization.quantizers import (
+    GPTQ,
+    RTN,
+    JointQ,
+    Prepared,
+    Quantizer,
+    Solution,
+)
+from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
+from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
+from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import LayerRecord
-from jointq_cli.statistics import HeldOut, Statistics, TokenWeights
-from jointq_cli.workspace import Workspace, load_layer
 
 CPU = torch.device("cpu")
 ROUND = RTN(bits=4, group_size=32, symmetric=False, mse=False)

@@ -11,8 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 
-from jointq_cli.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, save_tensors, write_index
 from jointq_cli.errors import ModelError, NumericsError
+from jointq_cli.models.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    copy_companions,
+    write_index,
+)
+from jointq_cli.system.tensor_files import save_tensors
 
 
 def refusal(directory: Path) -> str:
@@ -141,7 +148,7 @@ def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path, monkeypatch:
     def full(*_: object, **__: object) -> None:  # what safetensors 0.8 says on a full tmpfs
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("jointq_cli.checkpoint.save_file", full)
+    monkeypatch.setattr("jointq_cli.system.tensor_files.save_file", full)
     with pytest.raises(OSError, match="No space left") as error:
         save_tensors(tmp_path / "shard", {"a": torch.ones(1)})
     assert error.value.errno == errno.ENOSPC

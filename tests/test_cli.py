@@ -11,13 +11,36 @@ from typing import Any
 
 import pytest
 
-from jointq_cli import __version__, resources
-from jointq_cli.commands import completion, help
-from jointq_cli.config import RECIPES, Recipe, concrete, keys
-from jointq_cli.errors import ConfigError, Interrupted, NumericsError
-from jointq_cli.launch import Job, complete, launch
-from jointq_cli.main import COMMANDS, COMPOSED, main
-from jointq_cli.quantizers import GPTQ, RTN, JointQ, Quantizer
+from jointq_cli import __version__
+from jointq_cli.cli import config_files as resources
+from jointq_cli.cli.commands import completion, help
+from jointq_cli.cli.compose import (
+    Job,
+    complete,
+    launch,
+)
+from jointq_cli.cli.main import (
+    COMMANDS,
+    COMPOSED,
+    main,
+)
+from jointq_cli.errors import (
+    ConfigError,
+    Interrupted,
+    NumericsError,
+)
+from jointq_cli.quantization.quantizers import (
+    GPTQ,
+    RTN,
+    JointQ,
+    Quantizer,
+)
+from jointq_cli.recipe import (
+    RECIPES,
+    Recipe,
+    concrete,
+    keys,
+)
 
 SOURCES = Path(__file__).parent.parent / "src" / "jointq_cli"
 
@@ -53,7 +76,7 @@ def loaded_by(words: str) -> set[str]:
     """Top-level modules that are loaded after `jointq WORDS`."""
     script = (
         "import contextlib, sys\n"
-        "from jointq_cli.main import main\n"
+        "from jointq_cli.cli.main import main\n"
         "with contextlib.suppress(SystemExit): main(sys.argv[1:])\n"  # argparse leaves after its help
         "print('\\n' + ' '.join({m.split('.')[0] for m in sys.modules}))"
     )
@@ -428,7 +451,7 @@ def test_a_job_whose_text_has_changed_runs_again(tmp_path: Path) -> None:
 IN_PROCESSES = """
 import sys
 from jointq_cli.errors import NumericsError
-from jointq_cli.launch import launch
+from jointq_cli.cli.compose import launch
 
 def task(recipe, job):
     assert job.elsewhere
@@ -569,7 +592,7 @@ def test_bash_completes_a_recipe() -> None:
     """The real shell with the real script, its question answered by this interpreter."""
     script = complete("quantize", ["-sc", "install=bash"])
     driver = f"""
-jointq() {{ {sys.executable} -c "from jointq_cli.main import main; main()" "$@"; }}
+jointq() {{ {sys.executable} -c "from jointq_cli.cli.main import main; main()" "$@"; }}
 command() {{ echo /bin/sh; }}
 compgen() {{ builtin compgen "$@"; }}
 {chr(10).join(line for line in script if "complete -" not in line)}
@@ -595,9 +618,9 @@ def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
 
 
 ONLY_IN = {
-    "hydra": {"launch", "mistakes", "sweeping"},
-    "omegaconf": {"launch", "mistakes", "sweeping"},
-    "datasets": {"text"},
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+    "datasets": {"data"},
     "rich": {"report"},
     "jinja2": {"report"},
     "matplotlib": {"report"},
@@ -626,41 +649,16 @@ def test_a_library_is_known_in_its_rooms_only(library: str) -> None:
 # From the commands down: a room may import what stands in a later row, and its own row.
 ROWS = [
     {"__main__"},
-    {"main"},
-    {"commands"},
-    {"replay"},
-    {"launch"},
-    {"mistakes", "sweeping", "thawed"},
+    {"cli"},
     {"pipeline"},
-    {"planning", "reproduction"},
-    {"rotation_stages", "evidence"},
     {"stages"},
-    {"caveats", "estimates"},
-    {"config"},
-    {"blockwise", "assembly", "rotating", "report"},
-    {"sweep_directory"},
-    {"hessians", "solving"},
-    {"collecting"},
-    {"plan", "block", "run_directory", "workspace", "evaluation", "simulation"},
-    {"shapes", "catalogue"},
-    {"calibration", "tokens", "text", "sources", "model", "quantizers", "qep", "rotation", "statistics"},
-    {
-        "passes",
-        "kernels",
-        "selection",
-        "runtime",
-        "interrupts",
-        "checkpoint",
-        "activations",
-        "grid",
-        "pydoc_text",
-        "speeds",
-        "hashes",
-        "tokenizer",
-    },
-    {"store", "machine", "records"},
-    {"team", "processes", "inventory"},
-    {"contents", "disk", "locks", "errors", "resources", "__init__"},
+    {"recipe"},
+    {"transforms"},
+    {"quantization", "evaluation", "report"},
+    {"formats"},
+    {"models", "data"},
+    {"system"},
+    {"records", "kernels", "errors", "__init__"},
 ]
 
 
@@ -675,72 +673,6 @@ def test_imports_point_one_way() -> None:
         for path in SOURCES.rglob("*.py")
         for other in (name.split(".")[1] for name in imports(path) if name.startswith("jointq_cli."))
         if height[other] < height[room(path)]
-    }
-    assert upward <= {"commands imports main"}  # the list of commands, for completion
-
-
-# The same inside a room, module by module: none in a row knows another one of the same row.
-QUANTIZER_ROWS = [
-    {"__init__"},
-    {"jointq"},
-    {"layer"},
-    {"search", "gptq"},
-    {"metric", "rtn", "tiles"},
-    {"factor", "base"},
-]
-ROTATION_ROWS = [
-    {"finding", "sites"},
-    {"basis", "smoothing", "learning"},
-    {"reservoir"},
-    {"anatomy", "descent", "objectives", "online"},
-    {"hadamard", "__init__"},
-    {"settings"},
-]
-REPRODUCTION_ROWS = [
-    {"__init__"},
-    {"comparison"},
-    {"asked", "made", "measured", "surroundings"},
-    {"order"},
-]
-KERNEL_ROWS = [
-    {"cpu", "cuda"},
-    {"reference"},
-    {"cpu_flips", "cuda_flips", "reference_flips"},
-    {"compiled"},
-    {"__init__"},
-]
-
-
-def imports_at_the_top(path: Path, package: str) -> Iterator[str]:
-    """Modules of `package` that one of them imports, but not inside a function, where a kernel is asked for."""
-    modules = {other.stem for other in path.parent.glob("*.py")}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(package):
-            continue
-        if node.module != package:
-            yield (node.module or "").removeprefix(f"{package}.")
-        else:
-            yield from {name.name if name.name in modules else "__init__" for name in node.names}
-
-
-@pytest.mark.parametrize(
-    ("package", "rows"),
-    [
-        ("quantizers", QUANTIZER_ROWS),
-        ("kernels", KERNEL_ROWS),
-        ("rotation", ROTATION_ROWS),
-        ("reproduction", REPRODUCTION_ROWS),
-    ],
-)
-def test_imports_inside_a_room_point_one_way_too(package: str, rows: list[set[str]]) -> None:
-    height = {name: number for number, row in enumerate(rows) for name in row}
-    paths = {path.stem: path for path in (SOURCES / package).glob("*.py")}
-    assert set(paths) == set(height)
-    upward = {
-        f"{name} imports {other}"
-        for name, path in paths.items()
-        for other in imports_at_the_top(path, f"jointq_cli.{package}")
-        if height[other] <= height[name]
     }
     assert upward == set()
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from jointq_cli.commands import quantize
+from jointq_cli.cli.commands import quantize
+from jointq_cli.cli.compose import Job
 from jointq_cli.errors import JointqError
-from jointq_cli.launch import Job
-from jointq_cli.team import ALONE
+from jointq_cli.system.distributed import ALONE
 
 
 def test_a_run_with_problems_is_an_error_in_one_line_after_everything_is_written(

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jointq_cli.sources import BUNDLED
-from jointq_cli.workspace import load_layer
+from jointq_cli.formats.layer_file import load_layer
+from jointq_cli.models.sources import BUNDLED
 
 SMOKE = ["quantize", "recipe=ci_smoke", "output_dir=out", "hydra.run.dir=out/run"]
 
@@ -283,7 +283,7 @@ BAD = {
 def test_bad_input_gets_one_line_and_leaves_nothing_that_looks_finished(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jointq_cli.main import main
+    from jointq_cli.cli.main import main
 
     arguments, said = BAD[case]
     monkeypatch.chdir(tmp_path)

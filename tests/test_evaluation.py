@@ -9,19 +9,21 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ConfigError, TextError
-from jointq_cli.evaluation import (
-    Evaluation,
-    ScoredWindows,
+from jointq_cli.evaluation.perplexity import (
     Scores,
     compare,
-    cut_windows,
-    final_hidden,
     perplexity,
     score,
 )
-from jointq_cli.model import StreamedModel
+from jointq_cli.evaluation.windows import (
+    Evaluation,
+    ScoredWindows,
+    cut_windows,
+)
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.forward import final_hidden
+from jointq_cli.models.streamed import StreamedModel
 
 CPU = torch.device("cpu")
 
@@ -157,7 +159,7 @@ def test_the_standard_error_is_the_spread_over_repeated_draws() -> None:
 
 
 def test_a_token_that_the_original_rules_out_costs_no_divergence(tmp_path: Path) -> None:
-    from jointq_cli.evaluation import _sums
+    from jointq_cli.evaluation.perplexity import _sums
 
     p = torch.tensor([[0.5, 0.5, 0.0]]).log()
     q = torch.tensor([[0.25, 0.5, 0.25]]).log()

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 from tiny_models import write_checkpoint
 
-from jointq_cli import inventory
-from jointq_cli.contents import CONTENTS
-from jointq_cli.inventory import Entry, entries
-from jointq_cli.main import main
+from jointq_cli.cli.main import main
 from jointq_cli.report import load_report
-from jointq_cli.store import Store
+from jointq_cli.system import inventory
+from jointq_cli.system.integrity import CONTENTS
+from jointq_cli.system.inventory import Entry, entries
+from jointq_cli.system.store import Store
 
 STAGES = ["verified", "activations", "rotated", "quantize", "hidden", "scores"]  # that every such run has in its store
 WORDS = [
@@ -51,7 +51,7 @@ class Place:
 
     def start(self, script: str = "", name: str = "run") -> subprocess.Popen[str]:
         """In a process of its own, after `script`."""
-        code = f"import sys\n{script}\nfrom jointq_cli.main import main\nsys.exit(main(sys.argv[1:]))"
+        code = f"import sys\n{script}\nfrom jointq_cli.cli.main import main\nsys.exit(main(sys.argv[1:]))"
         return subprocess.Popen(
             [sys.executable, "-c", code, *WORDS, f"hydra.run.dir=out/{name}"],
             cwd=self.path,
@@ -78,7 +78,7 @@ class Place:
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page of a report is tested elsewhere, and takes a second to draw."""
-    monkeypatch.setattr("jointq_cli.report.page.render_page", lambda report: "")
+    monkeypatch.setattr("jointq_cli.report.pages.run.render_page", lambda report: "")
 
 
 def prepare(path: Path) -> Place:
@@ -93,7 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = prepare(tmp_path_factory.mktemp("finished"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.path)
-        patch.setattr("jointq_cli.report.page.render_page", lambda report: "")
+        patch.setattr("jointq_cli.report.pages.run.render_page", lambda report: "")
         assert place.run() == 0
     return place
 
@@ -237,24 +237,24 @@ def kill_at(module, name, number=1, only=lambda arguments: True):
     setattr(module, name, counted)
 """
 AT_BAR = """
-from jointq_cli.report.screens import PlainBar
+from jointq_cli.report.console.screens import PlainBar
 kill_at(PlainBar, "draw", {number}, lambda arguments: arguments[0].description == "{bar}")
 """
 AT = """
-import jointq_cli.{module} as module
+import importlib; module = importlib.import_module("jointq_cli.{module}")
 kill_at(module, "{function}", {number})
 """
 BARS = [("activations", 2), ("rotate", 2), ("quantize", 11), ("evaluate", 2), ("evaluate", 5), ("score", 3)]
 KILLS = {
     **{f"{bar} {number}": AT_BAR.format(bar=bar, number=number) for bar, number in BARS},
     **{
-        f"{stage} {function}": AT.format(module="store", function=function, number=number)
+        f"{stage} {function}": AT.format(module="system.store", function=function, number=number)
         for number, stage in enumerate(STAGES, start=1)
         for function in ("write_contents", "sync_tree")  # the work is done; the list is written
     },
-    "links of the run": AT.format(module="disk", function="_link_or_copy", number=4),
+    "links of the run": AT.format(module="system.files", function="_link_or_copy", number=4),
     "audit": AT.format(module="pipeline", function="audit", number=1),
-    "report": AT.format(module="run_directory", function="write_whole", number=5),
+    "report": AT.format(module="system.run_directory", function="write_whole", number=5),
 }
 
 
@@ -286,7 +286,7 @@ STEPS = {
 STEP = """
 import os, shutil, sys
 from pathlib import Path
-from jointq_cli import contents, store
+from jointq_cli.system import integrity as contents; from jointq_cli.system import store
 def make(scratch):
     (scratch / "a").write_text("1")
     (scratch / "b").write_text("2")

@@ -22,15 +22,25 @@ from test_blockwise import (
 from tiny_models import write_checkpoint
 from torch import Tensor
 
-from jointq_cli.blockwise import quantize_blocks
-from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.hessians import Hessians, bytes_needed, collect_hessians
-from jointq_cli.main import main
-from jointq_cli.model import StreamedModel
-from jointq_cli.plan import Plan
-from jointq_cli.quantizers import Quantizer
-from jointq_cli.statistics import PANEL, TokenWeights, packed, packed_size, unpacked
-from jointq_cli.workspace import Workspace
+from jointq_cli.cli.main import main
+from jointq_cli.data.token_weights import TokenWeights
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.accumulator import (
+    PANEL,
+    packed,
+    packed_size,
+    unpacked,
+)
+from jointq_cli.quantization.hessian_cache import (
+    Hessians,
+    bytes_needed,
+    collect_hessians,
+)
+from jointq_cli.quantization.loop import quantize_blocks
+from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.workspace import Workspace
 
 
 class Stop(Exception):

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli import locks
-from jointq_cli.locks import Kind, is_locked, try_lock
+from jointq_cli.system import locks
+from jointq_cli.system.locks import (
+    Kind,
+    is_locked,
+    try_lock,
+)
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from jointq_cli.locks import Kind, try_lock
+from jointq_cli.system.locks import Kind, try_lock
 lock = try_lock(Path(sys.argv[1]), Kind[sys.argv[2]])
 print("held", flush=True)
 time.sleep(600)

@@ -7,9 +7,9 @@ import torch
 from tiny_models import FAMILIES, edit_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ModelError
-from jointq_cli.model import StreamedModel
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
 
 CPU = torch.device("cpu")
 

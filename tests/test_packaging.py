@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli import resources
+from jointq_cli.cli import config_files as resources
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jointq_cli.passes import Pass, stops
+from jointq_cli.quantization.resumable_forward import Pass, stops
 
 
 class Toy(nn.Module):

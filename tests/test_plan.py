@@ -17,18 +17,30 @@ from accelerate import init_empty_weights
 from tiny_models import GROUPED, edit_config, write_checkpoint, write_tokenizer
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
-from jointq_cli import checkpoint, machine, pipeline, planning, stages
-from jointq_cli.caveats import LEAST_SCORED
-from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.disk import nearest
+from jointq_cli import pipeline
+from jointq_cli.cli.compose import launch
+from jointq_cli.cli.main import USAGE_ERROR, main
 from jointq_cli.errors import Interrupted, JointqError
-from jointq_cli.estimates import Load, Windows, total
-from jointq_cli.hashes import FILE, note_hash, noted_hash
-from jointq_cli.launch import launch
-from jointq_cli.main import USAGE_ERROR, main
+from jointq_cli.models import checkpoint
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import Outlook
 from jointq_cli.report import Console
-from jointq_cli.workspace import Workspace
+from jointq_cli.stages import base as stages
+from jointq_cli.stages.plan import dry_run as planning
+from jointq_cli.stages.plan.costs import (
+    Load,
+    Windows,
+    total,
+)
+from jointq_cli.stages.plan.preflight import LEAST_SCORED
+from jointq_cli.system import machine
+from jointq_cli.system.files import nearest
+from jointq_cli.system.hash_cache import (
+    FILE,
+    note_hash,
+    noted_hash,
+)
 
 TINY = [
     "recipe=ci_smoke", "quantizer=rtn", "quantizer.group_size=32", "qep=none", "calibration.num_samples=8",
@@ -42,8 +54,10 @@ MADE = ("quantize", "evaluate original", "evaluate quantized")
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jointq_cli.speeds.PATIENCE", 0.001)
-    monkeypatch.setattr("jointq_cli.report.page.render_page", lambda report: "")  # pictures take longer than the rest
+    monkeypatch.setattr("jointq_cli.stages.plan.throughput.PATIENCE", 0.001)
+    monkeypatch.setattr(
+        "jointq_cli.report.pages.run.render_page", lambda report: ""
+    )  # pictures take longer than the rest
 
 
 @pytest.fixture(scope="module")
@@ -532,7 +546,9 @@ def test_a_part_of_a_model_of_the_hub_is_not_a_model(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tokenizer(tmp_path / "snapshot")
-    monkeypatch.setattr("jointq_cli.sources.snapshot_download", lambda *given, **named: str(tmp_path / "snapshot"))
+    monkeypatch.setattr(
+        "jointq_cli.models.sources.snapshot_download", lambda *given, **named: str(tmp_path / "snapshot")
+    )
     assert main(["plan", *words, "model.path=acme/model"]) == 1
     assert "not downloaded yet" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from pydoc_data.topics import topics as raw_topics
 
 import pytest
 
-from jointq_cli import pydoc_text
+from jointq_cli.data import pydoc as pydoc_text
 
 # Small enough to parse in a second; the whole library takes half a minute and adds no case.
 FEW_FILES = ("collections/__init__.py", "contextlib.py", "functools.py", "string.py", "types.py")

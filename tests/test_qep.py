@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.qep import NoQep, Qep
-from jointq_cli.statistics import HeldOut, Statistics
+from jointq_cli.quantization.qep import NoQep, Qep
+from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 
 DEFAULT = Qep(
     perccorr=0.5, residual=0.0, perccorr_mode="fixed", heldout_share=0.25, percdamp=0.01, pull="original",

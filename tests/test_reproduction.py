@@ -20,14 +20,24 @@ import pytest
 import torch
 import yaml
 
-from jointq_cli.checkpoint import save_tensors
-from jointq_cli.commands.reproduce import fresh_beside
-from jointq_cli.config import Recipe, concrete, keys
-from jointq_cli.errors import Interrupted, JointqError, NumericsError, TextError, UntrustedResult
-from jointq_cli.evidence import Evidence, codes_file, read_evidence
-from jointq_cli.grid import QuantizedWeight
-from jointq_cli.launch import Job, launch
-from jointq_cli.main import main
+from jointq_cli.cli.commands.reproduce import fresh_beside
+from jointq_cli.cli.compose import Job, launch
+from jointq_cli.cli.main import main
+from jointq_cli.cli.replay import replay
+from jointq_cli.errors import (
+    Interrupted,
+    JointqError,
+    NumericsError,
+    TextError,
+    UntrustedResult,
+)
+from jointq_cli.formats.layer_file import save_layer
+from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.recipe import (
+    Recipe,
+    concrete,
+    keys,
+)
 from jointq_cli.records import (
     ASKED,
     DIFFERENT,
@@ -39,15 +49,27 @@ from jointq_cli.records import (
     RotationRecord,
     Simulation,
 )
-from jointq_cli.replay import replay
 from jointq_cli.report import encode, load_record
-from jointq_cli.report.replayed import conclusion, render_lines, render_reproduction
-from jointq_cli.report.runs import parse_settings
-from jointq_cli.reproduction import GIVEN, compare, deciding_differences
-from jointq_cli.reproduction.asked import DICTIONARIES, decides
-from jointq_cli.reproduction.measured import ROUNDING
-from jointq_cli.store import Store
-from jointq_cli.workspace import save_layer
+from jointq_cli.report.compare.run_files import parse_settings
+from jointq_cli.report.reproduction import (
+    GIVEN,
+    compare,
+    deciding_differences,
+)
+from jointq_cli.report.reproduction.finished_run import (
+    Evidence,
+    codes_file,
+    read_evidence,
+)
+from jointq_cli.report.reproduction.inputs import DICTIONARIES, decides
+from jointq_cli.report.reproduction.metrics import ROUNDING
+from jointq_cli.report.tables.reproduction import (
+    conclusion,
+    render_lines,
+    render_reproduction,
+)
+from jointq_cli.system.store import Store
+from jointq_cli.system.tensor_files import save_tensors
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = Path(__file__).parent / "published" / "ci_smoke"

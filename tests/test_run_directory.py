@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jointq_cli import disk, machine
 from jointq_cli.errors import ConfigError, ResourceError
-from jointq_cli.run_directory import RunDirectory, take_manifest
+from jointq_cli.system import files as disk
+from jointq_cli.system import machine
+from jointq_cli.system.run_directory import RunDirectory, take_manifest
 
 
 def test_what_was_asked_is_kept_as_yaml(tmp_path):
@@ -150,7 +151,7 @@ def test_peak_memory_grows_by_what_is_touched_and_stays_when_that_is_given_back(
 
 def test_peak_memory_is_not_inherited_from_the_parent():
     block = b"\1" * 300_000_000
-    program = "from jointq_cli.machine import peak_memory; print(peak_memory())"
+    program = "from jointq_cli.system.machine import peak_memory; print(peak_memory())"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     del block
     assert 1_000_000 < int(told.stdout) < 200_000_000

@@ -3,7 +3,7 @@
 import pytest
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.selection import LayerSelection
+from jointq_cli.models.layer_selection import LayerSelection
 
 NAMES = [
     f"model.layers.{block}.{kind}"

@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.errors import ConfigError, ModelError, ResourceError
-from jointq_cli.model import StreamedModel
-from jointq_cli.sources import BUNDLED, ModelSource, fetch, provenance
-from jointq_cli.store import Store
+from jointq_cli.errors import (
+    ConfigError,
+    ModelError,
+    ResourceError,
+)
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.sources import (
+    BUNDLED,
+    ModelSource,
+    fetch,
+    provenance,
+)
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.system.store import Store
 
 
 def source(path: str, revision: str | None = None) -> ModelSource:
@@ -111,7 +120,7 @@ def test_a_download_takes_the_checkpoint_and_nothing_beside_it(tmp_path: Path, m
         asked.update(options, repository=repository)
         return str(BUNDLED)
 
-    monkeypatch.setattr("jointq_cli.sources.snapshot_download", download)
+    monkeypatch.setattr("jointq_cli.models.sources.snapshot_download", download)
     assert isinstance(fetch(source("some/model", "v1"), Store(tmp_path)), Checkpoint)
     assert (asked["repository"], asked["revision"]) == ("some/model", "v1")
     assert "*.py" not in asked["allow_patterns"]  # type: ignore[operator]

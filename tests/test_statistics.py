@@ -8,8 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import NumericsError
-from jointq_cli.statistics import PANEL, Accumulator, HeldOut, TokenWeights, output_error, weight_error
+from jointq_cli.quantization.accumulator import PANEL, Accumulator
+from jointq_cli.quantization.quantizers.statistics import (
+    HeldOut,
+    output_error,
+    weight_error,
+)
 
 CPU = torch.device("cpu")
 

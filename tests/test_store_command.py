@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli import inventory
-from jointq_cli.contents import CONTENTS
-from jointq_cli.disk import link_files
+from jointq_cli.cli.main import main
 from jointq_cli.errors import JointqError
-from jointq_cli.inventory import entries
-from jointq_cli.main import main
-from jointq_cli.store import Artifact, Store
+from jointq_cli.system import inventory
+from jointq_cli.system.files import link_files
+from jointq_cli.system.integrity import CONTENTS
+from jointq_cli.system.inventory import entries
+from jointq_cli.system.store import Artifact, Store
 
 DAY = 86400.0
 

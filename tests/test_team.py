@@ -18,22 +18,29 @@ from team_cases import HERE, ended, free_port, sha256, start, start_all
 from test_blockwise import CPU, EQUAL, FULL, JOINT, NO_QEP, ROUND, SOLVE, WEIGHED, windows
 from tiny_models import write_checkpoint
 
-from jointq_cli.blockwise import quantize_blocks
-from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.errors import Interrupted, JointqError, ResourceError, TeamError
-from jointq_cli.evaluation import final_hidden
-from jointq_cli.hessians import Hessians, collect_hessians
-from jointq_cli.main import main
-from jointq_cli.model import StreamedModel
-from jointq_cli.plan import Plan
-from jointq_cli.processes import _broken, joined
-from jointq_cli.qep import Propagation
-from jointq_cli.quantizers import Quantizer
-from jointq_cli.quantizers.base import ROWS
-from jointq_cli.runtime import Runtime
-from jointq_cli.statistics import Accumulator, TokenWeights
-from jointq_cli.team import ALONE, Team
-from jointq_cli.workspace import Workspace, load_layer
+from jointq_cli.cli.main import main
+from jointq_cli.data.token_weights import TokenWeights
+from jointq_cli.errors import (
+    Interrupted,
+    JointqError,
+    ResourceError,
+    TeamError,
+)
+from jointq_cli.formats.layer_file import load_layer
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.forward import final_hidden
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.accumulator import Accumulator
+from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
+from jointq_cli.quantization.loop import quantize_blocks
+from jointq_cli.quantization.qep import Propagation
+from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.quantization.quantizers.base import ROWS
+from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.workspace import Workspace
+from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.settings import Runtime
+from jointq_cli.system.torchrun import _broken, joined
 
 
 class Stop(JointqError):
@@ -312,7 +319,7 @@ class Third(Team):
 
 
 def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jointq_cli.runtime.cpu_count", lambda: 10)
+    monkeypatch.setattr("jointq_cli.system.settings.cpu_count", lambda: 10)
     assert RUNTIME.threads() is None
     assert RUNTIME.threads(Third()) == 2
     assert replace(RUNTIME, num_threads=7).threads(Third()) == 7

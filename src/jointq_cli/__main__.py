@@ -2,6 +2,6 @@
 
 import sys
 
-from jointq_cli.main import main
+from jointq_cli.cli.main import main
 
 sys.exit(main())

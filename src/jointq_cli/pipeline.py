@@ -14,32 +14,62 @@ from pathlib import Path
 
 import torch
 
-from jointq_cli import rotation_stages
-from jointq_cli.assembly import audit
-from jointq_cli.caveats import caveats
-from jointq_cli.checkpoint import file_hashes
-from jointq_cli.config import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
-from jointq_cli.disk import link_files, translated_disk_errors
+from jointq_cli.data.token_file import Tokens, save_tokens
+from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import TeamError
-from jointq_cli.evaluation import Evaluation, ScoredWindows, compare, perplexity, protocol
-from jointq_cli.interrupts import deferred
-from jointq_cli.machine import peak_memory, versions
-from jointq_cli.model import StreamedModel
-from jointq_cli.planning import Survey, foresee
-from jointq_cli.records import EvaluationReport, Outlook, Protocol, RotationRecord, RunReport
-from jointq_cli.report import Console, encode, write_report
-from jointq_cli.report.plan_sheet import plan_sheet
-from jointq_cli.rotation import HadamardRotation, LearnedRotation
-from jointq_cli.rotation_stages import Rotated
-from jointq_cli.run_directory import Manifest, RunDirectory, made_files, take_manifest
-from jointq_cli.runtime import Runtime
-from jointq_cli.shapes import shapes_of
-from jointq_cli.sources import ModelSource, provenance
-from jointq_cli.stages import Measured, Quantized, Stages, selected_layers
-from jointq_cli.store import Store
-from jointq_cli.team import ALONE, Team
-from jointq_cli.tokenizer import load_tokenizer
-from jointq_cli.tokens import Tokens, save_tokens
+from jointq_cli.evaluation.perplexity import (
+    compare,
+    perplexity,
+    protocol,
+)
+from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.formats.audit import audit
+from jointq_cli.models.sources import ModelSource, provenance
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.recipe import (
+    CalibrateRecipe,
+    EvaluateRecipe,
+    Recipe,
+    RotateRecipe,
+)
+from jointq_cli.records import (
+    EvaluationReport,
+    Outlook,
+    Protocol,
+    RotationRecord,
+    RunReport,
+)
+from jointq_cli.report import (
+    Console,
+    encode,
+    write_report,
+)
+from jointq_cli.report.tables.plan import plan_sheet
+from jointq_cli.stages import rotate as rotation_stages
+from jointq_cli.stages.base import (
+    Measured,
+    Quantized,
+    Stages,
+    selected_layers,
+)
+from jointq_cli.stages.plan.dry_run import Survey, foresee
+from jointq_cli.stages.plan.model_sizes import shapes_of
+from jointq_cli.stages.plan.preflight import caveats
+from jointq_cli.stages.rotate import Rotated
+from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.files import link_files, translated_disk_errors
+from jointq_cli.system.interrupts import deferred
+from jointq_cli.system.machine import peak_memory, versions
+from jointq_cli.system.run_directory import (
+    Manifest,
+    RunDirectory,
+    made_files,
+    take_manifest,
+)
+from jointq_cli.system.settings import Runtime
+from jointq_cli.system.store import Store
+from jointq_cli.system.tensor_files import file_hashes
+from jointq_cli.transforms import HadamardRotation, LearnedRotation
 
 
 def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = ALONE) -> RunReport | None:

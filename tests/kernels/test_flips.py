@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.grid import Grid, round_scale, scale_rounding
-from jointq_cli.kernels import TOLERANCE, Box, Kernels, Rounding, cpu_flips, reference
+from jointq_cli.formats.uniform import Grid
+from jointq_cli.kernels import (
+    TOLERANCE,
+    Box,
+    Kernels,
+    Rounding,
+    cpu_flips,
+    reference,
+)
 from jointq_cli.kernels.cpu import CpuKernels
 from jointq_cli.kernels.reference import ReferenceKernels
+from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 
 # Triton's interpreter is made of numpy, which warns of quotients that the programs then do not use.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")

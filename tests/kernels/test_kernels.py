@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.grid import SHRINK_STEPS, Grid
+from jointq_cli.formats.uniform import Grid
 from jointq_cli.kernels.cpu import CpuKernels, _power_2_4
 from jointq_cli.kernels.reference import ReferenceKernels
+from jointq_cli.quantization.quantizers.scale_fit import SHRINK_STEPS
 
 GRIDS = [Grid(bits, symmetric) for bits in (1, 2, 3, 4, 8) for symmetric in (False, True)]
 
@@ -141,5 +142,5 @@ def test_a_cpu_gets_the_compiled_kernels() -> None:
 
 
 def test_neither_numba_nor_triton_is_imported_before_a_kernel_is_asked_for() -> None:
-    program = "import sys, jointq_cli.quantizers; sys.exit(not {'numba', 'triton'}.isdisjoint(sys.modules))"
+    program = "import sys, jointq_cli.quantization.quantizers; sys.exit(not {'numba', 'triton'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointq_cli.grid import QuantizedWeight
-from jointq_cli.quantizers import JointQ, Quantizer, Solution
-from jointq_cli.quantizers.jointq import GptqStart
+from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.quantization.quantizers import (
+    JointQ,
+    Quantizer,
+    Solution,
+)
+from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 
 PLAIN = JointQ(
     bits=3,

@@ -10,8 +10,14 @@ from jointq_cases import PLAIN
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.quantizers import GPTQ, RTN, JointQ, Quantizer, Solution
-from jointq_cli.statistics import HeldOut
+from jointq_cli.quantization.quantizers import (
+    GPTQ,
+    RTN,
+    JointQ,
+    Quantizer,
+    Solution,
+)
+from jointq_cli.quantization.quantizers.statistics import HeldOut
 
 OPTIONS: dict[type[Quantizer], dict[str, Any]] = {
     RTN: {"mse": True},

@@ -11,12 +11,18 @@ from jointq_cases import PLAIN, STARTS, costs, jointq, layer, regularized, same,
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.grid import Grid, QuantizedWeight, round_scale
-from jointq_cli.quantizers import GPTQ, RTN, Prepared, Quantizer
-from jointq_cli.quantizers.jointq import GptqStart, Input
-from jointq_cli.quantizers.layer import Layer
-from jointq_cli.quantizers.metric import Metric
-from jointq_cli.quantizers.search import State
+from jointq_cli.formats.uniform import Grid, QuantizedWeight
+from jointq_cli.quantization.quantizers import (
+    GPTQ,
+    RTN,
+    Prepared,
+    Quantizer,
+)
+from jointq_cli.quantization.quantizers.jointq.metric import Metric
+from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, Input
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import Layer
+from jointq_cli.quantization.quantizers.jointq.search import State
+from jointq_cli.quantization.quantizers.scale_fit import round_scale
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EVERY_START = dict.fromkeys(STARTS, True)

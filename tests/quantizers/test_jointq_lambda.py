@@ -8,9 +8,9 @@ from jointq_cases import costs, jointq, layer, regularized, same, solve
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantizers import JointQ, Solution
-from jointq_cli.quantizers.layer import Layer
-from jointq_cli.statistics import HeldOut
+from jointq_cli.quantization.quantizers import JointQ, Solution
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import Layer
+from jointq_cli.quantization.quantizers.statistics import HeldOut
 
 
 def identity(**options: Any) -> JointQ:

@@ -9,8 +9,13 @@ from jointq_cases import costs, jointq, layer, regularized, same, solve, startin
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantizers import GPTQ, RTN, Prepared, metric
-from jointq_cli.quantizers.jointq import Failed, Input
+from jointq_cli.quantization.quantizers import (
+    GPTQ,
+    RTN,
+    Prepared,
+)
+from jointq_cli.quantization.quantizers.jointq import metric
+from jointq_cli.quantization.quantizers.jointq.quantizer import Failed, Input
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

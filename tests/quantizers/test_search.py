@@ -10,10 +10,21 @@ from jointq_cases import layer
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.grid import Grid, round_scale, scale_rounding
-from jointq_cli.quantizers.metric import Metric, measure, natural_order, penalty
-from jointq_cli.quantizers.search import PADDING, Search, Solved, State
-from jointq_cli.quantizers.tiles import over_tiles
+from jointq_cli.formats.uniform import Grid
+from jointq_cli.quantization.quantizers.jointq.metric import (
+    Metric,
+    measure,
+    natural_order,
+    penalty,
+)
+from jointq_cli.quantization.quantizers.jointq.row_tiles import over_tiles
+from jointq_cli.quantization.quantizers.jointq.search import (
+    PADDING,
+    Search,
+    Solved,
+    State,
+)
+from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 
 CPU = torch.device("cpu")
 

@@ -7,11 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli.records import Course, RotationRecord, RunReport, Simulation
-from jointq_cli.report import Console, encode, lines, load_record, load_report, rotation_summary, summary, write_report
-from jointq_cli.report.markdown import render_markdown
-from jointq_cli.report.page import render_page
-from jointq_cli.run_directory import RunDirectory
+from jointq_cli.records import (
+    Course,
+    RotationRecord,
+    RunReport,
+    Simulation,
+)
+from jointq_cli.report import (
+    Console,
+    encode,
+    load_record,
+    load_report,
+    write_report,
+)
+from jointq_cli.report.compare import rotation_summary, summary
+from jointq_cli.report.console import lines
+from jointq_cli.report.pages.markdown import render_markdown
+from jointq_cli.report.pages.run import render_page
+from jointq_cli.system.run_directory import RunDirectory
 
 SIMULATED = "A4 asymmetric per token clip=searched down_proj=A8; not in the checkpoint"
 ROTATED = (

@@ -13,14 +13,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointq_cli.main import main
+from jointq_cli.cli.main import main
 from jointq_cli.records import RunReport
-from jointq_cli.report import Console, encode, side_by_side
-from jointq_cli.report.comparison_page import render_comparison
-from jointq_cli.report.markdown import render_sheet
-from jointq_cli.report.runs import find_runs, load_runs
-from jointq_cli.report.sheet import Cell, Grid, labels, make_sheet
-from jointq_cli.report.side_by_side import Run
+from jointq_cli.report import Console, encode
+from jointq_cli.report.compare import runs as side_by_side
+from jointq_cli.report.compare.run_files import find_runs, load_runs
+from jointq_cli.report.compare.runs import Run
+from jointq_cli.report.pages.comparison import render_comparison
+from jointq_cli.report.pages.markdown import render_sheet
+from jointq_cli.report.tables.table import (
+    Cell,
+    Grid,
+    labels,
+    make_sheet,
+)
 
 SETTINGS = {
     "name": "mine",
@@ -297,7 +303,7 @@ def test_a_page_of_broken_runs_draws_what_there_is(report):
 
 
 def test_more_runs_than_colours_are_told_apart_by_their_markers():
-    from jointq_cli.report.canvas import look
+    from jointq_cli.report.figures.style import look
 
     assert len({look(index) for index in range(64)}) == 64
 
@@ -410,7 +416,7 @@ def test_wrong_usage_has_exit_code_two(arguments, capsys):
 )
 def test_a_run_after_html_is_a_run_and_not_the_file(sweep, arguments, file, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr("jointq_cli.report.comparison_page.draw_comparison", lambda runs: asked.append(runs) or [])
+    monkeypatch.setattr("jointq_cli.report.pages.comparison.draw_comparison", lambda runs: asked.append(runs) or [])
     assert main(["compare", *arguments]) == 0
     assert capsys.readouterr().out == f"{file}\n"
     assert "2 runs of" in Path(file).read_text(encoding="utf-8")

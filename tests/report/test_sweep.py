@@ -10,16 +10,24 @@ from xml.etree import ElementTree
 
 import pytest
 
-from jointq_cli.errors import Interrupted, JointqError, NumericsError
-from jointq_cli.main import main
-from jointq_cli.records import Comparison, EvaluationReport, RunReport
+from jointq_cli.cli.main import main
+from jointq_cli.errors import (
+    Interrupted,
+    JointqError,
+    NumericsError,
+)
+from jointq_cli.records import (
+    Comparison,
+    EvaluationReport,
+    RunReport,
+)
 from jointq_cli.report import encode
-from jointq_cli.report.runs import find_runs
-from jointq_cli.report.sweep_files import write_summary
-from jointq_cli.report.sweep_jobs import best, load_jobs
-from jointq_cli.report.sweep_pictures import draw_sweep
-from jointq_cli.report.sweep_sheet import Rows, make_sweep_sheet
-from jointq_cli.sweep_directory import (
+from jointq_cli.report.compare.run_files import find_runs
+from jointq_cli.report.compare.sweep import best, load_jobs
+from jointq_cli.report.figures.sweep import draw_sweep
+from jointq_cli.report.pages.sweep import write_summary
+from jointq_cli.report.tables.sweep import Rows, make_sweep_sheet
+from jointq_cli.system.sweep_directory import (
     DONE,
     FAILED,
     INTERRUPTED,

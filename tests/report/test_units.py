@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jointq_cli.report import units
+from jointq_cli.report import number_format as units
 
 
 @pytest.mark.parametrize(

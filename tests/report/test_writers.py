@@ -14,9 +14,9 @@ import pytest
 from jointq_cli.errors import JointqError, ResourceError
 from jointq_cli.records import LayerRecord, Perplexity
 from jointq_cli.report import load_report, write_report
-from jointq_cli.report.markdown import render_markdown
-from jointq_cli.report.page import render_page
-from jointq_cli.run_directory import RunDirectory
+from jointq_cli.report.pages.markdown import render_markdown
+from jointq_cli.report.pages.run import render_page
+from jointq_cli.system.run_directory import RunDirectory
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import torch
 from tiny_models import write_checkpoint
 from torch import Tensor
 
-from jointq_cli.checkpoint import Checkpoint
-from jointq_cli.evaluation import final_hidden
-from jointq_cli.model import StreamedModel
-from jointq_cli.rotation.anatomy import Anatomy, examine
-from jointq_cli.rotation.basis import Basis, RotatedCheckpoint
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.forward import final_hidden
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.transforms.architectures import Anatomy, examine
+from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
 
 CPU = torch.device("cpu")
 ADMITS_R1 = ["llama", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen2_tied", "qwen3", "gemma", "phi3"]

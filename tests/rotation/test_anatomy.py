@@ -8,10 +8,10 @@ from basis_cases import ADMITS_R1, CPU, HAS_POST_NORMS, original
 from tiny_models import write_checkpoint
 from torch import Tensor, nn
 
-from jointq_cli.checkpoint import Checkpoint
 from jointq_cli.errors import ModelError
-from jointq_cli.model import StreamedModel
-from jointq_cli.rotation.anatomy import FAMILIES, examine
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.transforms.architectures import FAMILIES, examine
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -25,14 +25,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from jointq_cli.checkpoint import SINGLE, Checkpoint, save_tensors
-from jointq_cli.model import StreamedModel
+from jointq_cli.kernels.hadamard import random_hadamard, turned
+from jointq_cli.models.checkpoint import SINGLE, Checkpoint
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Invariance
-from jointq_cli.rotating import check, write_rotated
-from jointq_cli.rotation import basis as basis_module
-from jointq_cli.rotation.basis import Basis
-from jointq_cli.rotation.hadamard import random_hadamard, turned
-from jointq_cli.rotation.learning import turn_heads
+from jointq_cli.system.tensor_files import save_tensors
+from jointq_cli.transforms import basis as basis_module
+from jointq_cli.transforms.basis import Basis
+from jointq_cli.transforms.learning import turn_heads
+from jointq_cli.transforms.merge_check import check, write_rotated
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

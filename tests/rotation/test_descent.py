@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from jointq_cli.rotation.descent import DESCENTS, Descent, QrOrth, newton_schulz, polished
-from jointq_cli.rotation.settings import PARAMETRIZATIONS
+from jointq_cli.transforms.optimizers import (
+    DESCENTS,
+    Descent,
+    QrOrth,
+    newton_schulz,
+    polished,
+)
+from jointq_cli.transforms.settings import PARAMETRIZATIONS
 
 SIZE = 24
 BOTH = pytest.mark.parametrize("name", DESCENTS)

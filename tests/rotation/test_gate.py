@@ -11,12 +11,17 @@ from basis_cases import ABSORBED, PARTS, PROBE, anatomy_of, in_basis, original, 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jointq_cli.checkpoint import SINGLE, save_tensors
 from jointq_cli.errors import ModelError, NumericsError
-from jointq_cli.model import StreamedModel
+from jointq_cli.models.checkpoint import SINGLE
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Invariance
-from jointq_cli.rotating import MERGE_LIMIT, check, write_rotated
-from jointq_cli.rotation.basis import Basis, RotatedCheckpoint
+from jointq_cli.system.tensor_files import save_tensors
+from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
+from jointq_cli.transforms.merge_check import (
+    MERGE_LIMIT,
+    check,
+    write_rotated,
+)
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

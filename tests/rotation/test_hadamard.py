@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jointq_cli.rotation.hadamard import (
+from jointq_cli.kernels.hadamard import (
     construction,
     hadamard,
     orthogonal,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from jointq_cli.errors import Interrupted, NumericsError
 from jointq_cli.records import Course
-from jointq_cli.rotation.learning import (
+from jointq_cli.transforms.activation_samples import normalised
+from jointq_cli.transforms.learning import (
     CHECK_EVERY,
     HELD_OUT,
     PATIENCE,
@@ -22,9 +23,12 @@ from jointq_cli.rotation.learning import (
     relative_error,
     turn_heads,
 )
-from jointq_cli.rotation.objectives import OBJECTIVES
-from jointq_cli.rotation.reservoir import normalised
-from jointq_cli.rotation.settings import INITS, PARAMETRIZATIONS, LearnedRotation
+from jointq_cli.transforms.objectives import OBJECTIVES
+from jointq_cli.transforms.settings import (
+    INITS,
+    PARAMETRIZATIONS,
+    LearnedRotation,
+)
 
 CPU = torch.device("cpu")
 SIZE = 64

@@ -9,9 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jointq_cli.rotation.learning import relative_error
-from jointq_cli.rotation.objectives import OBJECTIVES, l8, range2, whip
-from jointq_cli.rotation.reservoir import normalised
+from jointq_cli.transforms.activation_samples import normalised
+from jointq_cli.transforms.learning import relative_error
+from jointq_cli.transforms.objectives import (
+    OBJECTIVES,
+    l8,
+    range2,
+    whip,
+)
 
 CHANNELS = 64
 

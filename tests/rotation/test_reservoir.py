@@ -8,8 +8,12 @@ from basis_cases import anatomy_of, original
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from jointq_cli.model import StreamedModel
-from jointq_cli.rotation.reservoir import Reservoir, collect, normalised
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.transforms.activation_samples import (
+    Reservoir,
+    collect,
+    normalised,
+)
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -6,10 +6,17 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from jointq_cli import resources, rotation
+from jointq_cli import transforms as rotation
+from jointq_cli.cli import config_files as resources
 from jointq_cli.errors import ConfigError
-from jointq_cli.rotation import HadamardRotation, LearnedRotation, NoRotation, NoSmoothing, SmoothQuant
-from jointq_cli.rotation.settings import SAMPLED_TOKENS
+from jointq_cli.transforms import (
+    HadamardRotation,
+    LearnedRotation,
+    NoRotation,
+    NoSmoothing,
+    SmoothQuant,
+)
+from jointq_cli.transforms.settings import SAMPLED_TOKENS
 
 
 def hadamard(**changes: object) -> HadamardRotation:

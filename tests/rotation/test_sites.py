@@ -7,11 +7,11 @@ import torch
 from basis_cases import ADMITS_R1, CPU, anatomy_of, in_basis, original, parts_of, random_basis
 from torch import Tensor
 
-from jointq_cli.model import StreamedModel
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Site
-from jointq_cli.rotation.basis import Basis
-from jointq_cli.rotation.reservoir import Reservoir, collect
-from jointq_cli.rotation.sites import measure_sites
+from jointq_cli.transforms.activation_metrics import measure_sites
+from jointq_cli.transforms.activation_samples import Reservoir, collect
+from jointq_cli.transforms.basis import Basis
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -8,13 +8,14 @@ from basis_cases import anatomy_of, in_basis, original
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jointq_cli.checkpoint import SINGLE, Checkpoint, save_tensors
-from jointq_cli.model import StreamedModel
-from jointq_cli.rotating import check, write_rotated
-from jointq_cli.rotation.basis import Basis
-from jointq_cli.rotation.reservoir import Reservoir, collect
-from jointq_cli.rotation.settings import SmoothQuant
-from jointq_cli.rotation.smoothing import mlp_scales, value_scales
+from jointq_cli.models.checkpoint import SINGLE, Checkpoint
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.system.tensor_files import save_tensors
+from jointq_cli.transforms.activation_samples import Reservoir, collect
+from jointq_cli.transforms.basis import Basis
+from jointq_cli.transforms.merge_check import check, write_rotated
+from jointq_cli.transforms.settings import SmoothQuant
+from jointq_cli.transforms.smoothing import mlp_scales, value_scales
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -1,0 +1,108 @@
+"""`jointq COMMAND --help` for the commands that compose a config: from the config tree, without Hydra."""
+
+from jointq_cli.cli import config_files as resources
+
+GROUPS = {
+    "quantize": [
+        "recipe",
+        "model",
+        "calibration",
+        "rotation",
+        "smoothing",
+        "quantizer",
+        "qep",
+        "activations",
+        "evaluation",
+        "sweep",
+    ],
+    "plan": [
+        "recipe",
+        "model",
+        "calibration",
+        "rotation",
+        "smoothing",
+        "quantizer",
+        "qep",
+        "activations",
+        "evaluation",
+    ],
+    "rotate": ["recipe", "model", "calibration", "rotation", "smoothing"],
+    "evaluate": ["model", "evaluation"],
+    "calibrate": ["recipe", "model", "calibration"],
+}
+
+OPENINGS = {
+    "quantize": """\
+Quantise a model, write a checkpoint that transformers loads, and measure what it cost.
+
+usage: jointq quantize [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  jointq quantize                                          the bundled model at 4 bits, offline
+  jointq quantize recipe=llama1b_w4g128                    a recipe by name (jointq recipes lists them)
+  jointq quantize model.path=DIR quantizer.bits=3          any checkpoint directory, hub id or FILE.gguf
+  jointq quantize quantizer=rtn                            another option of a group
+  jointq quantize -m quantizer.bits=4,3,2                  a sweep: one run per value
+  jointq quantize -m +sweep=lambda                         a sweep that comes with jointq (docs/sweeps.md)""",
+    "plan": """\
+Tell what quantize would do with the same words: its stages, which of them are there already, time, memory, disk.
+
+Reads configs and headers only, and writes nothing.
+
+usage: jointq plan [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  jointq plan                                              the bundled model
+  jointq plan recipe=pocket_w4a4 quantizer.bits=3          any words that quantize takes
+  jointq plan model.path=DIR calibration=c4                a model whose weights nobody has read yet""",
+    "rotate": """\
+Smooth and rotate a model: its activations and weights become easier to quantise, its function stays.
+
+usage: jointq rotate [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  jointq rotate                                            the bundled model, R1 and R2 learned, offline
+  jointq rotate recipe=llama1b_w4g128 rotation=hadamard    another model, random Hadamard matrices
+  jointq rotate smoothing=smoothquant rotation=none        scales of channels only""",
+    "evaluate": """\
+Measure the perplexity of a checkpoint by the protocol that quantize uses.
+
+usage: jointq evaluate model.path=DIR [reference=DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  jointq evaluate model.path=runs/NAME/DATE/checkpoint reference=pocket
+  jointq evaluate model.path=DIR evaluation=wikitext2
+  jointq evaluate model.path=DIR evaluation=text evaluation.path=FILE.txt""",
+    "calibrate": """\
+Freeze the calibration tokens of a recipe in a file, for a machine that reaches no network.
+
+usage: jointq calibrate [recipe=NAME] [output=FILE.safetensors] [GROUP=OPTION ...] [KEY=VALUE ...]
+
+  jointq calibrate recipe=llama1b_w4g128 output=tokens.safetensors
+  jointq quantize recipe=llama1b_w4g128 calibration.tokens=tokens.safetensors""",
+}
+
+OPTIONS = """\
+Options
+  --cfg job             print the composed config and stop: every key with its value
+  -m, --multirun        run a sweep over comma-separated values
+  --config-dir DIR      a folder of your own configs, such as DIR/recipe/mine.yaml
+  --info defaults       how the config was put together
+  --hydra-help          all options of Hydra"""
+
+
+def main(arguments: list[str]) -> int:
+    print(text(arguments[0]))
+    return 0
+
+
+def text(command: str) -> str:
+    """Usage, examples, every group with its options, options."""
+    parts = [OPENINGS[command], "Groups"]
+    for group in GROUPS[command]:
+        names = resources.options(group)
+        if len(names) > 1:
+            parts.append(_group(group, {name: resources.summary(path) for name, path in names.items()}))
+    return "\n\n".join([*parts, OPTIONS])
+
+
+def _group(group: str, summaries: dict[str, str]) -> str:
+    width = max(map(len, summaries))
+    lines = [f"    {name:<{width}}  {summary}" for name, summary in summaries.items()]
+    return "\n".join([f"  {'+' if group == 'sweep' else ''}{group}=", *lines])

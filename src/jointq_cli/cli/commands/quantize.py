@@ -1,0 +1,26 @@
+"""`jointq quantize`: a recipe in, a checkpoint and a report of what it costs out."""
+
+from jointq_cli.cli.compose import Job, launch
+from jointq_cli.errors import UntrustedResult
+from jointq_cli.pipeline import quantize
+from jointq_cli.recipe import Recipe
+from jointq_cli.report import Console
+from jointq_cli.report.compare.summary import problems
+from jointq_cli.system.run_directory import RunDirectory
+
+
+def main(arguments: list[str]) -> int:
+    return launch("quantize", arguments, run)
+
+
+def run(recipe: Recipe, job: Job) -> None:
+    """Raises UntrustedResult when the run went through but its result cannot be trusted."""
+    directory = RunDirectory(job.directory)
+    directory.claim(recipe.model.path)
+    directory.write_recipe(job.config)
+    directory.write_overrides(job.overrides)
+    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
+        report = quantize(recipe, directory, console, job.team)
+        found = problems(report) if report else []
+        if found:
+            raise UntrustedResult(f"{'; '.join(found)}; see {directory.report_markdown}")

@@ -1,0 +1,91 @@
+"""`jointq reproduce`: a finished run, run again from what it left behind, and where the two part."""
+
+import argparse
+import os
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from jointq_cli.errors import Echo, JointqError
+from jointq_cli.system.files import write_whole
+
+JSON, MARKDOWN = "reproduction.json", "reproduction.md"
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0 if the runs are identical or, where a tolerance is given, within it; else 1."""
+    parsed = _parser().parse_intermixed_args(arguments)
+    if parsed.against is not None and (parsed.overrides or parsed.directory):
+        raise JointqError("--against compares two runs that are there; --directory and KEY=VALUE are for a replay")
+    _check_alone()
+    # Not above: these bring torch, and --help answers without.
+    from jointq_cli.cli.commands.quantize import run
+    from jointq_cli.cli.replay import replay
+    from jointq_cli.records import DIFFERENT
+    from jointq_cli.report import encode
+    from jointq_cli.report.reproduction import compare
+    from jointq_cli.report.reproduction.finished_run import read_evidence
+    from jointq_cli.report.tables.reproduction import render_lines, render_reproduction
+
+    original = read_evidence(parsed.run_directory)
+    place = parsed.against or parsed.directory or fresh_beside(parsed.run_directory)
+    if parsed.against is None:
+        replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
+    found = compare(original, read_evidence(place), parsed.tolerance)
+    if parsed.against is None:
+        write_whole(place / JSON, encode(found))
+        write_whole(place / MARKDOWN, render_reproduction(found))
+    print(f"\n{parsed.run_directory} and {place}\n\n{render_lines(found)}")
+    return 1 if found.verdict == DIFFERENT else 0
+
+
+def _check_alone() -> None:
+    """Raises JointqError under torchrun; all but one process tell nothing of it."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        error = JointqError(f"WORLD_SIZE={size}: a replay is run by one process, so start it without torchrun")
+        raise error if os.environ.get("RANK", "0") == "0" else Echo(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "jointq reproduce",
+        description="Run a finished run of jointq quantize again, with nothing reused, and compare the two.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run_directory",
+        type=Path,
+        metavar="RUN",
+        help="its recipe.yaml, manifest.json and report.json will do; with its codes/ more can be said",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="what does not decide the result: runtime.num_threads, runtime.device, model.path",
+    )
+    parser.add_argument(
+        "--directory", type=Path, metavar="DIR", help="where the replay goes (reproduced_DATE beside RUN)"
+    )
+    parser.add_argument(
+        "--against", type=Path, metavar="OTHER", help="compare with another finished run, and run nothing"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_share,
+        metavar="SHARE",
+        help="accept other bits where both perplexities and KL divergence change by no more than this share, as 0.1",
+    )
+    return parser
+
+
+def _share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text}: must be a share from 0 to 1, such as 0.1 for ten percent")
+
+
+def fresh_beside(run: Path) -> Path:
+    return run.resolve().parent / f"reproduced_{datetime.now():%Y-%m-%d_%H-%M-%S}"

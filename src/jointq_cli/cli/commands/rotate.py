@@ -1,0 +1,25 @@
+"""`jointq rotate`: a model in another basis, at full precision, and the proof that it computes the same."""
+
+from jointq_cli.cli.compose import Job, launch
+from jointq_cli.errors import JointqError
+from jointq_cli.pipeline import rotate
+from jointq_cli.recipe import RotateRecipe
+from jointq_cli.report import Console
+from jointq_cli.report.compare.rotation_summary import problems
+from jointq_cli.system.run_directory import RunDirectory
+
+
+def main(arguments: list[str]) -> int:
+    return launch("rotate", arguments, run)
+
+
+def run(recipe: RotateRecipe, job: Job) -> None:
+    """Raises JointqError when the run went through but its result cannot be trusted."""
+    directory = RunDirectory(job.directory)
+    directory.claim(recipe.model.path)
+    directory.write_recipe(job.config)
+    directory.write_overrides(job.overrides)
+    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
+        found = problems(rotate(recipe, directory, console, job.team))
+        if found:
+            raise JointqError(f"{'; '.join(found)}; see {directory.rotation}")

@@ -1,0 +1,112 @@
+"""`jointq store`: what runs have kept for one another; lists it, checks it, and makes room."""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from jointq_cli.errors import JointqError
+from jointq_cli.report import Console
+from jointq_cli.report.tables import store as stock
+from jointq_cli.report.tables.table import Sheet
+from jointq_cli.system import inventory
+from jointq_cli.system.files import translated_disk_errors
+from jointq_cli.system.inventory import Entry
+
+WORDS = {
+    "ls": "every artifact: its size, when it was made and last used, its state",
+    "size": "how much each stage takes, and how much of that would be freed",
+    "prune": "remove what is not in use: old, least recently used, unfinished, or all",
+}
+DEFAULT = Path("runs/store")
+DAY = 86400  # seconds
+
+
+def main(arguments: list[str]) -> int:
+    parsed = _parser().parse_args(arguments)
+    inventory.check_store(parsed.store)
+    with translated_disk_errors(parsed.store):
+        code: int = parsed.run(parsed)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("jointq store", description="What runs have kept for one another.")
+    words = parser.add_subparsers(metavar="WORD", required=True)
+    ls, size, prune = (words.add_parser(word, help=text, description=text) for word, text in WORDS.items())
+    for each, run in ((ls, _ls), (size, _size), (prune, _prune)):
+        each.add_argument("--store", type=Path, default=DEFAULT, metavar="DIR", help=f"the store ({DEFAULT})")
+        each.set_defaults(run=run)
+    ls.add_argument("--verify", action="store_true", help="read every byte; exit with 1 if some are wrong")
+    prune.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    which = prune.add_mutually_exclusive_group(required=True)
+    which.add_argument("--older-than", type=_amount, metavar="DAYS", help="what was not used for so many days")
+    which.add_argument("--to", type=_amount, metavar="GB", help="least recently used first, until so much is left")
+    which.add_argument("--partial", action="store_true", help="what stopped runs have left unfinished")
+    which.add_argument("--all", action="store_true", help="everything")
+    return parser
+
+
+def _ls(parsed: argparse.Namespace) -> int:
+    entries = inventory.entries(parsed.store)
+    damages = _damages(parsed.store, entries) if parsed.verify else {}
+    states = [_state(parsed.store, entry, damages) for entry in entries]
+    told = [f"{entry.name}: {damages[entry.path]}" for entry in entries if entry.path in damages]
+    _show(stock.listing(str(parsed.store), entries, states, told, time.time()))
+    if damages:
+        raise JointqError(f"{parsed.store}: {len(damages)} damaged; a run that wants one of them makes it anew")
+    return 0
+
+
+def _size(parsed: argparse.Namespace) -> int:
+    _show(stock.sizes(str(parsed.store), inventory.entries(parsed.store)))
+    return 0
+
+
+def _prune(parsed: argparse.Namespace) -> int:
+    def take(entry: Entry) -> bool:
+        if parsed.dry_run:
+            return not inventory.is_in_use(parsed.store, entry)
+        return inventory.remove(parsed.store, entry)
+
+    now = time.time()
+    candidates, excess = _candidates(parsed, inventory.entries(parsed.store), now)
+    done = inventory.prune(candidates, excess, take)
+    _show(stock.pruned(str(parsed.store), done, now, dry=parsed.dry_run))
+    return 0
+
+
+def _candidates(parsed: argparse.Namespace, entries: Sequence[Entry], now: float) -> tuple[list[Entry], float]:
+    """Which entries may go, and how many bytes have to."""
+    if parsed.to is not None:
+        return list(entries), sum(entry.size for entry in entries) - parsed.to * 1e9
+    if parsed.older_than is not None:
+        return [entry for entry in entries if entry.used <= now - parsed.older_than * DAY], math.inf
+    return [entry for entry in entries if parsed.all or entry.is_partial], math.inf
+
+
+def _damages(root: Path, entries: Sequence[Entry]) -> dict[Path, str]:
+    found = {entry.path: inventory.damage(root, entry) for entry in entries if entry.is_listed}
+    return {path: damage for path, damage in found.items() if damage is not None}
+
+
+def _state(root: Path, entry: Entry, damages: dict[Path, str]) -> str:
+    if entry.path in damages:
+        return "damaged"
+    if inventory.is_in_use(root, entry):
+        return "in use"
+    return "partial" if entry.is_partial else "whole" if entry.is_listed else "unlisted"
+
+
+def _show(sheet: Sheet) -> None:
+    with Console() as console:
+        console.side_by_side(sheet)
+
+
+def _amount(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 on")

@@ -1,0 +1,186 @@
+"""Config mistakes in one line: the key as typed, the rule, the value, and what may have been meant.
+
+Knows the exceptions of Hydra and OmegaConf and the types of a recipe. Runs nothing and prints nothing.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    ConfigTypeError,
+    ConfigValueError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from jointq_cli.cli import config_files as resources
+from jointq_cli.errors import (
+    ConfigError,
+    JointqError,
+    ResourceError,
+)
+
+LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # option: extra
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+class UsageError(ConfigError):
+    """The command line is not of the form that the command reads. Exit code 2, as argparse has it."""
+
+    exit_code = 2
+
+
+class Mistakes:
+    """Tells mistakes in `overrides`, made with a config of these keys; `schemas` has its types by name."""
+
+    def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]], overrides: list[str]) -> None:
+        self._schemas = schemas
+        self._overrides = overrides
+        self._keys = list(dict.fromkeys(keys))
+
+    def told(self, error: BaseException) -> JointqError:
+        """The error that says in one line what `error` means."""
+        if isinstance(error, JointqError):
+            return error
+        if isinstance(error, MissingConfigException):
+            return ConfigError(self._unknown_option(error))
+        if isinstance(error, OverrideParseException):
+            return ConfigError(self._unreadable(error.override))
+        for link in _chain(error):
+            if isinstance(link, OmegaConfBaseException):
+                return ConfigError(_place(error) + self._broken_rule(link, str(error)))
+        if isinstance(error, yaml.YAMLError):
+            return ConfigError(_one_line(f"not readable as yaml: {error}"))
+        if isinstance(error, OSError):
+            return ResourceError(f"output_dir: cannot make {error.filename}: {error.strerror}")
+        return ConfigError(self._composition(str(error)))
+
+    def unknown_key(self, key: str, prefix: str, owner: str) -> str:
+        """`key` does not exist. `prefix`, empty or with a dot at its end, does, and is of type `owner`."""
+        message = f"no such key {key}"
+        if owner not in self._schemas:
+            return message
+        here = [prefix + field.name for field in dataclasses.fields(self._schemas[owner])]
+        if key in self._keys:
+            others = ", ".join(name for name in self._owners(key.removeprefix(prefix)) if name != owner)
+            return f"{message} with {owner}: it belongs to {others}"
+        above = [name for name in self._keys if key.startswith(f"{name}.")]
+        beside = [name for name in self._keys if prefix and name.startswith(prefix)]  # of other types there
+        meant = _nearest(key, here, [name for name in self._keys if name not in above + beside])
+        return f"{message}; did you mean {meant}?" if meant else f"{message}; there are {', '.join(here)}"
+
+    def _owners(self, name: str) -> list[str]:
+        return [
+            schema.__name__
+            for schema in self._schemas.values()
+            if name in (field.name for field in dataclasses.fields(schema))
+        ]
+
+    def _broken_rule(self, error: OmegaConfBaseException, context: str) -> str:
+        key = error.full_key or str(error.key)
+        override = re.search(r"Error merging override \+*(.+)", context)
+        given = override.group(1) if override else f"{key}={error.value}"
+        owner = error.object_type.__name__ if error.object_type else ""
+        if isinstance(error, MissingMandatoryValue):
+            return f"{key}: has no value; give one with {key}=..."
+        if isinstance(error, ConfigKeyError | ConfigAttributeError):
+            typed = re.search(r"Could not override '([^']+)'", context)
+            return self.unknown_key(typed.group(1) if typed else key, key[: key.rfind(".") + 1], owner)
+        if given.startswith("~"):
+            return f"{given}: cannot be taken out of a recipe"
+        if isinstance(error, InterpolationResolutionError):
+            return f"{key}: {_first_line(error)}"
+        kind = self._kind(owner, str(error.key))
+        if isinstance(error, ValidationError | ConfigValueError | ConfigTypeError) and kind:
+            return f"{given}: must be {kind}"
+        return f"{given}: {_first_line(error)}"
+
+    def _kind(self, owner: str, name: str) -> str:
+        """What a field holds, in words; empty when that is not known."""
+        schema = self._schemas.get(owner)
+        hint = typing.get_type_hints(schema).get(name) if schema else None
+        if isinstance(hint, types.UnionType):
+            parts = [_KINDS.get(part, "null") for part in typing.get_args(hint)]
+            return " or ".join(parts)
+        if typing.get_origin(hint) is list:
+            return "a list, such as [a,b]"
+        return _KINDS.get(hint, "") if isinstance(hint, type) else ""
+
+    def _unknown_option(self, error: MissingConfigException) -> str:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        if not group:
+            return f"no config called {option}"
+        if group == "hydra/launcher" and option in LAUNCHERS:
+            return f"hydra/launcher={option}: is not installed; pip install 'jointq[{LAUNCHERS[option]}]'"
+        if not error.options:
+            return f"{group}={option}: there is no config group {group}"
+        close = difflib.get_close_matches(option, error.options, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? It " if close else ""
+        return f"{group}={option}: {hint}must be one of {', '.join(error.options)}"
+
+    def _unreadable(self, override: str) -> str:
+        if "=" in override:
+            return f"{override}: cannot be read; quote a value that has spaces or brackets: 'KEY=\"VALUE\"'"
+        recipes = resources.options("recipe")
+        close = difflib.get_close_matches(override, recipes, n=1)
+        hint = f"did you mean recipe={close[0]}?" if close else "see --help"
+        return f"{override}: settings are written KEY=VALUE; {hint}"
+
+    def _composition(self, message: str) -> str:
+        sweep = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", message)
+        if sweep:
+            rule = "several values make a sweep, which needs --multirun (-m); a list is written [a,b]"
+            return f"{sweep.group(1)}: {rule}"
+        no_group = re.match(r"Could not override '([^']+)'\.\s+No match", message)
+        if no_group:
+            there = ", ".join(key for key in self._keys if "." not in key)
+            return f"no such group {no_group.group(1)}; there are {there}"
+        nulls = [word for word in self._overrides if word.lower().endswith("=null")]
+        if message.startswith("Config group override must be") and nulls:
+            return f"{nulls[0]}: a group needs one of its options"
+        return _one_line("\n".join(line for line in message.splitlines() if not line.startswith("To append")))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _place(error: BaseException) -> str:
+    """The config file that an error is in, when it is not in an override."""
+    found = re.match(r"In '([^']+)':", str(error))
+    return f"{found.group(1)}.yaml: " if found else ""
+
+
+def _nearest(key: str, here: list[str], elsewhere: list[str]) -> str | None:
+    """A similar name in the same place, else the same name anywhere, else a similar key anywhere."""
+    name = _last(key)
+    close = difflib.get_close_matches(name, map(_last, here), n=1)
+    similar = [other for other in here if [_last(other)] == close]
+    same = [other for other in elsewhere if _last(other) == name]
+    return next(iter([*similar, *same, *difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)]), None)
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return _one_line(str(error.msg or error).splitlines()[0])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

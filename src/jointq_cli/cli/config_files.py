@@ -1,0 +1,47 @@
+"""Where the config tree lies, and what can be told about it without composing it.
+
+Knows files and their head comments only: no hydra, no torch, so that help and listings answer at once.
+"""
+
+import re
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def config_dir() -> Path:
+    """The config tree: inside the package when installed from a wheel, else beside src/ in the checkout."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent.parent / "configs"
+
+
+def groups() -> dict[str, dict[str, Path]]:
+    """Config group -> option -> its file, both in alphabetical order."""
+    folders = sorted(path for path in config_dir().iterdir() if path.is_dir())
+    return {folder.name: found for folder in folders if (found := options(folder.name))}
+
+
+def options(group: str) -> dict[str, Path]:
+    """Option name -> file of one config group."""
+    return {path.stem: path for path in sorted((config_dir() / group).glob("*.yaml"))}
+
+
+def head_comment(path: Path) -> list[str]:
+    """The comment lines that a yaml file opens with, without `# ` and without Hydra's package line."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return [line for line in lines if not line.startswith("@package")]
+
+
+def summary(path: Path) -> str:
+    """One line on what a config file is for: its description, or the first line of its head comment."""
+    described = re.search(r"^description: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return described.group(1) if described else head_comment(path)[0]
+
+
+def needs(recipe: Path) -> str:
+    """What the head comment of a recipe says after `Needs:`."""
+    return next(line.removeprefix("Needs:").strip() for line in head_comment(recipe) if line.startswith("Needs:"))

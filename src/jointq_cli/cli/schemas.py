@@ -1,0 +1,36 @@
+"""The recipes' dataclasses as Hydra needs them: the same names and fields, but not frozen.
+
+They are attributes of this module, made when they are asked for, so that a launcher can send a config to another
+process: there pickle finds them under the same name.
+"""
+
+import dataclasses
+import functools
+import typing
+from typing import Any
+
+
+@functools.cache
+def thawed(schema: type[Any]) -> type[Any]:
+    """The same fields without `frozen`, which OmegaConf takes for: not to be set by yaml or overrides."""
+    hints = typing.get_type_hints(schema)
+    fields = [(field.name, _field_type(hints[field.name])) for field in dataclasses.fields(schema)]
+    bases = tuple(thawed(base) for base in schema.__bases__ if dataclasses.is_dataclass(base))
+    return dataclasses.make_dataclass(schema.__name__, fields, bases=bases, namespace={"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[Any]:
+    if name.startswith("__"):  # what the import system asks of any module
+        raise AttributeError(name)
+    from jointq_cli.recipe import schemas  # brings torch, which shell completion does without
+
+    for schema in schemas():
+        for known in schema.__mro__:
+            if known.__name__ == name and dataclasses.is_dataclass(known):
+                return thawed(known)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def _field_type(annotation: Any) -> Any:
+    nested = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+    return thawed(annotation) if nested else annotation

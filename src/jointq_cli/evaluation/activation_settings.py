@@ -1,0 +1,125 @@
+"""Activations on a grid of few bits, each token by itself: the config group `activations` and its arithmetic.
+
+Knows tensors and settings. `simulation` knows how to reach the activations of a model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.formats.uniform import Grid
+
+UNQUANTIZED = 16  # bits from which on a tensor is left as it is
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # what a search chooses from
+SEARCHED = 512  # tokens: a ratio per layer needs no more
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Which activations are quantised, and how: see configs/activations/a4.yaml for what each field does."""
+
+    bits: int
+    symmetric: bool
+    clip_ratio: float | None
+    layer_bits: dict[str, int]
+    kv_bits: int
+    r3: bool
+
+    def __post_init__(self) -> None:
+        _check_bits("bits", self.bits, 4)
+        for key, bits in self.layer_bits.items():
+            _check_bits(f"layer_bits.{key}", bits, 4)
+        _check_bits("kv_bits", self.kv_bits, 2)
+        if self.clip_ratio is not None and not 0 < self.clip_ratio <= 1:
+            raise ConfigError(
+                f"activations.clip_ratio={self.clip_ratio}: must be above 0 and at most 1, or null for a search"
+            )
+
+    @property
+    def simulates(self) -> bool:
+        """Whether anything at all has fewer bits."""
+        return self._quantizes_inputs or self.kv_bits < UNQUANTIZED
+
+    @property
+    def _quantizes_inputs(self) -> bool:
+        return min([self.bits, *self.layer_bits.values()]) < UNQUANTIZED
+
+    def bits_of(self, layer_name: str) -> int:
+        """The bits of a layer's input. The longest key of `layer_bits` that its full name ends with decides."""
+        keys = [key for key in self.layer_bits if _ends_with(layer_name, key)]
+        return self.layer_bits[max(keys, key=len)] if keys else self.bits
+
+    def describe(self) -> str:
+        """A few words for people, "" where nothing is simulated."""
+        words = []
+        if self._quantizes_inputs:
+            clip = "searched" if self.clip_ratio is None else f"{self.clip_ratio:g}"
+            words += [f"A{self.bits}", "symmetric" if self.symmetric else "asymmetric", "per token", f"clip={clip}"]
+            words += [f"{key}=A{bits}" for key, bits in self.layer_bits.items()]
+        if self.kv_bits < UNQUANTIZED:
+            words += [f"KV{self.kv_bits}", *(["R3"] if self.r3 else [])]
+        return " ".join(words)
+
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Raises ConfigError for a key of `layer_bits` that names none of these layers, all that the blocks have."""
+        names = list(names)
+        for key, bits in self.layer_bits.items():
+            if not any(_ends_with(name, key) for name in names):
+                raise ConfigError(
+                    f"activations.layer_bits.{key}={bits}: must name one of the {len(names)} linear layers of the "
+                    "model's blocks, by its last parts"
+                )
+
+
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool, clip_ratio: float) -> Tensor:
+    """`x` (..., features) with each token (...) on a grid of 2^bits levels of its own; same shape and dtype.
+
+    The grid spans `clip_ratio` of the token's range with zero inside (asymmetric, as QuaRot and DartQuant have it), or
+    of its largest absolute value to either side (symmetric). From UNQUANTIZED bits on this is `x` itself.
+    """
+    if bits >= UNQUANTIZED:
+        return x
+    grid = Grid(bits, symmetric)
+    values = x.float()  # a bfloat16 could not even hold the codes of 9 bits
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    low, high = clip_ratio * low.clamp(max=0), clip_ratio * high.clamp(min=0)
+    scale = _symmetric_scale(low, high, grid) if symmetric else grid.covering_scale(low, high)
+    zero_point = grid.zero_point(low, scale)
+    codes = torch.round(values / scale).add_(zero_point).clamp_(grid.lowest, grid.highest)
+    return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def _symmetric_scale(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+    # Unlike the grid of weights, which lets half a step be cut off: this is what activations are published with.
+    scale = torch.maximum(high, -low) / grid.highest
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def best_clip(x: Tensor, bits: int, symmetric: bool) -> float:
+    """The ratio of CLIP_RATIOS with the least squared error over the tokens of `x` (..., features), or SEARCHED of
+    them, evenly chosen."""
+    flat = x.reshape(-1, x.shape[-1])
+    tokens = flat[:: max(1, len(flat) // SEARCHED)].float()
+
+    def error(ratio: float) -> float:
+        difference = quantize_tokens(tokens, bits, symmetric, ratio) - tokens
+        return difference.square().sum(dtype=torch.float64).item()
+
+    return min(CLIP_RATIOS, key=error)
+
+
+def kv_clip_ratio(bits: int) -> float:
+    """QuaRot's 0.95 for up to 4 bits. With finer steps what is cut off costs more than what the steps gain."""
+    return 0.95 if bits <= 4 else 1.0
+
+
+def _ends_with(layer_name: str, key: str) -> bool:
+    return layer_name == key or layer_name.endswith(f".{key}")
+
+
+def _check_bits(key: str, bits: int, least: int) -> None:
+    if not least <= bits <= UNQUANTIZED:
+        raise ConfigError(f"activations.{key}={bits}: must be from {least} to {UNQUANTIZED}")

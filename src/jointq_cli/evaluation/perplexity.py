@@ -1,0 +1,140 @@
+"""Perplexity by a stated protocol, and how far a quantised model is from its original.
+
+Both models walk block by block over the same windows up to their final hidden states; then logits are made a few
+tokens at a time, scored and dropped. Log-likelihoods are computed in float32 from the model's logits and summed in
+float64.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.records import (
+    Comparison,
+    Perplexity,
+    Protocol,
+)
+
+LOGITS_AT_ONCE = 2**24  # elements of one logits tensor; 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per window, float64 (windows,) each: sums over its scored tokens."""
+
+    tokens: Tensor
+    original_nll: Tensor
+    quantized_nll: Tensor
+    kl: Tensor  # KL(original || quantised), nats
+    agreements: Tensor  # tokens where both models have the same most likely token
+
+    @classmethod
+    def joined(cls, parts: list["Scores"]) -> "Scores":
+        """Those of all windows, part behind part."""
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+
+def score(
+    original: StreamedModel,
+    original_hidden: Tensor,
+    quantized: StreamedModel,
+    quantized_hidden: Tensor,
+    windows: ScoredWindows,
+    on_window: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Scores both models on the same windows from their final hidden states (windows, tokens, hidden).
+
+    Given the same model twice, its logits are made once. on_window is called after each window and may raise. Raises
+    ConfigError when the models have different vocabularies.
+    """
+    if _vocabulary(original) != _vocabulary(quantized):
+        raise ConfigError(
+            f"reference: has a vocabulary of {_vocabulary(original)} tokens, and the model one of "
+            f"{_vocabulary(quantized)}; only models with the same tokens can be compared"
+        )
+    rows = torch.zeros(len(windows.ids), 5, dtype=torch.float64)
+    with ExitStack() as loaded:
+        for model in {id(m): m for m in (original, quantized)}.values():
+            loaded.enter_context(model.outer())
+        at_once = max(1, LOGITS_AT_ONCE // _vocabulary(original))
+        for number, (ids, scored) in enumerate(zip(windows.ids, windows.scored, strict=True)):
+            # The logits at position t score token t + 1.
+            positions = scored[1:].nonzero().squeeze(1)
+            for part in positions.split(at_once):
+                p = _log_probabilities(original, original_hidden[number, part])
+                q = p if quantized is original else _log_probabilities(quantized, quantized_hidden[number, part])
+                rows[number] += _sums(p, q, ids[part + 1].to(p.device))
+            on_window()
+    return Scores(*rows.unbind(1))
+
+
+def perplexity(nll: Tensor, tokens: Tensor) -> Perplexity:
+    """exp(mean nll per token), nll and tokens (windows,) being sums per window.
+
+    The standard error takes windows as independent: that of the ratio of two sums (Cochran, Sampling Techniques,
+    eq. 2.39), and by the delta method perplexity x that of the mean.
+    """
+    mean, error = _ratio(nll, tokens)
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, value * error, mean, error)
+
+
+def compare(scores: Scores) -> Comparison:
+    """The quantised model against the original; differences are paired by window."""
+    increase, increase_error = _ratio(scores.quantized_nll - scores.original_nll, scores.tokens)
+    kl, kl_error = _ratio(scores.kl, scores.tokens)
+    agreement = (scores.agreements.sum() / scores.tokens.sum()).item()
+    return Comparison(increase, increase_error, kl, kl_error, agreement)
+
+
+def protocol(evaluation: Evaluation, windows: ScoredWindows, dtype: torch.dtype) -> Protocol:
+    return Protocol(
+        dataset=evaluation.dataset,
+        split=evaluation.split,
+        text_hash=windows.hash[:16],
+        window=evaluation.seqlen,
+        stride=windows.stride,
+        bos=evaluation.bos,
+        dtype=str(dtype).removeprefix("torch."),
+        windows=len(windows.ids),
+        scored_tokens=int(windows.scored.sum()),
+    )
+
+
+def _vocabulary(model: StreamedModel) -> int:
+    embeddings = model.module.get_output_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def _log_probabilities(model: StreamedModel, hidden: Tensor) -> Tensor:
+    """(tokens, hidden) -> (tokens, vocabulary) float32."""
+    logits = model.logits(hidden.to(model.device)[None])[0]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def _sums(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:
+    """The five sums of `Scores` over tokens; p and q (tokens, vocabulary) are log-probabilities."""
+    picked = targets[:, None]
+    # A token that the model rules out, p = log 0, adds nothing; 0 x inf would be NaN.
+    kl = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(dim=-1)
+    agree = p.argmax(-1) == q.argmax(-1)
+    columns = (torch.ones_like(kl), -p.gather(1, picked), -q.gather(1, picked), kl, agree)
+    return torch.stack([column.double().sum() for column in columns]).cpu()
+
+
+def _ratio(sums: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """Mean per token and its standard error over windows; the error is 0 when there is one window only."""
+    mean = (sums.sum() / tokens.sum()).item()
+    count = len(sums)
+    if count < 2:
+        return mean, 0.0
+    residual = sums - mean * tokens
+    variance = residual.square().sum() / (count - 1)
+    return mean, (variance / count).sqrt().item() / (tokens.sum() / count).item()

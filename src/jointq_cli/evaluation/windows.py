@@ -1,0 +1,86 @@
+"""BOS_CHOICES, Evaluation, ScoredWindows, cut_windows: from evaluation.py."""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from jointq_cli.data.text import TextSource
+from jointq_cli.errors import ConfigError, TextError
+
+BOS_CHOICES = ("none", "first", "each")
+
+
+@dataclass(frozen=True)
+class Evaluation(TextSource):
+    """Which text is scored, and how: windows of `seqlen` tokens that start `stride` tokens apart (default: seqlen).
+
+    Every token of a window is scored from those before it, in an overlapping window only the last `stride` of them.
+    `bos`: none, first (once, before the whole text, as the GPTQ protocol does for Llama) or each (before each window).
+    """
+
+    seqlen: int
+    stride: int | None
+    max_windows: int | None
+    bos: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seqlen < 2:
+            raise ConfigError(f"evaluation.seqlen={self.seqlen}: must be at least 2 tokens")
+        if self.stride is not None and not 1 <= self.stride <= self.seqlen:
+            raise ConfigError(f"evaluation.stride={self.stride}: must be from 1 to evaluation.seqlen={self.seqlen}")
+        if self.max_windows is not None and self.max_windows < 1:
+            raise ConfigError(f"evaluation.max_windows={self.max_windows}: must be at least 1, or null for all")
+        if self.bos not in BOS_CHOICES:
+            raise ConfigError(f"evaluation.bos={self.bos}: must be one of {', '.join(BOS_CHOICES)}")
+
+
+@dataclass(frozen=True)
+class ScoredWindows:
+    """Token windows and which of their tokens count: ids (windows, tokens) int64, scored (windows, tokens) bool."""
+
+    ids: Tensor
+    scored: Tensor
+    stride: int  # tokens of text from one window to the next
+    provenance: dict[str, str] = field(default_factory=dict)  # of the text: revision, sha256 and the like
+
+    def part(self, own: slice) -> "ScoredWindows":
+        return replace(self, ids=self.ids[own], scored=self.scored[own])
+
+    @property
+    def hash(self) -> str:
+        """sha256 over ids and scored positions, 64 hex digits."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes())
+        digest.update(self.scored.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def cut_windows(
+    ids: Tensor, evaluation: Evaluation, bos_id: int | None, provenance: dict[str, str] | None = None
+) -> ScoredWindows:
+    """Windows over a text of ids (tokens,) int64; an incomplete last window is dropped, as the field does.
+
+    Raises ConfigError when `bos` asks for a token the tokenizer does not have, TextError when not one window fits.
+    """
+    if evaluation.bos != "none" and bos_id is None:
+        raise ConfigError(f"evaluation.bos={evaluation.bos}: this tokenizer has no BOS token; use evaluation.bos=none")
+    if evaluation.bos == "first":
+        ids = torch.cat([torch.tensor([bos_id]), ids])
+    room = evaluation.seqlen - (evaluation.bos == "each")
+    stride = min(evaluation.stride or room, room)
+    if len(ids) < room:
+        raise TextError(
+            f"evaluation.seqlen={evaluation.seqlen}: the text has {len(ids)} tokens, not one window; "
+            "shorten the window or give a longer text"
+        )
+    windows = ids.unfold(0, room, stride)[: evaluation.max_windows].contiguous()
+    scored = torch.zeros(windows.shape, dtype=torch.bool)
+    scored[:, room - stride :] = True  # in an overlapping window, what no earlier window has scored
+    scored[0] = True
+    if evaluation.bos == "each":
+        windows = torch.cat([torch.full((len(windows), 1), bos_id or 0), windows], dim=1)
+        scored = torch.cat([torch.zeros(len(scored), 1, dtype=torch.bool), scored], dim=1)
+    scored[:, 0] = False  # nothing comes before it
+    return ScoredWindows(windows, scored, stride, provenance or {})

@@ -1,0 +1,185 @@
+"""The integer grid that weights are rounded to: its levels, the fit of scale and zero-point, the result.
+
+Knows bits, groups and how scales are rounded to the dtype they are stored in. Knows nothing of Hessians, of
+files, or of which quantizer asks.
+
+A weight w is stored as a code a with w ~ (a - zero_point) * scale. Asymmetric: a in [0, 2^bits - 1] and
+zero_point an integer of that range. Symmetric: a in [-2^(bits-1), 2^(bits-1) - 1] and zero_point 0. One scale
+and zero-point per row and group of columns. Scales are rounded to the checkpoint's dtype *before* codes are
+chosen, so codes are the nearest ones for the scale that is stored. Nothing here depends on the absolute size
+of the weights: where the dtype's exponent allows, a layer times a power of two has the same codes to the bit.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from jointq_cli import kernels
+from jointq_cli.errors import (
+    ConfigError,
+    ModelError,
+)
+
+MOST_NAMED = 3  # layers in an error's line
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels that one code can take."""
+
+    bits: int
+    symmetric: bool
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        return self.lowest + (1 << self.bits) - 1
+
+    @property
+    def box(self) -> kernels.Box:
+        """What code - zero_point may be, whichever the zero-point."""
+        return kernels.Box(self.lowest - (0 if self.symmetric else self.highest), self.highest, (1 << self.bits) - 1)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def covering_scale(self, low: Tensor, high: Tensor) -> Tensor:
+        """The least scale whose levels reach `low` <= 0 and `high` >= 0 within half a step, or 1."""
+        steps = float((1 << self.bits) - 1)
+        if not self.symmetric:
+            scale = (high - low) / steps
+        elif self.bits == 1:  # levels -1 and 0: the formula below would put -1 at twice the extreme value
+            scale = torch.maximum(high, -low)
+        else:
+            scale = 2.0 * torch.maximum(high, -low) / steps
+        return torch.where(scale == 0, 1.0, scale)
+
+    def zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
+        """The code of the value 0 where the lowest code stands for about `low`; float32 holding integers."""
+        if self.symmetric:
+            return torch.zeros_like(scale)
+        return torch.round(-low / scale).clamp_(0, self.highest)
+
+    def nearest_codes(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Codes of `values` by rounding to nearest, ties to even; all arguments float32 and broadcastable."""
+        codes = torch.round(values / scale).add_(zero_point).clamp_(self.lowest, self.highest)
+        return codes.to(self.code_dtype)
+
+
+def check_bits(bits: int) -> None:
+    """Raises ConfigError unless 1 <= bits <= 8."""
+    if not 1 <= bits <= 8:
+        raise ConfigError(f"quantizer.bits={bits}: must be from 1 to 8")
+
+
+def group_columns(group_size: int | None, in_features: int) -> int:
+    """Columns that share a scale; null and -1 mean the whole row."""
+    return in_features if group_size in (None, -1) else int(group_size or in_features)
+
+
+def check_group_size(group_size: int | None, in_features: Mapping[str, int]) -> None:
+    """Raises ConfigError, naming offending layers, unless `group_size` divides every in_features."""
+    if group_size in (None, -1):
+        return
+    key = f"quantizer.group_size={group_size}"
+    if group_size is None or group_size < 1:
+        raise ConfigError(f"{key}: must be positive, or null (-1) for one scale per row")
+    offending = [f"{name} ({size})" for name, size in in_features.items() if size % group_size]
+    if offending:
+        more = f" and {len(offending) - MOST_NAMED} more" if len(offending) > MOST_NAMED else ""
+        common = math.gcd(*in_features.values())
+        sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
+        raise ConfigError(
+            f"{key}: must divide in_features, and does not for {', '.join(offending[:MOST_NAMED])}{more}; "
+            f"sizes that divide all layers: {sizes}; or null for one scale per row"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A linear layer on the grid. Codes stand in the original order of the columns.
+
+    codes (out, in) uint8, or int8 when symmetric; scale (out, groups) in the checkpoint's dtype; zero_point
+    (out, groups) uint8; permutation (in,) int32 or None: column permutation[j] belongs to group j //
+    group_size, with None column j does.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    permutation: Tensor | None
+    bits: int
+    symmetric: bool
+
+    @classmethod
+    def joined(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """The layer whose rows, one behind the other, are those of the parts."""
+        if len(parts) == 1:
+            return parts[0]
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            zero_point=torch.cat([part.zero_point for part in parts]),
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Columns per scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage per weight: codes, scales, zero-points if asymmetric, permutation (32 a column)."""
+        per_group = 8 * self.scale.element_size() + (0 if self.symmetric else self.bits)
+        permutation = 0.0 if self.permutation is None else 32 / self.codes.shape[0]
+        return self.bits + per_group / self.group_size + permutation
+
+    def column_groups(self) -> Tensor:
+        """(in,) int64: the group of each column."""
+        order = torch.arange(self.codes.shape[1], device=self.codes.device)
+        if self.permutation is None:
+            return order // self.group_size
+        return torch.empty_like(order).scatter_(0, self.permutation.long(), order // self.group_size)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """(out, in): (codes - zero_point) * scale in float32, then rounded to `dtype`."""
+        groups = self.column_groups()
+        offset = self.zero_point.to(torch.float32)[:, groups]
+        weight = self.codes.to(torch.float32).sub_(offset)
+        return weight.mul_(self.scale.to(torch.float32)[:, groups]).to(dtype)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as tensors for a safetensors file; `format` holds bits and whether symmetric."""
+        tensors = {
+            "codes": self.codes.contiguous(),
+            "scale": self.scale.contiguous(),
+            "zero_point": self.zero_point.contiguous(),
+            "format": torch.tensor([self.bits, int(self.symmetric)], dtype=torch.int32),
+        }
+        if self.permutation is not None:
+            tensors["permutation"] = self.permutation.contiguous()
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "QuantizedWeight":
+        """The inverse of `to_tensors`. Raises ModelError where a tensor is missing."""
+        missing = [name for name in ("codes", "scale", "zero_point", "format") if name not in tensors]
+        if missing:
+            raise ModelError(f"quantised layer: tensor {', '.join(missing)} is missing")
+        bits, symmetric = tensors["format"].tolist()
+        return cls(
+            codes=tensors["codes"],
+            scale=tensors["scale"],
+            zero_point=tensors["zero_point"],
+            permutation=tensors.get("permutation"),
+            bits=bits,
+            symmetric=bool(symmetric),
+        )

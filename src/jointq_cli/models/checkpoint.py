@@ -1,0 +1,247 @@
+"""A Hugging Face checkpoint directory as tensors by name, read one block at a time and never whole.
+
+Knows safetensors files, their index and the small files beside them. Knows nothing of modules, and loads no pickle.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from jointq_cli.errors import ModelError, NumericsError
+from jointq_cli.system.tensor_files import file_hash
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What belongs to a model beside its weights. A README is left out: it describes the original.
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+STRANGERS = (INDEX, PICKLES[1], "adapter_config.json")  # match the patterns above, and belong to other weights
+DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CHUNK = 1 << 24  # bytes that are looked at at once
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of one tensor."""
+
+    file: Path
+    dtype: str  # safetensors' name, such as BF16
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
+
+
+class Checkpoint:
+    """A directory with config.json and safetensors weights.
+
+    Opening reads the config and the shards' headers only. Raises ModelError when something is missing, half-downloaded
+    or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = _read_config(directory)
+        if "quantization_config" in self.config:
+            raise ModelError(f"{directory}: is quantised already (its config.json has a quantization_config)")
+        self.tensors = _read_headers(directory)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors in the dtype they are stored in, copied off the file.
+
+        Raises ModelError for a name that is not there, NumericsError for one that holds NaN or Inf.
+        """
+        return {name: self._read_one(name) for name in names}
+
+    def same_bytes(self, other: "Checkpoint", name: str) -> bool:
+        """Whether tensor `name` has the same dtype, shape and bytes in both; looks at a little at a time."""
+        ours, theirs = self.tensors[name], other.tensors[name]
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return False
+        with ours.file.open("rb") as one, theirs.file.open("rb") as two:
+            one.seek(ours.offset)
+            two.seek(theirs.offset)
+            sizes = [min(CHUNK, ours.nbytes - done) for done in range(0, ours.nbytes, CHUNK)]
+            return all(one.read(size) == two.read(size) for size in sizes)
+
+    def check_finite(self) -> None:
+        """Reads every tensor once. Raises NumericsError for the first that holds NaN or Inf."""
+        for name in self.tensors:
+            self.read([name])
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 over the config and every weight file: the model's identity, wherever it lies."""
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(file_hash, self.hashed_files))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def hashed_files(self) -> list[Path]:
+        """What decides `content_hash`."""
+        return [self.directory / "config.json", *sorted({info.file for info in self.tensors.values()})]
+
+    @cached_property
+    def code_hash(self) -> str:
+        """sha256 over names and bytes of the Python files that come with the model."""
+        return _named_hash(sorted(self.directory.glob("*.py")))
+
+    def companions(self, *, code: bool) -> list[Path]:
+        """What belongs to the model beside its weights; its Python files only when remote code was allowed."""
+        patterns = (*COMPANIONS, "*.py") if code else COMPANIONS
+        found = {file for pattern in patterns for file in self.directory.glob(pattern) if file.is_file()}
+        return sorted(file for file in found if file.name not in STRANGERS)
+
+    def companions_hash(self, *, code: bool) -> str:
+        """sha256 over names and bytes of `companions`."""
+        return _named_hash(self.companions(code=code))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that most of the weights are stored in."""
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            if info.dtype in ("F32", "BF16", "F16"):
+                sizes[info.dtype] += math.prod(info.shape)
+        return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+
+    def _read_one(self, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            raise ModelError(f"{self.directory}: holds no tensor {name}, which its config.json asks for")
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise ModelError(f"{info.file}: tensor {name} has dtype {info.dtype}, which is not supported")
+        # Read, not mapped: mapped pages would count as memory beside the copy that has to be made of them.
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        with info.file.open("rb") as file:
+            file.seek(info.offset)
+            if file.readinto(raw.numpy().data) != info.nbytes:
+                raise ModelError(f"{info.file}: ends before tensor {name} does; half-downloaded?")
+        tensor = raw.view(DTYPES[info.dtype]).reshape(info.shape)
+        _check_finite(name, tensor, info.file)
+        return tensor
+
+
+def write_index(directory: Path, shards: list[Path]) -> None:
+    """Writes the index over `shards`, files of `directory` named in the order of the model."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        for name, info in _read_header(shard).items():
+            weight_map[name] = shard.name
+            total += info.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Checkpoint, target: Path, *, code: bool) -> None:
+    """Copies config, generation config, tokenizer and the like; Python files only when remote code was allowed."""
+    for file in source.companions(code=code):
+        shutil.copyfile(file, target / file.name)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise ModelError(f"model.path={directory}: no such directory")
+    if not path.is_file():
+        raise ModelError(f"{path}: missing, so this is no Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return config
+
+
+def _read_headers(directory: Path) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(directory):
+        tensors.update(_read_header(file))
+    return tensors
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not a safetensors index ({error})") from error
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{index}: names {len(missing)} of {len(names)} shards that are not there, {missing[0]} first; "
+                "half-downloaded?"
+            )
+        return [directory / name for name in names]
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if any((directory / name).exists() for name in PICKLES):
+        raise ModelError(f"{directory}: has its weights as pickle only, which is never loaded; convert to safetensors")
+    raise ModelError(f"{directory}: has neither {SINGLE} nor {INDEX}")
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """What the file's header says, once safetensors has found the file whole and sound."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: damaged or half-downloaded ({error})") from error
+    header.pop("__metadata__", None)
+    return {
+        name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + size + start, stop - start)
+        for name, entry in header.items()
+        for start, stop in [entry["data_offsets"]]
+    }
+
+
+def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:  # torch has no isfinite for 8 bits
+        return
+    # A million values at a time: the mask of a whole embedding matrix would be the run's peak of memory.
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
+    if bad:
+        raise NumericsError(f"{file}: tensor {name} holds {bad} values that are NaN or Inf")
+
+
+def _named_hash(files: Iterable[Path]) -> str:
+    """sha256 over names and bytes."""
+    return hashlib.sha256("".join(file.name + file_hash(file) for file in files).encode()).hexdigest()

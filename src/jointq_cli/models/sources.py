@@ -1,0 +1,161 @@
+"""Where a checkpoint comes from: the bundled model, a directory, a GGUF file or the hub. Always ends at a directory."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
+
+from jointq_cli.errors import (
+    ConfigError,
+    ModelError,
+    ResourceError,
+)
+from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
+from jointq_cli.system.store import Store
+from jointq_cli.system.tensor_files import file_hash
+
+BUNDLED = Path(__file__).parents[1] / "pocket"
+GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight
+
+UNWANTED = ["*/*", "consolidated*"]  # what repositories hold beside the checkpoint: other formats of the same weights
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """`path`: "pocket" (the bundled model), a local directory, a FILE.gguf, or a hub id such as org/name."""
+
+    path: str
+    revision: str | None
+    trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("model.path=: must name a model: pocket, a directory, a FILE.gguf or a hub id")
+
+
+def fetch(
+    source: ModelSource, store: Store, hash_of: Callable[[Path], str] = file_hash, *, offline: bool = False
+) -> Checkpoint:
+    """The checkpoint that `source` names, as a local directory of safetensors.
+
+    offline: nothing is downloaded. hash_of: sha256 of a GGUF file. Raises ModelError when it is not there or not
+    usable, ResourceError when the hub cannot be reached.
+    """
+    if source.path == "pocket":
+        return Checkpoint(BUNDLED)
+    local = Path(source.path).expanduser()
+    if local.suffix == ".gguf":
+        return Checkpoint(_converted_gguf(local, store, hash_of))
+    if local.exists():
+        return Checkpoint(local)
+    if looks_local(source.path):
+        raise ModelError(f"model.path={source.path}: no such directory; `jointq recipes` says what a recipe needs")
+    downloaded = _downloaded(source, offline)
+    try:
+        return Checkpoint(downloaded)
+    except ModelError as error:
+        if offline:  # only a part, as somebody leaves who wanted the tokenizer
+            raise _not_downloaded(source) from error
+        raise
+
+
+def provenance(source: ModelSource, directory: Path) -> dict[str, str]:
+    """Where the checkpoint that `fetch` gave came from: its kind, and for the hub's the commit, where it is known."""
+    if source.path == "pocket":
+        return {"from": "jointq"}
+    if Path(source.path).expanduser().exists():
+        return {"from": "disk"}
+    # The hub's client lays what it downloads in .../snapshots/COMMIT.
+    known = directory.parent.name == "snapshots"
+    return {"from": "hub", "revision": directory.name} if known else {"from": "hub"}
+
+
+def looks_local(path: str) -> bool:
+    """Hub ids are `name` or `org/name`; anything else can only be meant as a path."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _converted_gguf(file: Path, store: Store, hash_of: Callable[[Path], str]) -> Path:
+    if not file.is_file():
+        raise ModelError(f"model.path={file}: no such file")
+
+    def convert(scratch: Path) -> None:
+        convert_gguf(file, scratch)
+
+    return store.reuse("convert", {"dtype": str(GGUF_DTYPE)}, [hash_of(file)], convert).path
+
+
+def convert_gguf(file: Path, target: Path) -> None:
+    """Unpacks a GGUF file into a Hugging Face directory of GGUF_DTYPE. Raises ModelError when it cannot be read."""
+    logging.disable_progress_bar()  # transformers' bars, drawn over whatever the caller draws
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=GGUF_DTYPE,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+    # What a damaged file raises depends on where it is damaged: struct.error, KeyError, ValueError and more.
+    except Exception as error:
+        raise ModelError(f"{file}: transformers cannot read this GGUF file: {_one_line(error)}") from error
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _downloaded(source: ModelSource, offline: bool) -> Path:
+    patterns = ["*.safetensors", *COMPANIONS, *(["*.py"] if source.trust_remote_code else [])]
+    try:
+        return Path(
+            snapshot_download(
+                source.path,
+                revision=source.revision,
+                allow_patterns=patterns,
+                ignore_patterns=UNWANTED,
+                local_files_only=offline,
+            )
+        )
+    except HFValidationError as error:
+        raise ModelError(f"model.path={source.path}: neither a directory here nor a hub id ({error})") from error
+    except GatedRepoError as error:
+        raise ResourceError(
+            f"model.path={source.path}: the hub asks for permission; accept its licence there, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model.revision={source.revision}: {source.path} has no such revision") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"model.path={source.path}: neither a directory here nor a model on the hub") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if offline:
+            raise _not_downloaded(source) from error
+        raise ResourceError(
+            f"model.path={source.path}: no such directory here, and the hub cannot be reached ({_one_line(error)}); "
+            "offline, give a downloaded directory: model.path=DIR"
+        ) from error
+
+
+def _not_downloaded(source: ModelSource) -> ResourceError:
+    return ResourceError(
+        f"model.path={source.path}: no such directory here, and not downloaded yet; nothing more can be told "
+        "before a run has asked the hub for it"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,101 @@
+"""PANEL, Accumulator, packed, packed_size, unpacked: from statistics.py."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import NumericsError
+
+PANEL = 512  # columns of one product: wide enough for its full speed, narrow enough to save almost half of them
+
+
+class Accumulator:
+    """Adds up X^T X and, where they are asked for, (X_o - X)^T X and R^T X, batch by batch."""
+
+    def __init__(self, in_features: int, device: torch.device, *, cross: bool = False, drift: int = 0) -> None:
+        """drift: features of R, 0 for none."""
+        self.tokens = 0.0  # by weight
+        self._square = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._cross = torch.zeros_like(self._square) if cross else None
+        self._drift = self._square.new_zeros(drift, in_features) if drift else None
+
+    def add(
+        self,
+        inputs: Tensor,
+        original: Tensor | None = None,
+        weights: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
+        """inputs, original: (..., in), residual: (..., out), any floating dtype; weights (...) float32, 1 for each
+        token if None."""
+        flat = _flat(inputs)
+        weighted = flat if weights is None else flat * weights.flatten()[:, None]
+        for start in range(0, flat.shape[1], PANEL):  # H is symmetric: the blocks below the diagonal are not computed
+            panel = slice(start, start + PANEL)
+            self._square[panel, start:] += weighted[:, panel].T @ flat[:, start:]
+        if self._cross is not None:
+            if original is None or original.shape != inputs.shape:
+                raise NumericsError(
+                    "qep cannot pair its tokens with those that the original model gives it (a routed expert?); name "
+                    "it in qep.exclude_layer_keywords, or use qep=none"
+                )
+            self._cross += (_flat(original) - flat).T @ weighted
+        if self._drift is not None:
+            assert residual is not None  # whoever asked for the drift has it
+            self._drift += _flat(residual).T @ weighted
+        self.tokens += len(flat) if weights is None else float(weights.sum(dtype=torch.float64))
+
+    def sum_over(self, processes: Callable[[Tensor], Tensor]) -> None:
+        """Adds what other processes have accumulated; `processes` gives the sum of a contiguous tensor over all."""
+        for start in range(0, len(self._square), PANEL):
+            panel = self._square[start : start + PANEL, start:]
+            panel.copy_(processes(panel.contiguous()))
+        for moments in (self._cross, self._drift):
+            if moments is not None:
+                processes(moments)
+        self.tokens = float(processes(torch.tensor([self.tokens], dtype=torch.float64, device=self._square.device)))
+
+    def hessian(self) -> Tensor:
+        """H (in, in) float64, in the accumulator's own memory: to be called once, at the end."""
+        for start in range(0, len(self._square), PANEL):
+            stop = start + PANEL
+            square = self._square[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            self._square[stop:, start:stop] = self._square[start:stop, stop:].T
+        return self._square.div_(self.tokens or 1.0)
+
+    def cross(self) -> Tensor | None:
+        """C (in, in) float64, likewise."""
+        return None if self._cross is None else self._cross.div_(self.tokens or 1.0)
+
+    def drift(self) -> Tensor | None:
+        """D (out, in) float64, likewise."""
+        return None if self._drift is None else self._drift.div_(self.tokens or 1.0)
+
+
+def packed(hessian: Tensor) -> Tensor:
+    """The panels of a symmetric matrix (n, n) from the diagonal on, flat: little more than half of it."""
+    starts = range(0, len(hessian), PANEL)
+    return torch.cat([hessian[start : start + PANEL, start:].flatten() for start in starts])
+
+
+def packed_size(size: int) -> int:
+    """Elements of a packed matrix (size, size)."""
+    return sum(min(PANEL, size - start) * (size - start) for start in range(0, size, PANEL))
+
+
+def unpacked(flat: Tensor, size: int) -> Tensor:
+    """The inverse of `packed`: (size, size), with the same bits."""
+    hessian = flat.new_empty(size, size)
+    parts = flat.split([min(PANEL, size - start) * (size - start) for start in range(0, size, PANEL)])
+    for start, part in zip(range(0, size, PANEL), parts, strict=True):
+        stop = start + PANEL
+        panel = part.view(-1, size - start)
+        hessian[start:stop, start:] = panel
+        hessian[stop:, start:stop] = panel[:, PANEL:].T
+    return hessian
+
+
+def _flat(tokens: Tensor) -> Tensor:
+    return tokens.reshape(-1, tokens.shape[-1]).float()

@@ -1,0 +1,266 @@
+"""Quantization Error Propagation: a layer makes up for what the layers before it have lost.
+
+In the model quantised so far a layer is given x_q where the original is given x. QEP (Arai, Ichikawa, "Quantization
+Error Propagation", NeurIPS 2025) quantises not the weight W but
+
+    W* = W + alpha W C (H + R)^-1,     C = sum (x - x_q) x_q^T / tokens,     H = sum x_q x_q^T / tokens,
+
+a step of length alpha towards the minimiser of |W X - W* X_q|^2, which alpha = 1 and R = 0 is. With R the identity
+times `percdamp` of H's mean diagonal this is the method of the paper. With R = lambda R_JointQ and alpha = 1 what
+JointQ then makes least, e (H + R) e^T with e = W* - W_q, is, up to a constant,
+
+    |W X - W_q X_q|^2 / tokens + |(W - W_q) R^1/2|^2:
+
+codes and scales are chosen for the original layer's output, and the regulariser pulls to W.
+
+`residual` goes further where a layer's output is added to the residual stream, which by then has lost S - S_q to the
+quantised layers before. The layer is to make up for that as well: beta D (H + R)^-1 comes on top, with the drift
+D = sum (s - s_q) x_q^T / tokens. With alpha = beta = 1 that is the minimiser of |(S + W X) - (S_q + W* X_q)|^2, the
+error of the stream that the next layers read.
+
+Knows weights and statistics of one input; no blocks, no quantizers.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.quantization.quantizers.cholesky import factorize
+from jointq_cli.quantization.quantizers.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """The weight (out, in) float32 to quantise instead of a layer's own, and what there is to say about it."""
+
+    weight: Tensor
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+class Correction(ABC):
+    """What QEP does to the layers that share an input."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the rows of a layer may be corrected apart."""
+        return True
+
+    def of_rows(self, rows: slice) -> "Correction":
+        """What it does to these rows alone."""
+        return self
+
+    @abstractmethod
+    def apply(self, weight: Tensor) -> Corrected:
+        """weight: (out, in) float32."""
+
+
+class NoCorrection(Correction):
+    """A layer is quantised as it is."""
+
+    def apply(self, weight: Tensor) -> Corrected:
+        return Corrected(weight)
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """(H + R)^-1 = U^T U, (in, in) float64, and the damping that it took."""
+
+    upper: Tensor
+    damping: float
+    rungs: int
+
+    def applied_to(self, rows: Tensor) -> Tensor:
+        return rows @ self.upper.T @ self.upper
+
+
+@dataclass(frozen=True)
+class Step(Correction):
+    """W* = W + (alpha W C + beta D) (H + R)^-1. A judge chooses alpha for each layer."""
+
+    inverse: Inverse
+    cross: Tensor  # C (in, in) float64
+    drift: Tensor | None  # D (out, in) float64
+    alpha: float
+    beta: float
+    judge: "Judge | None"
+
+    @property
+    def by_rows(self) -> bool:
+        return self.judge is None  # who sees the whole layer
+
+    def of_rows(self, rows: slice) -> Correction:
+        return self if self.drift is None else replace(self, drift=self.drift[rows])
+
+    def apply(self, weight: Tensor) -> Corrected:
+        exact = weight.double()
+        alpha = self.alpha if self.judge is None else self.judge.alpha(exact)
+        step = alpha * (exact @ self.cross)
+        notes: dict[str, float] = {"alpha": alpha}
+        if self.drift is not None:
+            step += self.beta * self.drift
+            notes["beta"] = self.beta
+        if self.inverse.rungs:
+            notes["qep_damping"] = self.inverse.damping
+        return Corrected((exact + self.inverse.applied_to(step)).float(), notes)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Held-out tokens, and the steps that the other tokens suggest."""
+
+    inverse: Inverse  # of the other tokens, as the next two
+    cross: Tensor
+    drift: Tensor | None
+    held_hessian: Tensor
+    held_cross: Tensor
+    held_drift: Tensor | None
+
+    def alpha(self, weight: Tensor) -> float:
+        """The alpha in [0, 1] that leaves the least |beta (S - S_q) + W X - W* X_q|^2 on the held-out tokens.
+
+        A parabola: with the layer's own step A = W C (H + R)^-1 and B = beta D (H + R)^-1 the error is
+        |(W (X - X_q) + beta (S - S_q) - B X_q) - alpha A X_q|^2.
+        """
+        step = self.inverse.applied_to(weight @ self.cross)
+        wanted = weight @ self.held_cross
+        if self.drift is not None and self.held_drift is not None:
+            wanted += self.held_drift - self.inverse.applied_to(self.drift) @ self.held_hessian
+        curvature = torch.sum((step @ self.held_hessian) * step).item()
+        slope = torch.sum(wanted * step).item()
+        return min(1.0, max(0.0, slope / curvature)) if curvature > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Propagation(ABC):
+    """Base of what may stand under `qep`."""
+
+    @property
+    def heldout(self) -> float:
+        """The share of the calibration tokens that `correction` wants to see apart as well; 0: none."""
+        return 0.0
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A few words for people, "" where nothing is done."""
+
+    def check_inputs(self, inputs: str) -> None:
+        """Raises ConfigError where `calibration.inputs` does not go with this."""
+        return None
+
+    @property
+    def follows_residual(self) -> bool:
+        """Whether `correction` wants to see the drift of the residual stream as well."""
+        return False
+
+    @abstractmethod
+    def corrects(self, layer: str) -> bool:
+        """Whether the layer of this full name is corrected, so that the cross term C of its input is needed."""
+
+    @abstractmethod
+    def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
+        """What layers with this input share; `statistics` has the cross term.
+
+        ridge: (in,) float64, the diagonal by which the quantizer pulls to the weight it is given, None if it does not.
+        Raises NumericsError where H + R cannot be inverted.
+        """
+
+
+@dataclass(frozen=True)
+class NoQep(Propagation):
+    """Every layer is quantised as it is."""
+
+    def describe(self) -> str:
+        return ""
+
+    def corrects(self, layer: str) -> bool:
+        return False
+
+    def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
+        return NoCorrection()
+
+
+@dataclass(frozen=True)
+class Qep(Propagation):
+    """See the module, and configs/qep/full.yaml for what each field does."""
+
+    perccorr: float
+    residual: float
+    perccorr_mode: str
+    heldout_share: float
+    percdamp: float
+    pull: str
+    exclude_layer_keywords: list[str]
+
+    def __post_init__(self) -> None:
+        for name in ("perccorr", "residual"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise ConfigError(f"qep.{name}={value}: must be from 0 to 1")
+        if self.perccorr_mode not in ("fixed", "heldout"):
+            raise ConfigError(f"qep.perccorr_mode={self.perccorr_mode}: must be fixed or heldout")
+        if not 0 < self.heldout_share < 1:
+            raise ConfigError(f"qep.heldout_share={self.heldout_share}: must be between 0 and 1")
+        if not (math.isfinite(self.percdamp) and self.percdamp >= 0):
+            raise ConfigError(f"qep.percdamp={self.percdamp}: must be at least 0 and finite")
+        if "" in self.exclude_layer_keywords:
+            raise ConfigError("qep.exclude_layer_keywords=['']: every name contains an empty keyword; use qep=none")
+        if self.pull not in ("original", "corrected"):
+            raise ConfigError(f"qep.pull={self.pull}: must be original or corrected")
+
+    @property
+    def heldout(self) -> float:
+        return self.heldout_share if self.perccorr_mode == "heldout" else 0.0
+
+    def check_inputs(self, inputs: str) -> None:
+        if inputs != "quantized":
+            raise ConfigError(
+                f"calibration.inputs={inputs}: must be quantized with qep, which compares what a layer is given with "
+                "what the original model gives it; or qep=none"
+            )
+
+    @property
+    def follows_residual(self) -> bool:
+        return self.residual > 0
+
+    def describe(self) -> str:
+        alpha = "heldout" if self.perccorr_mode == "heldout" else f"{self.perccorr:g}"
+        without = [f"without {', '.join(self.exclude_layer_keywords)}"] if self.exclude_layer_keywords else []
+        residual = [f"residual={self.residual:g}"] if self.residual else []
+        return " ".join([f"QEP alpha={alpha}", *residual, *without])
+
+    def corrects(self, layer: str) -> bool:
+        return not any(keyword in layer for keyword in self.exclude_layer_keywords)
+
+    def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
+        assert statistics.cross is not None  # `corrects` said so
+        inverse = self._inverse(statistics.hessian, ridge)
+        judge = self._judge(statistics, ridge)
+        return Step(inverse, statistics.cross, statistics.drift, self.perccorr, self.residual, judge)
+
+    def _judge(self, statistics: Statistics, ridge: Tensor | None) -> Judge | None:
+        if self.perccorr_mode == "fixed":
+            return None
+        held, cross, drift = statistics.heldout, statistics.cross, statistics.drift
+        assert held is not None  # `heldout` said so
+        assert held.cross is not None
+        assert cross is not None
+        lost = None if drift is None or held.drift is None else (drift, held.drift)
+        return Judge(
+            inverse=self._inverse(held.complement(statistics.hessian), ridge),
+            cross=held.without(cross, held.cross),
+            drift=None if lost is None else self.residual * held.without(*lost),
+            held_hessian=held.hessian,
+            held_cross=held.cross,
+            held_drift=None if lost is None else self.residual * lost[1],
+        )
+
+    def _inverse(self, hessian: Tensor, ridge: Tensor | None) -> Inverse:
+        order = torch.arange(len(hessian), device=hessian.device)
+        extra = ridge if self.pull == "original" else None
+        damping = self.percdamp if extra is None else 0.0
+        factor = factorize(hessian, order, damping, extra, torch.float64, key="qep.percdamp")
+        return Inverse(factor.upper, factor.damping, factor.rungs)

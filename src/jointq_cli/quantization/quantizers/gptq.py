@@ -1,0 +1,193 @@
+"""GPTQ: round column by column, and let the columns not yet rounded make up for each error.
+
+Knows one layer: weight, Hessian, grid. Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ", ICLR 2023,
+algorithm 1.
+
+Blocks of columns whose error reaches the columns after them by one matrix product (lazy batch updates);
+inside a block spans of the columns of one group, whose scale is fitted to the weights as updated so far;
+inside a span the compiled column loop of `kernels`.
+
+The Hessian is factorised in float64; the factor is then kept, and the errors are pushed on, in float32.
+Measured on 768 columns with power-law spectra and massive activations (condition 1e10 to 1e16; damping 1e-2
+to 0; 3 bits, g64): e H e^T of the result is within 2e-7 relative of an all-float64 solve in 31 of 32 cases,
+and 1.3e-4 less in the other, where a tie between two levels fell the other way. Rows do not depend on each
+other except through the blocking that the BLAS chooses for the products.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jointq_cli import kernels
+from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.quantization.quantizers.base import (
+    Prepared,
+    Quantizer,
+    Solution,
+)
+from jointq_cli.quantization.quantizers.cholesky import factorize
+from jointq_cli.quantization.quantizers.rtn import RTN
+from jointq_cli.quantization.quantizers.scale_fit import fit
+from jointq_cli.quantization.quantizers.statistics import HeldOut
+
+Notes = dict[str, float | int | str | bool]
+
+
+@dataclass(frozen=True)
+class Propagation(Prepared):
+    """How errors travel: order (in,) int64 of the columns, dead (in,) bool, upper (in, in) float32 in that
+    order."""
+
+    order: Tensor
+    dead: Tensor
+    upper: Tensor
+    damping: float
+    verdict: str
+    notes: Notes = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed(Prepared):
+    """The Hessian could not be factorised, and `on_failure: rtn` was asked for."""
+
+    failed: ClassVar[bool] = True
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class GPTQ(Quantizer):
+    """See the module. `damping` is a fraction of the Hessian's mean diagonal."""
+
+    mse: bool
+    act_order: bool  # columns with the largest activations first; groups follow that order unless static_groups
+    static_groups: bool  # groups are the original neighbours, scales from the original weights
+    damping: float
+    block_size: int
+    on_failure: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ConfigError(f"quantizer.damping={self.damping}: must be at least 0 and finite")
+        if self.block_size < 1:
+            raise ConfigError(f"quantizer.block_size={self.block_size}: must be at least 1")
+        if self.on_failure not in ("error", "rtn"):
+            raise ConfigError(f"quantizer.on_failure={self.on_failure}: must be error or rtn")
+
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
+        diagonal = hessian.diagonal()
+        order = torch.arange(len(hessian), device=hessian.device)
+        if self.act_order:
+            order = torch.argsort(diagonal, descending=True, stable=True)
+        try:
+            factor = factorize(hessian, order, self.damping)
+        except NumericsError as error:
+            if self.on_failure == "error":
+                raise
+            return Failed(str(error))
+        dead = diagonal == 0
+        return Propagation(
+            order=order,
+            dead=dead,
+            upper=factor.upper,
+            damping=factor.damping,
+            verdict="damped" if factor.rungs else "ok",
+            notes={"dead_columns": int(dead.sum()), "min_condition": factor.condition},
+        )
+
+    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
+        if isinstance(prepared, Failed):
+            return self._fall_back(weight, scale_dtype, prepared.reason)
+        if not isinstance(prepared, Propagation):
+            raise TypeError(f"GPTQ.quantize needs what GPTQ.prepare returned, not {type(prepared).__name__}")
+        columns = self._columns(weight)
+        try:
+            quantized = self._solve(weight, columns, prepared, scale_dtype)
+        except NumericsError as error:
+            if self.on_failure == "error":
+                raise
+            return self._fall_back(weight, scale_dtype, str(error))
+        return Solution(quantized, prepared.damping, prepared.verdict, dict(prepared.notes))
+
+    def _solve(self, weight: Tensor, columns: int, prepared: Propagation, scale_dtype: torch.dtype) -> QuantizedWeight:
+        order = prepared.order
+        work = weight.masked_fill(prepared.dead, 0.0).index_select(1, order)
+        scale, zero_point, column_groups = self._groups(work, order, columns, scale_dtype)
+        codes = torch.empty(work.shape, dtype=self.grid.code_dtype, device=work.device)
+        quantize_columns = kernels.for_device(work.device).quantize_columns
+        buffer = torch.empty(len(work) * min(self.block_size, work.shape[1]), device=work.device)
+        for block in self._blocks(work.shape[1], columns):
+            errors = buffer[: len(work) * len(block)].view(len(work), len(block))
+            for span in self._spans(block, columns):
+                if not self.static_groups and span.start % columns == 0:
+                    group = span.start // columns
+                    current = work[:, span.start : span.start + columns]
+                    scale[:, group], zero_point[:, group] = fit(current, self.grid, self.mse, scale_dtype)
+                quantize_columns(
+                    work,
+                    codes,
+                    errors,
+                    prepared.upper,
+                    scale,
+                    zero_point,
+                    column_groups,
+                    span,
+                    block,
+                    self.grid.lowest,
+                    self.grid.highest,
+                )
+            rest = slice(block.stop, None)
+            work[:, rest].addmm_(errors, prepared.upper[block.start : block.stop, rest], alpha=-1.0)
+        permuted = self.act_order and not self.static_groups and scale.shape[1] > 1
+        return QuantizedWeight(
+            codes=torch.empty_like(codes).index_copy_(1, order, codes),
+            scale=scale.to(scale_dtype),
+            zero_point=zero_point,
+            permutation=order.to(torch.int32) if permuted else None,
+            bits=self.bits,
+            symmetric=self.symmetric,
+        )
+
+    def _groups(
+        self, work: Tensor, order: Tensor, columns: int, scale_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """scale, zero_point (out, groups), filled in if static; and the group of each column of `work`."""
+        if self.static_groups:
+            original = torch.empty_like(work).index_copy_(1, order, work)
+            scale, zero_point = fit(original.view(len(work), -1, columns), self.grid, self.mse, scale_dtype)
+            return scale, zero_point, order // columns
+        shape = (len(work), work.shape[1] // columns)
+        scale = torch.empty(shape, device=work.device)
+        zero_point = torch.empty(shape, dtype=torch.uint8, device=work.device)
+        return scale, zero_point, torch.arange(work.shape[1], device=work.device) // columns
+
+    def _blocks(self, in_features: int, columns: int) -> Iterator[range]:
+        """Blocks are whole groups or parts of one, so a group is up to date all over where it starts."""
+        stretch, step = in_features, self.block_size
+        if not self.static_groups:
+            stretch = in_features if columns <= step else columns
+            step = step // columns * columns or step
+        for first in range(0, in_features, stretch):
+            for start in range(first, first + stretch, step):
+                yield range(start, min(start + step, first + stretch))
+
+    def _spans(self, block: range, columns: int) -> Iterator[range]:
+        """The parts of `block` between starts of groups."""
+        step = len(block) if self.static_groups else min(columns, len(block))
+        for start in range(block.start, block.stop, step):
+            yield range(start, min(start + step, block.stop))
+
+    def _fall_back(self, weight: Tensor, scale_dtype: torch.dtype, reason: str) -> Solution:
+        rtn = RTN(self.bits, self.group_size, self.symmetric, self.mse)
+        solution = rtn.quantize(weight, Prepared(), scale_dtype)
+        return Solution(solution.quantized, damping=None, verdict="fallback", notes={"failure": reason})
+
+    def _describe_options(self) -> list[str]:
+        flags = [name for name in ("mse", "act_order", "static_groups") if getattr(self, name)]
+        return [*flags, f"damping={self.damping:g}"]

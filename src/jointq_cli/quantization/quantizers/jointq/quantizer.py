@@ -1,0 +1,432 @@
+"""JointQ: the codes and the scales of a layer chosen together, so that its output error is least.
+
+Minimises e H_l e' per output row with e = w - w_quantised and H_l = H + lambda R, over codes, scales and zero-points,
+by local search (Fujitsu's OneComp has the method; `search` says what is done differently). Knows the parameters, the
+choice of lambda and of the start; the metric is made in `metric`, the search is in `search`.
+
+docs/jointq.md has the measurements behind the defaults, and what was tried and did not pay.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.formats.uniform import check_group_size, group_columns
+from jointq_cli.quantization.quantizers.base import (
+    Prepared,
+    Quantizer,
+    Solution,
+)
+from jointq_cli.quantization.quantizers.gptq import GPTQ
+from jointq_cli.quantization.quantizers.jointq.metric import (
+    Metric,
+    activation_order,
+    measure,
+    natural_order,
+    penalty,
+)
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import Layer
+from jointq_cli.quantization.quantizers.jointq.search import (
+    Search,
+    Solved,
+    State,
+)
+from jointq_cli.quantization.quantizers.rtn import RTN
+from jointq_cli.quantization.quantizers.statistics import HeldOut
+
+
+@dataclass(frozen=True)
+class GptqStart:
+    """GPTQ's own settings where it makes a start; bits, groups and symmetry are JointQ's."""
+
+    mse: bool
+    damping: float
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Input(Prepared):
+    """What layers with the same input share. `hessian` is that of the tokens which are solved for while lambda is not
+    yet chosen, `metric` the one of the first lambda."""
+
+    everything: Tensor
+    heldout: HeldOut | None
+    hessian: Tensor
+    columns: int
+    metric: Metric
+    gptq: Prepared | None
+
+
+@dataclass(frozen=True)
+class Failed(Prepared):
+    """The Hessian could not be used, and `on_failure: rtn` was asked for."""
+
+    failed: ClassVar[bool] = True
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class JointQ(Quantizer):
+    """See the module, and configs/quantizer/jointq.yaml for what each field does."""
+
+    act_order: bool
+    lambda_mode: str
+    regularization_lambda: float
+    regularization_mode: str
+    regularization_gamma: float
+    regularization_floor: float
+    regularization_reference: str
+    lambda_list: list[float]
+    incremental_eps_y: float
+    incremental_eps_w: float
+    incremental_initial_skip_ew_threshold: float | None
+    heldout_share: float
+    enable_schur: bool
+    enable_clip_optimize: bool
+    enable_clip_optimize_ep: bool
+    enable_gptq: bool
+    gptq: GptqStart
+    max_sweeps: int
+    annealing_sweeps: int
+    annealing_temperature: float
+    ils_enabled: bool
+    ils_num_iterations: int
+    ils_num_clones: int
+    ils_num_channels: int | None
+    batch_size: int | None
+    on_failure: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for complaint in self._complaints():
+            raise ConfigError(f"quantizer.{complaint}")
+
+    def _complaints(self) -> Iterator[str]:
+        yield from self._choices()
+        yield from self._ranges()
+        yield from self._combinations()
+
+    def _choices(self) -> Iterator[str]:
+        for name, allowed in {
+            "lambda_mode": ("fixed_lambda", "incremental_lambda", "heldout"),
+            "regularization_mode": ("identity", "diagonal"),
+            "regularization_reference": ("absolute", "mean_diagonal"),
+            "on_failure": ("error", "rtn"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                yield f"{name}={getattr(self, name)}: must be {' or '.join(allowed)}"
+
+    def _ranges(self) -> Iterator[str]:
+        for name in (
+            "regularization_lambda", "regularization_gamma", "regularization_floor", "incremental_eps_y",
+            "incremental_eps_w", "max_sweeps",
+            "annealing_sweeps", "annealing_temperature", "incremental_initial_skip_ew_threshold",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                yield f"{name}={value}: must be at least 0 and finite"
+        for name in ("ils_num_iterations", "ils_num_clones", "ils_num_channels", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"{name}={value}: must be at least 1"
+        if not 0 < self.heldout_share < 1:
+            yield f"heldout_share={self.heldout_share}: must be between 0 and 1"
+        if not (math.isfinite(self.gptq.damping) and self.gptq.damping >= 0):
+            yield f"gptq.damping={self.gptq.damping}: must be at least 0 and finite"
+        if self.gptq.block_size < 1:
+            yield f"gptq.block_size={self.gptq.block_size}: must be at least 1"
+        bad = [value for value in self.lambda_list if not (math.isfinite(value) and value >= 0)]
+        if bad:
+            yield f"lambda_list={self.lambda_list}: every value must be at least 0 and finite, and {bad[0]} is not"
+
+    def _combinations(self) -> Iterator[str]:
+        if self.lambda_mode != "fixed_lambda" and not self.lambda_list:
+            yield f"lambda_list=[]: lambda_mode={self.lambda_mode} needs at least one value"
+        if self.lambda_mode != "fixed_lambda" and self.lambda_list != sorted(set(self.lambda_list)):
+            yield f"lambda_list={self.lambda_list}: must rise from value to value"
+        if self.lambda_mode == "incremental_lambda" and self.regularization_mode == "diagonal":
+            yield "regularization_mode=diagonal: lambda_mode=incremental_lambda works with identity only"
+        if not any((self.enable_schur, self.enable_clip_optimize, self.enable_clip_optimize_ep, self.enable_gptq)):
+            yield (
+                "enable_schur=false: one start is needed, of enable_schur, enable_clip_optimize, "
+                "enable_clip_optimize_ep and enable_gptq"
+            )
+        if self.ils_enabled and self.max_sweeps == 0:
+            yield "max_sweeps=0: ils_enabled=true needs at least 1, for it searches from where a search ended"
+        if (self.ils_enabled or self.annealing_sweeps) and self.annealing_temperature == 0:
+            yield "annealing_temperature=0: must be above 0 where ils_enabled or annealing_sweeps ask for random steps"
+
+    # what layers with the same input share
+
+    @property
+    def heldout(self) -> float:
+        return self.heldout_share if self.lambda_mode == "heldout" else 0.0
+
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
+        try:
+            return self._prepare(hessian, heldout)
+        except NumericsError as error:
+            if self.on_failure == "error":
+                raise
+            return Failed(str(error))
+
+    def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> Input:
+        everything = hessian
+        if self.lambda_mode == "heldout":
+            if heldout is None:
+                raise ValueError("JointQ.prepare needs held-out tokens where lambda_mode is heldout")
+            hessian = heldout.complement(everything)
+        check_group_size(self.group_size, {"this layer": len(hessian)})
+        columns = group_columns(self.group_size, len(hessian))
+        order = activation_order(hessian) if self.act_order else natural_order(hessian, columns)
+        first = self.regularization_lambda if self.lambda_mode == "fixed_lambda" else self.lambda_list[0]
+        extra = self._penalty(hessian, first)
+        metric = measure(hessian, order, columns, extra)
+        gptq = None
+        if self.enable_gptq:
+            ordered = hessian.index_select(0, order).index_select(1, order)
+            ordered.diagonal().add_(extra[order])  # the reference's GPTQ sees H alone, and its start is worse for it
+            gptq = self._gptq().prepare(ordered)
+        return Input(everything, heldout, hessian, columns, metric, gptq)
+
+    def _penalty(self, hessian: Tensor, strength: float) -> Tensor:
+        return penalty(
+            hessian,
+            strength,
+            self.regularization_mode,
+            self.regularization_gamma,
+            self.regularization_floor,
+            self.regularization_reference,
+        )
+
+    @property
+    def by_rows(self) -> bool:
+        # Else lambda is chosen for the whole layer, its worst rows are looked for, or random steps depend on the tile.
+        return self.lambda_mode == "fixed_lambda" and not self.ils_enabled and not self.annealing_sweeps
+
+    def join(self, parts: Sequence[Solution]) -> Solution:
+        whole = super().join(parts)
+        if whole.verdict == "fallback":
+            return whole
+        signals = [part.signal for part in parts]
+        rows = [float(len(part.quantized.codes)) for part in parts]
+
+        def mean(name: str, weights: list[float]) -> float:
+            total = math.fsum(weights)
+            parted = zip(parts, weights, strict=True)
+            return math.fsum(float(part.notes[name]) * weight for part, weight in parted) / total if total else 0.0
+
+        joined = {
+            "start_error": mean("start_error", signals),
+            "final_error": mean("final_error", signals),
+            "sweeps": max(int(part.notes["sweeps"]) for part in parts),
+            "flips_per_weight": mean("flips_per_weight", rows),
+        }
+        return replace(whole, notes={**whole.notes, **joined}, signal=math.fsum(signals))
+
+    def ridge(self, hessian: Tensor) -> Tensor | None:
+        return self._penalty(hessian, self.regularization_lambda) if self.lambda_mode == "fixed_lambda" else None
+
+    def _gptq(self) -> GPTQ:
+        return GPTQ(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            mse=self.gptq.mse,
+            act_order=False,  # the columns come in JointQ's order, and so do the groups
+            static_groups=False,
+            damping=self.gptq.damping,
+            block_size=self.gptq.block_size,
+            on_failure="error",
+        )
+
+    # one layer
+
+    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
+        self._columns(weight)
+        if isinstance(prepared, Failed):
+            return self._fall_back(weight, scale_dtype, prepared.reason)
+        if not isinstance(prepared, Input):
+            raise TypeError(f"JointQ.quantize needs what JointQ.prepare returned, not {type(prepared).__name__}")
+        try:
+            return self._solve(weight, prepared, scale_dtype)
+        except NumericsError as error:
+            if self.on_failure == "error":
+                raise
+            return self._fall_back(weight, scale_dtype, str(error))
+
+    def _solve(self, weight: Tensor, given: Input, scale_dtype: torch.dtype) -> Solution:
+        layer = Layer.of(weight, self.grid, scale_dtype, self.batch_size)
+        strength, metric, solved = {
+            "fixed_lambda": self._fixed,
+            "incremental_lambda": self._incremental,
+            "heldout": self._heldout,
+        }[self.lambda_mode](layer, given)
+        if self.ils_enabled:
+            solved = self._iterate(layer, metric, solved)
+        signal = layer.signal(metric)
+        return Solution(
+            quantized=layer.quantized(metric, solved.state, permuted=self.act_order),
+            damping=metric.damping if metric.rungs else None,
+            verdict="damped" if metric.rungs else "ok",
+            notes={
+                "lambda": strength,
+                "start_error": _share(solved.start_cost, signal),
+                "final_error": _share(solved.cost, signal),
+                "sweeps": int(solved.sweeps.max()),
+                "flips_per_weight": float(solved.steps.sum()) / weight.numel(),
+                "dead_columns": int((given.everything.diagonal() == 0).sum()),
+                "min_condition": metric.condition,
+            },
+            signal=math.ldexp(signal, 2 * layer.exponent),  # parts of a layer may be divided by other powers of two
+        )
+
+    def _fixed(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:
+        return self.regularization_lambda, given.metric, self._from_starts(layer, given.metric, given.gptq)
+
+    def _incremental(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:
+        """The reference's rule: larger and larger lambda, while the weight error falls and the output error hardly
+        rises."""
+        skip = self.incremental_initial_skip_ew_threshold
+        accepted: tuple[float, Metric, Solved] | None = None
+        e_y = e_w = math.inf
+        for strength in self.lambda_list:
+            metric, solved = self._next(layer, given, strength, accepted[2] if accepted else None)
+            new_y = layer.output_error(metric, solved.state, given.hessian)
+            new_w = layer.weight_error(metric, solved.state)
+            if accepted is None and strength == 0 and skip is not None and new_w > skip:
+                continue
+            if accepted is not None and not self._accepts(e_y, e_w, new_y, new_w):
+                break
+            accepted, e_y, e_w = (strength, metric, solved), new_y, new_w
+        if accepted is None:
+            raise NumericsError(
+                f"quantizer.lambda_list={self.lambda_list}: its only value is 0, whose weight error exceeds "
+                f"incremental_initial_skip_ew_threshold={skip}"
+            )
+        return accepted
+
+    def _accepts(self, e_y: float, e_w: float, new_y: float, new_w: float) -> bool:
+        if new_w > e_w:
+            return False
+        both_fell = new_y < e_y and new_w < e_w
+        traded = new_y <= e_y * (1 + self.incremental_eps_y) and new_w <= e_w * (1 - self.incremental_eps_w)
+        return both_fell or traded
+
+    def _heldout(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:
+        """The lambda whose solution on a share of the tokens errs least on the rest; then that one on all tokens.
+
+        Each is solved from the starts, as the last one is: going on from a smaller lambda's solution favours large
+        ones, which have been searched for longer.
+        """
+        assert given.heldout is not None  # _prepare sees to it
+        best, least = self.lambda_list[0], math.inf
+        for strength in self.lambda_list:
+            metric, solved = self._next(layer, given, strength, None)
+            error = layer.output_error(metric, solved.state, given.heldout.hessian)
+            if error < least:
+                best, least = strength, error
+        metric = measure(given.everything, given.metric.order, given.columns, self._penalty(given.everything, best))
+        return best, metric, self._from_starts(layer, metric, given.gptq)
+
+    def _next(self, layer: Layer, given: Input, strength: float, known: Solved | None) -> tuple[Metric, Solved]:
+        """The solution for one of several lambda: from what is known for a smaller one, else from the starts."""
+        first = strength == self.lambda_list[0]
+        extra = self._penalty(given.hessian, strength)
+        metric = given.metric if first else measure(given.hessian, given.metric.order, given.columns, extra)
+        if known is not None:
+            return metric, layer.solve(metric, self._go_on, known.state)
+        return metric, self._from_starts(layer, metric, given.gptq)
+
+    def _go_on(self, search: Search, target: Tensor, state: State | None) -> Solved:
+        assert state is not None
+        return search.descend(target, state, self.max_sweeps)
+
+    def _from_starts(self, layer: Layer, metric: Metric, gptq: Prepared | None) -> Solved:
+        """Every row from its best start, judged by where the search ended."""
+        state = None if gptq is None else layer.gptq_start(self._gptq(), gptq, metric)
+
+        def solve(search: Search, target: Tensor, gptq_start: State | None) -> Solved:
+            best: Solved | None = None
+            for start in self._starts(search, target, gptq_start):
+                found = search.descend(target, start, self.max_sweeps)
+                best = found if best is None else best.or_better(found)
+            assert best is not None  # __post_init__ sees to it
+            return self._anneal(search, target, best)
+
+        return layer.solve(metric, solve, state)
+
+    def _starts(self, search: Search, target: Tensor, gptq_start: State | None) -> Iterator[State]:
+        if self.enable_schur:
+            yield search.schur_start(target)
+        if self.enable_clip_optimize:
+            yield search.clip_start(target, propagate=False)
+        if self.enable_clip_optimize_ep:
+            yield search.clip_start(target, propagate=True)
+        if gptq_start is not None:
+            yield gptq_start
+
+    def _anneal(self, search: Search, target: Tensor, found: Solved) -> Solved:
+        if not self.annealing_sweeps:
+            return found
+        warm = search.anneal(target, found.state, self.annealing_sweeps, self.annealing_temperature, seed=0)
+        cooled = search.descend(target, warm, max(1, self.max_sweeps))
+        return found.or_better(replace(cooled, start_cost=found.start_cost))
+
+    def _iterate(self, layer: Layer, metric: Metric, solved: Solved) -> Solved:
+        """Iterated local search on the worst rows: kicks of random steps, a descent from each, the best is kept."""
+        count = min(self.ils_num_channels or len(solved.cost), len(solved.cost))
+        worst = torch.argsort(solved.cost, descending=True, stable=True)[:count].sort().values
+
+        def solve(search: Search, target: Tensor, state: State | None) -> Solved:
+            assert state is not None
+            best = search.descend(target, state, self.max_sweeps)
+            for kick in range(self.ils_num_iterations * self.ils_num_clones):
+                if kick % self.ils_num_clones == 0:
+                    origin = best.state
+                shaken = search.anneal(target, origin, 1, self.annealing_temperature, seed=1 + kick)
+                best = best.or_better(search.descend(target, shaken, self.max_sweeps))
+            return best
+
+        better = layer.rows(worst).solve(metric, solve, solved.state.take(worst))
+        whole = replace(
+            better,
+            start_cost=solved.start_cost[worst],
+            sweeps=solved.sweeps[worst] + better.sweeps,
+            steps=solved.steps[worst] + better.steps,
+        )
+        return solved.with_rows(worst, whole)
+
+    def _fall_back(self, weight: Tensor, scale_dtype: torch.dtype, reason: str) -> Solution:
+        rtn = RTN(self.bits, self.group_size, self.symmetric, mse=True)
+        solution = rtn.quantize(weight, Prepared(), scale_dtype)
+        return Solution(solution.quantized, damping=None, verdict="fallback", notes={"failure": reason})
+
+    def _describe_options(self) -> list[str]:
+        """What the result depends on, where it is not what ships."""
+        fixed = self.lambda_mode == "fixed_lambda"
+        gamma = "" if self.regularization_gamma == 1 else f"^{self.regularization_gamma:g}"
+        shape = "identity" if self.regularization_mode == "identity" else f"diagonal{gamma}"
+        starts = ("enable_clip_optimize", "enable_clip_optimize_ep", "enable_gptq")
+        told = {
+            "act_order": self.act_order,
+            f"lambda={self.regularization_lambda:g}" if fixed else self.lambda_mode: True,
+            shape: shape != "diagonal",
+            "absolute": self.regularization_reference == "absolute",
+            "no-schur": not self.enable_schur,
+            **{name.removeprefix("enable_"): getattr(self, name) for name in starts},
+            f"sweeps={self.max_sweeps}": self.max_sweeps != 3,
+            f"annealing={self.annealing_sweeps}": self.annealing_sweeps > 0,
+            "ils": self.ils_enabled,
+        }
+        return [text for text, said in told.items() if said]
+
+
+def _share(cost: Tensor, signal: float) -> float:
+    return float(cost.sum()) / signal if signal else 0.0

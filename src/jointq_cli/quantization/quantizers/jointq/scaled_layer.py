@@ -1,0 +1,126 @@
+"""One layer on its way through JointQ: weights in, tiles solved, codes out.
+
+Knows the order of columns, the padding of tiles and the power of two that all weights are divided by, so that the
+search sees numbers of ordinary size and a layer scaled by 2^k is solved with the same bits.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from jointq_cli.formats.uniform import Grid, QuantizedWeight
+from jointq_cli.kernels import Rounding
+from jointq_cli.quantization.quantizers.base import Prepared
+from jointq_cli.quantization.quantizers.gptq import GPTQ
+from jointq_cli.quantization.quantizers.jointq.metric import Metric
+from jointq_cli.quantization.quantizers.jointq.row_tiles import over_tiles
+from jointq_cli.quantization.quantizers.jointq.search import (
+    PADDING,
+    Search,
+    Solved,
+    State,
+)
+from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
+from jointq_cli.quantization.quantizers.statistics import output_error, weight_error
+
+Solve = Callable[[Search, Tensor, State | None], Solved]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`weight` (out, in) float32 as it was given; `exponent` of the power of two that it is divided by."""
+
+    weight: Tensor
+    exponent: int
+    grid: Grid
+    scale_dtype: torch.dtype
+    batch_size: int | None
+
+    @classmethod
+    def of(cls, weight: Tensor, grid: Grid, scale_dtype: torch.dtype, batch_size: int | None) -> "Layer":
+        return cls(weight, math.frexp(float(weight.abs().max()))[1], grid, scale_dtype, batch_size)
+
+    def rows(self, rows: Tensor) -> "Layer":
+        """The layer of these rows alone."""
+        return replace(self, weight=self.weight[rows])
+
+    def solve(self, metric: Metric, solve: Solve, state: State | None) -> Solved:
+        """`solve` on every tile: it gets a search, targets (rows, in) and the tile's part of `state`."""
+        search = Search(metric, self.grid, self._rounding())
+
+        def one(tile: slice) -> Solved:
+            target = self._target(self.weight[tile], metric)
+            part = None if state is None else _padded(state, tile, target)
+            return solve(search, target, part).head(tile.stop - tile.start)
+
+        return Solved.joined(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
+
+    def signal(self, metric: Metric) -> float:
+        """tr(W H_l W') in the units of a search's costs."""
+
+        def one(tile: slice) -> float:
+            target = self._target(self.weight[tile], metric)
+            return float(torch.sum((target @ metric.full).mul_(target), dtype=torch.float64))
+
+        return math.fsum(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
+
+    def gptq_start(self, gptq: GPTQ, prepared: Prepared, metric: Metric) -> State:
+        """GPTQ's solution, in JointQ's order of columns and groups."""
+        ordered = self.weight.index_select(1, metric.order)
+        found = gptq.quantize(ordered, prepared, self.scale_dtype).quantized
+        levels = found.codes.to(metric.full.dtype)
+        levels.view(len(levels), -1, metric.columns).sub_(found.zero_point.to(levels.dtype)[:, :, None])
+        return State(levels, torch.ldexp(found.scale.to(levels.dtype), torch.tensor(-self.exponent)))
+
+    def values(self, metric: Metric, state: State) -> Tensor:
+        """The weights that `state` stands for, (out, in) float32 in the original order."""
+        values = torch.ldexp(state.values(metric).float(), torch.tensor(self.exponent))
+        return torch.empty_like(values).index_copy_(1, metric.order, values)
+
+    def output_error(self, metric: Metric, state: State, hessian: Tensor) -> float:
+        return output_error(self.weight, self.values(metric, state), hessian)
+
+    def weight_error(self, metric: Metric, state: State) -> float:
+        return weight_error(self.weight, self.values(metric, state))
+
+    def quantized(self, metric: Metric, state: State, permuted: bool) -> QuantizedWeight:
+        """The result. Raises NumericsError where a scale does not fit in the checkpoint's dtype."""
+        groups = state.levels.view(len(state.levels), -1, metric.columns)
+        lowest = groups.amin(dim=2).clamp_max_(0.0) if not self.grid.symmetric else torch.zeros_like(state.scale)
+        codes = (groups - lowest[:, :, None]).flatten(1).to(self.grid.code_dtype)
+        scale = round_scale(torch.ldexp(state.scale.float(), torch.tensor(self.exponent)), self.scale_dtype)
+        zero_point = lowest.neg_().to(torch.uint8)
+        if not permuted:  # groups were solved in another order than they are stored in
+            stored = metric.order.view(-1, metric.columns)[:, 0] // metric.columns
+            scale = torch.empty_like(scale).index_copy_(1, stored, scale)
+            zero_point = torch.empty_like(zero_point).index_copy_(1, stored, zero_point)
+        return QuantizedWeight(
+            codes=torch.empty_like(codes).index_copy_(1, metric.order, codes),
+            scale=scale.to(self.scale_dtype),
+            zero_point=zero_point,
+            permutation=metric.order.to(torch.int32) if permuted and metric.groups > 1 else None,
+            bits=self.grid.bits,
+            symmetric=self.grid.symmetric,
+        )
+
+    def _rounding(self) -> Rounding:
+        return scale_rounding(self.scale_dtype, self.exponent)
+
+    def _target(self, weight: Tensor, metric: Metric) -> Tensor:
+        ordered = torch.ldexp(weight.index_select(1, metric.order), torch.tensor(-self.exponent))
+        return _with_rows(ordered.to(metric.full.dtype), len(weight) + -len(weight) % PADDING, 0.0)
+
+
+def _padded(state: State, tile: slice, target: Tensor) -> State:
+    """The tile's part, with as many rows as `target` and of its dtype, which may differ from lambda to lambda."""
+    levels, scale = state.levels[tile].to(target.dtype), state.scale[tile].to(target.dtype)
+    return State(_with_rows(levels, len(target), 0.0), _with_rows(scale, len(target), 1.0))
+
+
+def _with_rows(tensor: Tensor, rows: int, value: float) -> Tensor:
+    if len(tensor) == rows:
+        return tensor
+    return torch.cat([tensor, tensor.new_full((rows - len(tensor), tensor.shape[1]), value)])

@@ -1,0 +1,94 @@
+"""What a layer's inputs look like: the moments that decide its output error, streamed. States the conventions once.
+
+For inputs X (tokens, in) of a linear layer the Hessian is H = X^T X / tokens (in, in): the mean squared change of a
+row's output under a weight change e is e H e^T. Where the layer is given X while the original model gave it X_o, the
+cross term is C = (X_o - X)^T X / tokens (in, in). Where the layer's output is added to a residual stream that has lost
+R = S_o - S (tokens, out) by then, the drift is D = R^T X / tokens (out, in). Tokens may have weights: then each counts
+as often as it weighs, in sums and in `tokens`. Layers that share an input share its moments.
+"""
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+# Products in float32, sums over batches in float64: a bf16 product would round H to 8 bits and lose its small
+# eigenvalues, which is where quantisation errors are pushed to.
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The moments of a part of the calibration tokens, and its share of all of them (of their weight)."""
+
+    hessian: Tensor
+    share: float
+    cross: Tensor | None = None
+    drift: Tensor | None = None
+
+    def complement(self, everything: Tensor) -> Tensor:
+        """The Hessian of the other tokens, given that of all; new memory."""
+        rest = (everything - self.share * self.hessian).div_(1.0 - self.share)
+        # Columns that no other token reaches hold what rounding left, of either sign.
+        unreached = rest.diagonal() <= 1e-12 * everything.diagonal()
+        rest[unreached] = 0.0
+        rest[:, unreached] = 0.0
+        return rest
+
+    def without(self, everything: Tensor, held: Tensor) -> Tensor:
+        """The cross term or drift of the other tokens, given that of all and that of these; new memory."""
+        return (everything - self.share * held).div_(1.0 - self.share)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was collected of one input: (in, in) float64 each."""
+
+    hessian: Tensor
+    cross: Tensor | None = None
+    drift: Tensor | None = None  # (out, in)
+    heldout: HeldOut | None = None
+
+
+@dataclass(frozen=True)
+class Energies:
+    """What the relative errors of some rows of a layer are made of, to be added up over all its rows."""
+
+    output_error: float  # tr(E H E^T), E = W - W_quantised
+    output: float  # tr(W H W^T)
+    weight_error: float  # |E|^2
+    weight: float  # |W|^2
+
+    @classmethod
+    def of(cls, weight: Tensor, quantized: Tensor, hessian: Tensor) -> "Energies":
+        """weight, quantized (rows, in) float32."""
+        error = weight - quantized
+        squares = (rows.double().square().sum().item() for rows in (weight.double() - quantized.double(), weight))
+        return cls(_energy(error, hessian), _energy(weight, hessian), *squares)
+
+    def __add__(self, other: "Energies") -> "Energies":
+        return Energies(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def relative(self) -> tuple[float, float]:
+        """The relative errors of output and weight, 0 where there is nothing to be relative to."""
+        return _ratio(self.output_error, self.output), _ratio(self.weight_error, self.weight)
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Relative output error tr(E H E^T) / tr(W H W^T), E = W - W_quantised; weights (out, in) float32."""
+    return _ratio(_energy(weight - quantized, hessian), _energy(weight, hessian))
+
+
+def weight_error(weight: Tensor, quantized: Tensor) -> float:
+    """Relative weight error |E|^2 / |W|^2 (Frobenius)."""
+    error = (weight.double() - quantized.double()).square().sum().item()
+    return _ratio(error, weight.double().square().sum().item())
+
+
+def _ratio(error: float, signal: float) -> float:
+    return 0.0 if signal == 0 else error / signal
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> float:
+    """tr(R H R^T) in float32 products: a figure for people, not one that anything is solved with."""
+    product = rows @ hessian.to(rows.dtype)
+    return torch.sum(product * rows, dtype=torch.float64).item()

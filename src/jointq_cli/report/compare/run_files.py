@@ -1,0 +1,130 @@
+"""Finished runs on disk: which directories a command line means, and what each of them holds.
+
+Knows the names in a run directory, what a sweep looks like and the form of recipe.yaml. Compares nothing.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jointq_cli.errors import JointqError
+from jointq_cli.report.compare.runs import Run
+from jointq_cli.system.record_json import load_report
+from jointq_cli.system.sweep_directory import DONE, SweepDirectory
+
+REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Run directories in the order in which they were asked for, those of a sweep by their numbers."""
+
+    finished: list[Path]
+    unfinished: list[Path]  # of a sweep: without a report
+
+
+def find_runs(places: Sequence[Path]) -> Found:
+    """places: run directories and sweeps; what is named twice counts once.
+
+    Raises JointqError for a place that is neither, for a sweep without any result, and for a single run.
+    """
+    found = [_found_at(place) for place in places]
+    finished = list({path.resolve(): path for entry in found for path in entry.finished}.values())
+    if len(finished) == 1 and finished[0] in places:
+        raise JointqError(f"{finished[0]}: one run alone; name at least two, or a sweep")
+    return Found(finished, [path for entry in found for path in entry.unfinished])
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Raises JointqError for the first report or recipe that cannot be read."""
+    names = _names(paths)
+    return [
+        Run(name, load_report(path / REPORT), load_settings(path / RECIPE))
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _found_at(place: Path) -> Found:
+    try:
+        if not place.is_dir():
+            raise JointqError(f"{place}: no such directory")
+        if (place / REPORT).is_file():
+            return Found([place], [])
+        runs = sorted((path for path in place.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    except OSError as error:
+        raise JointqError(f"{place}: cannot be read ({error.strerror})") from error
+    sweep = SweepDirectory(place)
+    if sweep.is_one:  # numbered directories beyond its plan are of another one
+        runs = [sweep.run(number) for number in range(len(sweep.plan().settings))]
+        finished = [run for number, run in enumerate(runs) if _is_done(sweep, number)]
+        return _found(place, runs, finished)
+    if not runs:
+        raise JointqError(f"{place}: neither a finished run, which has a {REPORT}, nor a sweep of runs 0, 1, ...")
+    return _found(place, runs, [path for path in runs if (path / REPORT).is_file()])
+
+
+def _found(place: Path, runs: list[Path], finished: list[Path]) -> Found:
+    if not finished:
+        raise JointqError(f"{place}: no run of this sweep has finished; a finished one has a {REPORT}")
+    return Found(finished, [path for path in runs if path not in finished])
+
+
+def _is_done(sweep: SweepDirectory, number: int) -> bool:
+    return sweep.record(number).state == DONE and (sweep.run(number) / REPORT).is_file()
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many of the last as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 1
+    while len({path[-depth:] for path in parts}) < len(parts):
+        depth += 1
+    return [str(Path(*path[-depth:])) for path in parts]
+
+
+def load_settings(path: Path) -> dict[str, str]:
+    """Every value of a recipe.yaml as text by dotted key, and the option by group. Raises JointqError."""
+    try:
+        return parse_settings(path.read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise JointqError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise JointqError(f"{path}: not valid yaml ({error})") from error
+
+
+def parse_settings(text: str, path: Path) -> dict[str, str]:
+    """As `load_settings`, of what stands in `path`."""
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JointqError(f"{path}: not valid yaml ({error})") from error
+    if not isinstance(recipe, dict):
+        raise JointqError(f"{path}: not a recipe, which has keys with values")
+    return dict(_settings(recipe))
+
+
+def _settings(recipe: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The option of each group under its name, then every key of it."""
+    options = {
+        word.rpartition("/")[2]: str(option)
+        for entry in recipe.get("defaults") or []
+        if isinstance(entry, dict)
+        for word, option in entry.items()
+    }
+    for key, value in recipe.items():
+        if key in options:
+            yield key, options[key]
+        if key != "defaults" and not (key in options and value == {}):
+            yield from _leaves(key, value)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item)
+    else:
+        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,13 @@
+"""Whether two runs are the same run: what was asked, made and measured, and what surrounded it, compared.
+
+`comparison` has the verdict, and one module each has the steps. Runs no model and writes no file.
+"""
+
+from jointq_cli.report.reproduction.comparison import compare
+from jointq_cli.report.reproduction.inputs import (
+    GIVEN,
+    NAMES,
+    deciding_differences,
+)
+
+__all__ = ["GIVEN", "NAMES", "compare", "deciding_differences"]

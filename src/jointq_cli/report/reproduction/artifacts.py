@@ -1,0 +1,126 @@
+"""What two runs have made, by the byte: rotation, codes and checkpoint; and by how much, where the files are there."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from jointq_cli.errors import ModelError
+from jointq_cli.formats.layer_file import load_layer
+from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.records import (
+    MADE,
+    RunReport,
+    Step,
+)
+from jointq_cli.report import number_format as units
+from jointq_cli.report.reproduction.finished_run import (
+    CODES,
+    Evidence,
+    code_files,
+    codes_file,
+)
+from jointq_cli.report.reproduction.order import position
+
+ROTATION = "rotation/rotation.safetensors"
+CHECKPOINT = "checkpoint/"
+
+
+def rotation(original: Evidence, replay: Evidence) -> Step:
+    ours, theirs = (None if run.report.rotation is None else run.report.rotation.hash for run in (original, replay))
+    if ours is None and theirs is None:
+        return Step("rotation", MADE, True, "none")
+    if ours is not None and ours == theirs:
+        return Step("rotation", MADE, True, ours[:16] + _by_manifest([ROTATION], original, replay))
+    told = f"sha256 {units.arrow(ours and ours[:16], theirs and theirs[:16])}"
+    how = _difference(ROTATION, original, replay, lambda *paths: _rotation_difference(*map(load_file, paths)))
+    return Step("rotation", MADE, False, f"{told}; {how}" if how else told)
+
+
+def codes(original: Evidence, replay: Evidence) -> Step:
+    """Layer by layer, in the order of the model; what no report names comes last."""
+    layers = dict.fromkeys(layer.name for run in (original, replay) for layer in run.report.layers)
+    files = dict.fromkeys([*map(codes_file, layers), *code_files(original), *code_files(replay)])
+    differing = _differing(files, original, replay)
+    of_all = units.plural(len(files), "layer")
+    if files and not differing:
+        return Step("codes", MADE, True, of_all + _by_manifest(files, original, replay))
+    if not files:
+        return Step("codes", MADE, False, "no hash of any layer")
+    first = differing[0]
+    name = first.removeprefix(f"{CODES}/").removesuffix(".safetensors")
+    others = f", and in {len(differing)} of {of_all}" if len(differing) > 1 else ""
+    how = _difference(first, original, replay, lambda *paths: _codes_difference(*map(load_layer, paths)))
+    told = f"first in {name}{_block(name, original.report)}{others}{_no_hash(first, original, replay)}"
+    return Step("codes", MADE, False, f"{told}: {how}" if how else told, position(name, original.report))
+
+
+def checkpoint(original: Evidence, replay: Evidence) -> Step:
+    files = sorted(name for name in original.files | replay.files if name.startswith(CHECKPOINT))
+    if not any(name.endswith(".safetensors") for name in files):
+        return Step("checkpoint", MADE, False, "no hash of any weights")
+    differing = _differing(files, original, replay)
+    of_all = units.plural(len(files), "file")
+    if not differing:
+        return Step("checkpoint", MADE, True, of_all + _by_manifest(files, original, replay))
+    first = f"{differing[0].removeprefix(CHECKPOINT)} first{_no_hash(differing[0], original, replay)}"
+    return Step("checkpoint", MADE, False, f"{len(differing)} of {of_all}, {first}")
+
+
+def _differing(files: Iterable[str], original: Evidence, replay: Evidence) -> list[str]:
+    """Those with two hashes, or without one."""
+    return [
+        name for name in files if original.files.get(name) is None or original.files.get(name) != replay.files.get(name)
+    ]
+
+
+def _no_hash(name: str, original: Evidence, replay: Evidence) -> str:
+    return "" if name in original.files and name in replay.files else " (no hash)"
+
+
+def _by_manifest(files: Iterable[str], original: Evidence, replay: Evidence) -> str:
+    """Says so where a hash is not that of a file which was read just now."""
+    gone = any(not (run.directory / name).is_file() for run in (original, replay) for name in files)
+    return " (by the manifest; files not there)" if gone else ""
+
+
+def _difference(name: str, original: Evidence, replay: Evidence, told: Callable[[Path, Path], str]) -> str:
+    """What `told` says of the file in both runs; "" if either has been deleted."""
+    ours, theirs = original.directory / name, replay.directory / name
+    if not (ours.is_file() and theirs.is_file()):
+        return ""
+    try:
+        return told(ours, theirs)
+    except (SafetensorError, OSError, ModelError, KeyError, ValueError):  # what a damaged file is told as
+        return "(file cannot be read)"
+
+
+def _rotation_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
+        return "of other parts"
+    gaps = {name: float((ours[name].double() - theirs[name].double()).abs().max()) for name in sorted(ours)}
+    return ", ".join(f"{name} by up to {gap:.1e}" for name, gap in gaps.items() if gap)
+
+
+def _block(name: str, report: RunReport) -> str:
+    found = [layer.block for layer in report.layers if layer.name == name]
+    return f" (block {found[0]} of {len(report.blocks)})" if found else ""
+
+
+def _codes_difference(ours: QuantizedWeight, theirs: QuantizedWeight) -> str:
+    if ours.codes.shape != theirs.codes.shape or ours.scale.shape != theirs.scale.shape:
+        return "of another shape"
+    told = [f"{int((ours.codes.int() != theirs.codes.int()).sum())} of {ours.codes.numel()} codes"]
+    scales, others = ours.scale.double(), theirs.scale.double()
+    gap = ((others - scales).abs() / scales).nan_to_num(posinf=math.inf).max().item()  # of two zeros: 0
+    if gap:
+        told.append(f"{int((scales != others).sum())} of {scales.numel()} scales by up to {units.percent(gap)}")
+    moved = int((ours.zero_point.int() != theirs.zero_point.int()).sum())
+    if moved:
+        told.append(f"{moved} of {ours.zero_point.numel()} zero-points")
+    if not ours.column_groups().equal(theirs.column_groups()):
+        told.append("columns in other groups")
+    return ", ".join(told)

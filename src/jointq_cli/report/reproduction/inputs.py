@@ -1,0 +1,98 @@
+"""What two runs were asked for: the settings that decide a result, the model and the tokens."""
+
+from collections.abc import Iterator, Mapping
+
+from jointq_cli.records import ASKED, Step
+from jointq_cli.report import number_format as units
+from jointq_cli.report.reproduction.finished_run import Evidence
+
+Settings = Mapping[str, str]  # values as text by dotted key, and the option by group
+
+NAMES = ("name", "description", "output_dir", "store")  # what a run is called and where it lies
+FREE_RUNTIME = ("runtime.device", "runtime.num_threads", "runtime.waiting_gb", "runtime.hessians_gb")
+DECIDING_RUNTIME = ("runtime.dtype", "runtime.batch_tokens")
+# Where something lies whose content the hashes tell.
+PLACES = (
+    "model.path",
+    "model.revision",
+    "calibration.path",
+    "calibration.tokens",
+    "calibration.revision",
+    "evaluation.path",
+    "evaluation.revision",
+)
+GIVEN = (*FREE_RUNTIME, *PLACES)  # what a replay may have otherwise
+OF_PLACES_ONLY = ("model",)  # the group, of which only places are left
+DICTIONARIES = ("activations.layer_bits",)  # whose entries are keys of a user's own
+TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}
+HASHES = ("model", *TEXTS)
+TOLD_OF_A_TEXT = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
+MOST_NAMED = 3  # settings that differ
+
+
+def decides(key: str) -> bool:
+    """Whether a setting takes part in a run's result."""
+    if key.startswith("runtime."):
+        return key in DECIDING_RUNTIME
+    return key not in (*NAMES, *PLACES, *OF_PLACES_ONLY)
+
+
+def deciding_differences(ours: Settings, theirs: Settings) -> list[str]:
+    """Such as "quantizer.bits 4 → 3", for each deciding setting that both know."""
+    return [
+        f"{key} {units.arrow(ours.get(key), theirs.get(key))}"
+        for key in dict.fromkeys([*ours, *theirs])
+        if decides(key) and ours.get(key) != theirs.get(key) and ((key in ours and key in theirs) or _is_entry(key))
+    ]
+
+
+def config(original: Evidence, replay: Evidence, proven: bool) -> Step:
+    """proven: all else is identical. Settings that came or went with the code have a value for the other run too;
+    whether it is the same one, only the results can tell."""
+    ours, theirs = original.settings, replay.settings
+    differing = deciding_differences(ours, theirs)
+    if differing:
+        return Step("config", ASKED, False, _first_of(differing))
+    one_sided = [*_only_in(ours, theirs, "the original"), *_only_in(theirs, ours, "the replay")]
+    if one_sided and not proven:
+        return Step("config", ASKED, False, f"not known to be the same: {'; '.join(one_sided)}")
+    return Step("config", ASKED, True, "; ".join(one_sided))
+
+
+def hashes(original: Evidence, replay: Evidence) -> list[Step]:
+    return [_hash(name, original, replay) for name in HASHES]
+
+
+def _is_entry(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in DICTIONARIES)
+
+
+def _only_in(ours: Settings, theirs: Settings, whose: str) -> Iterator[str]:
+    found = [f"{key}={value}" for key, value in ours.items() if decides(key) and key not in theirs]
+    if found:
+        yield f"only {whose} has {_first_of(found)}"
+
+
+def _first_of(told: list[str]) -> str:
+    more = [f"{len(told) - MOST_NAMED} more"] if len(told) > MOST_NAMED else []
+    return ", ".join([*told[:MOST_NAMED], *more])
+
+
+def _hash(name: str, original: Evidence, replay: Evidence) -> Step:
+    ours, theirs = original.manifest.hashes.get(name), replay.manifest.hashes.get(name)
+    if ours == theirs and ours is not None:
+        return Step(name, ASKED, True, ours[:16])
+    told = [f"sha256 {units.arrow(ours and ours[:16], theirs and theirs[:16])}"]
+    if name in TEXTS:
+        told += _texts(*(run.manifest.texts.get(TEXTS[name], {}) for run in (original, replay)))
+    return Step(name, ASKED, False, "; ".join(told))
+
+
+def _texts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
+    """Why two texts are not the same, as far as is known."""
+    for key in TOLD_OF_A_TEXT:
+        if ours.get(key) != theirs.get(key):
+            digits = 16 if key.endswith("sha256") else None
+            yield f"{key} {units.arrow(*(value and value[:digits] for value in (ours.get(key), theirs.get(key))))}"
+    if "pydoc" in (ours.get("dataset"), theirs.get("dataset")) and ours.get("revision") != theirs.get("revision"):
+        yield "the text pydoc is the documentation of the Python that runs"

@@ -1,0 +1,81 @@
+"""What a model's headers say about its size: blocks, their layers, and what lies outside of them. Reads no weight."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from jointq_cli.models.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class Input:
+    """Layers of one block that read the same tensor, as far as names tell: those of one module but for its last, and
+    the last, which reads what the others made."""
+
+    in_features: int
+    out_features: tuple[int, ...]
+    writes: bool  # into the residual stream
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * sum(self.out_features)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Counts of elements, not of bytes."""
+
+    blocks: int
+    hidden: int
+    vocabulary: int
+    heads: int
+    largest_block: int  # parameters
+    in_blocks: int  # parameters of all blocks
+    outside: int  # parameters as stored: a tied head counts once
+    is_tied: bool
+    inputs: tuple[Input, ...]  # of the layers that are to be quantised, all blocks
+
+    @property
+    def widest(self) -> int:
+        return max(one.in_features for one in self.inputs)
+
+    @property
+    def selected(self) -> int:
+        """Weights that are to be quantised."""
+        return sum(one.weights for one in self.inputs)
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+
+def shapes_of(model: StreamedModel, selected: Iterable[str]) -> Shapes:
+    """selected: full names of the layers to quantise, in the order of the model."""
+    config: Any = model.module.config.get_text_config()  # of a model that sees as well
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
+    head = next(name for name, module in model.linear_layers().items() if module is _head(model))
+    return Shapes(
+        blocks=len(model),
+        hidden=int(config.hidden_size),
+        vocabulary=int(_head(model).weight.shape[0]),
+        heads=int(getattr(config, "num_attention_heads", 1)),
+        largest_block=max(sizes),
+        in_blocks=sum(sizes),
+        outside=model.checkpoint.parameters - sum(sizes),
+        is_tied=not model.stores(f"{head}.weight"),
+        inputs=tuple(_inputs(model, list(selected))),
+    )
+
+
+def _head(model: StreamedModel) -> Any:
+    return model.module.get_output_embeddings()
+
+
+def _inputs(model: StreamedModel, selected: list[str]) -> Iterable[Input]:
+    linear = model.linear_layers()
+    for _, names in groupby(selected, key=lambda name: name.rpartition(".")[0]):
+        *readers, last = names
+        if readers:
+            yield Input(linear[readers[0]].in_features, tuple(linear[name].out_features for name in readers), False)
+        yield Input(linear[last].in_features, (linear[last].out_features,), True)

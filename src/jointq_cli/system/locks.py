@@ -1,0 +1,98 @@
+"""Locks on files: shared by those who read, exclusive to who makes or removes.
+
+The kernel takes a lock from a process that ends, however it ends, so none is ever left behind. POSIX only. Knows
+nothing of what is locked, and never waits.
+"""
+
+import enum
+import errno
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from jointq_cli.system.files import nearest
+
+
+class Kind(enum.Enum):
+    """SHARED: any number at once. EXCLUSIVE: one, and nobody else."""
+
+    SHARED = fcntl.LOCK_SH
+    EXCLUSIVE = fcntl.LOCK_EX
+
+
+class Lock:
+    """A lock that is held until it is released."""
+
+    def __init__(self, path: Path, descriptor: int | None) -> None:
+        self._path = path
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def discard_file(self) -> None:
+        """Deletes the lock's file, for an exclusive holder. Whoever has it open already notices: see `try_lock`."""
+        self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def try_lock(path: Path, kind: Kind) -> Lock | None:
+    """The lock on `path`, which is created where needed; None while somebody holds one that forbids it.
+
+    On a disk that may only be read nobody makes or removes anything, and what is shared needs no lock's file.
+    """
+    if kind is Kind.SHARED and not path.exists() and not os.access(nearest(path), os.W_OK):
+        return Lock(path, None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # To read is enough for a shared lock, also on what belongs to somebody else; NFS wants the other one writable.
+    mode = os.O_RDONLY if kind is Kind.SHARED else os.O_RDWR
+    while True:
+        descriptor = os.open(path, mode | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, kind.value | fcntl.LOCK_NB)
+            if _is_still(path, descriptor):
+                return Lock(path, descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its file was deleted in between: a lock on it would keep nobody out
+
+
+def is_locked(path: Path) -> bool:
+    """Whether anybody holds a lock on `path` at this moment. Creates nothing."""
+    mode = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY  # as in `try_lock`
+    try:
+        descriptor = os.open(path, mode | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno != errno.EBADF:  # NFS, of a file that only its owner may write
+            raise
+        return True  # perhaps: then it is not touched
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,188 @@
+"""The directory that a run leaves behind: what was asked, by what it was done, and where each result lies.
+
+Knows names and atomic writes. Knows nothing of what the reports say or how a model is stored.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.system import machine
+from jointq_cli.system.files import translated_disk_errors, write_whole
+
+MADE = (
+    "rotation/*.safetensors",
+    "codes/*.safetensors",
+    "checkpoint/*",
+)  # the rest has times in it, or says how it went
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What somebody needs in order to repeat a run elsewhere, and to see why the result may differ there."""
+
+    command: list[str]  # as typed
+    created: str  # local time with its offset
+    versions: dict[str, str]
+    commit: str | None  # of this project, None when it was installed
+    platform: str
+    device: str
+    cpu_count: int  # cores the process may use
+    threads: int  # that each process of the computation uses
+    seeds: dict[str, int]  # by the key of the recipe
+    hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation windows
+    texts: dict[str, dict[str, str]]  # where calibration and evaluation text came from: revision, sha256, tokenizer
+    # What older manifests lack has a default, so that they can still be read.
+    files: dict[str, str] = field(default_factory=dict)  # sha256 by path in the run directory, of `made_files`
+    cpu: str | None = None  # the processor's name and its instruction sets
+    gpu: str | None = None  # the name of the one that computed
+    processes: int = 1
+    recipe_sha256: str | None = None  # of recipe.yaml: another run into the same directory writes its own first
+    model: dict[str, str] = field(default_factory=dict)  # where it came from, as `sources.provenance` tells
+
+
+def take_manifest(
+    command: Sequence[str],
+    device: str,
+    threads: int,
+    processes: int,
+    seeds: dict[str, int],
+    hashes: dict[str, str],
+    texts: dict[str, dict[str, str]],
+    files: dict[str, str],
+    gpu: str | None = None,
+    recipe_sha256: str | None = None,
+    model: dict[str, str] | None = None,
+) -> Manifest:
+    """The manifest of a run that this process does now."""
+    return Manifest(
+        command=list(command),
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        versions=machine.versions(),
+        commit=machine.project_commit(),
+        platform=platform.platform(),
+        device=device,
+        cpu_count=machine.cpu_count(),
+        threads=threads,
+        processes=processes,
+        seeds=seeds,
+        hashes=hashes,
+        texts=texts,
+        files=files,
+        cpu=machine.cpu(),
+        gpu=gpu,
+        recipe_sha256=recipe_sha256,
+        model=model or {},
+    )
+
+
+def made_files(directory: Path) -> list[Path]:
+    """What a run has made and the same run makes again to the byte: rotation, codes and checkpoint."""
+    return [file for pattern in MADE for file in sorted(directory.glob(pattern))]
+
+
+class RunDirectory:
+    """The results of one run, each under its fixed name.
+
+    Creates the directory, and tries at once whether it can write there: hours later is too late to find out.
+    Every write is atomic. Raises ResourceError, which names the path, where the disk is full, read-only or
+    forbidden.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with translated_disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.touch()
+            probe.unlink()
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        return self.path / "overrides.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def layers(self) -> Path:
+        return self.path / "layers.csv"
+
+    @property
+    def report_json(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def report_markdown(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def rotation(self) -> Path:
+        """The change of basis, as JSON and safetensors; only there where there was one."""
+        return self.path / "rotation"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The quantised model as an ordinary Hugging Face directory; made by whoever writes it."""
+        return self.path / "checkpoint"
+
+    @property
+    def codes(self) -> Path:
+        """The codes, scales and zero-points as safetensors; made by whoever writes them."""
+        return self.path / "codes"
+
+    def claim(self, model: str) -> None:
+        """For a run that writes a checkpoint of `model`, a path or a name. Raises ConfigError where that would take
+        the place of something that no run has made, or of the model itself."""
+        strangers = [place.name for place in (self.checkpoint, self.codes, self.rotation) if os.path.lexists(place)]
+        if strangers and not self.recipe.is_file():
+            raise ConfigError(
+                f"hydra.run.dir={self.path}: has a {strangers[0]}/ that no run of jointq made and that this one would "
+                "write into; name another directory"
+            )
+        source = Path(model).expanduser()
+        if source.exists() and source.resolve().is_relative_to(self.path.resolve()):
+            raise ConfigError(
+                f"model.path={model}: lies in the run directory {self.path}, whose checkpoint/ this run replaces; name "
+                "another hydra.run.dir"
+            )
+
+    @property
+    def recipe_hash(self) -> str | None:
+        """sha256 of recipe.yaml, None where there is none."""
+        return hashlib.sha256(self.recipe.read_bytes()).hexdigest() if self.recipe.is_file() else None
+
+    def write_recipe(self, text: str) -> None:
+        """text: the resolved recipe as yaml."""
+        self.write(self.recipe, text)
+
+    def write_overrides(self, overrides: Sequence[str]) -> None:
+        """overrides: as typed, such as "quantizer.bits=3"."""
+        # A JSON string is a quoted yaml scalar.
+        lines = [f"- {json.dumps(override, ensure_ascii=False)}\n" for override in overrides]
+        self.write(self.overrides, "".join(lines) or "[]\n")
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        self.write(self.manifest, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+
+    def write(self, path: Path, text: str) -> None:
+        write_whole(path, text)

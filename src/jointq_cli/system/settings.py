@@ -1,0 +1,88 @@
+"""Where and in what precision a run computes. Knows nothing of models."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from jointq_cli.errors import ConfigError, ResourceError
+from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.machine import cpu_count
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine's share of a recipe.
+
+    `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods state theirs where they
+    accumulate. `batch_tokens` bounds the tokens of one forward pass and so the activations in memory, `waiting_gb`
+    those that lie in stopped passes (see `passes`), `hessians_gb` what `hessians` may take on the disk.
+    """
+
+    device: str
+    dtype: str
+    num_threads: int | None
+    batch_tokens: int
+    waiting_gb: float
+    hessians_gb: float
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ConfigError(f"runtime.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"runtime.num_threads={self.num_threads}: must be at least 1, or null for all cores")
+        if self.batch_tokens < 1:
+            raise ConfigError(f"runtime.batch_tokens={self.batch_tokens}: must be at least 1")
+        for name in ("waiting_gb", "hessians_gb"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be at least 0")
+
+    def torch_device(self, team: Team = ALONE) -> torch.device:
+        """Of a team each process has a CUDA device of its own, or all compute on the CPU. Raises ResourceError where
+        that cannot be, or CUDA is asked for and absent."""
+        device = self._device(team)
+        if team.size > 1:
+            _check_apart(device, team)
+        return device
+
+    def _device(self, team: Team) -> torch.device:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if self.device == "cpu" or (self.device == "auto" and not count):
+            return torch.device("cpu")
+        device = torch.device("cuda" if self.device == "auto" else self.device)
+        if team.local_size > 1:
+            device = torch.device("cuda", team.local_rank if count > 1 else 0)  # srun may show each its own one alone
+        if (device.index or 0) >= count or 1 < count < team.local_size:
+            wanted = f" for {team.local_size} processes" if team.local_size > 1 else ""
+            raise ResourceError(
+                f"runtime.device={self.device}: this machine offers {count} CUDA devices to PyTorch "
+                f"{torch.__version__}{wanted}; use runtime.device=cpu{'' if wanted else ' or auto'}"
+            )
+        if team.local_size > 1:
+            torch.cuda.set_device(device)
+        return device
+
+    def threads(self, team: Team = ALONE) -> int | None:
+        """CPU threads of each process; None: as PyTorch has it."""
+        if self.num_threads is None and team.local_size > 1:
+            return max(1, cpu_count() // team.local_size)
+        return self.num_threads
+
+    def torch_dtype(self, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """`auto` is the checkpoint's own dtype, but float32 where half precision has no fast products."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        if checkpoint_dtype == torch.float16 and device.type == "cpu":
+            return torch.float32
+        return checkpoint_dtype if checkpoint_dtype in DTYPES.values() else torch.float32
+
+
+def _check_apart(device: torch.device, team: Team) -> None:
+    used = team.gather(str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
+    apart = len(set(used) - {None})
+    if apart not in (0, len(used)):
+        raise ResourceError(f"{len(used)} processes have {apart} CUDA devices between them; use runtime.device=cpu")

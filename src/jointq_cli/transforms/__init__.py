@@ -1,0 +1,21 @@
+"""Changes of basis that leave the model's function alone and make its tensors easier to quantise."""
+
+from jointq_cli.transforms.settings import (
+    HadamardRotation,
+    LearnedRotation,
+    NoRotation,
+    NoSmoothing,
+    Rotation,
+    Smoothing,
+    SmoothQuant,
+)
+
+__all__ = [
+    "HadamardRotation",
+    "LearnedRotation",
+    "NoRotation",
+    "NoSmoothing",
+    "Rotation",
+    "SmoothQuant",
+    "Smoothing",
+]
