@@ -50,7 +50,7 @@ class TeamError(JointqError):
     """Another process of the run has ended."""
 
 
-class Echo(JointqError):
+class AlreadyReported(JointqError):
     """An error that another process of the run has told already: nothing is printed, and the exit code is its own."""
 
     def __init__(self, error: JointqError) -> None:

@@ -34,9 +34,9 @@ from jointq_cli.recipe import (
 )
 from jointq_cli.records import (
     EvaluationReport,
-    Outlook,
     Protocol,
     RotationRecord,
+    RunEstimate,
     RunReport,
 )
 from jointq_cli.report import (
@@ -47,12 +47,12 @@ from jointq_cli.report import (
 from jointq_cli.report.tables.plan import plan_sheet
 from jointq_cli.stages import rotate as rotation_stages
 from jointq_cli.stages.base import (
-    Measured,
     Quantized,
+    QuantizedScores,
     Stages,
     selected_layers,
 )
-from jointq_cli.stages.plan.dry_run import Survey, foresee
+from jointq_cli.stages.plan.dry_run import Survey, estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import caveats
 from jointq_cli.stages.rotate import Rotated
@@ -88,10 +88,10 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = A
         for caveat in caveats(recipe, original, shapes, tokens.windows.numel(), int(windows.scored.sum())):
             console.warn(caveat)
         rotated = rotation_stages.rotate(stages, original, tokens, recipe)
-        team.lead(_keep_rotation, rotated, run)
+        team.on_rank0(_keep_rotation, rotated, run)
         quantized = stages.quantize(rotated.model, tokens, recipe)
-        team.lead(link_files, quantized.checkpoint.directory, run.checkpoint)
-        team.lead(link_files, quantized.codes, run.codes, "*.safetensors")
+        team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
+        team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
         hidden = stages.final_hidden(original, windows)
         measured = stages.score(original, hidden, quantized, windows, tokens, recipe)
 
@@ -102,7 +102,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = A
             console.closing(report, run.path)
             return report
 
-        return team.lead(finish)
+        return team.on_rank0(finish)
 
 
 def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = ALONE) -> RotationRecord:
@@ -114,8 +114,8 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         console.header(_header(recipe, stages, original, tokens, []))
         rotated = rotation_stages.rotate(stages, original, tokens, recipe)
         assert rotated.record is not None  # the recipe was refused if it changes nothing
-        team.lead(link_files, rotated.model.checkpoint.directory, run.checkpoint)
-        team.lead(_keep_rotation, rotated, run)
+        team.on_rank0(link_files, rotated.model.checkpoint.directory, run.checkpoint)
+        team.on_rank0(_keep_rotation, rotated, run)
         hashes = {"model": original.checkpoint.content_hash, "calibration tokens": tokens.hash}
         texts = {"calibration": tokens.provenance}
 
@@ -123,7 +123,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
             files = _file_hashes(stages, run)
             run.write_manifest(_manifest(recipe, run, original, str(stages.device), hashes, texts, files, team))
 
-        team.lead(finish)
+        team.on_rank0(finish)
         console.rotated(rotated.record, run.path)
         return rotated.record
 
@@ -160,12 +160,12 @@ def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = ALONE) -> 
         source = stages.source(recipe.model)
         tokenizer = load_tokenizer(source.directory, recipe.model.trust_remote_code)
         tokens = stages.calibration_tokens(recipe.calibration, tokenizer)
-        team.lead(save_tokens, Path(recipe.output), tokens)
+        team.on_rank0(save_tokens, Path(recipe.output), tokens)
         console.note(f"{tokens.describe()} -> {recipe.output}")
         return tokens
 
 
-def plan(recipe: Recipe, console: Console) -> Outlook:
+def plan(recipe: Recipe, console: Console) -> RunEstimate:
     """What `quantize` would do with this recipe, told from configs and headers; nothing is written."""
     with torch.no_grad():
         survey = Survey(recipe)
@@ -175,7 +175,7 @@ def plan(recipe: Recipe, console: Console) -> Outlook:
         windows = survey.evaluation(recipe.evaluation, tokenizer)
         console.header(_header(recipe, survey, original, tokens, _measured_how(recipe, original, windows)))
         survey.look(recipe, original, tokens, windows)
-        outlook = foresee(survey, recipe, original, tokens, windows)
+        outlook = estimate_run(survey, recipe, original, tokens, windows)
         console.side_by_side(plan_sheet(outlook))
         return outlook
 
@@ -260,7 +260,7 @@ def _report(
     windows: ScoredWindows,
     rotated: Rotated,
     quantized: Quantized,
-    measured: Measured,
+    measured: QuantizedScores,
 ) -> RunReport:
     with stages.stage("audit"):
         source = rotated.model.checkpoint

@@ -19,7 +19,7 @@ from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
-from jointq_cli.quantization.qep import Propagation
+from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.system.settings import Runtime
 from jointq_cli.transforms import Rotation, Smoothing
@@ -35,7 +35,7 @@ class Recipe:
     calibration: Calibration
     layers: LayerSelection
     quantizer: Quantizer
-    qep: Propagation
+    qep: QepSettings
     rotation: Rotation
     smoothing: Smoothing
     activations: Activations

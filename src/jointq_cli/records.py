@@ -48,7 +48,7 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
-class Checkup:
+class ValidationPoint:
     """The error on the grid after so many steps of learning a rotation."""
 
     step: int
@@ -56,7 +56,7 @@ class Checkup:
 
 
 @dataclass(frozen=True)
-class Course:
+class RotationTraining:
     """How one rotation was learned. Losses and errors are means over sites of tokens that were not learned from; an
     error is |x - q(x)|^2 / |x|^2 of the rotated activations on a grid of few bits per token."""
 
@@ -68,7 +68,7 @@ class Course:
     error_before: float
     error_after: float
     moved: float  # |R - R0| / |R0|
-    errors: list[Checkup]
+    errors: list[ValidationPoint]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class RotationRecord:
     orthogonality_error: float  # the largest |R R^T - I|
     hash: str  # sha256 of rotation.safetensors
     online: list[str]  # rotations that a checkpoint in this basis needs while it runs
-    courses: list[Course]
+    courses: list[RotationTraining]
     sites: list[Site]
     invariance: Invariance
     source_bytes: int  # of the weights
@@ -199,7 +199,7 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
-class Prospect:
+class StageEstimate:
     """One step of a road that is not taken yet. Of what is left of it: seconds, the process's peak of memory, and bytes
     that will stay on the disk."""
 
@@ -211,11 +211,11 @@ class Prospect:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RunEstimate:
     """What a run would take, and what there is, in seconds and bytes. scratch: on the disk while it runs, beside what
     stays."""
 
-    stages: list[Prospect]
+    stages: list[StageEstimate]
     seconds: float
     memory: float
     memory_there: float
@@ -270,7 +270,7 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True)
-class Step:
+class ComparedStep:
     """One comparison of a replay with the original run."""
 
     name: str
@@ -297,7 +297,7 @@ class Reproduction:
     original: str  # directories
     replay: str
     verdict: str  # IDENTICAL, WITHIN_TOLERANCE or DIFFERENT
-    steps: list[Step]
+    steps: list[ComparedStep]
     surroundings: list[str]  # in which machine, libraries and code differ, such as "torch 2.9.0 → 2.13.0"
     figures: list[ReplayedFigure]
     tolerance: float | None  # relative, None where only identical runs will do
@@ -306,7 +306,7 @@ class Reproduction:
     problems: list[str] = field(default_factory=list)  # that the replay itself has, whatever the original
 
     @property
-    def first_difference(self) -> Step | None:
+    def first_difference(self) -> ComparedStep | None:
         """Layers and blocks take turns: of steps about them, the one that begins earliest in the model."""
         differing = [step for step in self.steps if not step.same]
         if not differing or differing[0].at is None:

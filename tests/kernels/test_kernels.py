@@ -142,5 +142,7 @@ def test_a_cpu_gets_the_compiled_kernels() -> None:
 
 
 def test_neither_numba_nor_triton_is_imported_before_a_kernel_is_asked_for() -> None:
-    program = "import sys, jointq_cli.quantization.quantizers; sys.exit(not {'numba', 'triton'}.isdisjoint(sys.modules))"
+    program = (
+        "import sys, jointq_cli.quantization.quantizers; sys.exit(not {'numba', 'triton'}.isdisjoint(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -9,18 +9,18 @@ import pytest
 from jointq_cli.records import (
     Audit,
     BlockRecord,
-    Checkup,
     Comparison,
-    Course,
     Invariance,
     LayerRecord,
     Perplexity,
     Protocol,
     RotationRecord,
+    RotationTraining,
     RunReport,
     Simulation,
     Site,
     StageRecord,
+    ValidationPoint,
 )
 
 SHAPES = {
@@ -118,7 +118,7 @@ def make_report(layers: list[LayerRecord]) -> RunReport:
 
 
 def make_rotation(blocks: int) -> RotationRecord:
-    errors = [Checkup(step, 0.0122 - 2e-5 * step) for step in range(0, 151, 10)]
+    errors = [ValidationPoint(step, 0.0122 - 2e-5 * step) for step in range(0, 151, 10)]
     names = ["R1", *(f"R2 of block {block}" for block in range(blocks))]
     return RotationRecord(
         rotation="R1+R2 learned range2 lie from random_hadamard seed=0",
@@ -127,7 +127,7 @@ def make_rotation(blocks: int) -> RotationRecord:
         orthogonality_error=4.4e-16,
         hash="7f3b" * 16,
         online=[],
-        courses=[Course(name, 150, 140, 31.1, 19.7, 0.0122, 0.0094, 0.35, errors) for name in names],
+        courses=[RotationTraining(name, 150, 140, 31.1, 19.7, 0.0122, 0.0094, 0.35, errors) for name in names],
         sites=[
             Site(block, name, before, after, 2 * peak, peak, 40.0 + block, 3.1)
             for block in range(blocks)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jointq_cli.records import (
-    Course,
     RotationRecord,
+    RotationTraining,
     RunReport,
     Simulation,
 )
@@ -56,7 +56,7 @@ def test_a_rotation_comes_back_from_its_json_as_it_was(record: RotationRecord, t
     (tmp_path / "rotation.json").write_text(encode(record), encoding="utf-8")
     assert load_record(RotationRecord, tmp_path / "rotation.json") == record
     (tmp_path / "courses.json").write_text(encode(record.courses), encoding="utf-8")
-    assert load_record(list[Course], tmp_path / "courses.json") == record.courses
+    assert load_record(list[RotationTraining], tmp_path / "courses.json") == record.courses
 
 
 def test_the_headline_tells_what_is_stored_from_what_is_simulated(report: RunReport, rotated: RunReport) -> None:
@@ -101,7 +101,7 @@ def test_rotations_that_stayed_where_they_started_are_a_problem(
     courses = record.courses
     idle = [replace(course, moved=moved, best_step=0) for course in courses]
 
-    def problems(courses: list[Course]) -> list[str]:
+    def problems(courses: list[RotationTraining]) -> list[str]:
         return summary.problems(replace(rotated, rotation=replace(record, courses=courses)))
 
     assert problems([*courses[:2], idle[2], *courses[3:]]) == ["nothing was learned for R2 of block 1"]

@@ -23,7 +23,7 @@ from jointq_cli.report.pages.comparison import render_comparison
 from jointq_cli.report.pages.markdown import render_sheet
 from jointq_cli.report.tables.table import (
     Cell,
-    Grid,
+    TextTable,
     labels,
     make_sheet,
 )
@@ -228,7 +228,7 @@ def test_a_reused_stage_is_told_as_reused(report):
 )
 def test_a_folded_table_fits_and_loses_no_column(texts, stub, is_known, width):
     heading = [f"head {index}" for index in range(4)]
-    grid = Grid("title", stub, heading, [list(map(Cell, row)) for row in texts], stub_is_known=is_known)
+    grid = TextTable("title", stub, heading, [list(map(Cell, row)) for row in texts], stub_is_known=is_known)
     parts = grid.folded(width)
     assert all(sum(part.widths()) + 2 * (len(part.heading) - 1) <= width for part in parts)
     shown = {text for part in parts for text in part.heading}

@@ -34,8 +34,8 @@ from jointq_cli.system.sweep_directory import (
     RUNNING,
     WAITING,
     JobRecord,
-    Plan,
     SweepDirectory,
+    SweepPlan,
     attempt,
     load_job,
 )
@@ -53,7 +53,7 @@ def sweep_of(
 ) -> SweepDirectory:
     """None: a job that has not begun."""
     directory = SweepDirectory(place)
-    directory.write_plan(Plan("mine", ["jointq", "quantize", "-m"], list(settings), ["key"] * len(settings)))
+    directory.write_plan(SweepPlan("mine", ["jointq", "quantize", "-m"], list(settings), ["key"] * len(settings)))
     for number, perplexity in enumerate(perplexities):
         if perplexity is not None:
             run = directory.run(number)
@@ -211,7 +211,7 @@ def test_an_attempt_that_fails_is_noted_and_made_again(tmp_path: Path, error: Ex
 
 def test_a_job_whose_process_is_gone_was_interrupted(tmp_path: Path) -> None:
     directory = SweepDirectory(tmp_path)
-    directory.write_plan(Plan("mine", [], [{}], ["key"]))
+    directory.write_plan(SweepPlan("mine", [], [{}], ["key"]))
     seen: list[str] = []
     attempt(directory.run(0), "key", lambda: seen.append(directory.record(0).state))
     assert seen == [RUNNING]

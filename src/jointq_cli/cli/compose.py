@@ -31,8 +31,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from jointq_cli.cli import config_files as resources
-from jointq_cli.cli.config_errors import Mistakes, UsageError
-from jointq_cli.cli.schemas import thawed
+from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
+from jointq_cli.cli.schemas import mutable_schema
 from jointq_cli.cli.sweep import (
     Refused,
     Sweep,
@@ -82,12 +82,12 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
     divided: the processes that torchrun has started do it together; else the first does it, and the others nothing.
     """
     from jointq_cli.system.torchrun import (  # not above: it brings torch, and shell completion answers without
+        is_rank0,
         joined,
-        leads,
     )
 
     if not divided:
-        return _launch(command, arguments, task, ALONE) if leads() else 0
+        return _launch(command, arguments, task, ALONE) if is_rank0() else 0
     with joined() as team, _in_place(team) as places:
         return _launch(command, [*arguments, *places], task, team)
 
@@ -104,30 +104,30 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     overrides, options = _overrides_and_options(command, arguments)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     for name, schema in types.items():
-        ConfigStore.instance().store(group="schema", name=name, node=thawed(schema))
+        ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]
     groups = ["recipe"] if issubclass(recipe, Recipe) else []
-    mistakes = Mistakes([*keys(recipe), *groups], types, overrides)
-    border = _Border(command, options, task, types, mistakes, team)
+    mistakes = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
+    runner = JobRunner(command, options, task, types, mistakes, team)
     if {"-m", "--multirun"} & set(options):
         if team.size > 1:
             raise UsageError("-m: several processes do one run together; the jobs of a sweep take hydra/launcher=...")
-        return _sweep(border, command, overrides, options)
+        return _sweep(runner, command, overrides, options)
     with command_line([*overrides, *options]), _raised_by_hydra():
-        border.cross()
+        runner.run()
     return 0
 
 
-def _sweep(border: "_Border", command: str, overrides: list[str], options: list[str]) -> int:
+def _sweep(runner: "JobRunner", command: str, overrides: list[str], options: list[str]) -> int:
     """Runs the jobs by whatever launcher Hydra is told to use, and sums up what they left on disk."""
     words = ["jointq", command, *overrides, *options]
-    sweep = Sweep(words, border.key, border.mistakes.told, functools.partial(print, flush=True))
-    border.sweep = sweep
+    sweep = Sweep(words, runner.key, runner.mistakes.format, functools.partial(print, flush=True))
+    runner.sweep = sweep
     OmegaConf.register_new_resolver("command_hash", lambda: _command_hash(words[1:]), replace=True)
     with command_line([*overrides, sweep.override, *options]), _raised_by_hydra(), current(sweep):
         try:
             with sweep.watched():
-                border.cross()
+                runner.run()
         except Refused as refusal:
             raise refusal.error from None
         except (_SweepStopped, KeyboardInterrupt, Interrupted) as stop:
@@ -155,7 +155,7 @@ def complete(command: str, arguments: list[str]) -> list[str]:
     return answer.getvalue().splitlines()
 
 
-class _Border:
+class JobRunner:
     """Takes one composed config after the other across. Launchers send copies of it to other processes."""
 
     def __init__(
@@ -164,7 +164,7 @@ class _Border:
         options: list[str],
         task: Task,
         types: dict[str, type[Any]],
-        mistakes: Mistakes,
+        mistakes: ConfigErrorFormatter,
         team: Team,
     ) -> None:
         self._command = command
@@ -181,13 +181,13 @@ class _Border:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sweep": None}
 
-    def cross(self) -> None:
+    def run(self) -> None:
         try:
             _hydra_main(self._command, self._job)()
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
             if self._started:
                 raise
-            raise self.mistakes.told(error) from error
+            raise self.mistakes.format(error) from error
         if self._failure is not None:
             raise self._failure
 
@@ -247,7 +247,7 @@ class _Border:
             recipe = self._typed(OmegaConf.to_object(config), "")
         except (OmegaConfBaseException, ConfigError) as error:
             _remove_empty(directory, Path(config.output_dir).absolute())
-            raise self.mistakes.told(error) from error
+            raise self.mistakes.format(error) from error
         overrides = list(context.overrides.task)
         text = _as_recipe(config, self._command, context.runtime.choices)
         if context.mode != RunMode.MULTIRUN:

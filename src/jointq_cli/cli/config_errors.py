@@ -41,7 +41,7 @@ class UsageError(ConfigError):
     exit_code = 2
 
 
-class Mistakes:
+class ConfigErrorFormatter:
     """Tells mistakes in `overrides`, made with a config of these keys; `schemas` has its types by name."""
 
     def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]], overrides: list[str]) -> None:
@@ -49,7 +49,7 @@ class Mistakes:
         self._overrides = overrides
         self._keys = list(dict.fromkeys(keys))
 
-    def told(self, error: BaseException) -> JointqError:
+    def format(self, error: BaseException) -> JointqError:
         """The error that says in one line what `error` means."""
         if isinstance(error, JointqError):
             return error

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from jointq_cli import __version__
-from jointq_cli.errors import Echo, JointqError
+from jointq_cli.errors import AlreadyReported, JointqError
 
 COMMANDS = {
     "quantize": "quantise a model, and measure what that cost",
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JointqError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if not isinstance(error, Echo):
+        if not isinstance(error, AlreadyReported):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

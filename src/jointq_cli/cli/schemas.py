@@ -11,11 +11,11 @@ from typing import Any
 
 
 @functools.cache
-def thawed(schema: type[Any]) -> type[Any]:
+def mutable_schema(schema: type[Any]) -> type[Any]:
     """The same fields without `frozen`, which OmegaConf takes for: not to be set by yaml or overrides."""
     hints = typing.get_type_hints(schema)
     fields = [(field.name, _field_type(hints[field.name])) for field in dataclasses.fields(schema)]
-    bases = tuple(thawed(base) for base in schema.__bases__ if dataclasses.is_dataclass(base))
+    bases = tuple(mutable_schema(base) for base in schema.__bases__ if dataclasses.is_dataclass(base))
     return dataclasses.make_dataclass(schema.__name__, fields, bases=bases, namespace={"__module__": __name__})
 
 
@@ -27,10 +27,10 @@ def __getattr__(name: str) -> type[Any]:
     for schema in schemas():
         for known in schema.__mro__:
             if known.__name__ == name and dataclasses.is_dataclass(known):
-                return thawed(known)
+                return mutable_schema(known)
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 def _field_type(annotation: Any) -> Any:
     nested = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-    return thawed(annotation) if nested else annotation
+    return mutable_schema(annotation) if nested else annotation

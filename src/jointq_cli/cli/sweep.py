@@ -30,8 +30,8 @@ from jointq_cli.system.sweep_directory import (
     DONE,
     ENDED,
     JobRecord,
-    Plan,
     SweepDirectory,
+    SweepPlan,
 )
 
 VALIDATE = "validate_batch_is_legal"  # of Hydra's sweepers: composes every job once more
@@ -80,7 +80,7 @@ class Sweep:
             _pin(config, directory.path)
             jobs = _jobs(config)
             keys = [self._key_of(config, number, overrides) for number, overrides in enumerate(jobs)]
-            plan = Plan(str(config.name), self._command, varying(jobs), keys)
+            plan = SweepPlan(str(config.name), self._command, varying(jobs), keys)
             directory.write_plan(plan)
         except Exception as error:  # Hydra would print a warning, and go on
             raise Refused(self._told(error)) from error

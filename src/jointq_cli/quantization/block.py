@@ -19,7 +19,7 @@ from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.resumable_forward import Pass
 
-Face = Literal["original", "quantized"]
+WeightSet = Literal["original", "quantized"]
 _FAINT = 0.1  # rms of the tokens that a block is surveyed with: far above the epsilon of its norms
 _CLOSE = 0.02  # relative
 
@@ -46,7 +46,7 @@ class Block:
             for name, module in model.blocks[index].named_modules()
             if prefix + name in names and isinstance(module, nn.Linear)
         ]
-        self._weights: dict[Face, list[Tensor]] = {
+        self._weights: dict[WeightSet, list[Tensor]] = {
             "original": [layer.module.weight for layer in self.layers],
             "quantized": [layer.module.weight for layer in self.layers],
         }
@@ -55,7 +55,7 @@ class Block:
         """The forward pass, with the weights that are worn while it runs."""
         return self.model.run(self.index, hidden)
 
-    def wear(self, face: Face) -> None:
+    def activate(self, face: WeightSet) -> None:
         for layer, weight in zip(self.layers, self._weights[face], strict=True):
             layer.module.weight = weight
 
@@ -69,7 +69,7 @@ class Block:
         ready = nn.Parameter(stored.to(self.model.device, self.model.dtype), requires_grad=False)
         self._weights["quantized"][self.layers.index(layer)] = ready
 
-    def survey(self, hidden: Tensor) -> "Survey":
+    def structure(self, hidden: Tensor) -> "BlockStructure":
         """How the block is built, found out by one forward pass of hidden states (batch, tokens, hidden).
 
         No token is left louder than faint: a block starts with a norm, so its layers are given the same nevertheless,
@@ -107,14 +107,14 @@ class Block:
         idle = [layer.name for layer in self.layers if layer.name not in reached]
         if idle:
             raise ModelError(f"{idle[0]}: no token reaches this layer, so it cannot be calibrated; exclude it")
-        return Survey([group for _, group in seen], _writers(hidden, output, outputs))
+        return BlockStructure([group for _, group in seen], _writers(hidden, output, outputs))
 
     def _key(self, layer: Layer) -> str:
         return self.model.stored_name(f"{layer.name}.weight")
 
 
 @dataclass(frozen=True)
-class Survey:
+class BlockStructure:
     """groups: the layers in the order they run, those that read the same tensor together.
 
     writers: the linear layers, selected or not, whose outputs are added to the residual stream, and how many times,
@@ -174,14 +174,14 @@ class Seen:
 class Stream:
     """Hidden states (windows, tokens, hidden) on their way through a block with one set of its weights, in batches."""
 
-    def __init__(self, block: Block, face: Face, hidden: Tensor, batch: int, waiting: int) -> None:
+    def __init__(self, block: Block, face: WeightSet, hidden: Tensor, batch: int, waiting: int) -> None:
         """waiting: how many passes may wait between two groups; the rest starts anew."""
         self.block = block
         self.face = face
         self.hidden = hidden
         self._parts = hidden.split(batch) if len(hidden) else ()
         self._passes = [
-            Pass(lambda part=part: block.run(part), waits=number < waiting)  # type: ignore[misc]
+            Pass(lambda part=part: block.run(part), suspendable=number < waiting)  # type: ignore[misc]
             for number, part in enumerate(self._parts)
         ]
 
@@ -192,14 +192,14 @@ class Stream:
     def at(self, group: int) -> Iterator[Seen]:
         """What is to be seen at a group's input, batch by batch."""
         for part, one in zip(self._parts, self._passes, strict=True):
-            self.block.wear(self.face)
+            self.block.activate(self.face)
             given, written = one.input_of(group)
             yield Seen(given, part, written)
 
     def finish(self, pause: Callable[[], None]) -> Tensor:
         """The hidden states behind the block, in the memory of those that entered it."""
         for part, one in zip(self._parts, self._passes, strict=True):
-            self.block.wear(self.face)
+            self.block.activate(self.face)
             part.copy_(one.output())
             pause()
         return self.hidden

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from jointq_cli.errors import NumericsError
 from jointq_cli.quantization.accumulator import Accumulator
 from jointq_cli.quantization.block import (
+    BlockStructure,
     Layer,
     Seen,
     Stream,
-    Survey,
 )
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
-from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.system.distributed import Team
 
 
@@ -31,7 +31,7 @@ class Collector:
     `pause` is called after each batch and may raise.
     """
 
-    plan: Plan
+    plan: LoopSettings
     batches: int
     device: torch.device
     pause: Callable[[], None]
@@ -46,13 +46,15 @@ class Collector:
         affordable = self.plan.waiting / (self.plan.batch * hidden.shape[1] * bytes_per_token)
         return int(min(affordable, 2.0**31))  # it may be infinite
 
-    def collect(self, survey: Survey, number: int, stream: Stream, original: Stream | None = None) -> Statistics:
+    def collect(
+        self, structure: BlockStructure, number: int, stream: Stream, original: Stream | None = None
+    ) -> Statistics:
         """The moments of a group's input over all batches, and those of the held-out ones apart.
 
         stream: the one that layers are solved for. original: the other one, where QEP compares both.
         """
-        group = survey.groups[number]
-        writes = survey.writes(group)
+        group = structure.groups[number]
+        writes = structure.writes(group)
         crossed = any(self.plan.qep.corrects(layer.name) for layer in group)
         drifted = crossed and writes > 0 and self.plan.qep.follows_residual
         held_from = self.plan.held_from(self.batches)

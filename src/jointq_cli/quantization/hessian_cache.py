@@ -31,13 +31,13 @@ from jointq_cli.quantization.block import (
 from jointq_cli.quantization.collector import Collector
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 from jointq_cli.quantization.resumable_forward import stops
-from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.system.distributed import ALONE, Team
 from jointq_cli.system.files import write_atomically
 from jointq_cli.system.tensor_files import read_rows, save_tensors
 
 
-def bytes_needed(model: StreamedModel, plan: Plan) -> int:
+def bytes_needed(model: StreamedModel, plan: LoopSettings) -> int:
     """What they take on a disk at most: layers that share an input are counted one by one, for shapes do not tell."""
     linear = model.linear_layers()
     elements = sum(packed_size(linear[name].in_features) for name in plan.layers)
@@ -47,7 +47,7 @@ def bytes_needed(model: StreamedModel, plan: Plan) -> int:
 def collect_hessians(
     model: StreamedModel,
     windows: Tensor,
-    plan: Plan,
+    plan: LoopSettings,
     hessians: "Hessians",
     on_block: Callable[[], None],
     pause: Callable[[], None],
@@ -66,18 +66,18 @@ def collect_hessians(
         tensors = model.block_tensors(index)
         with model.block(index, tensors):
             block = Block(model, index, tensors, plan.layers)
-            survey = block.survey(team.share(hidden[: plan.batch].cpu()).to(model.device))
-            stream = Stream(block, "original", hidden, plan.batch, collector.waiting(survey.groups, hidden))
-            writers = survey.writers if plan.follows_residual else {}
-            with stops([[layer.module for layer in group] for group in survey.groups], writers):
-                for number in range(len(survey.groups)):
-                    team.lead(hessians.keep, index, number, collector.collect(survey, number, stream))
+            structure = block.structure(team.share(hidden[: plan.batch].cpu()).to(model.device))
+            stream = Stream(block, "original", hidden, plan.batch, collector.waiting(structure.groups, hidden))
+            writers = structure.writers if plan.follows_residual else {}
+            with stops([[layer.module for layer in group] for group in structure.groups], writers):
+                for number in range(len(structure.groups)):
+                    team.on_rank0(hessians.keep, index, number, collector.collect(structure, number, stream))
             hidden = stream.finish(pause)
-        team.lead(hessians.finish_block, index, team.rows(hidden if index + 1 < len(model) else hidden[:0]))
+        team.on_rank0(hessians.finish_block, index, team.rows(hidden if index + 1 < len(model) else hidden[:0]))
         on_block()
 
 
-def _entering(model: StreamedModel, windows: Tensor, plan: Plan, hessians: "Hessians", team: Team) -> Tensor:
+def _entering(model: StreamedModel, windows: Tensor, plan: LoopSettings, hessians: "Hessians", team: Team) -> Tensor:
     """This process's hidden states (windows, tokens, hidden) at the first unfinished block."""
     own = team.part(len(windows), plan.batch)
     if not hessians.position():

@@ -22,9 +22,9 @@ from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import (
     Block,
+    BlockStructure,
     Layer,
     Stream,
-    Survey,
 )
 from jointq_cli.quantization.collector import Collector, named
 from jointq_cli.quantization.hessian_cache import Hessians
@@ -32,7 +32,7 @@ from jointq_cli.quantization.qep import Correction, NoCorrection
 from jointq_cli.quantization.quantizers.base import Prepared
 from jointq_cli.quantization.quantizers.statistics import Statistics
 from jointq_cli.quantization.resumable_forward import stops
-from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import Solver
 from jointq_cli.quantization.workspace import Streams, Workspace
 from jointq_cli.records import BlockRecord, LayerRecord
@@ -42,7 +42,7 @@ from jointq_cli.system.distributed import ALONE, Team
 def quantize_blocks(
     model: StreamedModel,
     windows: Tensor,
-    plan: Plan,
+    plan: LoopSettings,
     workspace: Workspace,
     on_layer: Callable[[LayerRecord], None],
     pause: Callable[[], None],
@@ -66,7 +66,7 @@ def quantize_blocks(
         streams = loop.quantize_block(index, streams)
 
 
-def _streams(model: StreamedModel, windows: Tensor, plan: Plan, workspace: Workspace, team: Team) -> Streams:
+def _streams(model: StreamedModel, windows: Tensor, plan: LoopSettings, workspace: Workspace, team: Team) -> Streams:
     """This process's share of what enters the first unfinished block: of a stream that layers are solved for some of
     `windows`, of another one the first batch if it leads, and nothing if not."""
     own = team.part(len(windows), plan.batch)
@@ -97,7 +97,7 @@ def _walked(model: StreamedModel, windows: Tensor, batch: int, own: slice, block
 @dataclass(frozen=True)
 class _Loop:
     model: StreamedModel
-    plan: Plan
+    plan: LoopSettings
     workspace: Workspace
     on_layer: Callable[[LayerRecord], None]
     pause: Callable[[], None]
@@ -109,19 +109,19 @@ class _Loop:
         tensors = self.model.block_tensors(index)
         with self.model.block(index, tensors):
             block = Block(self.model, index, tensors, self.plan.layers)
-            survey = block.survey(self._first_batch(vars(streams)[self.plan.inputs]))
-            original, quantized = self._under_way(block, streams, survey.groups)
-            writers = survey.writers if self.plan.follows_residual else {}
-            with stops([[layer.module for layer in group] for group in survey.groups], writers):
-                for number in range(len(survey.groups)):
-                    self._quantize_group(block, survey, number, original, quantized)
+            structure = block.structure(self._first_batch(vars(streams)[self.plan.inputs]))
+            original, quantized = self._under_way(block, streams, structure.groups)
+            writers = structure.writers if self.plan.follows_residual else {}
+            with stops([[layer.module for layer in group] for group in structure.groups], writers):
+                for number in range(len(structure.groups)):
+                    self._quantize_group(block, structure, number, original, quantized)
             streams = Streams(original.finish(self.pause), quantized.finish(self.pause))
         first = streams.first(self.plan.batch if self.team.rank == 0 else 0)
         record = BlockRecord(index, _drift(first))  # the leader's is kept
         # Behind the last block nothing reads what was for calibration any more, but for gigabytes of disk.
         kept = first if index == len(self.model) - 1 else streams
         kept = Streams(self.team.rows(kept.original), self.team.rows(kept.quantized))
-        self.team.lead(self.workspace.finish_block, record, tensors, kept)
+        self.team.on_rank0(self.workspace.finish_block, record, tensors, kept)
         return streams
 
     def _first_batch(self, hidden: Tensor) -> Tensor:
@@ -136,16 +136,18 @@ class _Loop:
             Stream(block, "quantized", streams.quantized, self.plan.batch, waiting),
         )
 
-    def _quantize_group(self, block: Block, survey: Survey, number: int, original: Stream, quantized: Stream) -> None:
-        group = survey.groups[number]
+    def _quantize_group(
+        self, block: Block, structure: BlockStructure, number: int, original: Stream, quantized: Stream
+    ) -> None:
+        group = structure.groups[number]
         given: _Given | None = None
-        finished = self.team.led(self._finished, group)
+        finished = self.team.broadcast_from_rank0(self._finished, group)
         for layer in group:
             kept = finished.get(layer.name)
             if kept is None:
-                given = given or self._prepare(group, self._statistics(survey, number, original, quantized))
+                given = given or self._prepare(group, self._statistics(structure, number, original, quantized))
                 kept = self._quantize_layer(layer, block.weight(layer), given)
-                self.team.lead(self.workspace.keep_layer, *kept)
+                self.team.on_rank0(self.workspace.keep_layer, *kept)
             weight, record = kept
             block.replace(layer, weight)
             self.on_layer(record)
@@ -156,13 +158,13 @@ class _Loop:
         found = {layer.name: self.workspace.layer(layer.name) for layer in group}
         return {name: kept for name, kept in found.items() if kept is not None}
 
-    def _statistics(self, survey: Survey, number: int, original: Stream, quantized: Stream) -> Statistics:
-        layer = survey.groups[number][0]
+    def _statistics(self, structure: BlockStructure, number: int, original: Stream, quantized: Stream) -> Statistics:
+        layer = structure.groups[number][0]
         if self.hessians is not None:
             return self.hessians.read(layer.block, number, layer, self.model.device)
         if self.plan.inputs == "original":
-            return self.collector.collect(survey, number, original)
-        return self.collector.collect(survey, number, quantized, original)
+            return self.collector.collect(structure, number, original)
+        return self.collector.collect(structure, number, quantized, original)
 
     def _prepare(self, group: list[Layer], statistics: Statistics) -> "_Given":
         quantizer = self.plan.quantizer

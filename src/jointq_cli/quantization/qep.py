@@ -45,7 +45,7 @@ class Correction(ABC):
     """What QEP does to the layers that share an input."""
 
     @property
-    def by_rows(self) -> bool:
+    def row_separable(self) -> bool:
         """Whether the rows of a layer may be corrected apart."""
         return True
 
@@ -71,14 +71,14 @@ class Inverse:
 
     upper: Tensor
     damping: float
-    rungs: int
+    damping_retries: int
 
     def applied_to(self, rows: Tensor) -> Tensor:
         return rows @ self.upper.T @ self.upper
 
 
 @dataclass(frozen=True)
-class Step(Correction):
+class QepCorrection(Correction):
     """W* = W + (alpha W C + beta D) (H + R)^-1. A judge chooses alpha for each layer."""
 
     inverse: Inverse
@@ -86,10 +86,10 @@ class Step(Correction):
     drift: Tensor | None  # D (out, in) float64
     alpha: float
     beta: float
-    judge: "Judge | None"
+    judge: "AlphaSelector | None"
 
     @property
-    def by_rows(self) -> bool:
+    def row_separable(self) -> bool:
         return self.judge is None  # who sees the whole layer
 
     def of_rows(self, rows: slice) -> Correction:
@@ -103,13 +103,13 @@ class Step(Correction):
         if self.drift is not None:
             step += self.beta * self.drift
             notes["beta"] = self.beta
-        if self.inverse.rungs:
+        if self.inverse.damping_retries:
             notes["qep_damping"] = self.inverse.damping
         return Corrected((exact + self.inverse.applied_to(step)).float(), notes)
 
 
 @dataclass(frozen=True)
-class Judge:
+class AlphaSelector:
     """Held-out tokens, and the steps that the other tokens suggest."""
 
     inverse: Inverse  # of the other tokens, as the next two
@@ -135,7 +135,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Propagation(ABC):
+class QepSettings(ABC):
     """Base of what may stand under `qep`."""
 
     @property
@@ -170,7 +170,7 @@ class Propagation(ABC):
 
 
 @dataclass(frozen=True)
-class NoQep(Propagation):
+class NoQep(QepSettings):
     """Every layer is quantised as it is."""
 
     def describe(self) -> str:
@@ -184,7 +184,7 @@ class NoQep(Propagation):
 
 
 @dataclass(frozen=True)
-class Qep(Propagation):
+class Qep(QepSettings):
     """See the module, and configs/qep/full.yaml for what each field does."""
 
     perccorr: float
@@ -239,9 +239,9 @@ class Qep(Propagation):
         assert statistics.cross is not None  # `corrects` said so
         inverse = self._inverse(statistics.hessian, ridge)
         judge = self._judge(statistics, ridge)
-        return Step(inverse, statistics.cross, statistics.drift, self.perccorr, self.residual, judge)
+        return QepCorrection(inverse, statistics.cross, statistics.drift, self.perccorr, self.residual, judge)
 
-    def _judge(self, statistics: Statistics, ridge: Tensor | None) -> Judge | None:
+    def _judge(self, statistics: Statistics, ridge: Tensor | None) -> AlphaSelector | None:
         if self.perccorr_mode == "fixed":
             return None
         held, cross, drift = statistics.heldout, statistics.cross, statistics.drift
@@ -249,7 +249,7 @@ class Qep(Propagation):
         assert held.cross is not None
         assert cross is not None
         lost = None if drift is None or held.drift is None else (drift, held.drift)
-        return Judge(
+        return AlphaSelector(
             inverse=self._inverse(held.complement(statistics.hessian), ridge),
             cross=held.without(cross, held.cross),
             drift=None if lost is None else self.residual * held.without(*lost),
@@ -263,4 +263,4 @@ class Qep(Propagation):
         extra = ridge if self.pull == "original" else None
         damping = self.percdamp if extra is None else 0.0
         factor = factorize(hessian, order, damping, extra, torch.float64, key="qep.percdamp")
-        return Inverse(factor.upper, factor.damping, factor.rungs)
+        return Inverse(factor.upper, factor.damping, factor.damping_retries)

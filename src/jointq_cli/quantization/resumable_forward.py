@@ -41,9 +41,9 @@ def stops(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Linear, flo
 class Pass:
     """One batch on its way through a block. `waits`: it keeps its place between two groups, and starts anew if not."""
 
-    def __init__(self, forward: Callable[[], Tensor], *, waits: bool) -> None:
+    def __init__(self, forward: Callable[[], Tensor], *, suspendable: bool) -> None:
         self._forward = forward
-        self._waits = waits
+        self._waits = suspendable
         self._flow = _Flow(forward)
 
     def input_of(self, group: int) -> tuple[Tensor | None, Tensor | None]:

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError
-from jointq_cli.quantization.qep import Propagation
+from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopSettings:
     """What the loop does to every block."""
 
     quantizer: Quantizer
-    qep: Propagation
+    qep: QepSettings
     layers: frozenset[str]  # full names of the linear layers to quantise
     inputs: str  # "original" | "quantized": whose activations a layer is solved for
     weights: TokenWeights  # of the calibration tokens in the statistics

@@ -22,7 +22,7 @@ from jointq_cli.system.distributed import Team
 
 
 @dataclass(frozen=True)
-class Solved:
+class LayerSolution:
     """Some rows of a layer, or all of them: the solution, what the correction had to say, and the errors."""
 
     solution: Solution
@@ -30,7 +30,7 @@ class Solved:
     energies: Energies
 
     @property
-    def portable(self) -> "Solved":
+    def portable(self) -> "LayerSolution":
         """The same in main memory."""
         tensors = self.solution.quantized.to_tensors()
         quantized = QuantizedWeight.from_tensors({name: tensor.cpu() for name, tensor in tensors.items()})
@@ -47,9 +47,9 @@ class Solver:
     hessian: Tensor
     team: Team
 
-    def solve(self, weight: Tensor, dtype: torch.dtype) -> Solved:
+    def solve(self, weight: Tensor, dtype: torch.dtype) -> LayerSolution:
         """weight: (out, in) float32, of a checkpoint in `dtype`."""
-        if not (self.quantizer.by_rows and self.correction.by_rows):
+        if not (self.quantizer.row_separable and self.correction.row_separable):
             return self._alone(weight, dtype)
         own = self.team.part(len(weight), ROWS)
         part = self._rows(weight, own, dtype) if own.start < own.stop else None
@@ -58,21 +58,21 @@ class Solver:
             return self._alone(weight, dtype)
         solution = self.quantizer.join([part.solution for part in parts])
         energies = sum((part.energies for part in parts[1:]), parts[0].energies)
-        return Solved(solution, parts[0].notes, energies)
+        return LayerSolution(solution, parts[0].notes, energies)
 
-    def _alone(self, weight: Tensor, dtype: torch.dtype) -> Solved:
+    def _alone(self, weight: Tensor, dtype: torch.dtype) -> LayerSolution:
         """The leader's solution of all rows."""
-        solved = self.team.lead(self._rows, weight, slice(0, len(weight)), dtype)
+        solved = self.team.on_rank0(self._rows, weight, slice(0, len(weight)), dtype)
         [whole] = [found for found in self._gathered(solved) if found is not None]
         return whole
 
-    def _rows(self, weight: Tensor, rows: slice, dtype: torch.dtype) -> Solved:
+    def _rows(self, weight: Tensor, rows: slice, dtype: torch.dtype) -> LayerSolution:
         wanted: Corrected = self.correction.of_rows(rows).apply(weight[rows])
         solution = self.quantizer.quantize(wanted.weight, self.prepared, dtype)
         as_stored = solution.quantized.dequantize(dtype).float()
-        return Solved(solution, wanted.notes, Energies.of(wanted.weight, as_stored, self.hessian))
+        return LayerSolution(solution, wanted.notes, Energies.of(wanted.weight, as_stored, self.hessian))
 
-    def _gathered(self, found: Solved | None) -> list[Solved | None]:
+    def _gathered(self, found: LayerSolution | None) -> list[LayerSolution | None]:
         if self.team.size == 1:
             return [found]
         return self.team.gather(None if found is None else found.portable)

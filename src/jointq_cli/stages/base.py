@@ -47,7 +47,7 @@ from jointq_cli.quantization.hessian_cache import (
     collect_hessians,
 )
 from jointq_cli.quantization.loop import quantize_blocks
-from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import (
@@ -72,7 +72,7 @@ from jointq_cli.system.tensor_files import (
 
 
 @dataclass(frozen=True)
-class Measured:
+class QuantizedScores:
     """The quantised checkpoint's scores, whether it gives what the engine had in memory, and what was simulated."""
 
     scores: Scores
@@ -135,13 +135,13 @@ class Stages:
 
     def _hash_of(self, file: Path) -> str:
         digest = file_hash(file)
-        self.team.lead(note_hash, self.store.root, file, [file], digest)
+        self.team.on_rank0(note_hash, self.store.root, file, [file], digest)
         return digest
 
     def _note_hash(self, checkpoint: Checkpoint) -> None:
         """For plans, which read no weights."""
         files = checkpoint.hashed_files
-        self.team.lead(note_hash, self.store.root, checkpoint.directory, files, checkpoint.content_hash)
+        self.team.on_rank0(note_hash, self.store.root, checkpoint.directory, files, checkpoint.content_hash)
 
     def model(self, checkpoint: Checkpoint, source: ModelSource) -> StreamedModel:
         dtype = self.runtime.torch_dtype(checkpoint.dtype, self.device)
@@ -175,7 +175,7 @@ class Stages:
     def quantize(self, model: StreamedModel, tokens: Tokens, recipe: Recipe) -> Quantized:
         """Quantises block by block; continues where an earlier run was stopped."""
         names = selected_layers(model, recipe)
-        plan = Plan(
+        plan = LoopSettings(
             quantizer=recipe.quantizer,
             qep=recipe.qep,
             layers=frozenset(names),
@@ -199,7 +199,7 @@ class Stages:
         companions = model.checkpoint.companions_hash(code=recipe.model.trust_remote_code)
         inputs = [model.checkpoint.content_hash, companions, tokens.hash]
         hessians = None
-        if not self.team.led(self.store.holds, "quantize", spec, inputs):
+        if not self.team.broadcast_from_rank0(self.store.holds, "quantize", spec, inputs):
             hessians = self._hessians(model, tokens, plan, names)
 
         def make(scratch: Path) -> None:
@@ -213,7 +213,7 @@ class Stages:
 
                 quantize_blocks(model, tokens.windows, plan, workspace, on_layer, self.pause, hessians, self.team)
             code = recipe.model.trust_remote_code
-            self.team.lead(lambda: assemble(model, workspace, scratch / "checkpoint", code=code))
+            self.team.on_rank0(lambda: assemble(model, workspace, scratch / "checkpoint", code=code))
 
         with self.stage("quantize") as stage:
             self._note_hash(model.checkpoint)  # first: a plan of what is left should know it
@@ -223,7 +223,7 @@ class Stages:
             layers = [workspace.record(name) for name in names]
             return Quantized(artifact, Checkpoint(artifact.path / "checkpoint"), layers, workspace.blocks())
 
-    def _hessians(self, model: StreamedModel, tokens: Tokens, plan: Plan, names: list[str]) -> Hessians | None:
+    def _hessians(self, model: StreamedModel, tokens: Tokens, plan: LoopSettings, names: list[str]) -> Hessians | None:
         """What all quantizers have in common; None where they have nothing, or where there is no room to keep it."""
         needed, budget = bytes_needed(model, plan), round(self.runtime.hessians_gb * 1e9)
         if not plan.ahead or not budget:
@@ -267,7 +267,7 @@ class Stages:
 
         def make(scratch: Path) -> None:
             hidden = self.team.rows(self._walk(model, windows.ids, batch))
-            self.team.lead(save_tensors, scratch / "hidden.safetensors", {"hidden": hidden})
+            self.team.on_rank0(save_tensors, scratch / "hidden.safetensors", {"hidden": hidden})
 
         with self.stage(name) as stage:
             spec = {"batch": batch, "dtype": str(model.dtype), "device": self.device.type}
@@ -284,7 +284,7 @@ class Stages:
         windows: ScoredWindows,
         tokens: Tokens,
         recipe: Recipe,
-    ) -> Measured:
+    ) -> QuantizedScores:
         """Scores the checkpoint as it lies on disk, with its activations quantised where the recipe says so."""
         batch = self.batch(windows.ids)
         activations = recipe.activations
@@ -306,7 +306,7 @@ class Stages:
                 (scratch / "reload.txt").write_text(_difference(probe.cpu(), quantized.probe), encoding="utf-8")
                 _save_scores(scratch, scores)
 
-            self.team.lead(finish)
+            self.team.on_rank0(finish)
 
         with self.stage("evaluate quantized") as stage:
             spec = {"batch": batch, "activations": activations if activations.simulates else None}
@@ -314,7 +314,7 @@ class Stages:
             artifact = self.store.reuse("scores", spec, inputs, make, together=True)
             mark(stage, artifact)
             clips = json.loads((artifact.path / "clips.json").read_text(encoding="utf-8"))
-            return Measured(
+            return QuantizedScores(
                 scores=_load_scores(artifact.path),
                 reload_check=(artifact.path / "reload.txt").read_text(encoding="utf-8"),
                 simulation=Simulation(activations.describe(), clips) if activations.simulates else None,
@@ -328,7 +328,7 @@ class Stages:
         def make(scratch: Path) -> None:
             first = self._own_hidden(hidden, self._own(windows))
             second = first if model is original else self._walk(model, windows.ids, batch)
-            self.team.lead(_save_scores, scratch, self._score(original, first, model, second, windows))
+            self.team.on_rank0(_save_scores, scratch, self._score(original, first, model, second, windows))
 
         with self.stage("score") as stage:
             inputs = [*model.identity, hidden.key]

@@ -13,7 +13,7 @@ from jointq_cli.errors import ConfigError
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
-from jointq_cli.records import Course, RotationRecord
+from jointq_cli.records import RotationRecord, RotationTraining
 from jointq_cli.report import encode, load_record
 from jointq_cli.stages.base import Stages, mark
 from jointq_cli.system.files import write_atomically
@@ -126,7 +126,7 @@ def _activations(stages: Stages, model: StreamedModel, anatomy: Anatomy, tokens:
 
 def _basis(
     stages: Stages, model: StreamedModel, anatomy: Anatomy, recipe: Recipe, reservoir: Reservoir, scratch: Path
-) -> tuple[Basis, list[Course]]:
+) -> tuple[Basis, list[RotationTraining]]:
     """What was found before a kill is not looked for again."""
     kept, courses = scratch / _TENSORS, scratch / _COURSES
     if not kept.exists():
@@ -135,4 +135,4 @@ def _basis(
         courses.write_text(encode(found), encoding="utf-8")
         write_atomically(kept, lambda path: save_tensors(path, basis.tensors()))
     basis = Basis(**load_file(kept), r4="R4" in recipe.rotation.parts)
-    return basis, load_record(list[Course], courses)
+    return basis, load_record(list[RotationTraining], courses)

@@ -30,11 +30,11 @@ class Team:
         start, stop = (-(-units * rank // self.size) * unit for rank in (self.rank, self.rank + 1))
         return slice(min(start, count), min(stop, count))
 
-    def lead(self, action: Callable[..., T], *given: Any) -> T | None:
+    def on_rank0(self, action: Callable[..., T], *given: Any) -> T | None:
         """`action(*given)` by the leader; None for the others, who do not wait."""
         return action(*given) if self.rank == 0 else None
 
-    def led(self, action: Callable[..., T], *given: Any) -> T:
+    def broadcast_from_rank0(self, action: Callable[..., T], *given: Any) -> T:
         """What the leader's `action(*given)` answers, for all; its tensors should lie in main memory."""
         return action(*given)
 

@@ -37,7 +37,7 @@ PLACES = ("path", "tokens", "reference")  # fields of a recipe that may name loc
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep was asked for. settings: of each job what it does not share with all others, by key as typed. keys:
     what decides each job's result, as `job_key` has it."""
 
@@ -68,14 +68,14 @@ class SweepDirectory:
     def is_one(self) -> bool:
         return (self.path / PLAN).is_file()
 
-    def write_plan(self, plan: Plan) -> None:
+    def write_plan(self, plan: SweepPlan) -> None:
         with translated_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / PLAN, json.dumps(asdict(plan), indent=2, ensure_ascii=False) + "\n")
 
-    def plan(self) -> Plan:
+    def plan(self) -> SweepPlan:
         try:
-            return Plan(**json.loads((self.path / PLAN).read_text(encoding="utf-8")))
+            return SweepPlan(**json.loads((self.path / PLAN).read_text(encoding="utf-8")))
         except OSError as error:
             raise JointqError(f"{self.path / PLAN}: cannot be read ({error.strerror})") from error
         except (ValueError, TypeError) as error:

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from jointq_cli.errors import (
-    Echo,
+    AlreadyReported,
     JointqError,
     ResourceError,
     TeamError,
@@ -47,8 +47,8 @@ class _Processes(Team):
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
-    def led(self, action: Callable[..., T], *given: Any) -> T:
-        answers: list[Any] = [self.lead(action, *given)]
+    def broadcast_from_rank0(self, action: Callable[..., T], *given: Any) -> T:
+        answers: list[Any] = [self.on_rank0(action, *given)]
         with _broken():
             dist.broadcast_object_list(answers, device=_CPU)
         answer: T = answers[0]
@@ -60,7 +60,7 @@ class _Processes(Team):
         return tensor
 
     def share(self, value: T) -> T:
-        return self.led(lambda: value)
+        return self.broadcast_from_rank0(lambda: value)
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
@@ -104,13 +104,13 @@ def joined() -> Iterator[Team]:
     except JointqError as error:
         if _fails_first(store):
             raise
-        raise Echo(error) from error
+        raise AlreadyReported(error) from error
     # Not behind an error: NCCL would wait for the others, and the end of this process closes what they wait for.
     with suppress(RuntimeError):
         dist.destroy_process_group()
 
 
-def leads() -> bool:
+def is_rank0() -> bool:
     """Whether this process would lead the team that torchrun's environment describes. Meets nobody."""
     return _size() == 1 or os.environ.get("RANK", "0") == "0"
 

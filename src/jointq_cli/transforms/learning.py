@@ -17,7 +17,7 @@ from torch import Tensor
 from jointq_cli.errors import NumericsError
 from jointq_cli.evaluation.activation_settings import quantize_tokens
 from jointq_cli.kernels.hadamard import orthogonal, random_hadamard
-from jointq_cli.records import Checkup, Course
+from jointq_cli.records import RotationTraining, ValidationPoint
 from jointq_cli.transforms.activation_samples import normalised
 from jointq_cli.transforms.objectives import OBJECTIVES
 from jointq_cli.transforms.optimizers import DESCENTS, polished
@@ -29,7 +29,7 @@ PATIENCE = 5  # checks without a lower error
 CLIP = 0.9  # of the grid that the error is measured on
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     """Shows how far something is, and what is known by then."""
 
     def advance(self, n: int = 1, status: str = "") -> None: ...
@@ -40,7 +40,7 @@ class Watch:
     """How learning tells of itself. bar(name, steps) opens a bar; pause is called where stopping is safe, and may
     raise."""
 
-    bar: Callable[[str, int], AbstractContextManager[Bar]]
+    bar: Callable[[str, int], AbstractContextManager[ProgressBar]]
     pause: Callable[[], None]
 
 
@@ -62,7 +62,7 @@ def initial(size: int, init: str, generator: torch.Generator, mean: Tensor | Non
 
 def learn_r1(
     residual: Tensor, start: Tensor, settings: LearnedRotation, device: torch.device, watch: Watch
-) -> tuple[Tensor, Course]:
+) -> tuple[Tensor, RotationTraining]:
     """R1 (hidden, hidden) float64 from rows of rms 1, (sites, tokens, hidden), and how it went."""
     train, held = _split(residual)
     problem = _Problem(train, held, lambda rows, rotation: rows @ rotation, settings, device)
@@ -82,7 +82,7 @@ def learn_r2(
     settings: LearnedRotation,
     device: torch.device,
     pause: Callable[[], None],
-) -> tuple[Tensor, Course]:
+) -> tuple[Tensor, RotationTraining]:
     """R2 of one block, (kv_heads, head_dim, head_dim) float64, from what o_proj is given: (tokens, heads x head_dim).
 
     A token's scale on the grid is that of all its heads, so a token is brought to rms 1 as a whole.
@@ -125,13 +125,13 @@ class _Problem:
 
     def solve(
         self, name: str, start: Tensor, lr: float, epochs: int, on_step: Callable[[float, float], None]
-    ) -> tuple[Tensor, Course]:
+    ) -> tuple[Tensor, RotationTraining]:
         """The rotation, float64 on the CPU, and its record under `name`. on_step(loss, least error): last measured."""
         settings = self.settings
         descent = DESCENTS[settings.parametrization](start.to(self.device), settings.momentum)
         before = loss, least = self._measure(descent.rotation)
         best, best_step, step = descent.rotation.clone(), 0, 0
-        errors = [Checkup(0, least)]
+        errors = [ValidationPoint(0, least)]
         steps = self.steps(epochs)
         for step, rows in enumerate(self._batches(epochs), 1):
             pace = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if settings.cos_lr else 1.0
@@ -141,7 +141,7 @@ class _Problem:
                 if not math.isfinite(error):
                     key = f"rotation.{name.split()[0].lower()}_lr"
                     raise NumericsError(f"{key}={lr:g}: {name} has run away by step {step}; lower it")
-                errors.append(Checkup(step, error))
+                errors.append(ValidationPoint(step, error))
                 if error < least or not settings.early_stop:
                     best, least, best_step = descent.rotation.clone(), error, step
             on_step(loss, least)
@@ -151,7 +151,9 @@ class _Problem:
         after = self._measure(rotation.float())
         origin = start.to(rotation)
         moved = float((rotation - origin).norm() / origin.norm())
-        return rotation.cpu(), Course(name, step, best_step, before[0], after[0], before[1], after[1], moved, errors)
+        return rotation.cpu(), RotationTraining(
+            name, step, best_step, before[0], after[0], before[1], after[1], moved, errors
+        )
 
     def _gradient(self, rows: Tensor, rotation: Tensor) -> Tensor:
         """(…, n, n) float32: of the objective with respect to the rotation."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jointq_cli.kernels.hadamard import construction, random_hadamard
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.records import Course
+from jointq_cli.records import RotationTraining
 from jointq_cli.transforms.activation_samples import Reservoir
 from jointq_cli.transforms.architectures import Anatomy
 from jointq_cli.transforms.basis import Basis
@@ -36,7 +36,7 @@ def find_basis(
     smoothing: Smoothing,
     reservoir: Reservoir,
     watch: Watch,
-) -> tuple[Basis, list[Course]]:
+) -> tuple[Basis, list[RotationTraining]]:
     """The basis that was asked for, and how what is learned of it was learned."""
     s = t = None
     if isinstance(smoothing, SmoothQuant):
@@ -80,9 +80,9 @@ def _learned(
     smooth: Basis,
     reservoir: Reservoir,
     watch: Watch,
-) -> tuple[Basis, list[Course]]:
+) -> tuple[Basis, list[RotationTraining]]:
     generator = torch.Generator().manual_seed(rotation.seed)
-    courses: list[Course] = []
+    courses: list[RotationTraining] = []
     r1 = None
     if rotation.r1:
         residual = reservoir.residual()

@@ -6,7 +6,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from jointq_cli.errors import Echo, JointqError
+from jointq_cli.errors import AlreadyReported, JointqError
 from jointq_cli.system.files import write_whole
 
 JSON, MARKDOWN = "reproduction.json", "reproduction.md"
@@ -44,7 +44,7 @@ def _check_alone() -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         error = JointqError(f"WORLD_SIZE={size}: a replay is run by one process, so start it without torchrun")
-        raise error if os.environ.get("RANK", "0") == "0" else Echo(error)
+        raise error if os.environ.get("RANK", "0") == "0" else AlreadyReported(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,6 +39,15 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class FailedPreparation(Prepared):
+    """The Hessian could not be used, and `on_failure: rtn` was asked for."""
+
+    failed: ClassVar[bool] = True
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Solution:
     """A quantised layer and how it went.
 
@@ -76,7 +85,7 @@ class Quantizer(ABC):
         return 0.0
 
     @property
-    def by_rows(self) -> bool:
+    def row_separable(self) -> bool:
         """Whether the rows of a layer may be solved apart, in multiples of ROWS, with the same result."""
         return True
 

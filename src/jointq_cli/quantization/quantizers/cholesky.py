@@ -32,7 +32,7 @@ class Factor:
 
     upper: Tensor
     damping: float
-    rungs: int
+    damping_retries: int
     condition: float
 
 

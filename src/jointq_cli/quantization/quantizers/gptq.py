@@ -17,7 +17,6 @@ other except through the blocking that the BLAS chooses for the products.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.quantization.quantizers.base import (
+    FailedPreparation,
     Prepared,
     Quantizer,
     Solution,
@@ -39,7 +39,7 @@ Notes = dict[str, float | int | str | bool]
 
 
 @dataclass(frozen=True)
-class Propagation(Prepared):
+class GptqPrepared(Prepared):
     """How errors travel: order (in,) int64 of the columns, dead (in,) bool, upper (in, in) float32 in that
     order."""
 
@@ -49,15 +49,6 @@ class Propagation(Prepared):
     damping: float
     verdict: str
     notes: Notes = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Failed(Prepared):
-    """The Hessian could not be factorised, and `on_failure: rtn` was asked for."""
-
-    failed: ClassVar[bool] = True
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -90,21 +81,21 @@ class GPTQ(Quantizer):
         except NumericsError as error:
             if self.on_failure == "error":
                 raise
-            return Failed(str(error))
+            return FailedPreparation(str(error))
         dead = diagonal == 0
-        return Propagation(
+        return GptqPrepared(
             order=order,
             dead=dead,
             upper=factor.upper,
             damping=factor.damping,
-            verdict="damped" if factor.rungs else "ok",
+            verdict="damped" if factor.damping_retries else "ok",
             notes={"dead_columns": int(dead.sum()), "min_condition": factor.condition},
         )
 
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
-        if isinstance(prepared, Failed):
+        if isinstance(prepared, FailedPreparation):
             return self._fall_back(weight, scale_dtype, prepared.reason)
-        if not isinstance(prepared, Propagation):
+        if not isinstance(prepared, GptqPrepared):
             raise TypeError(f"GPTQ.quantize needs what GPTQ.prepare returned, not {type(prepared).__name__}")
         columns = self._columns(weight)
         try:
@@ -115,7 +106,7 @@ class GPTQ(Quantizer):
             return self._fall_back(weight, scale_dtype, str(error))
         return Solution(quantized, prepared.damping, prepared.verdict, dict(prepared.notes))
 
-    def _solve(self, weight: Tensor, columns: int, prepared: Propagation, scale_dtype: torch.dtype) -> QuantizedWeight:
+    def _solve(self, weight: Tensor, columns: int, prepared: GptqPrepared, scale_dtype: torch.dtype) -> QuantizedWeight:
         order = prepared.order
         work = weight.masked_fill(prepared.dead, 0.0).index_select(1, order)
         scale, zero_point, column_groups = self._groups(work, order, columns, scale_dtype)

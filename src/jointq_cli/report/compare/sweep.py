@@ -29,7 +29,7 @@ from jointq_cli.system.sweep_directory import (
 
 
 @dataclass(frozen=True)
-class Measured:
+class SweepMeasurement:
     """What jobs are compared by. None: not measured by this command."""
 
     protocol: Protocol
@@ -57,7 +57,7 @@ class SweepJob:
     number: int
     settings: dict[str, str]
     record: JobRecord
-    measured: Measured | None
+    measured: SweepMeasurement | None
 
     @property
     def figure(self) -> float:
@@ -90,7 +90,7 @@ def _load_job(directory: SweepDirectory, number: int, settings: dict[str, str]) 
     return SweepJob(number, settings, record, measured)
 
 
-def _measured(run: Path) -> Measured | None:
+def _measured(run: Path) -> SweepMeasurement | None:
     with suppress(JointqError):
         return _of_run(load_report(run / REPORT))
     with suppress(JointqError):
@@ -98,8 +98,8 @@ def _measured(run: Path) -> Measured | None:
     return None
 
 
-def _of_run(report: RunReport) -> Measured:
-    return Measured(
+def _of_run(report: RunReport) -> SweepMeasurement:
+    return SweepMeasurement(
         protocol=report.protocol,
         original=report.model_hash,
         original_perplexity=report.original.value,
@@ -111,10 +111,10 @@ def _of_run(report: RunReport) -> Measured:
     )
 
 
-def _of_evaluation(report: EvaluationReport) -> Measured:
+def _of_evaluation(report: EvaluationReport) -> SweepMeasurement:
     """Of several models, since these are what such a sweep compares."""
     value, comparison = report.perplexity.value, report.comparison
-    return Measured(
+    return SweepMeasurement(
         protocol=report.protocol,
         original=report.reference or "",
         original_perplexity=value / math.exp(comparison.nll_increase) if comparison else None,

@@ -24,8 +24,8 @@ from jointq_cli.report.console.screens import (
 )
 from jointq_cli.report.tables.table import (
     GAP,
-    Grid,
     Sheet,
+    TextTable,
 )
 
 VERDICT_STYLES = {summary.FALLBACK: "bold red", summary.DAMPED: "yellow"}
@@ -246,7 +246,7 @@ def _figures(figures: list[units.KeyFigure]) -> Table:
     return table
 
 
-def _columns(grid: Grid) -> Table:
+def _columns(grid: TextTable) -> Table:
     """A table that fits, with the best cells of its columns in colour."""
     table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style=LABEL_STYLE)
     for index, heading in enumerate(grid.heading):

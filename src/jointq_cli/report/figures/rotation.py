@@ -1,8 +1,8 @@
 """The pictures of a rotation: what it does to the activations over depth, and how R1 was learned."""
 
 from jointq_cli.records import (
-    Course,
     RotationRecord,
+    RotationTraining,
     Site,
 )
 from jointq_cli.report.compare import rotation_summary
@@ -52,7 +52,7 @@ def _sites(sites: list[Site]) -> list[Picture]:
     return [Picture("Activations before and after the rotation", caption, svg, wide=True)]
 
 
-def _course(course: Course) -> Picture:
+def _course(course: RotationTraining) -> Picture:
     steps = [checkup.step for checkup in course.errors]
     errors = [checkup.error for checkup in course.errors]
     with Canvas(WIDE) as canvas:

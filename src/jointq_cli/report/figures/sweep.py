@@ -12,8 +12,8 @@ from matplotlib.ticker import NullLocator
 
 from jointq_cli.report import number_format as units
 from jointq_cli.report.compare.sweep import (
-    Measured,
     SweepJob,
+    SweepMeasurement,
     best,
 )
 from jointq_cli.report.figures.style import (
@@ -30,7 +30,7 @@ from jointq_cli.report.tables.table import tails
 LEAST_POINTS = 3  # of a curve
 MOST_TICKS = 12
 WIDE_RANGE = 8  # ratio of the largest to the smallest value from which on the axis is logarithmic
-Figure = Callable[[Measured], tuple[float, float]]  # value and standard error
+Figure = Callable[[SweepMeasurement], tuple[float, float]]  # value and standard error
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def draw_sweep(jobs: Sequence[SweepJob]) -> list[Picture]:
     return pictures
 
 
-def _perplexity(measured: Measured) -> tuple[float, float]:
+def _perplexity(measured: SweepMeasurement) -> tuple[float, float]:
     value, comparison = measured.perplexity.value, measured.comparison
     return value, value * (comparison.nll_increase_standard_error if comparison else math.nan)
 
 
-def _divergence(measured: Measured) -> tuple[float, float]:
+def _divergence(measured: SweepMeasurement) -> tuple[float, float]:
     assert measured.comparison is not None
     return measured.comparison.kl_divergence, measured.comparison.kl_divergence_standard_error
 

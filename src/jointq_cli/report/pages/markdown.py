@@ -6,7 +6,7 @@ from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import number_format as units
 from jointq_cli.report.compare import rotation_summary, summary
 from jointq_cli.report.console import lines
-from jointq_cli.report.tables.table import Grid, Sheet
+from jointq_cli.report.tables.table import Sheet, TextTable
 
 WORST = 10  # layers; layers.csv has them all
 BLOCKS = 8
@@ -54,7 +54,7 @@ def render_sheet(sheet: Sheet) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _grid(grid: Grid) -> list[str]:
+def _grid(grid: TextTable) -> list[str]:
     rows = ([cell.text for cell in row] for row in grid.rows)
     heading = [_inline(text) for text in grid.heading]
     return [f"## {_inline(grid.title)}", _table(heading, rows, numbers_from=grid.stub), *filter(None, [grid.remark])]

@@ -13,8 +13,8 @@ from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.records import (
     MADE,
+    ComparedStep,
     RunReport,
-    Step,
 )
 from jointq_cli.report import number_format as units
 from jointq_cli.report.reproduction.finished_run import (
@@ -29,45 +29,45 @@ ROTATION = "rotation/rotation.safetensors"
 CHECKPOINT = "checkpoint/"
 
 
-def rotation(original: Evidence, replay: Evidence) -> Step:
+def rotation(original: Evidence, replay: Evidence) -> ComparedStep:
     ours, theirs = (None if run.report.rotation is None else run.report.rotation.hash for run in (original, replay))
     if ours is None and theirs is None:
-        return Step("rotation", MADE, True, "none")
+        return ComparedStep("rotation", MADE, True, "none")
     if ours is not None and ours == theirs:
-        return Step("rotation", MADE, True, ours[:16] + _by_manifest([ROTATION], original, replay))
+        return ComparedStep("rotation", MADE, True, ours[:16] + _by_manifest([ROTATION], original, replay))
     told = f"sha256 {units.arrow(ours and ours[:16], theirs and theirs[:16])}"
     how = _difference(ROTATION, original, replay, lambda *paths: _rotation_difference(*map(load_file, paths)))
-    return Step("rotation", MADE, False, f"{told}; {how}" if how else told)
+    return ComparedStep("rotation", MADE, False, f"{told}; {how}" if how else told)
 
 
-def codes(original: Evidence, replay: Evidence) -> Step:
+def codes(original: Evidence, replay: Evidence) -> ComparedStep:
     """Layer by layer, in the order of the model; what no report names comes last."""
     layers = dict.fromkeys(layer.name for run in (original, replay) for layer in run.report.layers)
     files = dict.fromkeys([*map(codes_file, layers), *code_files(original), *code_files(replay)])
     differing = _differing(files, original, replay)
     of_all = units.plural(len(files), "layer")
     if files and not differing:
-        return Step("codes", MADE, True, of_all + _by_manifest(files, original, replay))
+        return ComparedStep("codes", MADE, True, of_all + _by_manifest(files, original, replay))
     if not files:
-        return Step("codes", MADE, False, "no hash of any layer")
+        return ComparedStep("codes", MADE, False, "no hash of any layer")
     first = differing[0]
     name = first.removeprefix(f"{CODES}/").removesuffix(".safetensors")
     others = f", and in {len(differing)} of {of_all}" if len(differing) > 1 else ""
     how = _difference(first, original, replay, lambda *paths: _codes_difference(*map(load_layer, paths)))
     told = f"first in {name}{_block(name, original.report)}{others}{_no_hash(first, original, replay)}"
-    return Step("codes", MADE, False, f"{told}: {how}" if how else told, position(name, original.report))
+    return ComparedStep("codes", MADE, False, f"{told}: {how}" if how else told, position(name, original.report))
 
 
-def checkpoint(original: Evidence, replay: Evidence) -> Step:
+def checkpoint(original: Evidence, replay: Evidence) -> ComparedStep:
     files = sorted(name for name in original.files | replay.files if name.startswith(CHECKPOINT))
     if not any(name.endswith(".safetensors") for name in files):
-        return Step("checkpoint", MADE, False, "no hash of any weights")
+        return ComparedStep("checkpoint", MADE, False, "no hash of any weights")
     differing = _differing(files, original, replay)
     of_all = units.plural(len(files), "file")
     if not differing:
-        return Step("checkpoint", MADE, True, of_all + _by_manifest(files, original, replay))
+        return ComparedStep("checkpoint", MADE, True, of_all + _by_manifest(files, original, replay))
     first = f"{differing[0].removeprefix(CHECKPOINT)} first{_no_hash(differing[0], original, replay)}"
-    return Step("checkpoint", MADE, False, f"{len(differing)} of {of_all}, {first}")
+    return ComparedStep("checkpoint", MADE, False, f"{len(differing)} of {of_all}, {first}")
 
 
 def _differing(files: Iterable[str], original: Evidence, replay: Evidence) -> list[str]:

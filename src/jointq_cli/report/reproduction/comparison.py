@@ -12,9 +12,9 @@ from jointq_cli.records import (
     DIFFERENT,
     IDENTICAL,
     WITHIN_TOLERANCE,
+    ComparedStep,
     ReplayedFigure,
     Reproduction,
-    Step,
 )
 from jointq_cli.report.compare.summary import problems
 from jointq_cli.report.reproduction import (
@@ -67,7 +67,7 @@ def compare(original: Evidence, replay: Evidence, tolerance: float | None = None
 
 
 def _verdict(
-    steps: Sequence[Step], figures: Sequence[ReplayedFigure], may_round_otherwise: bool, tolerance: float | None
+    steps: Sequence[ComparedStep], figures: Sequence[ReplayedFigure], may_round_otherwise: bool, tolerance: float | None
 ) -> str:
     if all(step.same for step in steps):
         return IDENTICAL

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from jointq_cli.records import ASKED, Step
+from jointq_cli.records import ASKED, ComparedStep
 from jointq_cli.report import number_format as units
 from jointq_cli.report.reproduction.finished_run import Evidence
 
@@ -46,20 +46,20 @@ def deciding_differences(ours: Settings, theirs: Settings) -> list[str]:
     ]
 
 
-def config(original: Evidence, replay: Evidence, proven: bool) -> Step:
+def config(original: Evidence, replay: Evidence, proven: bool) -> ComparedStep:
     """proven: all else is identical. Settings that came or went with the code have a value for the other run too;
     whether it is the same one, only the results can tell."""
     ours, theirs = original.settings, replay.settings
     differing = deciding_differences(ours, theirs)
     if differing:
-        return Step("config", ASKED, False, _first_of(differing))
+        return ComparedStep("config", ASKED, False, _first_of(differing))
     one_sided = [*_only_in(ours, theirs, "the original"), *_only_in(theirs, ours, "the replay")]
     if one_sided and not proven:
-        return Step("config", ASKED, False, f"not known to be the same: {'; '.join(one_sided)}")
-    return Step("config", ASKED, True, "; ".join(one_sided))
+        return ComparedStep("config", ASKED, False, f"not known to be the same: {'; '.join(one_sided)}")
+    return ComparedStep("config", ASKED, True, "; ".join(one_sided))
 
 
-def hashes(original: Evidence, replay: Evidence) -> list[Step]:
+def hashes(original: Evidence, replay: Evidence) -> list[ComparedStep]:
     return [_hash(name, original, replay) for name in HASHES]
 
 
@@ -78,14 +78,14 @@ def _first_of(told: list[str]) -> str:
     return ", ".join([*told[:MOST_NAMED], *more])
 
 
-def _hash(name: str, original: Evidence, replay: Evidence) -> Step:
+def _hash(name: str, original: Evidence, replay: Evidence) -> ComparedStep:
     ours, theirs = original.manifest.hashes.get(name), replay.manifest.hashes.get(name)
     if ours == theirs and ours is not None:
-        return Step(name, ASKED, True, ours[:16])
+        return ComparedStep(name, ASKED, True, ours[:16])
     told = [f"sha256 {units.arrow(ours and ours[:16], theirs and theirs[:16])}"]
     if name in TEXTS:
         told += _texts(*(run.manifest.texts.get(TEXTS[name], {}) for run in (original, replay)))
-    return Step(name, ASKED, False, "; ".join(told))
+    return ComparedStep(name, ASKED, False, "; ".join(told))
 
 
 def _texts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from jointq_cli.records import (
     MEASURED,
+    ComparedStep,
     ReplayedFigure,
     RunReport,
-    Step,
 )
 from jointq_cli.report import number_format as units
 from jointq_cli.report.reproduction.finished_run import Evidence
@@ -28,31 +28,31 @@ FIGURES: dict[str, Callable[[RunReport], float]] = {
 }
 
 
-def layers(original: Evidence, replay: Evidence) -> Step:
+def layers(original: Evidence, replay: Evidence) -> ComparedStep:
     return _records("layers", _layers(original.report), _layers(replay.report), original.report)
 
 
-def blocks(original: Evidence, replay: Evidence) -> Step:
+def blocks(original: Evidence, replay: Evidence) -> ComparedStep:
     return _records("blocks", _blocks(original.report), _blocks(replay.report), original.report)
 
 
-def audit(original: Evidence, replay: Evidence) -> Step:
+def audit(original: Evidence, replay: Evidence) -> ComparedStep:
     return _records("audit", _audit(original.report), _audit(replay.report))
 
 
-def reload_check(original: Evidence, replay: Evidence) -> Step:
+def reload_check(original: Evidence, replay: Evidence) -> ComparedStep:
     ours, theirs = original.report.reload_check, replay.report.reload_check
-    return Step("reload check", MEASURED, ours == theirs, ours if ours == theirs else units.arrow(ours, theirs))
+    return ComparedStep("reload check", MEASURED, ours == theirs, ours if ours == theirs else units.arrow(ours, theirs))
 
 
-def simulation(original: Evidence, replay: Evidence) -> Step:
+def simulation(original: Evidence, replay: Evidence) -> ComparedStep:
     """Activations and their clip ratios."""
     if original.report.simulation is None and replay.report.simulation is None:
-        return Step("simulation", MEASURED, True, "none")
+        return ComparedStep("simulation", MEASURED, True, "none")
     return _records("simulation", _simulation(original.report), _simulation(replay.report))
 
 
-def likelihoods(original: Evidence, replay: Evidence) -> Step:
+def likelihoods(original: Evidence, replay: Evidence) -> ComparedStep:
     """What stands behind the figures: log-likelihoods, top-1 agreement and standard errors."""
     return _records("likelihoods", _likelihoods(original.report), _likelihoods(replay.report))
 
@@ -63,10 +63,12 @@ def figures(original: Evidence, replay: Evidence) -> list[ReplayedFigure]:
     return [ReplayedFigure(name, ours, theirs, _change(ours, theirs)) for name, (ours, theirs) in pairs.items()]
 
 
-def figure_step(figure: ReplayedFigure) -> Step:
+def figure_step(figure: ReplayedFigure) -> ComparedStep:
     if abs(figure.change) <= ROUNDING:
-        return Step(figure.name, MEASURED, True, f"{units.significant(figure.original)}{_rounding(abs(figure.change))}")
-    return Step(figure.name, MEASURED, False, _values(figure.original, figure.replay))
+        return ComparedStep(
+            figure.name, MEASURED, True, f"{units.significant(figure.original)}{_rounding(abs(figure.change))}"
+        )
+    return ComparedStep(figure.name, MEASURED, False, _values(figure.original, figure.replay))
 
 
 def _layers(report: RunReport) -> dict[str, Record]:
@@ -108,7 +110,9 @@ def _flat(record: Record, field: str) -> Record:
     return rest | {f"{field}.{name}": value for name, value in record[field].items()}
 
 
-def _records(name: str, ours: dict[str, Record], theirs: dict[str, Record], order: RunReport | None = None) -> Step:
+def _records(
+    name: str, ours: dict[str, Record], theirs: dict[str, Record], order: RunReport | None = None
+) -> ComparedStep:
     """order: that of the model which the records are about, where they are about its parts."""
     gaps = {key: _record_gaps(ours.get(key, {}), theirs.get(key, {})) for key in ours | theirs}
     differing = [key for key, found in gaps.items() if max(found.values(), default=0.0) > ROUNDING]
@@ -117,11 +121,11 @@ def _records(name: str, ours: dict[str, Record], theirs: dict[str, Record], orde
         key = next(key for key, gap in gaps[first].items() if gap > ROUNDING)
         values = _values(*(side.get(first, {}).get(key) for side in (ours, theirs)))
         where = f"{len(differing)} of {len(gaps)}, {first} first" if len(gaps) > 1 else first
-        return Step(
+        return ComparedStep(
             name, MEASURED, False, f"{where}: {key} {values}", None if order is None else position(first, order)
         )
     largest = max((gap for found in gaps.values() for gap in found.values()), default=0.0)
-    return Step(name, MEASURED, True, f"{units.plural(len(gaps), 'record')}{_rounding(largest)}")
+    return ComparedStep(name, MEASURED, True, f"{units.plural(len(gaps), 'record')}{_rounding(largest)}")
 
 
 def _values(ours: Any, theirs: Any) -> str:

@@ -1,16 +1,16 @@
 """A plan as tables of text: what each stage has yet to do, and whether the machine has what that takes."""
 
-from jointq_cli.records import Outlook, Prospect
+from jointq_cli.records import RunEstimate, StageEstimate
 from jointq_cli.report import number_format as units
 from jointq_cli.report.tables.table import (
     MISSING,
     Cell,
-    Grid,
     Sheet,
+    TextTable,
 )
 
 
-def plan_sheet(outlook: Outlook) -> Sheet:
+def plan_sheet(outlook: RunEstimate) -> Sheet:
     rows = [_row(stage) for stage in outlook.stages]
     return Sheet(
         title="plan",
@@ -27,11 +27,11 @@ def plan_sheet(outlook: Outlook) -> Sheet:
             "time: about, and where nothing else runs; kernels that are yet to be compiled take 10 to 25 s more",
             *outlook.notes,
         ],
-        grids=[Grid("What there is to do", 2, ["stage", "state", "time", "memory", "disk"], rows)],
+        grids=[TextTable("What there is to do", 2, ["stage", "state", "time", "memory", "disk"], rows)],
     )
 
 
-def _row(stage: Prospect) -> list[Cell]:
+def _row(stage: StageEstimate) -> list[Cell]:
     figures = (
         (stage.seconds, _duration(stage.seconds)),
         (stage.seconds, _size(stage.memory)),

@@ -12,9 +12,9 @@ from jointq_cli.records import (
     MADE,
     MEASURED,
     WITHIN_TOLERANCE,
+    ComparedStep,
     ReplayedFigure,
     Reproduction,
-    Step,
 )
 from jointq_cli.report import number_format as units
 from jointq_cli.report.console.lines import aligned
@@ -95,10 +95,10 @@ def _problems(reproduction: Reproduction) -> list[str]:
     return [f"the replay itself: {problem}" for problem in reproduction.problems]
 
 
-def _outcome(step: Step) -> str:
+def _outcome(step: ComparedStep) -> str:
     word = "identical" if step.same else "differs"
     return f"{word:<9}  {step.detail}".rstrip()
 
 
-def _list(steps: Iterable[Step]) -> str:
+def _list(steps: Iterable[ComparedStep]) -> str:
     return "\n".join(f"- {step.name}: {_outcome(step)}" for step in steps)

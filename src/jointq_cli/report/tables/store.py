@@ -9,8 +9,8 @@ from jointq_cli.report import number_format as units
 from jointq_cli.report.tables.table import (
     MISSING,
     Cell,
-    Grid,
     Sheet,
+    TextTable,
 )
 from jointq_cli.system.inventory import Entry, Pruned
 
@@ -96,5 +96,5 @@ def _ago(moment: float | None, now: float) -> str:
     return MISSING if moment is None else f"{units.age(now - moment)} ago"
 
 
-def _grids(title: str, heading: list[str], rows: Sequence[Sequence[str]]) -> list[Grid]:
-    return [Grid(title, 1, heading, [[Cell(text) for text in row] for row in rows])] if rows else []
+def _grids(title: str, heading: list[str], rows: Sequence[Sequence[str]]) -> list[TextTable]:
+    return [TextTable(title, 1, heading, [[Cell(text) for text in row] for row in rows])] if rows else []

@@ -12,8 +12,8 @@ from jointq_cli.report.tables.table import (
     GAP,
     MISSING,
     Cell,
-    Grid,
     Sheet,
+    TextTable,
     tails,
 )
 from jointq_cli.system.sweep_directory import DONE
@@ -89,7 +89,7 @@ def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
     return notes
 
 
-def _grid(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> Grid:
+def _grid(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> TextTable:
     keys = _keys([job.settings for job in jobs])
     heading = ["job", *tails(keys), "perplexity", "increase", "KL divergence", "top-1", "bits/weight", "time", "state"]
     rows = [
@@ -100,7 +100,7 @@ def _grid(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> Grid:
         ]
         for job in jobs
     ]
-    return Grid("Jobs", 1 + len(keys), heading, rows)
+    return TextTable("Jobs", 1 + len(keys), heading, rows)
 
 
 def _cells(job: SweepJob, is_best: bool) -> list[Cell]:

@@ -34,7 +34,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Grid:
+class TextTable:
     """A table. Its first `stub` columns say what a row is about, and begin every part of it where it is folded."""
 
     title: str
@@ -44,7 +44,7 @@ class Grid:
     remark: str = ""
     stub_is_known: bool = False  # told in a table before: where there is no room, its first column is enough
 
-    def folded(self, width: int) -> list["Grid"]:
+    def folded(self, width: int) -> list["TextTable"]:
         """The same in parts that are at most `width` columns wide; long cells lose their beginnings."""
         grid = self._clipped(min(MOST_CELL_WIDTH, (width - GAP) // 2))
         widths = grid.widths()
@@ -58,12 +58,12 @@ class Grid:
         columns = zip(self.heading, *([cell.text for cell in row] for row in self.rows), strict=True)
         return [max(map(len, column)) for column in columns]
 
-    def _part(self, stub: int, columns: Sequence[int]) -> "Grid":
+    def _part(self, stub: int, columns: Sequence[int]) -> "TextTable":
         chosen = [*range(stub), *columns]
         rows = [[row[column] for column in chosen] for row in self.rows]
         return replace(self, stub=stub, heading=[self.heading[column] for column in chosen], rows=rows)
 
-    def _clipped(self, width: int) -> "Grid":
+    def _clipped(self, width: int) -> "TextTable":
         rows = [[replace(cell, text=units.shortened(cell.text, width)) for cell in row] for row in self.rows]
         return replace(self, heading=[units.shortened(text, width) for text in self.heading], rows=rows)
 
@@ -76,7 +76,7 @@ class Sheet:
     headline: str
     warnings: list[str]  # why the runs do not compare
     notes: list[str]
-    grids: list[Grid]
+    grids: list[TextTable]
 
     def as_text(self) -> list[str]:
         """Lines for a pipe: a row per run however wide, so that one can be found and cut."""
@@ -85,7 +85,7 @@ class Sheet:
         return [self.headline, *warnings, *grids, *([""] if self.notes else []), *self.notes]
 
 
-def grid_lines(grid: Grid) -> list[str]:
+def grid_lines(grid: TextTable) -> list[str]:
     """Title, heading, a line per row, and the remark."""
     widths = grid.widths()
     rows = [grid.heading, *([cell.text for cell in row] for row in grid.rows)]
@@ -166,7 +166,7 @@ def _calibration_note(runs: Sequence[Run]) -> list[str]:
     return ["calibration differs: the errors of layers and blocks were measured on different inputs"]
 
 
-def _figures(runs: Sequence[Run], differences: Sequence[Difference]) -> Grid:
+def _figures(runs: Sequence[Run], differences: Sequence[Difference]) -> TextTable:
     columns: list[tuple[str, list[Cell]]] = [
         ("perplexity", _marked(runs, _perplexity, _perplexity_text)),
         ("increase", _column(runs, _increase)),
@@ -181,7 +181,7 @@ def _figures(runs: Sequence[Run], differences: Sequence[Difference]) -> Grid:
     return _grid_of_runs("Perplexity, KL divergence and costs", runs, differences, columns)
 
 
-def _errors(runs: Sequence[Run], differences: Sequence[Difference]) -> list[Grid]:
+def _errors(runs: Sequence[Run], differences: Sequence[Difference]) -> list[TextTable]:
     accumulated = ErrorRow("last block", [side_by_side.accumulated_error(run.report) for run in runs])
     columns = [(row.name, _error_cells(row)) for row in [*side_by_side.kind_errors(runs), accumulated]]
     title = (
@@ -191,12 +191,12 @@ def _errors(runs: Sequence[Run], differences: Sequence[Difference]) -> list[Grid
     return [replace(_grid_of_runs(title, runs, differences, columns), remark=remark, stub_is_known=True)]
 
 
-def _changed(runs: Sequence[Run]) -> list[Grid]:
+def _changed(runs: Sequence[Run]) -> list[TextTable]:
     changed = side_by_side.changed_layers(runs, CHANGED)
     reference, *others = [run.name for run in runs]
     title = f"Layers whose E_y changed most against run {reference}, and how many times as large it is elsewhere"
     rows = [[Cell(row.name), Cell(units.relative_error(row.errors[0])), *map(Cell, _factors(row))] for row in changed]
-    return [Grid(title, 1, ["layer", f"E_y of {reference}", *others], rows)] if changed else []
+    return [TextTable(title, 1, ["layer", f"E_y of {reference}", *others], rows)] if changed else []
 
 
 def _grid_of_runs(
@@ -204,7 +204,7 @@ def _grid_of_runs(
     runs: Sequence[Run],
     differences: Sequence[Difference],
     columns: Sequence[tuple[str, list[Cell]]],
-) -> Grid:
+) -> TextTable:
     """A row per run: its name, the settings in which it differs, and `columns`, as (heading, cells)."""
     heading = ["run", *tails([difference.key for difference in differences]), *(head for head, _ in columns)]
     rows = [
@@ -215,7 +215,7 @@ def _grid_of_runs(
         ]
         for index, run in enumerate(runs)
     ]
-    return Grid(title, 1 + len(differences), heading, rows)
+    return TextTable(title, 1 + len(differences), heading, rows)
 
 
 def _column(runs: Sequence[Run], text: Callable[[RunReport], str]) -> list[Cell]:

@@ -16,7 +16,7 @@ from jointq_cli.quantization.quantizers import (
     Quantizer,
 )
 from jointq_cli.recipe import Recipe
-from jointq_cli.stages.plan.model_sizes import Input, Shapes
+from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
 from jointq_cli.transforms import LearnedRotation
 
@@ -66,7 +66,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """Everything that costs depend on. element: bytes of one in the forward pass, and as stored."""
 
     shapes: Shapes
@@ -114,7 +114,7 @@ class Load:
         most = sum(len(one.out_features) * self._packed(one) for one in self.shapes.inputs)  # as the run counts
         return alone and most <= self.recipe.runtime.hessians_gb * 1e9
 
-    def _packed(self, one: Input) -> float:
+    def _packed(self, one: InputGroup) -> float:
         """Bytes of a Hessian in float64, and of that of held-out tokens as well."""
         parts = 2 if self.recipe.quantizer.heldout else 1
         return parts * DOUBLE * packed_size(one.in_features)
@@ -247,7 +247,7 @@ class Load:
         per_token = max(4 * self.shapes.hidden, 2 * self.shapes.hidden + self.shapes.widest) * self.element
         return min(self.recipe.runtime.waiting_gb * 1e9, self._streams * self.calibration.tokens * per_token)
 
-    def _group_memory(self, one: Input) -> float:
+    def _group_memory(self, one: InputGroup) -> float:
         """While an input is collected: its moments, and one pass with its float32 copies. While it is solved: the same
         moments, factors and what they are made of, and a layer's rows."""
         square, rows = one.in_features**2 * DOUBLE, max(one.out_features) * one.in_features * DOUBLE
@@ -287,7 +287,7 @@ class Load:
         moments = sum(map(self._moments_seconds, self.shapes.inputs))
         return self._streams * self._forward(self.calibration) + moments
 
-    def _moments_seconds(self, one: Input) -> float:
+    def _moments_seconds(self, one: InputGroup) -> float:
         """Statistics of an input."""
         tokens, width, rows = self.calibration.tokens, one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())
@@ -295,7 +295,7 @@ class Load:
         moments = tokens * width**2 * (1.2 + 2 * qep) + drift
         return PANELS * moments / self.speeds.single + CASTS * (1 + qep) * tokens * width / self.speeds.pointwise
 
-    def _solving_seconds(self, one: Input) -> float:
+    def _solving_seconds(self, one: InputGroup) -> float:
         """The solutions of the layers that read an input."""
         width, rows = one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())

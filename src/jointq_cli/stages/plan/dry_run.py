@@ -21,10 +21,10 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import ModelSource, fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.hessian_cache import Hessians
-from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import finished_blocks
 from jointq_cli.recipe import Recipe
-from jointq_cli.records import Outlook, Prospect
+from jointq_cli.records import RunEstimate, StageEstimate
 from jointq_cli.report.console.console import Console, Stage
 from jointq_cli.stages import rotate as rotation_stages
 from jointq_cli.stages.base import (
@@ -34,8 +34,8 @@ from jointq_cli.stages.base import (
 )
 from jointq_cli.stages.plan.costs import (
     Cost,
-    Load,
     Windows,
+    Workload,
     total,
 )
 from jointq_cli.stages.plan.dry_store import (
@@ -70,7 +70,7 @@ HUB_TOKENS = 300_000  # of an evaluation text that is not here yet: about WikiTe
 
 
 @dataclass(frozen=True)
-class Standing:
+class StageStatus:
     """How far a stage is. share: of its work that is left."""
 
     state: str
@@ -83,7 +83,7 @@ class Survey(Stages):
     def __init__(self, recipe: Recipe) -> None:
         self.catalogue = Catalogue(Path(recipe.store))
         super().__init__(self.catalogue, Console(quiet=True), recipe.runtime, Interrupts())
-        self.standings: dict[str, Standing] = {}
+        self.statuses: dict[str, StageStatus] = {}
         self.unread: Path | None = None  # whose weights no run has read yet
         self.unseen: str | None = None  # a hub's text for evaluation, which only runs ask for
         self._blocks = 1
@@ -116,13 +116,13 @@ class Survey(Stages):
         """None where they are a hub's that no run has fetched."""
         with suppress(NotThere):
             return self.calibration_tokens(calibration, tokenizer)
-        self.standings["calibration tokens"] = Standing(TO_FETCH, 1.0)
+        self.statuses["calibration tokens"] = StageStatus(TO_FETCH, 1.0)
         return None
 
     def evaluation(self, evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> ScoredWindows | None:
         """None where the text is a hub's."""
         if evaluation.dataset in HUB and not evaluation.path:
-            self.standings["evaluation tokens"] = Standing(TO_FETCH, 1.0)
+            self.statuses["evaluation tokens"] = StageStatus(TO_FETCH, 1.0)
             self.unseen = f"evaluation.dataset={evaluation.dataset}"
             return None
         return self.evaluation_windows(evaluation, tokenizer)
@@ -166,7 +166,7 @@ class Survey(Stages):
     def _forget(self, *names: str) -> None:
         """What was told of them is not of this run."""
         for name in names:
-            self.standings.pop(name, None)
+            self.statuses.pop(name, None)
 
     def _hash_of(self, file: Path) -> str:
         noted = noted_hash(self.catalogue.root, file, [file])
@@ -177,13 +177,13 @@ class Survey(Stages):
     def _note_hash(self, checkpoint: Checkpoint) -> None:
         """Nothing was read, and nothing is written."""
 
-    def standing(self, name: str) -> Standing:
+    def status(self, name: str) -> StageStatus:
         """Of a stage that was not come to: what it depends on is yet to be made, or its key is not known."""
         blind = self.unread or (self.unseen and name in EVALUATIONS)
         guessed = UNKNOWN if blind and self.catalogue.has_any(ARTIFACTS[name]) else TO_MAKE
-        return self.standings.get(name, Standing(guessed, 1.0))
+        return self.statuses.get(name, StageStatus(guessed, 1.0))
 
-    def _hessians(self, model: StreamedModel, tokens: Tokens, plan: Plan, names: list[str]) -> Hessians | None:
+    def _hessians(self, model: StreamedModel, tokens: Tokens, plan: LoopSettings, names: list[str]) -> Hessians | None:
         """Not opened: where they are yet to be made, quantising is too."""
         with suppress(NotThere):
             return super()._hessians(model, tokens, plan, names)
@@ -194,14 +194,14 @@ class Survey(Stages):
         if found is None:
             return
         if found.reused:
-            self.standings[name] = Standing(REUSED, 0.0)
+            self.statuses[name] = StageStatus(REUSED, 0.0)
         elif found.scratch is None:
-            self.standings[name] = Standing(TO_MAKE, 1.0)
+            self.statuses[name] = StageStatus(TO_MAKE, 1.0)
         else:
             done = finished_blocks(found.scratch)
             at = f" at block {done + 1} of {self._blocks}" if 0 < done < self._blocks else " after all blocks"
             share = max(1.0 - done / self._blocks, LEAST_SHARE)
-            self.standings[name] = Standing(f"continues{at if done else ''}", share)
+            self.statuses[name] = StageStatus(f"continues{at if done else ''}", share)
 
 
 def _stand_in(calibration: Calibration) -> Tokens:
@@ -209,19 +209,19 @@ def _stand_in(calibration: Calibration) -> Tokens:
     return Tokens(torch.zeros(calibration.num_samples, calibration.seqlen, dtype=torch.int64), {})
 
 
-def foresee(
+def estimate_run(
     survey: Survey, recipe: Recipe, original: StreamedModel, tokens: Tokens | None, windows: ScoredWindows | None
-) -> Outlook:
+) -> RunEstimate:
     """Every stage of the road with what is left of it and what that costs, and what speaks against beginning."""
     process = float(machine.peak_memory())  # before anything large: what the run's own process will be without stages
     load = _load(recipe, original, tokens, windows)
     prospects = _prospects(survey, recipe, load)
     work = total([cost for _, _, cost in prospects])
     on_gpu = original.device.type == "cuda"
-    outlook = Outlook(
+    outlook = RunEstimate(
         stages=[
-            Prospect(name, standing.state, cost.seconds, cost.memory + (not on_gpu) * process, cost.disk)
-            for name, standing, cost in prospects
+            StageEstimate(name, status.state, cost.seconds, cost.memory + (not on_gpu) * process, cost.disk)
+            for name, status, cost in prospects
         ],
         seconds=work.seconds,
         memory=work.memory + (not on_gpu) * process,
@@ -240,13 +240,13 @@ def foresee(
     return replace(outlook, warnings=[*outlook.warnings, *_shortages(outlook, recipe)])
 
 
-def _load(recipe: Recipe, original: StreamedModel, tokens: Tokens | None, windows: ScoredWindows | None) -> Load:
+def _load(recipe: Recipe, original: StreamedModel, tokens: Tokens | None, windows: ScoredWindows | None) -> Workload:
     shapes = shapes_of(original, selected_layers(original, recipe))
     calibration, evaluation = recipe.calibration, recipe.evaluation
     asked = Windows(calibration.num_samples, calibration.seqlen)
     most = max(1, HUB_TOKENS // evaluation.seqlen)
     guessed = Windows(min(evaluation.max_windows or most, most), evaluation.seqlen)
-    return Load(
+    return Workload(
         shapes=shapes,
         recipe=recipe,
         calibration=asked if tokens is None else Windows(*tokens.windows.shape),
@@ -257,10 +257,10 @@ def _load(recipe: Recipe, original: StreamedModel, tokens: Tokens | None, window
     )
 
 
-def _prospects(survey: Survey, recipe: Recipe, load: Load) -> list[tuple[str, Standing, Cost]]:
+def _prospects(survey: Survey, recipe: Recipe, load: Workload) -> list[tuple[str, StageStatus, Cost]]:
     """(stage, how far it is, what is left of its cost), in the order of the road."""
-    always = Standing(ALWAYS, 1.0)
-    wanted = load.collects_ahead and survey.standing("quantize").state != REUSED
+    always = StageStatus(ALWAYS, 1.0)
+    wanted = load.collects_ahead and survey.status("quantize").state != REUSED
     rotates = recipe.rotation.parts or recipe.smoothing.places
     made = {
         "activations": load.activations() if rotates else None,
@@ -272,13 +272,13 @@ def _prospects(survey: Survey, recipe: Recipe, load: Load) -> list[tuple[str, St
     }
     return [
         ("model", always, load.model()),
-        ("calibration tokens", survey.standings.get("calibration tokens", always), load.text(load.calibration)),
-        ("evaluation tokens", survey.standings.get("evaluation tokens", always), load.text(load.evaluation)),
+        ("calibration tokens", survey.statuses.get("calibration tokens", always), load.text(load.calibration)),
+        ("evaluation tokens", survey.statuses.get("evaluation tokens", always), load.text(load.evaluation)),
         *(
-            (name, standing, cost.left(standing.share))
+            (name, status, cost.left(status.share))
             for name, cost in made.items()
             if cost is not None
-            for standing in [survey.standing(name)]
+            for status in [survey.status(name)]
         ),
         ("file hashes", always, load.file_hashes()),
         ("audit", always, load.audit()),
@@ -292,9 +292,9 @@ def _one_disk(recipe: Recipe) -> bool:
     return len({place.stat().st_dev for place in places}) == 1
 
 
-def _notes(survey: Survey, original: StreamedModel, prospects: list[tuple[str, Standing, Cost]]) -> list[str]:
+def _notes(survey: Survey, original: StreamedModel, prospects: list[tuple[str, StageStatus, Cost]]) -> list[str]:
     notes = []
-    if any(standing.state == UNKNOWN for _, standing, _ in prospects):
+    if any(status.state == UNKNOWN for _, status, _ in prospects):
         if survey.unread:
             notes.append(f"unknown until a run has read the weights once: what the store has of {survey.unread}")
         if survey.unseen:
@@ -304,7 +304,7 @@ def _notes(survey: Survey, original: StreamedModel, prospects: list[tuple[str, S
     return notes
 
 
-def _shortages(outlook: Outlook, recipe: Recipe) -> list[str]:
+def _shortages(outlook: RunEstimate, recipe: Recipe) -> list[str]:
     found = []
     if outlook.memory > outlook.memory_there:
         stage = max(outlook.stages, key=lambda stage: stage.memory).name

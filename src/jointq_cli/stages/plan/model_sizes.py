@@ -9,7 +9,7 @@ from jointq_cli.models.streamed import StreamedModel
 
 
 @dataclass(frozen=True)
-class Input:
+class InputGroup:
     """Layers of one block that read the same tensor, as far as names tell: those of one module but for its last, and
     the last, which reads what the others made."""
 
@@ -34,7 +34,7 @@ class Shapes:
     in_blocks: int  # parameters of all blocks
     outside: int  # parameters as stored: a tied head counts once
     is_tied: bool
-    inputs: tuple[Input, ...]  # of the layers that are to be quantised, all blocks
+    inputs: tuple[InputGroup, ...]  # of the layers that are to be quantised, all blocks
 
     @property
     def widest(self) -> int:
@@ -72,10 +72,12 @@ def _head(model: StreamedModel) -> Any:
     return model.module.get_output_embeddings()
 
 
-def _inputs(model: StreamedModel, selected: list[str]) -> Iterable[Input]:
+def _inputs(model: StreamedModel, selected: list[str]) -> Iterable[InputGroup]:
     linear = model.linear_layers()
     for _, names in groupby(selected, key=lambda name: name.rpartition(".")[0]):
         *readers, last = names
         if readers:
-            yield Input(linear[readers[0]].in_features, tuple(linear[name].out_features for name in readers), False)
-        yield Input(linear[last].in_features, (linear[last].out_features,), True)
+            yield InputGroup(
+                linear[readers[0]].in_features, tuple(linear[name].out_features for name in readers), False
+            )
+        yield InputGroup(linear[last].in_features, (linear[last].out_features,), True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from jointq_cli.quantization.quantizers.cholesky import factorize
 
 _DEAD = 1e-6  # curvature of a dead column, as a share of the mean: it rounds to nearest and sways no scale
-_WELL_CONDITIONED = 1e6  # above it float32 loses too much of e H_l e' (tests/quantizers/test_jointq_numerics.py)
+_WELL_CONDITIONED = 1e6  # above it float32 loses too much of e H_l e' (test_jointq_numerics.py)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Metric:
     full: Tensor
     schur: Tensor
     damping: float
-    rungs: int
+    damping_retries: int
     condition: float
 
     @property
@@ -93,7 +93,7 @@ def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metr
         full=_ordered(hessian, order, extra, mean, kind),
         schur=schur,
         damping=factor.damping,
-        rungs=factor.rungs,
+        damping_retries=factor.damping_retries,
         condition=factor.condition,
     )
 

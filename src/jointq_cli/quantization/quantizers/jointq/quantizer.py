@@ -10,7 +10,6 @@ docs/jointq.md has the measurements behind the defaults, and what was tried and 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.uniform import check_group_size, group_columns
 from jointq_cli.quantization.quantizers.base import (
+    FailedPreparation,
     Prepared,
     Quantizer,
     Solution,
@@ -30,10 +30,10 @@ from jointq_cli.quantization.quantizers.jointq.metric import (
     natural_order,
     penalty,
 )
-from jointq_cli.quantization.quantizers.jointq.scaled_layer import Layer
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
 from jointq_cli.quantization.quantizers.jointq.search import (
     Search,
-    Solved,
+    SearchResult,
     State,
 )
 from jointq_cli.quantization.quantizers.rtn import RTN
@@ -50,7 +50,7 @@ class GptqStart:
 
 
 @dataclass(frozen=True)
-class Input(Prepared):
+class JointQPrepared(Prepared):
     """What layers with the same input share. `hessian` is that of the tokens which are solved for while lambda is not
     yet chosen, `metric` the one of the first lambda."""
 
@@ -60,15 +60,6 @@ class Input(Prepared):
     columns: int
     metric: Metric
     gptq: Prepared | None
-
-
-@dataclass(frozen=True)
-class Failed(Prepared):
-    """The Hessian could not be used, and `on_failure: rtn` was asked for."""
-
-    failed: ClassVar[bool] = True
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -174,9 +165,9 @@ class JointQ(Quantizer):
         except NumericsError as error:
             if self.on_failure == "error":
                 raise
-            return Failed(str(error))
+            return FailedPreparation(str(error))
 
-    def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> Input:
+    def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> JointQPrepared:
         everything = hessian
         if self.lambda_mode == "heldout":
             if heldout is None:
@@ -193,7 +184,7 @@ class JointQ(Quantizer):
             ordered = hessian.index_select(0, order).index_select(1, order)
             ordered.diagonal().add_(extra[order])  # the reference's GPTQ sees H alone, and its start is worse for it
             gptq = self._gptq().prepare(ordered)
-        return Input(everything, heldout, hessian, columns, metric, gptq)
+        return JointQPrepared(everything, heldout, hessian, columns, metric, gptq)
 
     def _penalty(self, hessian: Tensor, strength: float) -> Tensor:
         return penalty(
@@ -206,7 +197,7 @@ class JointQ(Quantizer):
         )
 
     @property
-    def by_rows(self) -> bool:
+    def row_separable(self) -> bool:
         # Else lambda is chosen for the whole layer, its worst rows are looked for, or random steps depend on the tile.
         return self.lambda_mode == "fixed_lambda" and not self.ils_enabled and not self.annealing_sweeps
 
@@ -250,9 +241,9 @@ class JointQ(Quantizer):
 
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         self._columns(weight)
-        if isinstance(prepared, Failed):
+        if isinstance(prepared, FailedPreparation):
             return self._fall_back(weight, scale_dtype, prepared.reason)
-        if not isinstance(prepared, Input):
+        if not isinstance(prepared, JointQPrepared):
             raise TypeError(f"JointQ.quantize needs what JointQ.prepare returned, not {type(prepared).__name__}")
         try:
             return self._solve(weight, prepared, scale_dtype)
@@ -261,8 +252,8 @@ class JointQ(Quantizer):
                 raise
             return self._fall_back(weight, scale_dtype, str(error))
 
-    def _solve(self, weight: Tensor, given: Input, scale_dtype: torch.dtype) -> Solution:
-        layer = Layer.of(weight, self.grid, scale_dtype, self.batch_size)
+    def _solve(self, weight: Tensor, given: JointQPrepared, scale_dtype: torch.dtype) -> Solution:
+        layer = ScaledLayer.of(weight, self.grid, scale_dtype, self.batch_size)
         strength, metric, solved = {
             "fixed_lambda": self._fixed,
             "incremental_lambda": self._incremental,
@@ -273,8 +264,8 @@ class JointQ(Quantizer):
         signal = layer.signal(metric)
         return Solution(
             quantized=layer.quantized(metric, solved.state, permuted=self.act_order),
-            damping=metric.damping if metric.rungs else None,
-            verdict="damped" if metric.rungs else "ok",
+            damping=metric.damping if metric.damping_retries else None,
+            verdict="damped" if metric.damping_retries else "ok",
             notes={
                 "lambda": strength,
                 "start_error": _share(solved.start_cost, signal),
@@ -287,14 +278,14 @@ class JointQ(Quantizer):
             signal=math.ldexp(signal, 2 * layer.exponent),  # parts of a layer may be divided by other powers of two
         )
 
-    def _fixed(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:
+    def _fixed(self, layer: ScaledLayer, given: JointQPrepared) -> tuple[float, Metric, SearchResult]:
         return self.regularization_lambda, given.metric, self._from_starts(layer, given.metric, given.gptq)
 
-    def _incremental(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:
+    def _incremental(self, layer: ScaledLayer, given: JointQPrepared) -> tuple[float, Metric, SearchResult]:
         """The reference's rule: larger and larger lambda, while the weight error falls and the output error hardly
         rises."""
         skip = self.incremental_initial_skip_ew_threshold
-        accepted: tuple[float, Metric, Solved] | None = None
+        accepted: tuple[float, Metric, SearchResult] | None = None
         e_y = e_w = math.inf
         for strength in self.lambda_list:
             metric, solved = self._next(layer, given, strength, accepted[2] if accepted else None)
@@ -319,7 +310,7 @@ class JointQ(Quantizer):
         traded = new_y <= e_y * (1 + self.incremental_eps_y) and new_w <= e_w * (1 - self.incremental_eps_w)
         return both_fell or traded
 
-    def _heldout(self, layer: Layer, given: Input) -> tuple[float, Metric, Solved]:
+    def _heldout(self, layer: ScaledLayer, given: JointQPrepared) -> tuple[float, Metric, SearchResult]:
         """The lambda whose solution on a share of the tokens errs least on the rest; then that one on all tokens.
 
         Each is solved from the starts, as the last one is: going on from a smaller lambda's solution favours large
@@ -335,7 +326,9 @@ class JointQ(Quantizer):
         metric = measure(given.everything, given.metric.order, given.columns, self._penalty(given.everything, best))
         return best, metric, self._from_starts(layer, metric, given.gptq)
 
-    def _next(self, layer: Layer, given: Input, strength: float, known: Solved | None) -> tuple[Metric, Solved]:
+    def _next(
+        self, layer: ScaledLayer, given: JointQPrepared, strength: float, known: SearchResult | None
+    ) -> tuple[Metric, SearchResult]:
         """The solution for one of several lambda: from what is known for a smaller one, else from the starts."""
         first = strength == self.lambda_list[0]
         extra = self._penalty(given.hessian, strength)
@@ -344,16 +337,16 @@ class JointQ(Quantizer):
             return metric, layer.solve(metric, self._go_on, known.state)
         return metric, self._from_starts(layer, metric, given.gptq)
 
-    def _go_on(self, search: Search, target: Tensor, state: State | None) -> Solved:
+    def _go_on(self, search: Search, target: Tensor, state: State | None) -> SearchResult:
         assert state is not None
         return search.descend(target, state, self.max_sweeps)
 
-    def _from_starts(self, layer: Layer, metric: Metric, gptq: Prepared | None) -> Solved:
+    def _from_starts(self, layer: ScaledLayer, metric: Metric, gptq: Prepared | None) -> SearchResult:
         """Every row from its best start, judged by where the search ended."""
         state = None if gptq is None else layer.gptq_start(self._gptq(), gptq, metric)
 
-        def solve(search: Search, target: Tensor, gptq_start: State | None) -> Solved:
-            best: Solved | None = None
+        def solve(search: Search, target: Tensor, gptq_start: State | None) -> SearchResult:
+            best: SearchResult | None = None
             for start in self._starts(search, target, gptq_start):
                 found = search.descend(target, start, self.max_sweeps)
                 best = found if best is None else best.or_better(found)
@@ -372,19 +365,19 @@ class JointQ(Quantizer):
         if gptq_start is not None:
             yield gptq_start
 
-    def _anneal(self, search: Search, target: Tensor, found: Solved) -> Solved:
+    def _anneal(self, search: Search, target: Tensor, found: SearchResult) -> SearchResult:
         if not self.annealing_sweeps:
             return found
         warm = search.anneal(target, found.state, self.annealing_sweeps, self.annealing_temperature, seed=0)
         cooled = search.descend(target, warm, max(1, self.max_sweeps))
         return found.or_better(replace(cooled, start_cost=found.start_cost))
 
-    def _iterate(self, layer: Layer, metric: Metric, solved: Solved) -> Solved:
+    def _iterate(self, layer: ScaledLayer, metric: Metric, solved: SearchResult) -> SearchResult:
         """Iterated local search on the worst rows: kicks of random steps, a descent from each, the best is kept."""
         count = min(self.ils_num_channels or len(solved.cost), len(solved.cost))
         worst = torch.argsort(solved.cost, descending=True, stable=True)[:count].sort().values
 
-        def solve(search: Search, target: Tensor, state: State | None) -> Solved:
+        def solve(search: Search, target: Tensor, state: State | None) -> SearchResult:
             assert state is not None
             best = search.descend(target, state, self.max_sweeps)
             for kick in range(self.ils_num_iterations * self.ils_num_clones):

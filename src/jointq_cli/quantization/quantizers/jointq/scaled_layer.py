@@ -20,17 +20,17 @@ from jointq_cli.quantization.quantizers.jointq.row_tiles import over_tiles
 from jointq_cli.quantization.quantizers.jointq.search import (
     PADDING,
     Search,
-    Solved,
+    SearchResult,
     State,
 )
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 from jointq_cli.quantization.quantizers.statistics import output_error, weight_error
 
-Solve = Callable[[Search, Tensor, State | None], Solved]
+Solve = Callable[[Search, Tensor, State | None], SearchResult]
 
 
 @dataclass(frozen=True)
-class Layer:
+class ScaledLayer:
     """`weight` (out, in) float32 as it was given; `exponent` of the power of two that it is divided by."""
 
     weight: Tensor
@@ -40,23 +40,23 @@ class Layer:
     batch_size: int | None
 
     @classmethod
-    def of(cls, weight: Tensor, grid: Grid, scale_dtype: torch.dtype, batch_size: int | None) -> "Layer":
+    def of(cls, weight: Tensor, grid: Grid, scale_dtype: torch.dtype, batch_size: int | None) -> "ScaledLayer":
         return cls(weight, math.frexp(float(weight.abs().max()))[1], grid, scale_dtype, batch_size)
 
-    def rows(self, rows: Tensor) -> "Layer":
+    def rows(self, rows: Tensor) -> "ScaledLayer":
         """The layer of these rows alone."""
         return replace(self, weight=self.weight[rows])
 
-    def solve(self, metric: Metric, solve: Solve, state: State | None) -> Solved:
+    def solve(self, metric: Metric, solve: Solve, state: State | None) -> SearchResult:
         """`solve` on every tile: it gets a search, targets (rows, in) and the tile's part of `state`."""
         search = Search(metric, self.grid, self._rounding())
 
-        def one(tile: slice) -> Solved:
+        def one(tile: slice) -> SearchResult:
             target = self._target(self.weight[tile], metric)
             part = None if state is None else _padded(state, tile, target)
             return solve(search, target, part).head(tile.stop - tile.start)
 
-        return Solved.joined(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
+        return SearchResult.joined(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
 
     def signal(self, metric: Metric) -> float:
         """tr(W H_l W') in the units of a search's costs."""

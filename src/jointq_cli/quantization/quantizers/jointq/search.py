@@ -42,7 +42,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Solved:
+class SearchResult:
     """Where descents ended, and how, one entry per row; costs are e H_l e' in units of the metric, float64."""
 
     state: State
@@ -51,13 +51,13 @@ class Solved:
     sweeps: Tensor  # in which the row moved
     steps: Tensor
 
-    def head(self, rows: int) -> "Solved":
+    def head(self, rows: int) -> "SearchResult":
         """The first so many rows."""
         rest = {field.name: getattr(self, field.name)[:rows] for field in fields(self) if field.name != "state"}
-        return Solved(State(self.state.levels[:rows], self.state.scale[:rows]), **rest)
+        return SearchResult(State(self.state.levels[:rows], self.state.scale[:rows]), **rest)
 
     @classmethod
-    def joined(cls, parts: list["Solved"]) -> "Solved":
+    def joined(cls, parts: list["SearchResult"]) -> "SearchResult":
         """Tiles one below the other."""
         rest = {
             field.name: torch.cat([getattr(part, field.name) for part in parts])
@@ -67,7 +67,7 @@ class Solved:
         levels = torch.cat([part.state.levels for part in parts])
         return cls(State(levels, torch.cat([part.state.scale for part in parts])), **rest)
 
-    def with_rows(self, rows: Tensor, other: "Solved") -> "Solved":
+    def with_rows(self, rows: Tensor, other: "SearchResult") -> "SearchResult":
         """`other` in place of these rows."""
         rest = {
             field.name: getattr(self, field.name).index_copy(0, rows, getattr(other, field.name))
@@ -75,9 +75,9 @@ class Solved:
             if field.name != "state"
         }
         levels = self.state.levels.index_copy(0, rows, other.state.levels)
-        return Solved(State(levels, self.state.scale.index_copy(0, rows, other.state.scale)), **rest)
+        return SearchResult(State(levels, self.state.scale.index_copy(0, rows, other.state.scale)), **rest)
 
-    def or_better(self, other: "Solved") -> "Solved":
+    def or_better(self, other: "SearchResult") -> "SearchResult":
         """Row by row the one that costs less, this one where they are equal."""
         wins = other.cost < self.cost
         picked = {
@@ -87,7 +87,7 @@ class Solved:
         }
         column = wins[:, None]
         levels = torch.where(column, other.state.levels, self.state.levels)
-        return Solved(State(levels, torch.where(column, other.state.scale, self.state.scale)), **picked)
+        return SearchResult(State(levels, torch.where(column, other.state.scale, self.state.scale)), **picked)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Search:
 
     # descent
 
-    def descend(self, target: Tensor, start: State, sweeps: int) -> Solved:
+    def descend(self, target: Tensor, start: State, sweeps: int) -> SearchResult:
         """Sweeps over all groups with the full metric, until a row stands still or has had `sweeps` of them."""
         rows = torch.arange(len(target), device=target.device)
         state, result = start.copy(), start.copy()
@@ -173,7 +173,7 @@ class Search:
             keep = _padded(torch.nonzero(taken)[:, 0], len(taken))
             rows, moving, state = rows[keep], moving[keep], state.take(keep)
         cost = self.cost(target, result)
-        return Solved(result, cost + fall, cost, moves, steps)
+        return SearchResult(result, cost + fall, cost, moves, steps)
 
     def _sweep(self, target: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """One sweep, in place; no row costs more than before. Returns steps taken and what the cost fell by."""

@@ -24,13 +24,13 @@ from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.models import checkpoint
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.quantization.workspace import Workspace
-from jointq_cli.records import Outlook
+from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
 from jointq_cli.stages import base as stages
 from jointq_cli.stages.plan import dry_run as planning
 from jointq_cli.stages.plan.costs import (
-    Load,
     Windows,
+    Workload,
     total,
 )
 from jointq_cli.stages.plan.preflight import LEAST_SCORED
@@ -70,8 +70,8 @@ def words(model: Path) -> list[str]:
     return [*TINY, f"model.path={model}"]
 
 
-def planned(words: list[str]) -> Outlook:
-    found: list[Outlook] = []
+def planned(words: list[str]) -> RunEstimate:
+    found: list[RunEstimate] = []
     launch("plan", words, lambda recipe, job: found.append(pipeline.plan(recipe, Console(quiet=True))))
     return found[0]
 
@@ -342,24 +342,24 @@ def test_a_store_that_takes_no_note_stops_nobody(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def load(model: Path) -> Load:
-    found: list[Load] = []
+def load(model: Path) -> Workload:
+    found: list[Workload] = []
     launch("plan", [*TINY, f"model.path={model}"], lambda recipe, job: found.append(_load_of(recipe)))
     return found[0]
 
 
-def _load_of(recipe: Any) -> Load:
+def _load_of(recipe: Any) -> Workload:
     survey = planning.Survey(recipe)
     original = survey.model(survey.source(recipe.model), recipe.model)
     return planning._load(recipe, original, None, None)
 
 
-def stages_of(load: Load) -> Iterator[Any]:
+def stages_of(load: Workload) -> Iterator[Any]:
     for name in ("activations", "rotate", "quantize", "evaluate_original", "evaluate_quantized", "audit"):
         yield getattr(load, name)()
 
 
-def test_shapes_are_those_of_the_checkpoint(load: Load, model: Path) -> None:
+def test_shapes_are_those_of_the_checkpoint(load: Workload, model: Path) -> None:
     held = Checkpoint(model)
     assert load.shapes.in_blocks + load.shapes.outside == held.parameters
     assert load.shapes.is_tied
@@ -371,7 +371,7 @@ def test_shapes_are_those_of_the_checkpoint(load: Load, model: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["calibration", "evaluation"])
-def test_more_windows_cost_more(load: Load, part: str) -> None:
+def test_more_windows_cost_more(load: Workload, part: str) -> None:
     more = replace(load, **{part: Windows(1000, 32)})
     some, many = total(list(stages_of(load))), total(list(stages_of(more)))
     assert many.seconds > some.seconds
@@ -380,7 +380,7 @@ def test_more_windows_cost_more(load: Load, part: str) -> None:
     assert getattr(more, kind)().memory > getattr(load, kind)().memory
 
 
-def test_a_larger_model_costs_more_of_everything(load: Load) -> None:
+def test_a_larger_model_costs_more_of_everything(load: Workload) -> None:
     shapes = load.shapes
     larger = replace(
         load,
@@ -400,12 +400,12 @@ def test_a_larger_model_costs_more_of_everything(load: Load) -> None:
     assert larger.quantize().disk > load.quantize().disk
 
 
-def test_memory_follows_the_block_and_not_the_number_of_blocks(load: Load) -> None:
+def test_memory_follows_the_block_and_not_the_number_of_blocks(load: Workload) -> None:
     shapes = replace(load.shapes, blocks=100, in_blocks=100 * load.shapes.in_blocks, inputs=100 * load.shapes.inputs)
     assert replace(load, shapes=shapes).quantize().memory == load.quantize().memory
 
 
-def test_waiting_passes_are_bounded_by_their_key(load: Load) -> None:
+def test_waiting_passes_are_bounded_by_their_key(load: Workload) -> None:
     many = replace(load, calibration=Windows(100_000, 32))
     recipe = replace(load.recipe, runtime=replace(load.recipe.runtime, waiting_gb=0.0))
     spared = many.quantize().memory - replace(many, recipe=recipe).quantize().memory
@@ -413,7 +413,7 @@ def test_waiting_passes_are_bounded_by_their_key(load: Load) -> None:
     assert spared == pytest.approx(100_000 * 32 * max(4 * 64, per_token) * load.element)
 
 
-def test_time_and_disk_of_stages_add_up_and_memory_does_not(load: Load) -> None:
+def test_time_and_disk_of_stages_add_up_and_memory_does_not(load: Workload) -> None:
     costs = list(stages_of(load))
     both = total(costs)
     assert both.seconds == pytest.approx(sum(cost.seconds for cost in costs))

@@ -19,8 +19,8 @@ from jointq_cli.quantization.quantizers import (
     Quantizer,
 )
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
-from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, Input
-from jointq_cli.quantization.quantizers.jointq.scaled_layer import Layer
+from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, JointQPrepared
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
 from jointq_cli.quantization.quantizers.jointq.search import State
 from jointq_cli.quantization.quantizers.scale_fit import round_scale
 
@@ -276,16 +276,16 @@ def test_it_errs_less_than_strong_gptq_and_rtn(seed: int, bits: int, most: float
 
 
 @pytest.fixture
-def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Layer, Metric, State]]:
+def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ScaledLayer, Metric, State]]:
     """Layers, metrics and states as they were when results were made of them."""
-    seen: list[tuple[Layer, Metric, State]] = []
-    quantized = Layer.quantized
+    seen: list[tuple[ScaledLayer, Metric, State]] = []
+    quantized = ScaledLayer.quantized
 
-    def spy(self: Layer, metric: Metric, state: State, permuted: bool) -> QuantizedWeight:
+    def spy(self: ScaledLayer, metric: Metric, state: State, permuted: bool) -> QuantizedWeight:
         seen.append((self, metric, state))
         return quantized(self, metric, state, permuted)
 
-    monkeypatch.setattr(Layer, "quantized", spy)
+    monkeypatch.setattr(ScaledLayer, "quantized", spy)
     return seen
 
 
@@ -293,7 +293,7 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Layer, Metric, State
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_stored_form_gives_back_the_values_that_were_searched(
-    symmetric: bool, act_order: bool, dtype: torch.dtype, finished: list[tuple[Layer, Metric, State]]
+    symmetric: bool, act_order: bool, dtype: torch.dtype, finished: list[tuple[ScaledLayer, Metric, State]]
 ) -> None:
     weight, hessian = layer(20, 48)
     weight = weight.to(dtype).float() * 0.02
@@ -325,7 +325,7 @@ def test_groups_are_solved_in_another_order_than_they_are_stored_in() -> None:
     hessian = hessian * torch.outer(*[torch.tensor([0.1, 0.5, 0.2, 2.0]).double().repeat_interleave(16)] * 2)
     quantizer = jointq()
     prepared = quantizer.prepare(hessian)
-    assert isinstance(prepared, Input)
+    assert isinstance(prepared, JointQPrepared)
     assert prepared.metric.order[::16].tolist() == [48, 16, 32, 0]
     plain = quantizer.quantize(weight, prepared, torch.bfloat16).quantized
     groups = torch.tensor([2, 0, 3, 1])
@@ -377,7 +377,7 @@ def test_a_row_has_the_same_bits_alone_among_others_and_in_any_batch(variant: st
     prepared = quantizer.prepare(hessian)
     whole = quantizer.quantize(weight, prepared, torch.bfloat16).quantized
     torch.set_num_threads(before)
-    assert isinstance(prepared, Input)
+    assert isinstance(prepared, JointQPrepared)
     assert prepared.metric.full.dtype == (torch.float64 if massive else torch.float32)
     for rows in (slice(0, 1), slice(34, 35), slice(10, 27), torch.arange(35, -1, -1)):
         assert same(whole, quantizer.quantize(weight[rows], prepared, torch.bfloat16).quantized, rows), rows

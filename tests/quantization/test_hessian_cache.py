@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_blockwise import (
+from loop_cases import (
     CPU,
     EQUAL,
     JOINT,
@@ -39,7 +39,7 @@ from jointq_cli.quantization.hessian_cache import (
 )
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.quantizers import Quantizer
-from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 
 
@@ -61,10 +61,10 @@ class Countdown:
 
 def planned(
     directory: Path, quantizer: Quantizer, weights: TokenWeights = EQUAL, batch: int = 4
-) -> tuple[StreamedModel, Plan]:
+) -> tuple[StreamedModel, LoopSettings]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
-    return model, Plan(quantizer, NO_QEP, names, "original", weights, batch, 1e9)
+    return model, LoopSettings(quantizer, NO_QEP, names, "original", weights, batch, 1e9)
 
 
 def ahead(directory: Path, scratch: Path, quantizer: Quantizer, pause: object = None, **how: object) -> Hessians:
@@ -176,9 +176,9 @@ def test_the_estimate_is_enough_and_not_much_more(tmp_path: Path) -> None:
 
 def test_only_statistics_that_no_quantizer_changes_are_collected_ahead() -> None:
     names = frozenset({"mlp.up_proj"})
-    assert Plan(ROUND, NO_QEP, names, "original", EQUAL, 4, 1e9).ahead
-    assert not Plan(ROUND, NO_QEP, names, "quantized", EQUAL, 4, 1e9).ahead
-    assert not Plan(ROUND, QEP, names, "quantized", EQUAL, 4, 1e9).ahead
+    assert LoopSettings(ROUND, NO_QEP, names, "original", EQUAL, 4, 1e9).ahead
+    assert not LoopSettings(ROUND, NO_QEP, names, "quantized", EQUAL, 4, 1e9).ahead
+    assert not LoopSettings(ROUND, QEP, names, "quantized", EQUAL, 4, 1e9).ahead
 
 
 # through the command

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jointq_cli.errors import NumericsError
 from jointq_cli.quantization.quantizers import JointQ, Solution
-from jointq_cli.quantization.quantizers.jointq.scaled_layer import Layer
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 
 
@@ -101,8 +101,8 @@ class Scripted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, errors: list[tuple[float, float]]) -> None:
         self.left = list(errors)
-        monkeypatch.setattr(Layer, "output_error", lambda *args: self.left[0][0])
-        monkeypatch.setattr(Layer, "weight_error", lambda *args: self.left.pop(0)[1])
+        monkeypatch.setattr(ScaledLayer, "output_error", lambda *args: self.left[0][0])
+        monkeypatch.setattr(ScaledLayer, "weight_error", lambda *args: self.left.pop(0)[1])
 
 
 @pytest.mark.parametrize(
@@ -226,11 +226,11 @@ def test_the_first_of_the_least_held_out_errors_wins(errors: list[float], monkey
     weight, inputs, _ = few_tokens()
     left, judged = list(errors), []
 
-    def error(self: Layer, metric: object, state: object, hessian: Tensor) -> float:
+    def error(self: ScaledLayer, metric: object, state: object, hessian: Tensor) -> float:
         judged.append(hessian)
         return left.pop(0)
 
-    monkeypatch.setattr(Layer, "output_error", error)
+    monkeypatch.setattr(ScaledLayer, "output_error", error)
     everything, held = split(inputs, 30)
     quantizer = jointq(lambda_mode="heldout", lambda_list=[0.1, 0.2, 0.3])
     solution = quantizer.quantize(weight, quantizer.prepare(everything, held), torch.float32)

@@ -1,15 +1,26 @@
 """The inner loop: right statistics, right order, and the same bits however often it was stopped."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from tiny_models import FAMILIES, GROUPED, write_checkpoint
+from loop_cases import (
+    CPU,
+    FULL,
+    JOINT,
+    NO_QEP,
+    QEP,
+    ROUND,
+    SOLVE,
+    WEIGHED,
+    file_hashes,
+    granite,
+    quantize,
+    windows,
+)
+from tiny_models import FAMILIES, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -20,84 +31,19 @@ from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.assembly import assemble
 from jointq_cli.quantization.block import Block
-from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.qep import (
     Correction,
-    NoQep,
-    Propagation,
     Qep,
+    QepSettings,
 )
 from jointq_cli.quantization.quantizers import (
-    GPTQ,
     RTN,
-    JointQ,
     Prepared,
     Quantizer,
     Solution,
 )
-from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
-from jointq_cli.quantization.settings import Plan
-from jointq_cli.quantization.workspace import Workspace
-from jointq_cli.records import LayerRecord
-
-CPU = torch.device("cpu")
-ROUND = RTN(bits=4, group_size=32, symmetric=False, mse=False)
-SOLVE = GPTQ(
-    bits=3, group_size=32, symmetric=False, mse=True, act_order=True, static_groups=False, damping=0.01, block_size=32,
-    on_failure="error",
-)  # fmt: skip
-
-JOINT = JointQ(
-    bits=3, group_size=32, symmetric=False, act_order=False, lambda_mode="fixed_lambda", regularization_lambda=0.01,
-    regularization_mode="diagonal", regularization_gamma=1.0, regularization_floor=0.1,
-    regularization_reference="mean_diagonal",
-    lambda_list=[0.0, 0.1, 1.0], incremental_eps_y=0.03, incremental_eps_w=0.1,
-    incremental_initial_skip_ew_threshold=0.3, heldout_share=0.25, enable_schur=True, enable_clip_optimize=False,
-    enable_clip_optimize_ep=False, enable_gptq=False, gptq=GptqStart(mse=True, damping=0.01, block_size=32),
-    max_sweeps=2, annealing_sweeps=0, annealing_temperature=0.2, ils_enabled=False, ils_num_iterations=1,
-    ils_num_clones=1, ils_num_channels=None, batch_size=None, on_failure="error",
-)  # fmt: skip
-
-
-NO_QEP = NoQep()
-QEP = Qep(
-    perccorr=0.5, residual=0.0, perccorr_mode="fixed", heldout_share=0.25, percdamp=0.01, pull="original",
-    exclude_layer_keywords=["mlp.down_proj"],
-)  # fmt: skip
-FULL = replace(QEP, perccorr=1.0, residual=0.5, exclude_layer_keywords=[])
-WEIGHED = TokenWeights("residual", power=2.0, first_token=0.5)
-EQUAL = TokenWeights("uniform", power=2.0, first_token=1.0)
-
-
-def windows(count: int = 6) -> Tensor:
-    return torch.randint(3, 256, (count, 16), generator=torch.Generator().manual_seed(2))
-
-
-def quantize(
-    directory: Path,
-    scratch: Path,
-    quantizer: Quantizer = ROUND,
-    inputs: str = "quantized",
-    keep: Callable[[str], bool] = lambda name: True,
-    pause: Callable[[], None] = lambda: None,
-    tokens: Tensor | None = None,
-    batch: int = 4,
-    qep: Propagation = NO_QEP,
-    weights: TokenWeights = EQUAL,
-    waiting: float = 1e9,
-) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
-    model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
-    names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
-    scratch.mkdir(exist_ok=True)
-    workspace, records = Workspace(scratch), []
-    with torch.no_grad():
-        plan = Plan(quantizer, qep, names, inputs, weights, batch, waiting)
-        quantize_blocks(model, windows() if tokens is None else tokens, plan, workspace, records.append, pause)
-        assemble(model, workspace, scratch / "checkpoint", code=False)
-    return model, workspace, records
 
 
 @dataclass(frozen=True)
@@ -231,13 +177,9 @@ def test_blocks_without_a_selected_layer_are_passed_through(tmp_path: Path) -> N
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
 
 
-def file_hashes(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if p.suffix != ".json"}
-
-
 @pytest.mark.parametrize(("inputs", "qep"), [("original", NO_QEP), ("quantized", NO_QEP), ("quantized", FULL)])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_an_undisturbed_one(
-    inputs: str, qep: Propagation, tmp_path: Path
+    inputs: str, qep: QepSettings, tmp_path: Path
 ) -> None:
     directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     ticks = Counter[str]()
@@ -463,7 +405,7 @@ COUNTS = [
 
 @pytest.mark.parametrize(("inputs", "qep", "waiting", "expected"), COUNTS)
 def test_no_more_forward_passes_than_needed(
-    inputs: str, qep: Propagation, waiting: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: str, qep: QepSettings, waiting: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = write_checkpoint(tmp_path / "model")
     runs = Counter[int]()
@@ -504,7 +446,7 @@ def test_alpha_is_chosen_per_layer_and_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("inputs", "qep"), [("original", NO_QEP), ("quantized", NO_QEP), ("quantized", QEP)])
 def test_the_error_of_a_block_is_that_of_the_whole_model_up_to_it(
-    inputs: str, qep: Propagation, tmp_path: Path
+    inputs: str, qep: QepSettings, tmp_path: Path
 ) -> None:
     directory = write_checkpoint(tmp_path / "model")
     _, workspace, _ = quantize(directory, tmp_path / "work", inputs=inputs, qep=qep)
@@ -551,9 +493,9 @@ def surveyed(directory: Path, dtype: torch.dtype, loudness: float = 1.0) -> dict
         hidden = model.embed_all(windows(), 4) * loudness
         tensors = model.block_tensors(0)
         with model.block(0, tensors) as module:
-            survey = Block(model, 0, tensors, frozenset()).survey(hidden[:4])
+            structure = Block(model, 0, tensors, frozenset()).structure(hidden[:4])
             names = {layer: name for name, layer in module.named_modules()}
-    return {names[layer]: factor for layer, factor in survey.writers.items()}
+    return {names[layer]: factor for layer, factor in structure.writers.items()}
 
 
 @pytest.mark.parametrize("loudness", [1.0, 1000.0])  # massive activations, in whose rounding bf16 loses what is added
@@ -564,18 +506,6 @@ def test_layers_that_write_into_the_residual_stream_are_found_by_what_they_add(
 ) -> None:
     directory = write_checkpoint(tmp_path / "model", family, dtype=dtype)
     assert surveyed(directory, dtype, loudness) == dict.fromkeys(WRITERS[family], 1.0)
-
-
-def granite(directory: Path) -> Path:
-    """Adds a quarter of what its layers put out."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(transformers.GraniteConfig(**GROUPED, residual_multiplier=0.25))
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5
-    model.save_pretrained(directory)
-    return directory
 
 
 def test_a_stream_that_is_written_into_at_a_fraction_is_understood(tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ from jointq_cli.report.tables.reproduction import (
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import save_tensors
 
-ROOT = Path(__file__).parent.parent
-PUBLISHED = Path(__file__).parent / "published" / "ci_smoke"
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "tests" / "published" / "ci_smoke"
 INVARIANCE = Invariance(merge=0.0, stored=0.0, rounding=0.0, dtype="float32", tokens=1)
 
 

@@ -15,7 +15,7 @@ from jointq_cli.quantization.quantizers import (
     Prepared,
 )
 from jointq_cli.quantization.quantizers.jointq import metric
-from jointq_cli.quantization.quantizers.jointq.quantizer import Failed, Input
+from jointq_cli.quantization.quantizers.jointq.quantizer import FailedPreparation, JointQPrepared
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -77,7 +77,7 @@ def test_where_float32_is_taken_it_loses_nothing(monkeypatch: pytest.MonkeyPatch
         hessian = with_loud_direction(quiet, loudness, *channels)
         quantizer, full = jointq(regularization_lambda=strength), regularized(hessian, strength)
         prepared = quantizer.prepare(hessian)
-        assert isinstance(prepared, Input)
+        assert isinstance(prepared, JointQPrepared)
         if prepared.metric.full.dtype == torch.float64:
             continue
         tried += 1
@@ -265,7 +265,7 @@ def test_a_useless_hessian_is_an_error_or_rtn_if_asked_for(options: dict[str, An
     weight = layer(8, 32)[0]
     quantizer = jointq(on_failure="rtn", **options)
     prepared = quantizer.prepare(hessian)
-    assert isinstance(prepared, Failed)
+    assert isinstance(prepared, FailedPreparation)
     solution = quantizer.quantize(weight, prepared, torch.bfloat16)
     plain = RTN(3, 16, False, True).quantize(weight, Prepared(), torch.bfloat16).quantized
     assert (solution.verdict, solution.damping) == ("fallback", None)

@@ -28,7 +28,7 @@ def test_the_factor_squares_to_the_inverse_of_the_damped_permuted_hessian(size: 
     torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-5)
     assert torch.equal(upper, upper.triu())
     assert factor.upper.is_contiguous()
-    assert (factor.damping, factor.rungs) == (0.1, 0)
+    assert (factor.damping, factor.damping_retries) == (0.1, 0)
 
 
 @pytest.mark.parametrize("layout", ["row-major", "column-major"])
@@ -70,7 +70,7 @@ def test_a_penalty_makes_a_singular_hessian_regular_and_a_dead_column_live() -> 
     matrix[3], matrix[:, 3] = 0.0, 0.0
     penalty = torch.full((32,), 1e-3, dtype=torch.float64)
     factor = factorize(matrix, torch.arange(32), 0.0, penalty, torch.float64)
-    assert factor.rungs == 0
+    assert factor.damping_retries == 0
     upper = factor.upper
     assert float((upper.T @ upper)[3, 3]) == pytest.approx(1e3)
 
@@ -109,7 +109,7 @@ def test_damping_is_raised_tenfold_until_the_factorisation_stands() -> None:
     values[0] = -0.05 * float(values.mean())
     matrix = vectors @ torch.diag(values) @ vectors.T
     factor = factorize(matrix, torch.arange(32), damping=0.01)
-    assert (factor.damping, factor.rungs) == (pytest.approx(0.1), 1)
+    assert (factor.damping, factor.damping_retries) == (pytest.approx(0.1), 1)
 
 
 def test_the_ladder_has_five_rungs_and_then_names_its_key() -> None:
@@ -120,4 +120,4 @@ def test_the_ladder_has_five_rungs_and_then_names_its_key() -> None:
 
 def test_a_matrix_singular_up_to_rounding_does_not_pass_for_regular() -> None:
     matrix = hessian(64, tokens=63)
-    assert factorize(matrix, torch.arange(64), damping=0.0).rungs > 0
+    assert factorize(matrix, torch.arange(64), damping=0.0).damping_retries > 0

@@ -37,11 +37,11 @@ def groups(toy: Toy) -> list[list[nn.Module]]:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_pass_shows_each_input_and_ends_with_the_output(waits: bool) -> None:
+def test_a_pass_shows_each_input_and_ends_with_the_output(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     expected = toy(x)
     with stops(groups(toy), {}):
-        one = Pass(lambda: toy(x), waits=waits)
+        one = Pass(lambda: toy(x), suspendable=suspendable)
         assert one.input_of(0)[0] is x
         torch.testing.assert_close(one.input_of(1)[0], torch.tanh(toy.a(x)) * toy.b(x))
         assert one.input_of(2)[0] is None  # not reached
@@ -49,10 +49,10 @@ def test_a_pass_shows_each_input_and_ends_with_the_output(waits: bool) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_pass_goes_on_with_the_weights_of_the_moment(waits: bool) -> None:
+def test_a_pass_goes_on_with_the_weights_of_the_moment(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     with stops(groups(toy), {}):
-        one = Pass(lambda: toy(x), waits=waits)
+        one = Pass(lambda: toy(x), suspendable=suspendable)
         one.input_of(0)
         for layer in (toy.a, toy.b):
             layer.weight = nn.Parameter(layer.weight * 2)
@@ -65,7 +65,7 @@ def test_a_pass_goes_on_with_the_weights_of_the_moment(waits: bool) -> None:
 def test_a_pass_that_waits_is_one_forward_pass() -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
     with stops(groups(toy), {}):
-        one = Pass(lambda: toy(x), waits=True)
+        one = Pass(lambda: toy(x), suspendable=True)
         assert all(one.input_of(group)[0] is not None for group in range(3))
         one.output()
     assert toy.calls == 1
@@ -74,7 +74,7 @@ def test_a_pass_that_waits_is_one_forward_pass() -> None:
 def test_groups_may_be_passed_over() -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
     with stops(groups(toy), {}):
-        one = Pass(lambda: toy(x), waits=True)
+        one = Pass(lambda: toy(x), suspendable=True)
         last, _ = one.input_of(2)
     assert last is not None
     torch.testing.assert_close(last + toy.d(last), one.output())
@@ -83,7 +83,7 @@ def test_groups_may_be_passed_over() -> None:
 def test_many_passes_wait_side_by_side() -> None:
     toy, inputs = Toy(), torch.randn(50, 2, 4)
     with stops(groups(toy), {}):
-        several = [Pass(lambda x=x: toy(x), waits=True) for x in inputs]
+        several = [Pass(lambda x=x: toy(x), suspendable=True) for x in inputs]
         for group in (0, 1):
             for one in several:
                 assert one.input_of(group)[0] is not None
@@ -92,10 +92,10 @@ def test_many_passes_wait_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_an_abandoned_pass_frees_its_activations(waits: bool) -> None:
+def test_an_abandoned_pass_frees_its_activations(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     with stops(groups(toy), {}):
-        one = Pass(lambda: toy(x), waits=waits)
+        one = Pass(lambda: toy(x), suspendable=suspendable)
         held = weakref.ref(one.input_of(1)[0])
         del one
     assert held() is None
@@ -104,7 +104,7 @@ def test_an_abandoned_pass_frees_its_activations(waits: bool) -> None:
 def test_an_error_in_the_model_reaches_the_one_who_asks() -> None:
     toy = Toy()
     with stops(groups(toy), {}):
-        one = Pass(lambda: toy(torch.randn(2, 5)), waits=True)
+        one = Pass(lambda: toy(torch.randn(2, 5)), suspendable=True)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             one.output()
 
@@ -118,10 +118,10 @@ def test_an_ordinary_forward_pass_is_not_stopped() -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_what_writers_have_put_out_so_far_is_kept(waits: bool) -> None:
+def test_what_writers_have_put_out_so_far_is_kept(suspendable: bool) -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
     with stops(groups(toy), {toy.a: 2.0, toy.c: 1.0}):
-        one = Pass(lambda: toy(x), waits=waits)
+        one = Pass(lambda: toy(x), suspendable=suspendable)
         assert one.input_of(0)[1] is None
         c, written = one.input_of(1)
         torch.testing.assert_close(written, 2 * toy.a(x))
@@ -129,10 +129,10 @@ def test_what_writers_have_put_out_so_far_is_kept(waits: bool) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_finished_pass_keeps_nothing(waits: bool) -> None:
+def test_a_finished_pass_keeps_nothing(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     with stops(groups(toy), {toy.c: 1.0}):
-        one = Pass(lambda: toy(x), waits=waits)
+        one = Pass(lambda: toy(x), suspendable=suspendable)
         one.input_of(1)
         held = weakref.ref(one.output())
     assert held() is None

@@ -1,4 +1,4 @@
-"""What the processes of a team do in tests: `python team_cases.py CASE FOLDER`, started as torchrun would."""
+"""What the processes of a team do in tests: `python distributed_cases.py CASE FOLDER`, started as torchrun would."""
 
 import hashlib
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # loop_cases and tiny_models, in a process of its own
 
 
 def start(rank: int, size: int, port: int, command: Sequence[object], directory: Path) -> subprocess.Popen[str]:
@@ -62,22 +63,22 @@ def collectives(folder: Path) -> None:
         mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
         answers = {
             "part": [team.part(count, unit) for count, unit in ((10, 4), (4, 4), (0, 4), (33, 16))],
-            "lead": team.lead(lambda value: value + 1, 1),
+            "lead": team.on_rank0(lambda value: value + 1, 1),
             "sum": team.sum(torch.tensor([1.0 + team.rank], dtype=torch.float64)).tolist(),
             "share": team.share({"tensor": mine}),
             "gather": team.gather(team.rank),
             "rows": team.rows(mine),
             "no rows": team.rows(mine[:0]),
-            "led": team.led(lambda: team.rank),
+            "led": team.broadcast_from_rank0(lambda: team.rank),
         }
         team.wait()
         (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
 
 
 def engine(folder: Path) -> None:
-    """The tiny models of test_team.RUNS, quantised; which bits they have."""
+    """The tiny models of test_distributed.RUNS, quantised; which bits they have."""
     import torch
-    from test_team import RUNS, quantize
+    from test_distributed import RUNS, quantize
 
     from jointq_cli.system.torchrun import joined
 
@@ -89,7 +90,7 @@ def engine(folder: Path) -> None:
 
 def stopping(folder: Path) -> None:
     """A run that its leader, and so everybody, breaks off somewhere."""
-    from test_team import RUNS, Stop, quantize
+    from test_distributed import RUNS, Stop, quantize
 
     from jointq_cli.system.torchrun import joined
 
@@ -108,7 +109,7 @@ def stopping(folder: Path) -> None:
 def disks(folder: Path) -> None:
     """A run whose processes each have a disk of their own."""
     import torch
-    from test_team import RUNS, quantize
+    from test_distributed import RUNS, quantize
 
     from jointq_cli.system.torchrun import joined
 
@@ -137,7 +138,7 @@ def removing(folder: Path) -> None:
 
         def make(scratch: Path) -> None:
             ranks = team.gather(team.rank)
-            team.lead(lambda: (scratch / "ranks").write_text(str(ranks)))
+            team.on_rank0(lambda: (scratch / "ranks").write_text(str(ranks)))
 
         artifact = store.reuse("stage", {}, [], make, together=True)
         assert (artifact.path / "ranks").read_text() == "[0, 1, 2]"
@@ -181,11 +182,11 @@ def sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    from jointq_cli.errors import Echo, JointqError
+    from jointq_cli.errors import AlreadyReported, JointqError
 
     try:
         globals()[sys.argv[1]](Path(sys.argv[2]))
     except JointqError as error:
-        if not isinstance(error, Echo):
+        if not isinstance(error, AlreadyReported):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

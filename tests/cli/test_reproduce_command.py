@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PUBLISHED = Path("tests/published/ci_smoke")  # its own paths begin where this one does
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import Interrupted, NumericsError
-from jointq_cli.records import Course
+from jointq_cli.records import RotationTraining
 from jointq_cli.transforms.activation_samples import normalised
 from jointq_cli.transforms.learning import (
     CHECK_EVERY,
@@ -95,7 +95,7 @@ def start(seed: int = 0, size: int = SIZE) -> Tensor:
     return initial(size, "random_hadamard", seeded(seed))
 
 
-def learn(rows: Tensor, settings: LearnedRotation, at: Tensor | None = None) -> tuple[Tensor, Course]:
+def learn(rows: Tensor, settings: LearnedRotation, at: Tensor | None = None) -> tuple[Tensor, RotationTraining]:
     return learn_r1(rows, start() if at is None else at, settings, CPU, Seen().watch)
 
 

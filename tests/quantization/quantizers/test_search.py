@@ -21,7 +21,7 @@ from jointq_cli.quantization.quantizers.jointq.row_tiles import over_tiles
 from jointq_cli.quantization.quantizers.jointq.search import (
     PADDING,
     Search,
-    Solved,
+    SearchResult,
     State,
 )
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
@@ -183,10 +183,10 @@ def test_annealing_is_its_seeds() -> None:
     assert not torch.equal(one.levels, other.levels)
 
 
-def solved(levels: list[float], cost: list[float]) -> Solved:
+def solved(levels: list[float], cost: list[float]) -> SearchResult:
     rows = torch.tensor(cost, dtype=torch.float64)
     counts = torch.tensor(levels).long()
-    return Solved(State(torch.tensor(levels)[:, None], torch.tensor(levels)[:, None]), rows, rows, counts, counts)
+    return SearchResult(State(torch.tensor(levels)[:, None], torch.tensor(levels)[:, None]), rows, rows, counts, counts)
 
 
 def test_the_better_of_two_is_taken_row_by_row_and_the_first_of_equals() -> None:
@@ -201,7 +201,7 @@ def test_rows_are_replaced_cut_off_and_joined() -> None:
     whole = solved([1, 1, 1, 1], [4, 4, 4, 4]).with_rows(torch.tensor([1, 3]), solved([7, 8], [2, 3]))
     assert whole.cost.tolist() == [4, 2, 4, 3]
     assert whole.state.levels[:, 0].tolist() == [1, 7, 1, 8]
-    joined = Solved.joined([whole.head(2), solved([5], [6])])
+    joined = SearchResult.joined([whole.head(2), solved([5], [6])])
     assert joined.cost.tolist() == [4, 2, 6]
     assert joined.state.scale[:, 0].tolist() == [1, 7, 5]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from team_cases import HERE, ended, free_port, sha256, start, start_all
-from test_blockwise import CPU, EQUAL, FULL, JOINT, NO_QEP, ROUND, SOLVE, WEIGHED, windows
+from distributed_cases import HERE, ended, free_port, sha256, start, start_all
+from loop_cases import CPU, EQUAL, FULL, JOINT, NO_QEP, ROUND, SOLVE, WEIGHED, windows
 from tiny_models import write_checkpoint
 
 from jointq_cli.cli.main import main
@@ -33,10 +33,10 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import Accumulator
 from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
 from jointq_cli.quantization.loop import quantize_blocks
-from jointq_cli.quantization.qep import Propagation
+from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.quantization.quantizers.base import ROWS
-from jointq_cli.quantization.settings import Plan
+from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.system.distributed import ALONE, Team
 from jointq_cli.system.settings import Runtime
@@ -50,7 +50,7 @@ class Stop(JointqError):
 @dataclass(frozen=True)
 class Run:
     quantizer: Quantizer
-    qep: Propagation = NO_QEP
+    qep: QepSettings = NO_QEP
     inputs: str = "quantized"
     weights: TokenWeights = EQUAL
     count: int = 7  # windows, two in a batch: one process has more of them
@@ -69,11 +69,11 @@ RUNS = {
 
 def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lambda: None) -> Workspace:
     """A tiny model, quantised in `folder` by a team."""
-    team.lead(lambda: folder.mkdir(exist_ok=True))
+    team.on_rank0(lambda: folder.mkdir(exist_ok=True))
     team.wait()
     model = StreamedModel(Checkpoint(folder.parent / "model"), CPU, torch.float32)
     names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
-    plan = Plan(run.quantizer, run.qep, names, run.inputs, run.weights, 2, 1e9)
+    plan = LoopSettings(run.quantizer, run.qep, names, run.inputs, run.weights, 2, 1e9)
     workspace, hessians = Workspace(folder), None
     with torch.no_grad():
         if run.ahead:
@@ -88,7 +88,7 @@ def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lam
 
 
 def _made(folder: Path, team: Team) -> Path:
-    team.lead(lambda: folder.mkdir(exist_ok=True))
+    team.on_rank0(lambda: folder.mkdir(exist_ok=True))
     team.wait()
     return folder
 
@@ -98,7 +98,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUNS, each in its folder, by two processes; and what each process was answered."""
     folder = tmp_path_factory.mktemp("together")
     write_checkpoint(folder / "model", dtype=torch.bfloat16)
-    jobs = [start_all(2, [HERE / "team_cases.py", case, folder], HERE) for case in ("collectives", "engine")]
+    jobs = [start_all(2, [HERE / "distributed_cases.py", case, folder], HERE) for case in ("collectives", "engine")]
     for job in jobs:
         assert [(code, err) for code, _, err in ended(job)] == [(0, ""), (0, "")]
     return folder
@@ -171,7 +171,7 @@ def test_records_of_two_processes_are_those_of_one(name: str, together: Path, al
 @pytest.mark.slow
 def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
-    codes = ended(start_all(2, [HERE / "team_cases.py", "stopping", tmp_path], HERE))
+    codes = ended(start_all(2, [HERE / "distributed_cases.py", "stopping", tmp_path], HERE))
     assert sorted(err for _, _, err in codes) == ["", "error: stopped\n"]
     assert {code for code, _, _ in codes} == {1}
     assert 0 < len(list((tmp_path / "stopped" / "layers").glob("*.json"))) < 3 * 7
@@ -188,7 +188,7 @@ def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_pat
     stale.mkdir(parents=True)
     for file in (alone / "qep" / "layers").glob("model.layers.0.*q_proj*"):
         shutil.copy(file, stale)
-    found = ended(start_all(2, [HERE / "team_cases.py", "disks", tmp_path], HERE))
+    found = ended(start_all(2, [HERE / "distributed_cases.py", "disks", tmp_path], HERE))
     assert [(code, err) for code, _, err in found] == [(0, ""), (0, "")]
     for name in (f"shards/0000{block}.safetensors" for block in range(3)):
         assert sha256(tmp_path / "disk 0" / name) == sha256(alone / "qep" / name)
@@ -198,7 +198,7 @@ def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_pat
 def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     shutil.copytree(alone / "qep", tmp_path / "disk 1")
-    found = ended(start_all(2, [HERE / "team_cases.py", "disks", tmp_path], HERE))
+    found = ended(start_all(2, [HERE / "distributed_cases.py", "disks", tmp_path], HERE))
     assert [code for code, _, _ in found] == [1, 1]
     problem = "process 0 finds 0 finished blocks there, process 1 3; all must see the same disk\n"
     assert "".join(err for _, _, err in found).endswith(problem)
@@ -206,12 +206,12 @@ def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, 
 
 
 def test_three_processes_make_anew_what_is_removed_as_soon_as_it_is_made(tmp_path: Path) -> None:
-    found = ended(start_all(3, [HERE / "team_cases.py", "removing", tmp_path], HERE))
+    found = ended(start_all(3, [HERE / "distributed_cases.py", "removing", tmp_path], HERE))
     assert [(code, err) for code, _, err in found] == [(0, "")] * 3
 
 
 def test_a_process_that_ends_in_the_middle_of_a_talk_is_missed(tmp_path: Path) -> None:
-    found = ended(start_all(2, [HERE / "team_cases.py", "leaving", tmp_path], HERE))
+    found = ended(start_all(2, [HERE / "distributed_cases.py", "leaving", tmp_path], HERE))
     assert [code for code, _, _ in found] == [1, 3]
     told = "error: another process of this run has ended; the same command continues at what was finished\n"
     assert [err for _, _, err in found] == [told, ""]
@@ -228,7 +228,7 @@ def test_what_goes_wrong_while_processes_talk_keeps_its_name() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_meets_nobody_says_so_and_gives_up(rank: int) -> None:
-    [(code, _, err)] = ended([start(rank, 2, free_port(), [HERE / "team_cases.py", "meeting", "1"], HERE)])
+    [(code, _, err)] = ended([start(rank, 2, free_port(), [HERE / "distributed_cases.py", "meeting", "1"], HERE)])
     assert code == 1
     first, *_, last = err.splitlines()  # c10d may have words of its own
     assert re.fullmatch(rf"process {rank} is waiting for the others, 2 in all, at localhost:\d+", first)
@@ -236,7 +236,7 @@ def test_a_process_that_meets_nobody_says_so_and_gives_up(rank: int) -> None:
 
 
 def test_ctrl_c_ends_a_process_that_meets_nobody() -> None:
-    process = start(0, 2, free_port(), [HERE / "team_cases.py", "meeting", "300"], HERE)
+    process = start(0, 2, free_port(), [HERE / "distributed_cases.py", "meeting", "300"], HERE)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("process 0 is waiting")
     process.send_signal(signal.SIGINT)

@@ -1,11 +1,9 @@
 """The words after `jointq`: dispatch, help, errors in one line, completion, sweeps. No model is touched."""
 
-import ast
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +39,6 @@ from jointq_cli.recipe import (
     concrete,
     keys,
 )
-
-SOURCES = Path(__file__).parent.parent / "src" / "jointq_cli"
 
 
 @pytest.fixture(autouse=True)
@@ -604,7 +600,7 @@ echo "${{COMPREPLY[@]}}"
     assert answer.stdout.split() == ["recipe=pocket_w3g128"], answer.stderr
 
 
-# --- the shape of the code
+# --- the keys of a recipe
 
 
 def test_keys_cover_every_quantizer() -> None:
@@ -615,69 +611,3 @@ def test_keys_cover_every_quantizer() -> None:
 def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
     assert {GPTQ, RTN, JointQ} <= set(concrete(Quantizer))
     assert Quantizer not in concrete(Quantizer)
-
-
-ONLY_IN = {
-    "hydra": {"cli"},
-    "omegaconf": {"cli"},
-    "datasets": {"data"},
-    "rich": {"report"},
-    "jinja2": {"report"},
-    "matplotlib": {"report"},
-}
-
-
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
-
-
-def room(path: Path) -> str:
-    return path.relative_to(SOURCES).parts[0].removesuffix(".py")
-
-
-@pytest.mark.parametrize("library", ONLY_IN)
-def test_a_library_is_known_in_its_rooms_only(library: str) -> None:
-    users = {room(path) for path in SOURCES.rglob("*.py") if library in {name.split(".")[0] for name in imports(path)}}
-    assert users <= ONLY_IN[library]
-
-
-# From the commands down: a room may import what stands in a later row, and its own row.
-ROWS = [
-    {"__main__"},
-    {"cli"},
-    {"pipeline"},
-    {"stages"},
-    {"recipe"},
-    {"transforms"},
-    {"quantization", "evaluation", "report"},
-    {"formats"},
-    {"models", "data"},
-    {"system"},
-    {"records", "kernels", "errors", "__init__"},
-]
-
-
-def test_every_room_has_its_row() -> None:
-    assert {room(path) for path in SOURCES.rglob("*.py")} <= set().union(*ROWS)
-
-
-def test_imports_point_one_way() -> None:
-    height = {name: number for number, row in enumerate(ROWS) for name in row}
-    upward = {
-        f"{room(path)} imports {other}"
-        for path in SOURCES.rglob("*.py")
-        for other in (name.split(".")[1] for name in imports(path) if name.startswith("jointq_cli."))
-        if height[other] < height[room(path)]
-    }
-    assert upward == set()
-
-
-@pytest.mark.parametrize(("library", "rooms"), [("numba", {"compiled"}), ("triton", {"cuda_flips"})])
-def test_a_compiler_is_known_to_one_module(library: str, rooms: set[str]) -> None:
-    users = {path.stem for path in SOURCES.rglob("*.py") if library in {name.split(".")[0] for name in imports(path)}}
-    assert users == rooms

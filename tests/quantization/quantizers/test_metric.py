@@ -137,7 +137,7 @@ def test_float64_is_taken_where_the_condition_is_large() -> None:
 def test_a_singular_hessian_is_damped_for_the_start_only() -> None:
     matrix = layer(1, 24, tokens=6)[1]
     metric = metric_of(matrix)
-    assert metric.rungs > 0
+    assert metric.damping_retries > 0
     assert metric.damping > 0
     exact = (matrix / matrix.diagonal().mean())[metric.order][:, metric.order]
     torch.testing.assert_close(metric.full.double(), exact, rtol=1e-6, atol=1e-7)
