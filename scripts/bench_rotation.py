@@ -15,16 +15,8 @@ from rich.table import Table
 
 from jointq_cli.kernels.hadamard import random_hadamard
 from jointq_cli.transforms.activation_samples import normalised
-from jointq_cli.transforms.learning import (
-    Watch,
-    decibels,
-    learn_r1,
-)
-from jointq_cli.transforms.settings import (
-    OBJECTIVES,
-    PARAMETRIZATIONS,
-    LearnedRotation,
-)
+from jointq_cli.transforms.learning import Watch, decibels, learn_r1
+from jointq_cli.transforms.settings import OBJECTIVES, PARAMETRIZATIONS, LearnedRotation
 
 SITES, TOKENS = 32, 512  # those of a model of 16 blocks
 

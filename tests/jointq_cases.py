@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.formats.uniform import QuantizedWeight
-from jointq_cli.quantization.quantizers import (
-    JointQ,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.quantizers import JointQ, Quantizer, Solution
 from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 
 PLAIN = JointQ(

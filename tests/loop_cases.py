@@ -16,17 +16,8 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.assembly import assemble
 from jointq_cli.quantization.loop import quantize_blocks
-from jointq_cli.quantization.qep import (
-    NoQep,
-    Qep,
-    QepSettings,
-)
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    RTN,
-    JointQ,
-    Quantizer,
-)
+from jointq_cli.quantization.qep import NoQep, Qep, QepSettings
+from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
 from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace

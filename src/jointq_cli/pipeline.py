@@ -17,41 +17,17 @@ import torch
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import TeamError
-from jointq_cli.evaluation.perplexity import (
-    compare,
-    perplexity,
-    protocol,
-)
+from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.formats.audit import audit
 from jointq_cli.models.sources import ModelSource, provenance
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.recipe import (
-    CalibrateRecipe,
-    EvaluateRecipe,
-    Recipe,
-    RotateRecipe,
-)
-from jointq_cli.records import (
-    EvaluationReport,
-    Protocol,
-    RotationRecord,
-    RunEstimate,
-    RunReport,
-)
-from jointq_cli.report import (
-    Console,
-    encode,
-    write_report,
-)
+from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
+from jointq_cli.records import EvaluationReport, Protocol, RotationRecord, RunEstimate, RunReport
+from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_sheet
 from jointq_cli.stages import rotate as rotation_stages
-from jointq_cli.stages.base import (
-    Quantized,
-    QuantizedScores,
-    Stages,
-    selected_layers,
-)
+from jointq_cli.stages.base import Quantized, QuantizedScores, Stages, selected_layers
 from jointq_cli.stages.plan.dry_run import Survey, estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import caveats
@@ -60,12 +36,7 @@ from jointq_cli.system.distributed import ALONE, Team
 from jointq_cli.system.files import link_files, translated_disk_errors
 from jointq_cli.system.interrupts import deferred
 from jointq_cli.system.machine import peak_memory, versions
-from jointq_cli.system.run_directory import (
-    Manifest,
-    RunDirectory,
-    made_files,
-    take_manifest,
-)
+from jointq_cli.system.run_directory import Manifest, RunDirectory, made_files, take_manifest
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import file_hashes

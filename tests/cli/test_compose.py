@@ -12,33 +12,11 @@ import pytest
 from jointq_cli import __version__
 from jointq_cli.cli import config_files as resources
 from jointq_cli.cli.commands import completion, help
-from jointq_cli.cli.compose import (
-    Job,
-    complete,
-    launch,
-)
-from jointq_cli.cli.main import (
-    COMMANDS,
-    COMPOSED,
-    main,
-)
-from jointq_cli.errors import (
-    ConfigError,
-    Interrupted,
-    NumericsError,
-)
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    RTN,
-    JointQ,
-    Quantizer,
-)
-from jointq_cli.recipe import (
-    RECIPES,
-    Recipe,
-    concrete,
-    keys,
-)
+from jointq_cli.cli.compose import Job, complete, launch
+from jointq_cli.cli.main import COMMANDS, COMPOSED, main
+from jointq_cli.errors import ConfigError, Interrupted, NumericsError
+from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
+from jointq_cli.recipe import RECIPES, Recipe, concrete, keys
 
 
 @pytest.fixture(autouse=True)

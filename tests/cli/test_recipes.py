@@ -12,17 +12,8 @@ from jointq_cli.cli import config_files as resources
 from jointq_cli.cli.commands.recipes import listing
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.cli.main import main
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    JointQ,
-    Quantizer,
-)
-from jointq_cli.recipe import (
-    RECIPES,
-    Recipe,
-    concrete,
-    schemas,
-)
+from jointq_cli.quantization.quantizers import GPTQ, JointQ, Quantizer
+from jointq_cli.recipe import RECIPES, Recipe, concrete, schemas
 
 NAMES = list(resources.options("recipe"))
 GROUPS = {group: names for group, names in resources.groups().items() if group not in ("recipe", "sweep")}

@@ -17,26 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from jointq_cli.data.calibration import (
-    STRATEGIES,
-    Calibration,
-    Reading,
-    calibration_tokens,
-    evaluation_ids,
-)
+from jointq_cli.data.calibration import STRATEGIES, Calibration, Reading, calibration_tokens, evaluation_ids
 from jointq_cli.data.text import Corpus, TextSource
-from jointq_cli.data.token_file import (
-    Tokens,
-    load_tokens,
-    save_tokens,
-)
+from jointq_cli.data.token_file import Tokens, load_tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer, tokenizer_hash
-from jointq_cli.errors import (
-    ConfigError,
-    ModelError,
-    ResourceError,
-    TextError,
-)
+from jointq_cli.errors import ConfigError, ModelError, ResourceError, TextError
 
 WORDS = [f"w{number}" for number in range(200)]
 BLANK, PAD, BOS, EOS = range(4)  # a blank line is a token of its own, the words begin at 4

@@ -15,17 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from jointq_cli.data import pydoc as pydoc_text
-from jointq_cli.data.text import (
-    TextSource,
-    documents,
-    read,
-    text_hash,
-)
-from jointq_cli.errors import (
-    ConfigError,
-    ResourceError,
-    TextError,
-)
+from jointq_cli.data.text import TextSource, documents, read, text_hash
+from jointq_cli.errors import ConfigError, ResourceError, TextError
 
 TEXTS = ["First, with a comma.", "Second\nover two lines.", 'Third "quoted" Grüße']
 

@@ -10,17 +10,8 @@ from tiny_models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ConfigError, TextError
-from jointq_cli.evaluation.perplexity import (
-    Scores,
-    compare,
-    perplexity,
-    score,
-)
-from jointq_cli.evaluation.windows import (
-    Evaluation,
-    ScoredWindows,
-    cut_windows,
-)
+from jointq_cli.evaluation.perplexity import Scores, compare, perplexity, score
+from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel

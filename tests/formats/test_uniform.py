@@ -9,24 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jointq_cli.errors import (
-    ConfigError,
-    ModelError,
-    NumericsError,
-)
-from jointq_cli.formats.uniform import (
-    Grid,
-    QuantizedWeight,
-    check_bits,
-    check_group_size,
-    group_columns,
-)
+from jointq_cli.errors import ConfigError, ModelError, NumericsError
+from jointq_cli.formats.uniform import Grid, QuantizedWeight, check_bits, check_group_size, group_columns
 from jointq_cli.kernels import Rounding
-from jointq_cli.quantization.quantizers.scale_fit import (
-    fit,
-    round_scale,
-    scale_rounding,
-)
+from jointq_cli.quantization.quantizers.scale_fit import fit, round_scale, scale_rounding
 
 GRIDS = [Grid(bits, symmetric) for bits in range(1, 9) for symmetric in (False, True)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from jointq_cli import kernels
 from jointq_cli.formats.uniform import Grid
-from jointq_cli.kernels import (
-    TOLERANCE,
-    Box,
-    Kernels,
-    Rounding,
-    cpu_flips,
-    reference,
-)
+from jointq_cli.kernels import TOLERANCE, Box, Kernels, Rounding, cpu_flips, reference
 from jointq_cli.kernels.cpu import CpuKernels
 from jointq_cli.kernels.reference import ReferenceKernels
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding

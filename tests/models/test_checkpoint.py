@@ -12,13 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 
 from jointq_cli.errors import ModelError, NumericsError
-from jointq_cli.models.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    copy_companions,
-    write_index,
-)
+from jointq_cli.models.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, write_index
 from jointq_cli.system.tensor_files import save_tensors
 
 

@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from jointq_cli.errors import (
-    ConfigError,
-    ModelError,
-    ResourceError,
-)
+from jointq_cli.errors import ConfigError, ModelError, ResourceError
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.models.sources import (
-    BUNDLED,
-    ModelSource,
-    fetch,
-    provenance,
-)
+from jointq_cli.models.sources import BUNDLED, ModelSource, fetch, provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.system.store import Store
 

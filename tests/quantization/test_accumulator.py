@@ -11,11 +11,7 @@ from torch import Tensor
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import NumericsError
 from jointq_cli.quantization.accumulator import PANEL, Accumulator
-from jointq_cli.quantization.quantizers.statistics import (
-    HeldOut,
-    output_error,
-    weight_error,
-)
+from jointq_cli.quantization.quantizers.statistics import HeldOut, output_error, weight_error
 
 CPU = torch.device("cpu")
 

@@ -26,17 +26,8 @@ from jointq_cli.cli.main import main
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.accumulator import (
-    PANEL,
-    packed,
-    packed_size,
-    unpacked,
-)
-from jointq_cli.quantization.hessian_cache import (
-    Hessians,
-    bytes_needed,
-    collect_hessians,
-)
+from jointq_cli.quantization.accumulator import PANEL, packed, packed_size, unpacked
+from jointq_cli.quantization.hessian_cache import Hessians, bytes_needed, collect_hessians
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.quantization.settings import LoopSettings

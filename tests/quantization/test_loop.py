@@ -6,20 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_cases import (
-    CPU,
-    FULL,
-    JOINT,
-    NO_QEP,
-    QEP,
-    ROUND,
-    SOLVE,
-    WEIGHED,
-    file_hashes,
-    granite,
-    quantize,
-    windows,
-)
+from loop_cases import CPU, FULL, JOINT, NO_QEP, QEP, ROUND, SOLVE, WEIGHED, file_hashes, granite, quantize, windows
 from tiny_models import FAMILIES, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -32,17 +19,8 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import Block
-from jointq_cli.quantization.qep import (
-    Correction,
-    Qep,
-    QepSettings,
-)
-from jointq_cli.quantization.quantizers import (
-    RTN,
-    Prepared,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.qep import Correction, Qep, QepSettings
+from jointq_cli.quantization.quantizers import RTN, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 
 

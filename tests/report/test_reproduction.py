@@ -24,20 +24,10 @@ from jointq_cli.cli.commands.reproduce import fresh_beside
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.cli.main import main
 from jointq_cli.cli.replay import replay
-from jointq_cli.errors import (
-    Interrupted,
-    JointqError,
-    NumericsError,
-    TextError,
-    UntrustedResult,
-)
+from jointq_cli.errors import Interrupted, JointqError, NumericsError, TextError, UntrustedResult
 from jointq_cli.formats.layer_file import save_layer
 from jointq_cli.formats.uniform import QuantizedWeight
-from jointq_cli.recipe import (
-    Recipe,
-    concrete,
-    keys,
-)
+from jointq_cli.recipe import Recipe, concrete, keys
 from jointq_cli.records import (
     ASKED,
     DIFFERENT,
@@ -51,23 +41,11 @@ from jointq_cli.records import (
 )
 from jointq_cli.report import encode, load_record
 from jointq_cli.report.compare.run_files import parse_settings
-from jointq_cli.report.reproduction import (
-    GIVEN,
-    compare,
-    deciding_differences,
-)
-from jointq_cli.report.reproduction.finished_run import (
-    Evidence,
-    codes_file,
-    read_evidence,
-)
+from jointq_cli.report.reproduction import GIVEN, compare, deciding_differences
+from jointq_cli.report.reproduction.finished_run import Evidence, codes_file, read_evidence
 from jointq_cli.report.reproduction.inputs import DICTIONARIES, decides
 from jointq_cli.report.reproduction.metrics import ROUNDING
-from jointq_cli.report.tables.reproduction import (
-    conclusion,
-    render_lines,
-    render_reproduction,
-)
+from jointq_cli.report.tables.reproduction import conclusion, render_lines, render_reproduction
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import save_tensors
 

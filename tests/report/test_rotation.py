@@ -7,19 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli.records import (
-    RotationRecord,
-    RotationTraining,
-    RunReport,
-    Simulation,
-)
-from jointq_cli.report import (
-    Console,
-    encode,
-    load_record,
-    load_report,
-    write_report,
-)
+from jointq_cli.records import RotationRecord, RotationTraining, RunReport, Simulation
+from jointq_cli.report import Console, encode, load_record, load_report, write_report
 from jointq_cli.report.compare import rotation_summary, summary
 from jointq_cli.report.console import lines
 from jointq_cli.report.pages.markdown import render_markdown

@@ -21,12 +21,7 @@ from jointq_cli.report.compare.run_files import find_runs, load_runs
 from jointq_cli.report.compare.runs import Run
 from jointq_cli.report.pages.comparison import render_comparison
 from jointq_cli.report.pages.markdown import render_sheet
-from jointq_cli.report.tables.table import (
-    Cell,
-    TextTable,
-    labels,
-    make_sheet,
-)
+from jointq_cli.report.tables.table import Cell, TextTable, labels, make_sheet
 
 SETTINGS = {
     "name": "mine",

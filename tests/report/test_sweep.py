@@ -11,16 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from jointq_cli.cli.main import main
-from jointq_cli.errors import (
-    Interrupted,
-    JointqError,
-    NumericsError,
-)
-from jointq_cli.records import (
-    Comparison,
-    EvaluationReport,
-    RunReport,
-)
+from jointq_cli.errors import Interrupted, JointqError, NumericsError
+from jointq_cli.records import Comparison, EvaluationReport, RunReport
 from jointq_cli.report import encode
 from jointq_cli.report.compare.run_files import find_runs
 from jointq_cli.report.compare.sweep import best, load_jobs

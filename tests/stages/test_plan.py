@@ -28,19 +28,11 @@ from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
 from jointq_cli.stages import base as stages
 from jointq_cli.stages.plan import dry_run as planning
-from jointq_cli.stages.plan.costs import (
-    Windows,
-    Workload,
-    total,
-)
+from jointq_cli.stages.plan.costs import Windows, Workload, total
 from jointq_cli.stages.plan.preflight import LEAST_SCORED
 from jointq_cli.system import machine
 from jointq_cli.system.files import nearest
-from jointq_cli.system.hash_cache import (
-    FILE,
-    note_hash,
-    noted_hash,
-)
+from jointq_cli.system.hash_cache import FILE, note_hash, noted_hash
 
 TINY = [
     "recipe=ci_smoke", "quantizer=rtn", "quantizer.group_size=32", "qep=none", "calibration.num_samples=8",

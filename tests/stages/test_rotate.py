@@ -21,11 +21,7 @@ from jointq_cli.errors import Interrupted
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.records import (
-    EvaluationReport,
-    RotationRecord,
-    RunReport,
-)
+from jointq_cli.records import EvaluationReport, RotationRecord, RunReport
 from jointq_cli.report import load_record, load_report
 from jointq_cli.report.compare import rotation_summary
 from jointq_cli.report.compare.summary import problems

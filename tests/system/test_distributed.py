@@ -20,12 +20,7 @@ from tiny_models import write_checkpoint
 
 from jointq_cli.cli.main import main
 from jointq_cli.data.token_weights import TokenWeights
-from jointq_cli.errors import (
-    Interrupted,
-    JointqError,
-    ResourceError,
-    TeamError,
-)
+from jointq_cli.errors import Interrupted, JointqError, ResourceError, TeamError
 from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli.system.integrity import (
-    CONTENTS,
-    find_damage,
-    when_made,
-    write_contents,
-)
+from jointq_cli.system.integrity import CONTENTS, find_damage, when_made, write_contents
 
 
 @pytest.fixture

@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 
 from jointq_cli.system import locks
-from jointq_cli.system.locks import (
-    Kind,
-    is_locked,
-    try_lock,
-)
+from jointq_cli.system.locks import Kind, is_locked, try_lock
 
 HOLD = """
 import sys, time

@@ -12,11 +12,7 @@ from jointq_cli.errors import ResourceError
 from jointq_cli.system.files import link_files, write_atomically
 from jointq_cli.system.integrity import CONTENTS
 from jointq_cli.system.inventory import entries, remove
-from jointq_cli.system.store import (
-    Artifact,
-    Store,
-    artifact_key,
-)
+from jointq_cli.system.store import Artifact, Store, artifact_key
 
 
 @dataclass(frozen=True)

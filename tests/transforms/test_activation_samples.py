@@ -9,11 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.transforms.activation_samples import (
-    Reservoir,
-    collect,
-    normalised,
-)
+from jointq_cli.transforms.activation_samples import Reservoir, collect, normalised
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

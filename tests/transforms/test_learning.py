@@ -24,11 +24,7 @@ from jointq_cli.transforms.learning import (
     turn_heads,
 )
 from jointq_cli.transforms.objectives import OBJECTIVES
-from jointq_cli.transforms.settings import (
-    INITS,
-    PARAMETRIZATIONS,
-    LearnedRotation,
-)
+from jointq_cli.transforms.settings import INITS, PARAMETRIZATIONS, LearnedRotation
 
 CPU = torch.device("cpu")
 SIZE = 64

@@ -17,11 +17,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Invariance
 from jointq_cli.system.tensor_files import save_tensors
 from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
-from jointq_cli.transforms.merge_check import (
-    MERGE_LIMIT,
-    check,
-    write_rotated,
-)
+from jointq_cli.transforms.merge_check import MERGE_LIMIT, check, write_rotated
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

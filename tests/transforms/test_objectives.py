@@ -11,12 +11,7 @@ from torch import Tensor
 
 from jointq_cli.transforms.activation_samples import normalised
 from jointq_cli.transforms.learning import relative_error
-from jointq_cli.transforms.objectives import (
-    OBJECTIVES,
-    l8,
-    range2,
-    whip,
-)
+from jointq_cli.transforms.objectives import OBJECTIVES, l8, range2, whip
 
 CHANNELS = 64
 

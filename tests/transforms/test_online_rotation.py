@@ -13,19 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from jointq_cli.errors import ModelError
-from jointq_cli.kernels.hadamard import (
-    construction,
-    orthogonal,
-    turned,
-)
+from jointq_cli.kernels.hadamard import construction, orthogonal, turned
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.models.online_rotation import (
-    KEY,
-    attach,
-    needs_online,
-    with_online,
-    without_online,
-)
+from jointq_cli.models.online_rotation import KEY, attach, needs_online, with_online, without_online
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.transforms.merge_check import write_rotated
 

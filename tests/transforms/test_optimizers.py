@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jointq_cli.transforms.optimizers import (
-    DESCENTS,
-    Descent,
-    QrOrth,
-    newton_schulz,
-    polished,
-)
+from jointq_cli.transforms.optimizers import DESCENTS, Descent, QrOrth, newton_schulz, polished
 from jointq_cli.transforms.settings import PARAMETRIZATIONS
 
 SIZE = 24

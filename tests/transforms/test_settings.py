@@ -9,13 +9,7 @@ import yaml
 from jointq_cli import transforms as rotation
 from jointq_cli.cli import config_files as resources
 from jointq_cli.errors import ConfigError
-from jointq_cli.transforms import (
-    HadamardRotation,
-    LearnedRotation,
-    NoRotation,
-    NoSmoothing,
-    SmoothQuant,
-)
+from jointq_cli.transforms import HadamardRotation, LearnedRotation, NoRotation, NoSmoothing, SmoothQuant
 from jointq_cli.transforms.settings import SAMPLED_TOKENS
 
 

@@ -33,22 +33,10 @@ from omegaconf.errors import OmegaConfBaseException
 from jointq_cli.cli import config_files as resources
 from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
 from jointq_cli.cli.schemas import mutable_schema
-from jointq_cli.cli.sweep import (
-    Refused,
-    Sweep,
-    current,
-)
-from jointq_cli.errors import (
-    ConfigError,
-    Interrupted,
-    JointqError,
-)
+from jointq_cli.cli.sweep import Refused, Sweep, current
+from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.system.distributed import ALONE, Team
-from jointq_cli.system.sweep_directory import (
-    attempt,
-    job_key,
-    note_failure,
-)
+from jointq_cli.system.sweep_directory import attempt, job_key, note_failure
 
 _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -94,12 +82,7 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
 
 def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     # Not above: it brings torch, and shell completion answers without.
-    from jointq_cli.recipe import (
-        RECIPES,
-        Recipe,
-        keys,
-        schemas,
-    )
+    from jointq_cli.recipe import RECIPES, Recipe, keys, schemas
 
     overrides, options = _overrides_and_options(command, arguments)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}

@@ -25,11 +25,7 @@ from omegaconf.errors import (
 )
 
 from jointq_cli.cli import config_files as resources
-from jointq_cli.errors import (
-    ConfigError,
-    JointqError,
-    ResourceError,
-)
+from jointq_cli.errors import ConfigError, JointqError, ResourceError
 
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # option: extra
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

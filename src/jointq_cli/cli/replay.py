@@ -12,20 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jointq_cli.cli.compose import (
-    Job,
-    Task,
-    command_line,
-    launch,
-)
-from jointq_cli.errors import (
-    ConfigError,
-    Interrupted,
-    JointqError,
-    ModelError,
-    TextError,
-    UntrustedResult,
-)
+from jointq_cli.cli.compose import Job, Task, command_line, launch
+from jointq_cli.errors import ConfigError, Interrupted, JointqError, ModelError, TextError, UntrustedResult
 from jointq_cli.models.sources import looks_local
 from jointq_cli.recipe import Recipe
 from jointq_cli.report.compare.run_files import parse_settings

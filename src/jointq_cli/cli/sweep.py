@@ -20,19 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from jointq_cli.errors import ConfigError, JointqError
 from jointq_cli.report.compare.sweep import load_jobs
-from jointq_cli.report.pages.sweep import (
-    best_command,
-    best_recipe,
-    write_summary,
-)
+from jointq_cli.report.pages.sweep import best_command, best_recipe, write_summary
 from jointq_cli.report.tables.sweep import Rows, make_sweep_sheet
-from jointq_cli.system.sweep_directory import (
-    DONE,
-    ENDED,
-    JobRecord,
-    SweepDirectory,
-    SweepPlan,
-)
+from jointq_cli.system.sweep_directory import DONE, ENDED, JobRecord, SweepDirectory, SweepPlan
 
 VALIDATE = "validate_batch_is_legal"  # of Hydra's sweepers: composes every job once more
 LOOK_EVERY = 2.0  # seconds between two looks at what other processes have finished

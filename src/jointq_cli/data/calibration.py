@@ -12,12 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from jointq_cli.data.text import (
-    Corpus,
-    TextSource,
-    read,
-    text_hash,
-)
+from jointq_cli.data.text import Corpus, TextSource, read, text_hash
 from jointq_cli.data.token_file import Tokens, load_tokens
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.data.tokenizer import tokenizer_hash

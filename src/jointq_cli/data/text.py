@@ -21,11 +21,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from jointq_cli.data import pydoc as pydoc_text
-from jointq_cli.errors import (
-    ConfigError,
-    ResourceError,
-    TextError,
-)
+from jointq_cli.errors import ConfigError, ResourceError, TextError
 
 PLAIN: Final = (".txt", ".raw", ".md")
 TABLES: Final = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

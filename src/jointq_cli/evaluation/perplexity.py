@@ -16,11 +16,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.records import (
-    Comparison,
-    Perplexity,
-    Protocol,
-)
+from jointq_cli.records import Comparison, Perplexity, Protocol
 
 LOGITS_AT_ONCE = 2**24  # elements of one logits tensor; 64 MiB in float32
 

@@ -10,9 +10,7 @@ from pathlib import Path
 import torch
 
 from jointq_cli.formats.layer_file import load_layer
-from jointq_cli.models.checkpoint import (
-    Checkpoint,
-)
+from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.records import Audit, LayerRecord
 
 

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.errors import (
-    ConfigError,
-    ModelError,
-)
+from jointq_cli.errors import ConfigError, ModelError
 
 MOST_NAMED = 3  # layers in an error's line
 

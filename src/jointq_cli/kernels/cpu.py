@@ -18,14 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jointq_cli.kernels import (
-    CANCELLED,
-    TOLERANCE,
-    Box,
-    Kernels,
-    Rounding,
-    cpu_flips,
-)
+from jointq_cli.kernels import CANCELLED, TOLERANCE, Box, Kernels, Rounding, cpu_flips
 from jointq_cli.kernels.compiled import compiled
 
 Floats = NDArray[np.float32]

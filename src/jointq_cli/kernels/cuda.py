@@ -10,11 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from jointq_cli.kernels import (
-    CANCELLED,
-    Box,
-    cuda_flips,
-)
+from jointq_cli.kernels import CANCELLED, Box, cuda_flips
 from jointq_cli.kernels.reference import ReferenceKernels
 from jointq_cli.kernels.reference_flips import PlainSteps
 

@@ -5,17 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jointq_cli.kernels import (
-    CANCELLED,
-    Box,
-    Kernels,
-    Rounding,
-)
-from jointq_cli.kernels.reference_flips import (
-    PlainSteps,
-    dots,
-    nearest,
-)
+from jointq_cli.kernels import CANCELLED, Box, Kernels, Rounding
+from jointq_cli.kernels.reference_flips import PlainSteps, dots, nearest
 
 
 class ReferenceKernels(Kernels):

@@ -8,11 +8,7 @@ v = z R and levels z (rows, d) are of one dtype; v and z are updated in place. S
 import torch
 from torch import Tensor
 
-from jointq_cli.kernels import (
-    CANCELLED,
-    TOLERANCE,
-    Box,
-)
+from jointq_cli.kernels import CANCELLED, TOLERANCE, Box
 
 f64 = torch.float64
 

@@ -19,11 +19,7 @@ from huggingface_hub.errors import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from jointq_cli.errors import (
-    ConfigError,
-    ModelError,
-    ResourceError,
-)
+from jointq_cli.errors import ConfigError, ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import file_hash

@@ -3,11 +3,7 @@
 import os
 from pathlib import Path
 
-from jointq_cli.models.checkpoint import (
-    INDEX,
-    copy_companions,
-    write_index,
-)
+from jointq_cli.models.checkpoint import INDEX, copy_companions, write_index
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.system.tensor_files import save_tensors

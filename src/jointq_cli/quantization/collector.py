@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from jointq_cli.errors import NumericsError
 from jointq_cli.quantization.accumulator import Accumulator
-from jointq_cli.quantization.block import (
-    BlockStructure,
-    Layer,
-    Seen,
-    Stream,
-)
+from jointq_cli.quantization.block import BlockStructure, Layer, Seen, Stream
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.system.distributed import Team

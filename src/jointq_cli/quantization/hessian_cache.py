@@ -18,16 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.accumulator import (
-    packed,
-    packed_size,
-    unpacked,
-)
-from jointq_cli.quantization.block import (
-    Block,
-    Layer,
-    Stream,
-)
+from jointq_cli.quantization.accumulator import packed, packed_size, unpacked
+from jointq_cli.quantization.block import Block, Layer, Stream
 from jointq_cli.quantization.collector import Collector
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 from jointq_cli.quantization.resumable_forward import stops

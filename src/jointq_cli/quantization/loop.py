@@ -20,12 +20,7 @@ from torch import Tensor
 
 from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.block import (
-    Block,
-    BlockStructure,
-    Layer,
-    Stream,
-)
+from jointq_cli.quantization.block import Block, BlockStructure, Layer, Stream
 from jointq_cli.quantization.collector import Collector, named
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.qep import Correction, NoCorrection

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.quantization.qep import Corrected, Correction
-from jointq_cli.quantization.quantizers.base import (
-    ROWS,
-    Prepared,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.quantizers.base import ROWS, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import Energies
 from jointq_cli.system.distributed import Team
 

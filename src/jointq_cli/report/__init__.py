@@ -10,10 +10,6 @@ The only room that knows rich, jinja2 and matplotlib. Imports of the last two wa
 
 from jointq_cli.report.console.console import Console
 from jointq_cli.report.pages.writers import write_report
-from jointq_cli.system.record_json import (
-    encode,
-    load_record,
-    load_report,
-)
+from jointq_cli.system.record_json import encode, load_record, load_report
 
 __all__ = ["Console", "encode", "load_record", "load_report", "write_report"]

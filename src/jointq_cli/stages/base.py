@@ -16,47 +16,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from jointq_cli.data.calibration import (
-    Calibration,
-    calibration_tokens,
-    evaluation_ids,
-)
+from jointq_cli.data.calibration import Calibration, calibration_tokens, evaluation_ids
 from jointq_cli.data.text import HUB
-from jointq_cli.data.token_file import (
-    Tokens,
-    load_tokens,
-    save_tokens,
-)
+from jointq_cli.data.token_file import Tokens, load_tokens, save_tokens
 from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.evaluation.activation_quantization import search_clips, simulated
 from jointq_cli.evaluation.perplexity import Scores, score
-from jointq_cli.evaluation.windows import (
-    Evaluation,
-    ScoredWindows,
-    cut_windows,
-)
+from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
 from jointq_cli.formats.uniform import check_group_size
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.sources import ModelSource, fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.assembly import assemble
-from jointq_cli.quantization.hessian_cache import (
-    Hessians,
-    bytes_needed,
-    collect_hessians,
-)
+from jointq_cli.quantization.hessian_cache import Hessians, bytes_needed, collect_hessians
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.recipe import Recipe
-from jointq_cli.records import (
-    IDENTICAL,
-    BlockRecord,
-    LayerRecord,
-    Simulation,
-    StageRecord,
-)
+from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, StageRecord
 from jointq_cli.report.console.console import Console, Stage
 from jointq_cli.report.console.screens import Bar
 from jointq_cli.system.distributed import ALONE, Team
@@ -64,11 +42,7 @@ from jointq_cli.system.hash_cache import note_hash
 from jointq_cli.system.interrupts import Interrupts
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Artifact, Store
-from jointq_cli.system.tensor_files import (
-    file_hash,
-    read_rows,
-    save_tensors,
-)
+from jointq_cli.system.tensor_files import file_hash, read_rows, save_tensors
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,7 @@ from jointq_cli.transforms.activation_samples import Reservoir, collect
 from jointq_cli.transforms.architectures import Anatomy, examine
 from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
 from jointq_cli.transforms.learning import Watch
-from jointq_cli.transforms.merge_check import (
-    PROBE,
-    check,
-    write_rotated,
-)
+from jointq_cli.transforms.merge_check import PROBE, check, write_rotated
 from jointq_cli.transforms.solve import constructions, find_basis
 
 LEAST_TOKENS = 64  # of which an eighth is measured with

@@ -18,18 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
-from jointq_cli.system.integrity import (
-    CONTENTS,
-    find_damage,
-    walk,
-    when_made,
-)
-from jointq_cli.system.locks import (
-    Kind,
-    Lock,
-    is_locked,
-    try_lock,
-)
+from jointq_cli.system.integrity import CONTENTS, find_damage, walk, when_made
+from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 
 MARKER = ".jointq-store"
 PARTIAL = "partial"

@@ -21,17 +21,8 @@ from typing import Any, Self
 
 from jointq_cli.errors import ResourceError
 from jointq_cli.system.distributed import ALONE, Team
-from jointq_cli.system.files import (
-    discard_unfinished,
-    sync,
-    sync_tree,
-    translated_disk_errors,
-)
-from jointq_cli.system.integrity import (
-    CONTENTS,
-    find_damage,
-    write_contents,
-)
+from jointq_cli.system.files import discard_unfinished, sync, sync_tree, translated_disk_errors
+from jointq_cli.system.integrity import CONTENTS, find_damage, write_contents
 from jointq_cli.system.inventory import (
     MARKER,
     Entry,
@@ -45,11 +36,7 @@ from jointq_cli.system.inventory import (
     prune,
     take_away,
 )
-from jointq_cli.system.locks import (
-    Kind,
-    Lock,
-    try_lock,
-)
+from jointq_cli.system.locks import Kind, Lock, try_lock
 
 LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
 ATTEMPTS = 20  # a second, to get a lock

@@ -21,12 +21,7 @@ from typing import Any
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.system.files import translated_disk_errors, write_whole
-from jointq_cli.system.locks import (
-    Kind,
-    Lock,
-    is_locked,
-    try_lock,
-)
+from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 from jointq_cli.system.store import code_version
 
 PLAN, JOB, LOCK = "sweep.json", "job.json", ".job.lock"

@@ -19,12 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from jointq_cli.errors import (
-    AlreadyReported,
-    JointqError,
-    ResourceError,
-    TeamError,
-)
+from jointq_cli.errors import AlreadyReported, JointqError, ResourceError, TeamError
 from jointq_cli.system.distributed import ALONE, Team
 
 T = TypeVar("T")

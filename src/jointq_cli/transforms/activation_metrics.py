@@ -8,12 +8,7 @@ from jointq_cli.kernels.hadamard import turned
 from jointq_cli.records import Site
 from jointq_cli.transforms.activation_samples import Reservoir
 from jointq_cli.transforms.basis import Basis
-from jointq_cli.transforms.learning import (
-    HELD_OUT,
-    decibels,
-    relative_error,
-    turn_heads,
-)
+from jointq_cli.transforms.learning import HELD_OUT, decibels, relative_error, turn_heads
 
 BITS = 4  # of the grid; see `Site`
 

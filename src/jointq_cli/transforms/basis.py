@@ -24,11 +24,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.kernels.hadamard import turned
-from jointq_cli.models.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    copy_companions,
-)
+from jointq_cli.models.checkpoint import DTYPES, Checkpoint, copy_companions
 from jointq_cli.models.online_rotation import with_online
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.transforms.architectures import Anatomy

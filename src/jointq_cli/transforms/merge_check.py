@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.models.checkpoint import (
-    INDEX,
-    Checkpoint,
-    write_index,
-)
+from jointq_cli.models.checkpoint import INDEX, Checkpoint, write_index
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Invariance

@@ -12,20 +12,8 @@ from jointq_cli.records import RotationTraining
 from jointq_cli.transforms.activation_samples import Reservoir
 from jointq_cli.transforms.architectures import Anatomy
 from jointq_cli.transforms.basis import Basis
-from jointq_cli.transforms.learning import (
-    Watch,
-    decibels,
-    initial,
-    learn_r1,
-    learn_r2,
-)
-from jointq_cli.transforms.settings import (
-    HadamardRotation,
-    LearnedRotation,
-    Rotation,
-    Smoothing,
-    SmoothQuant,
-)
+from jointq_cli.transforms.learning import Watch, decibels, initial, learn_r1, learn_r2
+from jointq_cli.transforms.settings import HadamardRotation, LearnedRotation, Rotation, Smoothing, SmoothQuant
 from jointq_cli.transforms.smoothing import mlp_scales, value_scales
 
 

@@ -10,13 +10,7 @@ from jointq_cases import PLAIN
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    RTN,
-    JointQ,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 
 OPTIONS: dict[type[Quantizer], dict[str, Any]] = {

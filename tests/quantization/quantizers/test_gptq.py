@@ -11,11 +11,7 @@ from torch import Tensor
 from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.kernels.reference import ReferenceKernels
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    RTN,
-    Prepared,
-)
+from jointq_cli.quantization.quantizers import GPTQ, RTN, Prepared
 from jointq_cli.quantization.quantizers.scale_fit import fit
 
 PLAIN = GPTQ(

@@ -12,12 +12,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.uniform import Grid, QuantizedWeight
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    RTN,
-    Prepared,
-    Quantizer,
-)
+from jointq_cli.quantization.quantizers import GPTQ, RTN, Prepared, Quantizer
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, JointQPrepared
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer

@@ -9,11 +9,7 @@ from jointq_cases import costs, jointq, layer, regularized, same, solve, startin
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    RTN,
-    Prepared,
-)
+from jointq_cli.quantization.quantizers import GPTQ, RTN, Prepared
 from jointq_cli.quantization.quantizers.jointq import metric
 from jointq_cli.quantization.quantizers.jointq.quantizer import FailedPreparation, JointQPrepared
 

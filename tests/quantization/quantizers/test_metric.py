@@ -6,13 +6,7 @@ from jointq_cases import layer
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantization.quantizers.jointq.metric import (
-    Metric,
-    activation_order,
-    measure,
-    natural_order,
-    penalty,
-)
+from jointq_cli.quantization.quantizers.jointq.metric import Metric, activation_order, measure, natural_order, penalty
 
 NOTHING = torch.zeros(24, dtype=torch.float64)
 

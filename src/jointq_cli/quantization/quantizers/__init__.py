@@ -1,11 +1,7 @@
 """Layer quantizers: one module each, a dataclass whose fields are its config. Knows the list of them, no
 maths."""
 
-from jointq_cli.quantization.quantizers.base import (
-    Prepared,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.gptq import GPTQ
 from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ
 from jointq_cli.quantization.quantizers.rtn import RTN

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.formats.uniform import (
-    Grid,
-    QuantizedWeight,
-    check_bits,
-    check_group_size,
-    group_columns,
-)
+from jointq_cli.formats.uniform import Grid, QuantizedWeight, check_bits, check_group_size, group_columns
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 
 ROWS = 16  # products of multiples of so many rows give each row the same bits, whichever the others are

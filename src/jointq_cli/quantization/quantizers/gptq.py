@@ -24,12 +24,7 @@ from torch import Tensor
 from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.uniform import QuantizedWeight
-from jointq_cli.quantization.quantizers.base import (
-    FailedPreparation,
-    Prepared,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.quantizers.base import FailedPreparation, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.scale_fit import fit

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.formats.uniform import QuantizedWeight
-from jointq_cli.quantization.quantizers.base import (
-    Prepared,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.scale_fit import fit
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.errors import (
-    ConfigError,
-    NumericsError,
-)
+from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.uniform import Grid
 
 SHRINK_STEPS = 80  # GPTQ's clip search: maxshrink 0.8 on a grid of 100, that is factors 1.00, 0.99 .. 0.21

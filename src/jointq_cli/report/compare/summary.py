@@ -9,13 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointq_cli.records import (
-    IDENTICAL,
-    Comparison,
-    EvaluationReport,
-    LayerRecord,
-    RunReport,
-)
+from jointq_cli.records import IDENTICAL, Comparison, EvaluationReport, LayerRecord, RunReport
 from jointq_cli.report import number_format as units
 from jointq_cli.report.compare import rotation_summary
 from jointq_cli.report.number_format import KeyFigure

@@ -11,21 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import (
-    Comparison,
-    EvaluationReport,
-    Perplexity,
-    Protocol,
-    RunReport,
-)
+from jointq_cli.records import Comparison, EvaluationReport, Perplexity, Protocol, RunReport
 from jointq_cli.report.compare import summary
 from jointq_cli.report.compare.run_files import EVALUATION, REPORT
 from jointq_cli.system.record_json import load_record, load_report
-from jointq_cli.system.sweep_directory import (
-    DONE,
-    JobRecord,
-    SweepDirectory,
-)
+from jointq_cli.system.sweep_directory import DONE, JobRecord, SweepDirectory
 
 
 @dataclass(frozen=True)

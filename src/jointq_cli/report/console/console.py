@@ -14,24 +14,11 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
-from jointq_cli.records import (
-    EvaluationReport,
-    LayerRecord,
-    RotationRecord,
-    RunReport,
-    StageRecord,
-)
+from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
 from jointq_cli.report import number_format as units
 from jointq_cli.report.console import lines
 from jointq_cli.report.console.log_file import LogFile
-from jointq_cli.report.console.screens import (
-    Bar,
-    PlainScreen,
-    Screen,
-    SilentScreen,
-    State,
-    opened,
-)
+from jointq_cli.report.console.screens import Bar, PlainScreen, Screen, SilentScreen, State, opened
 from jointq_cli.report.tables.table import Sheet
 from jointq_cli.system.machine import peak_memory
 

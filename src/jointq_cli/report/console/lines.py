@@ -8,13 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointq_cli.records import (
-    EvaluationReport,
-    LayerRecord,
-    RotationRecord,
-    RunReport,
-    StageRecord,
-)
+from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
 from jointq_cli.report import number_format as units
 from jointq_cli.report.compare import rotation_summary, summary
 from jointq_cli.report.console.pace import Pace

@@ -17,16 +17,8 @@ from jointq_cli.report import number_format as units
 from jointq_cli.report.compare import summary
 from jointq_cli.report.console import lines
 from jointq_cli.report.console.pace import Pace
-from jointq_cli.report.console.screens import (
-    Bar,
-    Screen,
-    State,
-)
-from jointq_cli.report.tables.table import (
-    GAP,
-    Sheet,
-    TextTable,
-)
+from jointq_cli.report.console.screens import Bar, Screen, State
+from jointq_cli.report.tables.table import GAP, Sheet, TextTable
 
 VERDICT_STYLES = {summary.FALLBACK: "bold red", summary.DAMPED: "yellow"}
 STATE_STYLES = {"done": "green", "reused": "cyan", "failed": "bold red", "interrupted": "yellow"}

@@ -1,20 +1,8 @@
 """The pictures of a rotation: what it does to the activations over depth, and how R1 was learned."""
 
-from jointq_cli.records import (
-    RotationRecord,
-    RotationTraining,
-    Site,
-)
+from jointq_cli.records import RotationRecord, RotationTraining, Site
 from jointq_cli.report.compare import rotation_summary
-from jointq_cli.report.figures.style import (
-    FAINT,
-    WIDE,
-    Canvas,
-    Picture,
-    depth_axis,
-    draw_over_depth,
-    look,
-)
+from jointq_cli.report.figures.style import FAINT, WIDE, Canvas, Picture, depth_axis, draw_over_depth, look
 
 
 def draw_rotation(record: RotationRecord) -> list[Picture]:

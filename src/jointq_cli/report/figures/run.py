@@ -5,11 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from matplotlib.axes import Axes
 
-from jointq_cli.records import (
-    BlockRecord,
-    LayerRecord,
-    RunReport,
-)
+from jointq_cli.records import BlockRecord, LayerRecord, RunReport
 from jointq_cli.report import number_format as units
 from jointq_cli.report.compare import summary
 from jointq_cli.report.figures.rotation import draw_rotation

@@ -11,20 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from jointq_cli.report import number_format as units
-from jointq_cli.report.compare.sweep import (
-    SweepJob,
-    SweepMeasurement,
-    best,
-)
-from jointq_cli.report.figures.style import (
-    INK,
-    WIDE,
-    Canvas,
-    Picture,
-    fits_log_axis,
-    log_ticks,
-    look,
-)
+from jointq_cli.report.compare.sweep import SweepJob, SweepMeasurement, best
+from jointq_cli.report.figures.style import INK, WIDE, Canvas, Picture, fits_log_axis, log_ticks, look
 from jointq_cli.report.tables.table import tails
 
 LEAST_POINTS = 3  # of a curve

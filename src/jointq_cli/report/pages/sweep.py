@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.report.compare.run_files import RECIPE, REPORT
-from jointq_cli.report.compare.sweep import (
-    SweepJob,
-    best,
-    load_jobs,
-)
+from jointq_cli.report.compare.sweep import SweepJob, best, load_jobs
 from jointq_cli.report.pages.markdown import render_sheet
 from jointq_cli.report.tables.sweep import make_sweep_sheet
 from jointq_cli.system.files import translated_disk_errors, write_whole

@@ -11,18 +11,9 @@ from torch import Tensor
 from jointq_cli.errors import ModelError
 from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.formats.uniform import QuantizedWeight
-from jointq_cli.records import (
-    MADE,
-    ComparedStep,
-    RunReport,
-)
+from jointq_cli.records import MADE, ComparedStep, RunReport
 from jointq_cli.report import number_format as units
-from jointq_cli.report.reproduction.finished_run import (
-    CODES,
-    Evidence,
-    code_files,
-    codes_file,
-)
+from jointq_cli.report.reproduction.finished_run import CODES, Evidence, code_files, codes_file
 from jointq_cli.report.reproduction.order import position
 
 ROTATION = "rotation/rotation.safetensors"

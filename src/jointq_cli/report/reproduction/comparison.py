@@ -17,18 +17,10 @@ from jointq_cli.records import (
     Reproduction,
 )
 from jointq_cli.report.compare.summary import problems
-from jointq_cli.report.reproduction import (
-    artifacts as made,
-)
-from jointq_cli.report.reproduction import (
-    environment as surroundings,
-)
-from jointq_cli.report.reproduction import (
-    inputs as asked,
-)
-from jointq_cli.report.reproduction import (
-    metrics as measured,
-)
+from jointq_cli.report.reproduction import artifacts as made
+from jointq_cli.report.reproduction import environment as surroundings
+from jointq_cli.report.reproduction import inputs as asked
+from jointq_cli.report.reproduction import metrics as measured
 from jointq_cli.report.reproduction.finished_run import Evidence
 
 

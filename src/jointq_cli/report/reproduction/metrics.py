@@ -8,12 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jointq_cli.records import (
-    MEASURED,
-    ComparedStep,
-    ReplayedFigure,
-    RunReport,
-)
+from jointq_cli.records import MEASURED, ComparedStep, ReplayedFigure, RunReport
 from jointq_cli.report import number_format as units
 from jointq_cli.report.reproduction.finished_run import Evidence
 from jointq_cli.report.reproduction.order import block_name, position

@@ -2,12 +2,7 @@
 
 from jointq_cli.records import RunEstimate, StageEstimate
 from jointq_cli.report import number_format as units
-from jointq_cli.report.tables.table import (
-    MISSING,
-    Cell,
-    Sheet,
-    TextTable,
-)
+from jointq_cli.report.tables.table import MISSING, Cell, Sheet, TextTable
 
 
 def plan_sheet(outlook: RunEstimate) -> Sheet:

@@ -6,12 +6,7 @@ Knows what is said of artifacts. Looks at no disk.
 from collections.abc import Mapping, Sequence
 
 from jointq_cli.report import number_format as units
-from jointq_cli.report.tables.table import (
-    MISSING,
-    Cell,
-    Sheet,
-    TextTable,
-)
+from jointq_cli.report.tables.table import MISSING, Cell, Sheet, TextTable
 from jointq_cli.system.inventory import Entry, Pruned
 
 PARTIAL = "partial"

@@ -7,15 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from jointq_cli.report import number_format as units
 from jointq_cli.report.compare.sweep import SweepJob, best
-from jointq_cli.report.tables.table import (
-    BEST,
-    GAP,
-    MISSING,
-    Cell,
-    Sheet,
-    TextTable,
-    tails,
-)
+from jointq_cli.report.tables.table import BEST, GAP, MISSING, Cell, Sheet, TextTable, tails
 from jointq_cli.system.sweep_directory import DONE
 
 FIGURES = (("perplexity", 14), ("increase", 16), ("KL divergence", 19), ("time", 11))  # widths of a live row

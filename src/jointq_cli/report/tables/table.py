@@ -10,11 +10,7 @@ from jointq_cli.records import RunReport
 from jointq_cli.report import number_format as units
 from jointq_cli.report.compare import runs as side_by_side
 from jointq_cli.report.compare import summary
-from jointq_cli.report.compare.runs import (
-    Difference,
-    ErrorRow,
-    Run,
-)
+from jointq_cli.report.compare.runs import Difference, ErrorRow, Run
 from jointq_cli.report.console.lines import stage_cost
 
 QUANTIZE = "quantize"  # the stage that does the work

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 
 from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
 from jointq_cli.quantization.accumulator import packed_size
-from jointq_cli.quantization.quantizers import (
-    GPTQ,
-    JointQ,
-    Quantizer,
-)
+from jointq_cli.quantization.quantizers import GPTQ, JointQ, Quantizer
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds

@@ -27,23 +27,9 @@ from jointq_cli.recipe import Recipe
 from jointq_cli.records import RunEstimate, StageEstimate
 from jointq_cli.report.console.console import Console, Stage
 from jointq_cli.stages import rotate as rotation_stages
-from jointq_cli.stages.base import (
-    Quantized,
-    Stages,
-    selected_layers,
-)
-from jointq_cli.stages.plan.costs import (
-    Cost,
-    Windows,
-    Workload,
-    total,
-)
-from jointq_cli.stages.plan.dry_store import (
-    Catalogue,
-    NotRead,
-    NotThere,
-    Unread,
-)
+from jointq_cli.stages.base import Quantized, Stages, selected_layers
+from jointq_cli.stages.plan.costs import Cost, Windows, Workload, total
+from jointq_cli.stages.plan.dry_store import Catalogue, NotRead, NotThere, Unread
 from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import caveats
 from jointq_cli.stages.plan.throughput import measure_speeds

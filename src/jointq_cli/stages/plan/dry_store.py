@@ -13,11 +13,7 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.system.hash_cache import noted_hash
 from jointq_cli.system.integrity import looks_whole
 from jointq_cli.system.inventory import artifact_path, partial_path
-from jointq_cli.system.store import (
-    Artifact,
-    Store,
-    artifact_key,
-)
+from jointq_cli.system.store import Artifact, Store, artifact_key
 
 
 class NotThere(Exception):

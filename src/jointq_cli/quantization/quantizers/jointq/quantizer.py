@@ -16,26 +16,11 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.uniform import check_group_size, group_columns
-from jointq_cli.quantization.quantizers.base import (
-    FailedPreparation,
-    Prepared,
-    Quantizer,
-    Solution,
-)
+from jointq_cli.quantization.quantizers.base import FailedPreparation, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.gptq import GPTQ
-from jointq_cli.quantization.quantizers.jointq.metric import (
-    Metric,
-    activation_order,
-    measure,
-    natural_order,
-    penalty,
-)
+from jointq_cli.quantization.quantizers.jointq.metric import Metric, activation_order, measure, natural_order, penalty
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
-from jointq_cli.quantization.quantizers.jointq.search import (
-    Search,
-    SearchResult,
-    State,
-)
+from jointq_cli.quantization.quantizers.jointq.search import Search, SearchResult, State
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 

@@ -17,12 +17,7 @@ from jointq_cli.quantization.quantizers.base import Prepared
 from jointq_cli.quantization.quantizers.gptq import GPTQ
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.row_tiles import over_tiles
-from jointq_cli.quantization.quantizers.jointq.search import (
-    PADDING,
-    Search,
-    SearchResult,
-    State,
-)
+from jointq_cli.quantization.quantizers.jointq.search import PADDING, Search, SearchResult, State
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 from jointq_cli.quantization.quantizers.statistics import output_error, weight_error
 
