@@ -94,6 +94,11 @@ class Checkpoint:
             self.read([name])
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @cached_property
     def content_hash(self) -> str:
         """sha256 over the config and every weight file: the model's identity, wherever it lies."""
         with ThreadPoolExecutor() as pool:

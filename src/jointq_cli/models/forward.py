@@ -1,14 +1,14 @@
-"""final_hidden: from evaluation.py."""
+"""A forward pass over a whole text, one block after the other."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.models.streamed import BlockwiseModel
 
 
 def final_hidden(
-    model: StreamedModel,
+    model: BlockwiseModel,
     ids: Tensor,
     batch: int,
     on_block: Callable[[], None] = lambda: None,
@@ -17,8 +17,8 @@ def final_hidden(
 ) -> Tensor:
     """Hidden states (windows, tokens, hidden) after the last block, in the model's compute dtype.
 
-    ids: (windows, tokens) int64, `batch` windows per forward pass; own: those that are wanted, in whole batches.
-    on_block is called after each block, pause after each batch, where it may raise.
+    ids: (windows, tokens) int64, `batch` windows per forward pass; own: the windows to compute, in complete batches.
+    on_block is called after each block, pause after each batch; both may raise.
     """
     hidden = model.embed_all(ids, batch, own)
     for index in range(len(model)):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
-from jointq_cli.kernels.hadamard import turned
+from jointq_cli.kernels.hadamard import hadamard_transform
 
 KEY = "jointq_online"
 _SPOILT = ("model_type", "hidden_size")
@@ -46,4 +46,4 @@ def attach(blocks: list[nn.Module], config: dict[str, Any]) -> None:
 
 def _turn(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     # float32: a Hadamard product in bfloat16 would round once per factor.
-    return (turned(given[0].float()).to(given[0].dtype), *given[1:])
+    return (hadamard_transform(given[0].float()).to(given[0].dtype), *given[1:])

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from jointq_cli.errors import ModelError
 from jointq_cli.models import online_rotation as online
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.tensor_source import TensorSource
 from jointq_cli.system.machine import release_freed_memory
 
 SKELETON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
@@ -34,41 +35,34 @@ class BlockCall:
     kwargs: Mapping[str, Any]
 
 
-class StreamedModel:
-    """The skeleton of a checkpoint's model: parameters on the meta device, buffers real.
+class BlockwiseModel:
+    """The skeleton of a model, parameters on the meta device, buffers real, and the source of its weights.
 
     Raises ModelError when transformers cannot build the architecture, when no ModuleList of decoder blocks is found,
-    or when the checkpoint's tensors do not fit the skeleton.
+    or when the source's tensors do not fit the skeleton.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: TensorSource,
         device: torch.device,
         dtype: torch.dtype,
         trust_remote_code: bool = False,
     ) -> None:
-        self.checkpoint = checkpoint
-        self._runs_code = trust_remote_code
+        self.source = source
         self.device = device
         self.dtype = dtype
-        self.module = _skeleton(checkpoint, dtype, trust_remote_code)
+        self.module = _skeleton(source, dtype, trust_remote_code)
         self.name, blocks = _find_blocks(self.module)
         self.blocks: list[nn.Module] = list(blocks)
-        if online.needs_online(checkpoint.config):
-            online.attach(self.blocks, checkpoint.config)
+        if online.needs_online(source.config):
+            online.attach(self.blocks, source.config)
         self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
         self._wraps_output = False  # whether blocks return a tuple around the hidden states
-        self._module_names = _module_names(self.module, checkpoint)
+        self._module_names = _module_names(self.module, source)
         self._stored_names = {known: stored for stored, known in self._module_names.items()}
         _buffers_to(self.module, device)
         self._check_tensors()
-
-    @property
-    def identity(self) -> list[str]:
-        """Hashes of all that decides what it computes: config, weights, and the code that it brings if that is run."""
-        code = [self.checkpoint.code_hash] if self._runs_code else []
-        return [self.checkpoint.content_hash, *code]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -92,27 +86,26 @@ class StreamedModel:
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block under their stored names, as stored."""
         prefix = self.prefix(index)
-        return self.checkpoint.read(stored for stored, name in self._module_names.items() if name.startswith(prefix))
+        return self.source.read(stored for stored, name in self._module_names.items() if name.startswith(prefix))
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Every tensor that belongs to no block: embeddings, final norm, head, and what the model does not use."""
-        return self.checkpoint.read(
-            stored for stored, name in self._module_names.items() if self.block_of(name) is None
-        )
+        return self.source.read(stored for stored, name in self._module_names.items() if self.block_of(name) is None)
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its full name, lm_head included."""
         return {name: module for name, module in self.module.named_modules() if isinstance(module, nn.Linear)}
 
     @contextmanager
-    def outer(self) -> Iterator[None]:
-        """Inside, the embeddings, the final norm and the head are loaded: `embed` and `logits` work."""
+    def outer(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Inside, the embeddings, the final norm and the head are loaded: `embed` and `logits` work.
+
+        tensors: their weights as `outer_tensors` returns them, where the caller has read them already.
+        """
         names = [name for name, _ in _state(self.module) if self.block_of(name) is None]
+        stored = [self._stored_names[name] for name in names if name in self._stored_names]
         try:
-            self._load(
-                "",
-                self.checkpoint.read(self._stored_names[name] for name in names if name in self._stored_names),
-            )
+            self._load("", self.source.read(stored) if tensors is None else tensors)
             self.module.tie_weights()
             self._untie()
             yield
@@ -165,7 +158,7 @@ class StreamedModel:
         hidden, calls = self._note_calls(windows.to(self.device))
         if shape in self._calls and not _same_calls(self._calls[shape], calls):
             raise ModelError(
-                f"{self.checkpoint.directory}: {type(self.module).__name__} hands its blocks tensors that depend on "
+                f"{self.source.directory}: {type(self.module).__name__} hands its blocks tensors that depend on "
                 "the tokens; the block-wise engine cannot walk it"
             )
         self._calls[shape] = calls
@@ -213,12 +206,12 @@ class StreamedModel:
             return self._note_calls(windows)
         if trouble is not None:
             raise ModelError(
-                f"{self.checkpoint.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
+                f"{self.source.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
                 f"tokens with ids up to {int(windows.max())}: {' '.join(str(trouble).split())[:200]}"
             ) from trouble
         if not sound:
             raise ModelError(
-                f"{self.checkpoint.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
+                f"{self.source.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
                 "after the other; the block-wise engine cannot walk it"
             )
         return seen[0], calls
@@ -246,7 +239,7 @@ class StreamedModel:
         for name in getattr(self.module, "all_tied_weights_keys", None) or ():
             if name in self._stored_names:
                 stored = self._stored_names[name]
-                tensor = self.checkpoint.read([stored])[stored].to(self.device, self.dtype)
+                tensor = self.source.read([stored])[stored].to(self.device, self.dtype)
                 if not torch.equal(tensor, self.module.get_parameter(name)):
                     self._load("", {stored: tensor})
 
@@ -272,35 +265,54 @@ class StreamedModel:
         missing = [name for name in state if name not in self._stored_names and name not in tied]
         if missing:
             raise ModelError(
-                f"{self.checkpoint.directory}: lacks {len(missing)} of the {len(state)} tensors of "
+                f"{self.source.directory}: lacks {len(missing)} of the {len(state)} tensors of "
                 f"{type(self.module).__name__}, {missing[0]} first"
             )
         for name, tensor in state.items():
-            info = self.checkpoint.tensors.get(self._stored_names.get(name, ""))
-            if info and tuple(tensor.shape) != info.shape:
-                shapes = f"has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
-                raise ModelError(f"{info.file}: tensor {name} {shapes}")
+            shape = self.source.shapes.get(self._stored_names.get(name, ""))
+            if shape is not None and shape != tuple(tensor.shape):
+                raise ModelError(
+                    f"{self.source.directory}: tensor {name} has shape {list(shape)}, but config.json asks for "
+                    f"{list(tensor.shape)}"
+                )
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+class StreamedModel(BlockwiseModel):
+    """A model whose weights are those of a checkpoint on disk, by which it is identified."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    ) -> None:
+        super().__init__(checkpoint, device, dtype, trust_remote_code)
+        self.checkpoint = checkpoint
+        self._runs_code = trust_remote_code
+
+    @property
+    def identity(self) -> list[str]:
+        """Hashes of all that decides what it computes: config, weights, and the code that it brings if that is run."""
+        code = [self.checkpoint.code_hash] if self._runs_code else []
+        return [self.checkpoint.content_hash, *code]
+
+
+def _skeleton(source: TensorSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
-        config = _config(checkpoint, trust_remote_code)
+        config = _config(source, trust_remote_code)
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except SKELETON_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{checkpoint.directory}: transformers cannot build this model: {reason[:300]}") from error
+        raise ModelError(f"{source.directory}: transformers cannot build this model: {reason[:300]}") from error
     return module.eval().requires_grad_(False)
 
 
-def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    if online.needs_online(checkpoint.config):
-        return AutoConfig.for_model(**online.without_online(checkpoint.config))
-    return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+def _config(source: TensorSource, trust_remote_code: bool) -> Any:
+    if online.needs_online(source.config):
+        return AutoConfig.for_model(**online.without_online(source.config))
+    return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
 
 
-def _module_names(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Stored name -> the module's name for every tensor of the checkpoint, by transformers' own table of renamings.
+def _module_names(module: Any, source: TensorSource) -> dict[str, str]:
+    """Stored name -> the module's name for every tensor of the source, by transformers' own table of renamings.
 
     Raises ModelError where that table would also reshape or merge tensors: such a layer is not stored as it is run.
     """
@@ -309,11 +321,11 @@ def _module_names(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state = dict(_state(module))
     names = {}
-    for stored in checkpoint.tensors:
+    for stored in source.shapes:
         name, converter = rename_source_key(stored, renamings, converters, module.base_model_prefix, state)
         if converter is not None:
             raise ModelError(
-                f"{checkpoint.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
+                f"{source.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
                 "such architectures cannot be walked"
             )
         names[stored] = name

@@ -20,12 +20,12 @@ from jointq_cli.system.files import write_atomically
 from jointq_cli.system.store import Artifact
 from jointq_cli.system.tensor_files import file_hash, save_tensors
 from jointq_cli.transforms.activation_metrics import measure_sites
-from jointq_cli.transforms.activation_samples import Reservoir, collect
-from jointq_cli.transforms.architectures import Anatomy, examine
-from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
-from jointq_cli.transforms.learning import Watch
-from jointq_cli.transforms.merge_check import PROBE, check, write_rotated
-from jointq_cli.transforms.solve import constructions, find_basis
+from jointq_cli.transforms.activation_samples import ActivationSamples, collect_samples
+from jointq_cli.transforms.architectures import ArchitectureLayout, layout_of
+from jointq_cli.transforms.basis import Basis, RotatedTensors
+from jointq_cli.transforms.learning import Progress
+from jointq_cli.transforms.merge_check import PROBE_TOKENS, check_invariance, write_rotated
+from jointq_cli.transforms.solve import hadamard_constructions, solve_basis
 
 LEAST_TOKENS = 64  # of which an eighth is measured with
 _RECORD = "rotation.json"
@@ -49,8 +49,8 @@ def rotate(stages: Stages, original: StreamedModel, tokens: Tokens, recipe: Reci
     """
     if not (recipe.rotation.parts or recipe.smoothing.places):
         return Rotated(original)
-    anatomy = examine(original, r1="R1" in recipe.rotation.parts)
-    activations = _activations(stages, original, anatomy, tokens, recipe)
+    layout = layout_of(original, r1="R1" in recipe.rotation.parts)
+    activations = _activations(stages, original, layout, tokens, recipe)
     code = recipe.model.trust_remote_code
     spec = {
         "rotation": recipe.rotation,
@@ -60,12 +60,12 @@ def rotate(stages: Stages, original: StreamedModel, tokens: Tokens, recipe: Reci
     }
 
     def make(scratch: Path) -> None:
-        reservoir = Reservoir(activations.path, len(original))
-        basis, courses = _basis(stages, original, anatomy, recipe, reservoir, scratch)
+        samples = ActivationSamples(activations.path, len(original))
+        basis, courses = _basis(stages, original, layout, recipe, samples, scratch)
         target = scratch / "checkpoint"
         target.mkdir(exist_ok=True)
-        rotated = RotatedCheckpoint(original, anatomy, basis, target, code=code)
-        probe = tokens.windows[:1, :PROBE]
+        rotated = RotatedTensors(original, layout, basis, target)
+        probe = tokens.windows[:1, :PROBE_TOKENS]
         with stages.console.bar("rotate", total=len(original)) as bar:
 
             def on_block() -> None:
@@ -73,16 +73,16 @@ def rotate(stages: Stages, original: StreamedModel, tokens: Tokens, recipe: Reci
                 stages.pause()
 
             merged = write_rotated(rotated, probe, code, on_block)
-        invariance = check(original, target, merged, probe, code)
+        invariance = check_invariance(original, target, merged, probe, code)
         record = RotationRecord(
             rotation=recipe.rotation.describe(),
             smoothing=recipe.smoothing.describe(),
-            constructions=constructions(anatomy, recipe.rotation),
+            constructions=hadamard_constructions(layout, recipe.rotation),
             orthogonality_error=basis.orthogonality_error,
             hash=file_hash(scratch / _TENSORS),
             online=["R4"] if basis.r4 else [],
             courses=courses,
-            sites=measure_sites(basis, reservoir, rotated.gains),
+            sites=measure_sites(basis, samples, rotated.gains),
             invariance=invariance,
             source_bytes=original.checkpoint.weight_bytes,
             rotated_bytes=Checkpoint(target).weight_bytes,
@@ -99,7 +99,9 @@ def rotate(stages: Stages, original: StreamedModel, tokens: Tokens, recipe: Reci
         return Rotated(model, record, artifact.path)
 
 
-def _activations(stages: Stages, model: StreamedModel, anatomy: Anatomy, tokens: Tokens, recipe: Recipe) -> Artifact:
+def _activations(
+    stages: Stages, model: StreamedModel, layout: ArchitectureLayout, tokens: Tokens, recipe: Recipe
+) -> Artifact:
     """A few activations of every site of the original model."""
     sampled, batch = recipe.rotation.sampled_tokens, stages.batch(tokens.windows)
     if tokens.windows.numel() < LEAST_TOKENS:
@@ -110,8 +112,8 @@ def _activations(stages: Stages, model: StreamedModel, anatomy: Anatomy, tokens:
 
     def make(scratch: Path) -> None:
         with stages.console.bar("activations", total=len(model)) as bar:
-            reservoir = Reservoir(scratch, len(model))
-            collect(model, anatomy, tokens.windows, batch, sampled, reservoir, bar.advance, stages.pause)
+            samples = ActivationSamples(scratch, len(model))
+            collect_samples(model, layout, tokens.windows, batch, sampled, samples, bar.advance, stages.pause)
 
     with stages.stage("activations") as stage:
         spec = {"tokens": sampled, "batch": batch, "dtype": str(model.dtype), "device": stages.device.type}
@@ -121,13 +123,18 @@ def _activations(stages: Stages, model: StreamedModel, anatomy: Anatomy, tokens:
 
 
 def _basis(
-    stages: Stages, model: StreamedModel, anatomy: Anatomy, recipe: Recipe, reservoir: Reservoir, scratch: Path
+    stages: Stages,
+    model: StreamedModel,
+    layout: ArchitectureLayout,
+    recipe: Recipe,
+    samples: ActivationSamples,
+    scratch: Path,
 ) -> tuple[Basis, list[RotationTraining]]:
     """What was found before a kill is not looked for again."""
     kept, courses = scratch / _TENSORS, scratch / _COURSES
     if not kept.exists():
-        watch = Watch(stages.console.bar, stages.pause)
-        basis, found = find_basis(model, anatomy, recipe.rotation, recipe.smoothing, reservoir, watch)
+        progress = Progress(stages.console.bar, stages.pause)
+        basis, found = solve_basis(model, layout, recipe.rotation, recipe.smoothing, samples, progress)
         courses.write_text(encode(found), encoding="utf-8")
         write_atomically(kept, lambda path: save_tensors(path, basis.tensors()))
     basis = Basis(**load_file(kept), r4="R4" in recipe.rotation.parts)
