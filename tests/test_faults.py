@@ -310,7 +310,7 @@ def test_kill_9_at_any_step_of_the_store_leaves_a_whole_artifact_or_none(step: s
     killed = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     told: list[str] = []
-    with Store(tmp_path, tell=told.append) as store:
+    with Store(tmp_path, log=told.append) as store:
         artifact = store.reuse("stage", {}, [], make)
     assert {file.name: file.read_text() for file in artifact.path.iterdir() if file.name != CONTENTS} == {
         "a": "1",

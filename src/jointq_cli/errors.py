@@ -46,7 +46,7 @@ class UntrustedResult(JointqError):
     """A run went through and everything is written, but its result should not be used as it is."""
 
 
-class TeamError(JointqError):
+class PeerProcessError(JointqError):
     """Another process of the run has ended."""
 
 

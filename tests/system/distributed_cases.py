@@ -57,21 +57,21 @@ def collectives(folder: Path) -> None:
     """Every answer of the team, by rank."""
     import torch
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
-    with joined() as team:
+    with process_group() as team:
         mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
         answers = {
             "part": [team.part(count, unit) for count, unit in ((10, 4), (4, 4), (0, 4), (33, 16))],
             "lead": team.on_rank0(lambda value: value + 1, 1),
-            "sum": team.sum(torch.tensor([1.0 + team.rank], dtype=torch.float64)).tolist(),
-            "share": team.share({"tensor": mine}),
+            "sum": team.all_reduce_sum(torch.tensor([1.0 + team.rank], dtype=torch.float64)).tolist(),
+            "share": team.broadcast({"tensor": mine}),
             "gather": team.gather(team.rank),
-            "rows": team.rows(mine),
-            "no rows": team.rows(mine[:0]),
+            "rows": team.gather_rows(mine),
+            "no rows": team.gather_rows(mine[:0]),
             "led": team.broadcast_from_rank0(lambda: team.rank),
         }
-        team.wait()
+        team.barrier()
         (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
 
 
@@ -80,10 +80,10 @@ def engine(folder: Path) -> None:
     import torch
     from test_distributed import RUNS, quantize
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
     torch.set_num_threads(1)
-    with joined() as team:
+    with process_group() as team:
         for name, run in RUNS.items():
             quantize(folder / name, team, run)
 
@@ -92,9 +92,9 @@ def stopping(folder: Path) -> None:
     """A run that its leader, and so everybody, breaks off somewhere."""
     from test_distributed import RUNS, Stop, quantize
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
-    with joined() as team:
+    with process_group() as team:
         left = 25
 
         def pause() -> None:
@@ -111,10 +111,10 @@ def disks(folder: Path) -> None:
     import torch
     from test_distributed import RUNS, quantize
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
     torch.set_num_threads(1)
-    with joined() as team:
+    with process_group() as team:
         quantize(folder / f"disk {team.rank}", team, RUNS["qep"])
 
 
@@ -122,7 +122,7 @@ def removing(folder: Path) -> None:
     """What a team makes together is removed as soon as it is made, once."""
     from jointq_cli.system.inventory import entries, remove
     from jointq_cli.system.store import Store
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
     class Emptied(Store):
         made = 0
@@ -134,7 +134,7 @@ def removing(folder: Path) -> None:
                 assert remove(self.root, entries(self.root)[0])
             return done
 
-    with joined() as team, Emptied(folder / "store", team=team) as store:
+    with process_group() as team, Emptied(folder / "store", team=team) as store:
 
         def make(scratch: Path) -> None:
             ranks = team.gather(team.rank)
@@ -152,7 +152,7 @@ def meeting(folder: Path) -> None:
     from jointq_cli.system import torchrun as processes
 
     processes._SILENCE, processes._MEETING = 0.1, timedelta(seconds=float(folder.name))
-    with processes.joined():
+    with processes.process_group():
         pass
 
 
@@ -160,17 +160,17 @@ def leaving(folder: Path) -> None:
     """One process ends without a word, in the middle of each way to talk."""
     import torch
 
-    from jointq_cli.errors import TeamError
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.errors import PeerProcessError
+    from jointq_cli.system.torchrun import process_group
 
-    with joined() as team:
+    with process_group() as team:
         if team.rank == 1:
             os._exit(3)
         one = torch.ones(1)
-        for talk in (team.gather, team.sum, team.share, team.rows):
+        for talk in (team.gather, team.all_reduce_sum, team.share, team.rows):
             try:
                 talk(one)
-            except TeamError as error:
+            except PeerProcessError as error:
                 last = error
             else:
                 raise AssertionError(talk)

@@ -20,7 +20,7 @@ from tiny_models import write_checkpoint
 
 from jointq_cli.cli.main import main
 from jointq_cli.data.token_weights import TokenWeights
-from jointq_cli.errors import Interrupted, JointqError, ResourceError, TeamError
+from jointq_cli.errors import Interrupted, JointqError, PeerProcessError, ResourceError
 from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
@@ -33,9 +33,9 @@ from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.quantization.quantizers.base import ROWS
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.settings import Runtime
-from jointq_cli.system.torchrun import _broken, joined
+from jointq_cli.system.torchrun import _broken, process_group
 
 
 class Stop(JointqError):
@@ -65,7 +65,7 @@ RUNS = {
 def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lambda: None) -> Workspace:
     """A tiny model, quantised in `folder` by a team."""
     team.on_rank0(lambda: folder.mkdir(exist_ok=True))
-    team.wait()
+    team.barrier()
     model = StreamedModel(Checkpoint(folder.parent / "model"), CPU, torch.float32)
     names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
     plan = LoopSettings(run.quantizer, run.qep, names, run.inputs, run.weights, 2, 1e9)
@@ -74,17 +74,17 @@ def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lam
         if run.ahead:
             hessians = Hessians(_made(folder / "hessians", team))
             collect_hessians(model, windows(run.count), plan, hessians, lambda: None, pause, team)
-            team.wait()
+            team.barrier()
         quantize_blocks(
             model, windows(run.count), plan, workspace, lambda record: None, pause, hessians, team
         )  # fmt: skip
-    team.wait()
+    team.barrier()
     return workspace
 
 
 def _made(folder: Path, team: Team) -> Path:
     team.on_rank0(lambda: folder.mkdir(exist_ok=True))
-    team.wait()
+    team.barrier()
     return folder
 
 
@@ -104,7 +104,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     write_checkpoint(folder / "model", dtype=torch.bfloat16)
     for name, run in RUNS.items():
-        quantize(folder / name, ALONE, run)
+        quantize(folder / name, SINGLE_PROCESS, run)
     return folder
 
 
@@ -132,7 +132,7 @@ def test_parts_are_whole_units_that_cover_everything_once_and_the_first_is_the_l
         (slice(0, 0), slice(0, 0)),
         (slice(0, 32), slice(32, 33)),
     ]
-    assert ALONE.part(10, 4) == slice(0, 10)
+    assert SINGLE_PROCESS.part(10, 4) == slice(0, 10)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -170,7 +170,7 @@ def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_pa
     assert sorted(err for _, _, err in codes) == ["", "error: stopped\n"]
     assert {code for code, _, _ in codes} == {1}
     assert 0 < len(list((tmp_path / "stopped" / "layers").glob("*.json"))) < 3 * 7
-    quantize(tmp_path / "stopped", ALONE, RUNS["qep"])
+    quantize(tmp_path / "stopped", SINGLE_PROCESS, RUNS["qep"])
     names = [f"shards/0000{block}.safetensors" for block in range(3)]
     assert [sha256(tmp_path / "stopped" / name) for name in names] == [sha256(alone / "qep" / name) for name in names]
 
@@ -217,7 +217,7 @@ def test_what_goes_wrong_while_processes_talk_keeps_its_name() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(ResourceError, match=r"cannot talk to each other: NCCL error .*\n.*Duplicate GPU"), _broken():
         raise torch.distributed.DistBackendError("NCCL error in: init.cpp:3\nLast error: Duplicate GPU detected")
-    with pytest.raises(TeamError), _broken():
+    with pytest.raises(PeerProcessError), _broken():
         raise torch.distributed.DistBackendError("ncclRemoteError: a remote process exiting prematurely.")
 
 
@@ -241,7 +241,10 @@ def test_ctrl_c_ends_a_process_that_meets_nobody() -> None:
 def test_a_number_of_processes_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ("abc", "0", ""):
         monkeypatch.setenv("WORLD_SIZE", given)
-        with pytest.raises(ResourceError, match=f"^WORLD_SIZE={given}: must be the number of processes"), joined():
+        with (
+            pytest.raises(ResourceError, match=f"^WORLD_SIZE={given}: must be the number of processes"),
+            process_group(),
+        ):
             pass
 
 

@@ -38,7 +38,7 @@ class Team:
         """What the leader's `action(*given)` answers, for all; its tensors should lie in main memory."""
         return action(*given)
 
-    def agreed(self, place: Path, what: str, found: T) -> T:
+    def require_equal(self, place: Path, what: str, found: T) -> T:
         """What all have found at `place`. Raises ResourceError where one has found something else than the leader."""
         everybodys = self.gather(found)
         for rank, other in enumerate(everybodys):
@@ -49,11 +49,11 @@ class Team:
                 )
         return found
 
-    def sum(self, tensor: "Tensor") -> "Tensor":
+    def all_reduce_sum(self, tensor: "Tensor") -> "Tensor":
         """The sum over all processes of a contiguous tensor, in its place."""
         return tensor
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The leader's value; its tensors should lie in main memory."""
         return value
 
@@ -61,13 +61,13 @@ class Team:
         """Everybody's values in the order of the processes; their tensors should lie in main memory."""
         return [value]
 
-    def rows(self, tensor: "Tensor") -> "Tensor":
+    def gather_rows(self, tensor: "Tensor") -> "Tensor":
         """Everybody's rows, one process's behind the other's, for the leader; the others get their own back."""
         return tensor
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all have come here."""
         return None
 
 
-ALONE = Team()
+SINGLE_PROCESS = Team()

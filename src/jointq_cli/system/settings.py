@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from jointq_cli.errors import ConfigError, ResourceError
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.machine import cpu_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +41,7 @@ class Runtime:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be at least 0")
 
-    def torch_device(self, team: Team = ALONE) -> torch.device:
+    def torch_device(self, team: Team = SINGLE_PROCESS) -> torch.device:
         """Of a team each process has a CUDA device of its own, or all compute on the CPU. Raises ResourceError where
         that cannot be, or CUDA is asked for and absent."""
         device = self._device(team)
@@ -66,7 +66,7 @@ class Runtime:
             torch.cuda.set_device(device)
         return device
 
-    def threads(self, team: Team = ALONE) -> int | None:
+    def threads(self, team: Team = SINGLE_PROCESS) -> int | None:
         """CPU threads of each process; None: as PyTorch has it."""
         if self.num_threads is None and team.local_size > 1:
             return max(1, cpu_count() // team.local_size)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from jointq_cli.errors import AlreadyReported, JointqError, ResourceError, TeamError
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.errors import AlreadyReported, JointqError, PeerProcessError, ResourceError
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 
 T = TypeVar("T")
 
@@ -49,12 +49,12 @@ class _Processes(Team):
         answer: T = answers[0]
         return answer
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         with _broken():
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         return self.broadcast_from_rank0(lambda: value)
 
     def gather(self, value: T) -> list[T]:
@@ -63,7 +63,7 @@ class _Processes(Team):
             dist.all_gather_object(values, value)
         return values
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def gather_rows(self, tensor: Tensor) -> Tensor:
         counts = self.gather(len(tensor))
         own = tensor.cpu().contiguous()
         if self.rank > 0:
@@ -80,18 +80,18 @@ class _Processes(Team):
                     dist.recv(_bytes(part), rank)
         return everything
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         self.gather(None)  # and not a barrier, which would be the GPUs' where there are some
 
 
 @contextmanager
-def joined() -> Iterator[Team]:
+def process_group() -> Iterator[Team]:
     """The team that torchrun's environment describes, a team of one where there is none.
 
     What goes wrong ends them all. It is told by the process that fails first; the others raise Echo, which is not told.
     """
     if _size() == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     store, team = _met()
     try:
@@ -161,7 +161,7 @@ def _broken() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if _LOST.search(str(error)):
-            raise TeamError(
+            raise PeerProcessError(
                 "another process of this run has ended; the same command continues at what was finished"
             ) from error
         if isinstance(error, dist.DistError):
