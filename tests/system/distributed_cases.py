@@ -1,4 +1,4 @@
-"""What the processes of a team do in tests: `python distributed_cases.py CASE FOLDER`, started as torchrun would."""
+"""What the processes of a group do in tests: `python distributed_cases.py CASE FOLDER`, started as by torchrun."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def start_all(size: int, command: Sequence[object], directory: Path) -> list[sub
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each; a team that hangs is killed, and its test fails."""
+    """Exit code, stdout and stderr of each; processes that hang are killed, and the test fails."""
     try:
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
@@ -54,7 +54,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 def collectives(folder: Path) -> None:
-    """Every answer of the team, by rank."""
+    """The results of all collectives, by rank."""
     import torch
 
     from jointq_cli.system.torchrun import process_group
@@ -63,13 +63,13 @@ def collectives(folder: Path) -> None:
         mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
         answers = {
             "part": [team.part(count, unit) for count, unit in ((10, 4), (4, 4), (0, 4), (33, 16))],
-            "lead": team.on_rank0(lambda value: value + 1, 1),
+            "on rank 0": team.on_rank0(lambda value: value + 1, 1),
             "sum": team.all_reduce_sum(torch.tensor([1.0 + team.rank], dtype=torch.float64)).tolist(),
-            "share": team.broadcast({"tensor": mine}),
+            "broadcast": team.broadcast({"tensor": mine}),
             "gather": team.gather(team.rank),
             "rows": team.gather_rows(mine),
             "no rows": team.gather_rows(mine[:0]),
-            "led": team.broadcast_from_rank0(lambda: team.rank),
+            "broadcast from rank 0": team.broadcast_from_rank0(lambda: team.rank),
         }
         team.barrier()
         (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
@@ -89,7 +89,7 @@ def engine(folder: Path) -> None:
 
 
 def stopping(folder: Path) -> None:
-    """A run that its leader, and so everybody, breaks off somewhere."""
+    """A run that rank 0, and therefore every process, stops somewhere."""
     from test_distributed import RUNS, Stop, quantize
 
     from jointq_cli.system.torchrun import process_group
@@ -107,7 +107,7 @@ def stopping(folder: Path) -> None:
 
 
 def disks(folder: Path) -> None:
-    """A run whose processes each have a disk of their own."""
+    """A run whose processes do not share a disk."""
     import torch
     from test_distributed import RUNS, quantize
 
@@ -119,7 +119,7 @@ def disks(folder: Path) -> None:
 
 
 def removing(folder: Path) -> None:
-    """What a team makes together is removed as soon as it is made, once."""
+    """An artifact that all processes compute together is removed once, as soon as it exists."""
     from jointq_cli.system.inventory import entries, remove
     from jointq_cli.system.store import Store
     from jointq_cli.system.torchrun import process_group
@@ -142,22 +142,22 @@ def removing(folder: Path) -> None:
 
         artifact = store.reuse("stage", {}, [], make, together=True)
         assert (artifact.path / "ranks").read_text() == "[0, 1, 2]"
-        assert team.gather(store.made) == [2, 0, 0]  # the others only help
+        assert team.gather(store.made) == [2, 0, 0]  # only rank 0 writes
 
 
-def meeting(folder: Path) -> None:
-    """A meeting that takes no more than a moment."""
+def connecting(folder: Path) -> None:
+    """A rendezvous with a short timeout."""
     from datetime import timedelta
 
-    from jointq_cli.system import torchrun as processes
+    from jointq_cli.system import torchrun
 
-    processes._SILENCE, processes._MEETING = 0.1, timedelta(seconds=float(folder.name))
-    with processes.process_group():
+    torchrun._NOTICE_AFTER, torchrun._RENDEZVOUS_TIMEOUT = 0.1, timedelta(seconds=float(folder.name))
+    with torchrun.process_group():
         pass
 
 
 def leaving(folder: Path) -> None:
-    """One process ends without a word, in the middle of each way to talk."""
+    """One process exits without a message while the other is in a collective operation."""
     import torch
 
     from jointq_cli.errors import PeerProcessError
@@ -167,13 +167,13 @@ def leaving(folder: Path) -> None:
         if team.rank == 1:
             os._exit(3)
         one = torch.ones(1)
-        for talk in (team.gather, team.all_reduce_sum, team.share, team.rows):
+        for collective in (team.gather, team.all_reduce_sum, team.broadcast, team.gather_rows):
             try:
-                talk(one)
+                collective(one)
             except PeerProcessError as error:
                 last = error
             else:
-                raise AssertionError(talk)
+                raise AssertionError(collective)
         raise last
 
 
