@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jointq_cli.errors import ModelError, NumericsError
-from jointq_cli.system.tensor_files import file_hash
+from jointq_cli.system.files import file_hash
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from jointq_cli.errors import ConfigError, ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
+from jointq_cli.system.files import file_hash
 from jointq_cli.system.store import Store
-from jointq_cli.system.tensor_files import file_hash
 
 BUNDLED = Path(__file__).parents[1] / "pocket"
 GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight

@@ -38,11 +38,12 @@ from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, 
 from jointq_cli.report.console.console import Console, Stage
 from jointq_cli.report.console.screens import Bar
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.files import file_hash
 from jointq_cli.system.hash_cache import cache_hash
 from jointq_cli.system.interrupts import Interrupts
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Artifact, Store
-from jointq_cli.system.tensor_files import file_hash, read_rows, save_tensors
+from jointq_cli.system.tensor_files import read_rows, save_tensors
 
 
 @dataclass(frozen=True)
