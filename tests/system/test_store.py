@@ -169,9 +169,7 @@ def test_an_edit_of_a_run_directory_reaches_the_store_and_is_noticed(tmp_path: P
 
 
 @pytest.mark.parametrize("instead", [Path.touch, lambda path: path.symlink_to("nowhere")])
-def test_a_foreign_file_in_place_of_an_artifact_is_replaced(
-    instead: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_a_foreign_file_in_place_of_an_artifact_is_replaced(instead: Callable[[Path], None], tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         path = store.reuse("stage", Spec(4), [], write_one).path
         path.rename(tmp_path / "elsewhere")
