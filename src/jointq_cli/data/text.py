@@ -87,6 +87,11 @@ class TextSource:
             )
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether the text has to be downloaded."""
+        return self.dataset in HUB and not self.path
+
+    @property
     def section(self) -> str:
         """The part of the recipe that this is, for messages: parts are named after their dataclasses."""
         return type(self).__name__.lower()

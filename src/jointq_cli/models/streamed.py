@@ -49,7 +49,7 @@ class StreamedModel:
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
-        self._runs_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code
         self.device = device
         self.dtype = dtype
         self.module = _skeleton(checkpoint, dtype, trust_remote_code)
@@ -65,10 +65,11 @@ class StreamedModel:
         self._check_tensors()
 
     @property
-    def identity(self) -> list[str]:
-        """Hashes of all that decides what it computes: config, weights, and the code that it brings if that is run."""
-        code = [self.checkpoint.code_hash] if self._runs_code else []
-        return [self.checkpoint.content_hash, *code]
+    def identity(self) -> list[str | None]:
+        """Hashes of all that decides what it computes: config and weights (None where their hash is not known, see
+        `Checkpoint.known_hash`), and the code that it brings if that is run."""
+        code = [self.checkpoint.code_hash] if self.trust_remote_code else []
+        return [self.checkpoint.known_hash, *code]
 
     def __len__(self) -> int:
         return len(self.blocks)

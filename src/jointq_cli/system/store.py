@@ -1,23 +1,16 @@
-"""A content-addressed store of artifacts: what exists is complete, and nothing is made twice.
+"""A content-addressed store of artifacts: what exists is complete, and nothing is computed twice.
 
-An artifact is a directory named by its stage and the sha256 of everything that decides its content: the stage, the
-types and values of its settings, the keys of what it was made from, and the versions of the code that makes it. Where
-a run computes, how loudly and into which directory is no part of a key.
+An artifact is a directory named by its kind and its key (`artifact_key`). Knows nothing of what decides a key.
 """
 
 import contextlib
-import dataclasses
-import functools
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from jointq_cli.errors import ResourceError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
@@ -38,7 +31,6 @@ from jointq_cli.system.inventory import (
 )
 from jointq_cli.system.locks import Kind, Lock, try_lock
 
-LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
 ATTEMPTS = 20  # a second, to get a lock
 
 
@@ -92,23 +84,21 @@ class Store:
 
     def reuse(
         self,
-        stage: str,
-        spec: object,
-        inputs: list[str],
+        kind: str,
+        key: str,
         make: Callable[[Path], None],
         *,
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact:
-        """The artifact of `stage` for these settings and inputs, made by `make(scratch directory)` if it is not there.
+        """The artifact of this kind and key (`artifact_key`), written by `make(scratch directory)` if it is missing.
 
-        inputs: keys or hashes of what it is made from. A `resumable` stage finds what it left in its scratch directory
-        when it was stopped; any other starts from an empty one. Two processes that want the same artifact take turns.
-        One whose files are not what they were when it was made is taken away, and made anew. The leader of a team makes
-        it while the others wait, or they call `make` together; then it must leave writing to the leader.
+        resumable: `make` finds what an interrupted run has left in the scratch directory; otherwise that is empty. Two
+        runs that want the same artifact take turns. An artifact whose files have changed since it was written is
+        removed and computed again. together: all processes of the team call `make`, which writes on rank 0 only;
+        otherwise rank 0 calls it and the others wait.
         """
-        key = artifact_key(stage, spec, inputs)
-        name = _name(stage, key)
+        name = artifact_name(kind, key)
         if self._team.rank > 0:
             self._help(name, make, together)
             return Artifact(artifact_path(self.root, name), key, reused=False)
@@ -129,9 +119,8 @@ class Store:
 
     def reuse_within(
         self,
-        stage: str,
-        spec: object,
-        inputs: list[str],
+        kind: str,
+        key: str,
         make: Callable[[Path], None],
         *,
         budget: int,
@@ -139,19 +128,19 @@ class Store:
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact | None:
-        """As `reuse`, for large artifacts: those of `stage` may take `budget` bytes together.
+        """As `reuse`, for large artifacts: all of this kind may take `budget` bytes together.
 
-        size: what this one will take, as far as is known. Before it is made, least recently used ones of its stage go;
-        None, and none goes, where that is not enough because the others are in use.
+        size: the most that this one will take, in bytes. If it is missing, the least recently used of its kind are
+        removed first; returns None, and removes none, where that is not enough because the others are in use.
         """
-        name = _name(stage, artifact_key(stage, spec, inputs))
+        name = artifact_name(kind, key)
         fits = False
         if self._team.rank == 0:
             with translated_disk_errors(self.root):
-                fits = self._hold(name) or self._make_room(stage, name, budget - size)
+                fits = self._hold(name) or self._make_room(kind, name, budget - size)
         if not self._team.broadcast(fits):
             return None
-        return self.reuse(stage, spec, inputs, make, resumable=resumable, together=together)
+        return self.reuse(kind, key, make, resumable=resumable, together=together)
 
     def _help(self, name: str, make: Callable[[Path], None], together: bool) -> None:
         """The part in `reuse` of a process that does not lead."""
@@ -162,9 +151,9 @@ class Store:
             place = artifact_path(self.root, name)
             raise ResourceError(f"{place}: is not there for process {self._team.rank}; all must see the same disk")
 
-    def holds(self, stage: str, spec: object, inputs: list[str]) -> bool:
-        """Whether `reuse` would find this artifact."""
-        return artifact_path(self.root, _name(stage, artifact_key(stage, spec, inputs))).is_dir()
+    def path(self, kind: str, key: str) -> Path:
+        """The directory of an artifact, which need not exist."""
+        return artifact_path(self.root, artifact_name(kind, key))
 
     def _hold(self, name: str, *, is_new: bool = False) -> bool:
         """Whether the artifact is there and whole; if so, nobody can remove it from now on."""
@@ -204,10 +193,10 @@ class Store:
             sync(self.root)
         return True
 
-    def _make_room(self, stage: str, name: str, room: int) -> bool:
-        """Whether what lies there of `stage`, without `name` itself, takes at most `room` bytes; if it takes more, the
-        least recently used go, or none where that would not do."""
-        others = [entry for entry in entries(self.root) if entry.stage == stage and entry.name != name]
+    def _make_room(self, kind: str, name: str, room: int) -> bool:
+        """Whether the artifacts of this kind, without `name` itself, take at most `room` bytes. If they take more, the
+        least recently used are removed; none is where that would not suffice."""
+        others = [entry for entry in entries(self.root) if entry.stage == kind and entry.name != name]
         with contextlib.ExitStack() as locks:
 
             def take(entry: Entry) -> bool:
@@ -238,37 +227,6 @@ class Store:
             self._pause()
 
 
-def _name(stage: str, key: str) -> str:
-    return f"{stage}-{key[:16]}"
-
-
-def artifact_key(stage: str, spec: object, inputs: list[str]) -> str:
-    """sha256 over the canonical JSON of everything that decides an artifact's content."""
-    identity = {"stage": stage, "spec": _canonical(spec), "inputs": inputs, "code": code_version()}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def code_version() -> str:
-    """Digest of this package's sources and of the libraries that compute: other code makes other artifacts."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
-    for library in LIBRARIES:
-        digest.update(f"{library}={version(library)}".encode())
-    return digest.hexdigest()
-
-
-def _canonical(value: object) -> Any:
-    """JSON that tells apart what may compute differently: the type of a dataclass is part of it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
-    if isinstance(value, dict):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a store key cannot hold a {type(value).__name__}")
+def artifact_name(kind: str, key: str) -> str:
+    """The name of an artifact's directory."""
+    return f"{kind}-{key[:16]}"
