@@ -22,7 +22,7 @@ from jointq_cli.report.tables.plan import plan_sheet
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
-from jointq_cli.stages.model import fetch_model, open_model
+from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
@@ -143,5 +143,4 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
 
 
 def _original(context: Context, source: ModelSource) -> StreamedModel:
-    checkpoint = fetch_model(context, source)
-    return open_model(checkpoint, context.runtime, context.device, source.trust_remote_code)
+    return context.open_model(fetch_model(context, source), source.trust_remote_code)

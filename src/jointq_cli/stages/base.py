@@ -5,7 +5,7 @@ A `Stage` is a value: what decides its result (so its key in the store), how it 
 `plan` builds the same stages and only asks them for keys and costs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import PeerProcessError
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import StageRecord
 from jointq_cli.report.console.console import Console, StageTimer
 from jointq_cli.stages.plan.costs import Cost, Workload
 from jointq_cli.system.artifact_key import artifact_key
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import translated_disk_errors
+from jointq_cli.system.hash_cache import cache_hash
 from jointq_cli.system.interrupts import deferred
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Artifact, Store
@@ -105,6 +108,14 @@ class Context:
         """Whether the store has the result of a stage; the same answer on all processes."""
         return self.team.broadcast_from_rank0(self.directory(stage).is_dir)
 
+    def open_model(self, checkpoint: Checkpoint, trust_remote_code: bool) -> StreamedModel:
+        """See the function of this name."""
+        return open_model(checkpoint, self.runtime, self.device, trust_remote_code)
+
+    def note_hash(self, place: Path, files: Sequence[Path], digest: str) -> None:
+        """Notes what a model's files hash to, for plans, which read no weights."""
+        self.team.on_rank0(cache_hash, self.store.root, place, files, digest)
+
     @contextmanager
     def timed(self, name: str) -> Iterator[StageTimer]:
         """Announces and times one step; stopping is safe at its end."""
@@ -137,6 +148,13 @@ def use_device(runtime: Runtime, team: Team = SINGLE_PROCESS) -> torch.device:
     if threads is not None:
         torch.set_num_threads(threads)
     return device
+
+
+def open_model(
+    checkpoint: Checkpoint, runtime: Runtime, device: torch.device, trust_remote_code: bool
+) -> StreamedModel:
+    """A checkpoint's model in the dtype of the runtime settings. Reads no weight."""
+    return StreamedModel(checkpoint, device, runtime.torch_dtype(checkpoint.dtype, device), trust_remote_code)
 
 
 def windows_per_pass(runtime: Runtime, windows: Tensor) -> int:

@@ -9,16 +9,15 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import finished_blocks
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.plan.costs import Workload
-from jointq_cli.system.settings import Runtime
 
 
 def share_hessians(context: Context, model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Hessians | None:
     """The Hessians in the store, collected if they are missing. None where this quantizer's depend on what it has
     quantised before, and where `runtime.hessians_gb` has no room for them."""
-    size, budget = bytes_needed(model, loop), _budget(context.runtime)
+    size, budget = bytes_needed(model, loop), round(context.runtime.hessians_gb * 1e9)
     if not loop.ahead or not budget:
         return None
-    if not can_share(model, loop, context.runtime):
+    if not can_share(model, loop, budget):
         _note_no_room(context, f"they take up to {size / 1e9:.3g} GB")
         return None
     artifact = context.run_within(hessians_stage(model, tokens, loop), budget, size)
@@ -28,9 +27,9 @@ def share_hessians(context: Context, model: StreamedModel, tokens: Tokens, loop:
     return Hessians(artifact.path)
 
 
-def can_share(model: StreamedModel, loop: LoopSettings, runtime: Runtime) -> bool:
-    """Whether all quantizers with these settings need the same Hessians, and the budget has room for them."""
-    return loop.ahead and 0 < bytes_needed(model, loop) <= _budget(runtime)
+def can_share(model: StreamedModel, loop: LoopSettings, budget: float) -> bool:
+    """Whether all quantizers with these settings need the same Hessians, and these fit into a budget of bytes."""
+    return loop.ahead and bytes_needed(model, loop) <= budget
 
 
 def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Stage:
@@ -66,10 +65,6 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
 def layers_in(model: StreamedModel, loop: LoopSettings) -> list[str]:
     """Names of the layers to quantise, in the order of the model."""
     return [name for name in model.linear_layers() if name in loop.layers]
-
-
-def _budget(runtime: Runtime) -> int:
-    return round(runtime.hessians_gb * 1e9)
 
 
 def _note_no_room(context: Context, reason: str) -> None:

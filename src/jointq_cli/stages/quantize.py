@@ -16,7 +16,6 @@ from jointq_cli.quantization.workspace import Workspace, finished_blocks
 from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.hessians import layers_in, share_hessians
-from jointq_cli.stages.model import note_hash
 from jointq_cli.stages.plan.costs import Workload
 
 
@@ -42,7 +41,8 @@ class Quantized:
 
 def quantize(context: Context, model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Quantized:
     """Runs `quantize_stage`, and before it the Hessians where other runs can share them."""
-    note_hash(context, model.checkpoint)
+    checkpoint = model.checkpoint
+    context.note_hash(checkpoint.directory, checkpoint.hashed_files, checkpoint.content_hash)
     stage = quantize_stage(model, tokens, loop)
     if not context.has(stage):
         stage = quantize_stage(model, tokens, loop, share_hessians(context, model, tokens, loop))

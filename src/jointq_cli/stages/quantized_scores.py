@@ -19,7 +19,6 @@ from jointq_cli.records import IDENTICAL, Simulation
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.hessians import layers_in
 from jointq_cli.stages.hidden import own_hidden, read_hidden
-from jointq_cli.stages.model import open_model
 from jointq_cli.stages.plan.costs import Workload
 from jointq_cli.stages.quantize import open_quantized
 from jointq_cli.stages.scores import load_scores, save_scores, score_together
@@ -54,7 +53,7 @@ def quantized_scores_stage(
 
     def make(scratch: Path, context: Context) -> None:
         quantized = open_quantized(context, quantize, layers_in(original, loop))
-        reloaded = open_model(quantized.checkpoint, context.runtime, context.device, original.trust_remote_code)
+        reloaded = context.open_model(quantized.checkpoint, original.trust_remote_code)
         names = [layer.name for layer in quantized.layers]
         clips = search_clips(reloaded, activations, names, tokens.windows, loop.batch, context.pause)
         with simulated(reloaded, activations, names, clips):

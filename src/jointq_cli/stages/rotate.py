@@ -11,11 +11,9 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import RotationRecord, RotationTraining
 from jointq_cli.stages.activations import activations_stage
 from jointq_cli.stages.base import Context, Stage, windows_per_pass
-from jointq_cli.stages.model import open_model
 from jointq_cli.stages.plan.costs import Workload
 from jointq_cli.system.files import write_atomically
 from jointq_cli.system.record_json import encode, load_record
-from jointq_cli.system.settings import Runtime
 from jointq_cli.system.tensor_files import file_hash, save_tensors
 from jointq_cli.transforms.activation_metrics import measure_sites
 from jointq_cli.transforms.activation_samples import Reservoir
@@ -46,21 +44,23 @@ def rotate(
     """Runs `rotation_stages`, if these settings change anything."""
     if not changes_basis(rotation, smoothing):
         return Rotated(original)
-    activations, stage = rotation_stages(original, tokens, rotation, smoothing, context.runtime)
+    batch = windows_per_pass(context.runtime, tokens.windows)
+    activations, stage = rotation_stages(original, tokens, rotation, smoothing, batch)
     context.run(activations)
     directory = context.run(stage).path
     record: RotationRecord = load_record(RotationRecord, directory / _RECORD)
-    model = open_model(rotated_checkpoint(directory), context.runtime, context.device, original.trust_remote_code)
+    model = context.open_model(rotated_checkpoint(directory), original.trust_remote_code)
     return Rotated(model, record, directory)
 
 
 def rotation_stages(
-    original: StreamedModel, tokens: Tokens, rotation: Rotation, smoothing: Smoothing, runtime: Runtime
+    original: StreamedModel, tokens: Tokens, rotation: Rotation, smoothing: Smoothing, batch: int
 ) -> tuple[Stage, Stage]:
-    """The stages activations and rotate. Raises ModelError where the architecture cannot be rotated so, ConfigError for
-    too few tokens."""
+    """The stages activations and rotate; batch: windows per forward pass.
+
+    Raises ModelError where the architecture cannot be rotated like this, ConfigError for too few tokens.
+    """
     anatomy = examine(original, r1="R1" in rotation.parts)
-    batch = windows_per_pass(runtime, tokens.windows)
     activations = activations_stage(original, anatomy, tokens, rotation.sampled_tokens, batch)
     return activations, _rotate_stage(original, anatomy, tokens, rotation, smoothing, activations)
 

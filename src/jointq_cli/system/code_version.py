@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a re
 # Modules that start, show, plan and store computations. An edit there changes no artifact.
 NEUTRAL = (
     "__init__", "cli", "errors", "pipeline", "recipe", "report", "stages.base", "stages.plan", "stages.report",
-    "system.code_version", "system.artifact_key", "system.store",
+    "system.artifact_key", "system.code_version", "system.machine", "system.store",
 )  # fmt: skip
 
 

@@ -19,11 +19,11 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
-from jointq_cli.stages.base import Stage, windows_per_pass
+from jointq_cli.stages.base import Stage, open_model, windows_per_pass
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
-from jointq_cli.stages.model import conversion, open_model
+from jointq_cli.stages.model import conversion
 from jointq_cli.stages.plan.costs import Windows
 from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
@@ -105,7 +105,9 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     rotation: list[Stage] = []
     model: StreamedModel | None = original  # the one to quantise; None where it is yet to be rotated
     if changes_basis(recipe.rotation, recipe.smoothing):
-        pair = rotation_stages(original, tokens, recipe.rotation, recipe.smoothing, runtime)
+        pair = rotation_stages(
+            original, tokens, recipe.rotation, recipe.smoothing, windows_per_pass(runtime, tokens.windows)
+        )
         rotation = [_known(stage, inputs.tokens) for stage in pair]
         model = _find_rotated(rotation[-1], recipe, original)
 
@@ -120,7 +122,7 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
 
     checkpoints = (original.checkpoint, shaped.checkpoint)
     unread = next((one.directory for one in checkpoints if one.known_hash is None), None)
-    shares_hessians = can_share(shaped, loop, runtime)
+    shares_hessians = can_share(shaped, loop, runtime.hessians_gb * 1e9)
 
     def status(stage: Stage, text: object = True) -> StageStatus:
         return _status(stage, store, len(original), could_exist=unread is not None or text is None)
