@@ -194,18 +194,18 @@ def test_an_artifact_in_use_cannot_be_removed(tmp_path: Path) -> None:
 def test_an_artifact_that_is_removed_at_once_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     with Store(tmp_path) as store:
-        hold = store._hold
+        acquire = store._acquire
 
-        def slow_hold(name: str, *, is_new: bool = False) -> bool:
+        def slow_acquire(name: str, *, is_new: bool = False) -> bool:
             if len(made) == 1:
                 assert remove(tmp_path, entries(tmp_path)[0])
-            return hold(name, is_new=is_new)
+            return acquire(name, is_new=is_new)
 
         def make(scratch: Path) -> None:
             made.append(1)
             write_one(scratch)
 
-        monkeypatch.setattr(store, "_hold", slow_hold)
+        monkeypatch.setattr(store, "_acquire", slow_acquire)
         artifact = store.reuse("stage", Spec(4), [], make)
         assert (artifact.path / "one").exists()
         assert (len(made), artifact.reused) == (2, False)

@@ -71,7 +71,7 @@ class Store:
         self._team = team
         self._pause = pause
         self._log = log
-        self._held: dict[str, Lock] = {}  # shared locks by name of the artifact
+        self._locks: dict[str, Lock] = {}  # shared locks by name of the artifact
         with translated_disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             check_inside(root)
@@ -88,8 +88,8 @@ class Store:
 
     def close(self) -> None:
         """Releases all artifacts: from now on they may be removed."""
-        while self._held:
-            self._held.popitem()[1].release()
+        while self._locks:
+            self._locks.popitem()[1].release()
 
     def reuse(
         self,
@@ -115,20 +115,20 @@ class Store:
         if self._team.rank > 0:
             self._assist(name, make, together)
             return Artifact(artifact_path(self.root, name), key, reused=False)
-        made = False
+        computed = False
 
-        def make_together(scratch: Path) -> None:
+        def compute_together(scratch: Path) -> None:
             if together:
                 self._team.broadcast(True)
             make(scratch)
 
         with translated_disk_errors(self.root):
-            while not self._hold(name, is_new=made):  # another process may have removed it in between
-                made = self._make(name, make_together, resumable) or made
+            while not self._acquire(name, is_new=computed):  # another process may have removed it in between
+                computed = self._compute(name, compute_together, resumable) or computed
         if together:
             self._team.broadcast(False)
         self._team.barrier()
-        return Artifact(artifact_path(self.root, name), key, reused=not made)
+        return Artifact(artifact_path(self.root, name), key, reused=not computed)
 
     def reuse_within(
         self,
@@ -151,7 +151,7 @@ class Store:
         fits = False
         if self._team.rank == 0:
             with translated_disk_errors(self.root):
-                fits = self._hold(name) or self._make_room(stage, name, budget - size)
+                fits = self._acquire(name) or self._make_room(stage, name, budget - size)
         if not self._team.broadcast(fits):
             return None
         return self.reuse(stage, spec, inputs, make, resumable=resumable, together=together)
@@ -161,7 +161,7 @@ class Store:
         while together and self._team.broadcast(True):  # more than once if another run removes it immediately
             make(partial_path(self.root, name))
         self._team.barrier()
-        if not self._hold(name, is_new=True):
+        if not self._acquire(name, is_new=True):
             place = artifact_path(self.root, name)
             raise ResourceError(f"{place}: does not exist for process {self._team.rank}; all must see the same disk")
 
@@ -169,10 +169,10 @@ class Store:
         """Whether `reuse` would find this artifact."""
         return artifact_path(self.root, _name(stage, artifact_key(stage, spec, inputs))).is_dir()
 
-    def _hold(self, name: str, *, is_new: bool = False) -> bool:
+    def _acquire(self, name: str, *, is_new: bool = False) -> bool:
         """Whether the artifact exists and is intact; if so, keeps a shared lock, so that it cannot be removed."""
         final = artifact_path(self.root, name)
-        lock = self._held.pop(name, None) or self._lock(name, Kind.SHARED)
+        lock = self._locks.pop(name, None) or self._lock(name, Kind.SHARED)
         try:
             intact = final.is_dir() and (is_new or find_damage(final) is None)
         except BaseException:
@@ -181,12 +181,12 @@ class Store:
         if not intact:
             lock.release()
             return False
-        self._held[name] = lock
+        self._locks[name] = lock
         with contextlib.suppress(OSError):  # a read-only store
             os.utime(final / CONTENTS)
         return True
 
-    def _make(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
+    def _compute(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
         """Computes an artifact and renames it into the store; False where another process has done so first."""
         final, scratch = artifact_path(self.root, name), partial_path(self.root, name)
         with self._lock(name, Kind.EXCLUSIVE):
