@@ -39,7 +39,7 @@ def main() -> None:
         print(f"| {number} | 1 | {alone[0]:.1f} | {alone[1]:.1f} | | |")
         ratios = [one / other for one, other in zip(alone, together, strict=True)]
         line = f"{together[0]:.1f} | {together[1]:.1f} | {ratios[0]:.2f} x | {ratios[1]:.2f} x"
-        print(f"| {number} | {arguments.processes} | {told} |", flush=True)
+        print(f"| {number} | {arguments.processes} | {line} |", flush=True)
 
 
 def measure(size: int, settings: list[str]) -> tuple[float, float]:

@@ -5,8 +5,8 @@
     python scripts/bench_jointq_layer.py --sizes 2048 --bits 4 --only ours
     python scripts/bench_jointq_layer.py --sizes 512,1024,2048,4096 --output layers.jsonl   # half an hour or more
 
-Prints output errors on the calibration tokens and on held-out ones, CPU seconds, and for JointQ the ratio of these to the
-CPU seconds of the matrix products that it needs, timed in the same process at the same shapes.
+Prints output errors on the calibration tokens and on held-out ones, CPU seconds, and for JointQ the ratio of these to
+the CPU seconds of the matrix products that it needs, timed in the same process at the same shapes.
 
 OneComp's rows appear where it can be imported. It needs libraries that a layer does not need, so give it a virtual
 environment of its own, with this project beside it:

@@ -5,8 +5,8 @@
 
 FILE is written by `jointq calibrate`, so that both use the same windows. Each setting becomes a plain
 checkpoint in the model's own dtype, OUTPUT/jointq-w3-g64-lambda0.1, for `jointq evaluate model.path=...`; a line
-of JSON on stdout and in OUTPUT/results.jsonl reports time and memory. An existing checkpoint is not computed again, so a
-run that was stopped can be started again. Several bits in one run share the calibration: --bits 3,2,4.
+of JSON on stdout and in OUTPUT/results.jsonl reports time and memory. An existing checkpoint is not computed again,
+so a run that was stopped can be started again. Several bits in one run share the calibration: --bits 3,2,4.
 
 OneComp needs other packages than jointq, hence a virtual environment of its own, whose python runs this script:
 

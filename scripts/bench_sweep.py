@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         swept = Path(place, "sweep")
         sweep = timed(
-            ["-m", *words, f"output_dir={place}", f"hydra.sweep.dir={swept}", f"{KEY}={','.join(asked.lambdas)}"]
+            ["-m", *words, f"output_dir={place}", f"hydra.sweep.dir={swept}", f"{KEY}={','.join(arguments.lambdas)}"]
         )
         jobs = [stages(swept / str(number)) for number in range(len(arguments.lambdas))]
         alone = []
