@@ -23,7 +23,6 @@ from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.evaluation.activation_quantization import search_clips, simulated
 from jointq_cli.evaluation.perplexity import Scores, score
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
-from jointq_cli.formats.uniform import check_group_size
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.sources import ModelSource, fetch
@@ -354,7 +353,7 @@ def selected_layers(model: StreamedModel, recipe: Recipe) -> list[str]:
     in_blocks = [name for name in linear if model.block_of(name) is not None]
     recipe.activations.check_layers(in_blocks)
     names = recipe.layers.select(in_blocks, list(linear))
-    check_group_size(recipe.quantizer.group_size, {name: linear[name].in_features for name in names})
+    recipe.quantizer.check({name: linear[name].in_features for name in names})
     return names
 
 
