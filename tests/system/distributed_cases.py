@@ -127,8 +127,8 @@ def removing(folder: Path) -> None:
     class Emptied(Store):
         made = 0
 
-        def _make(self, *given: Any) -> bool:
-            done = super()._make(*given)
+        def _compute(self, *given: Any) -> bool:
+            done = super()._compute(*given)
             self.made += 1
             if self.made == 1:
                 assert remove(self.root, entries(self.root)[0])

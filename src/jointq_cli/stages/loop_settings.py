@@ -3,7 +3,6 @@
 from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.activation_settings import Activations
-from jointq_cli.formats.uniform import check_group_size
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.qep import QepSettings
@@ -44,5 +43,5 @@ def selected_layers(
     in_blocks = [name for name in linear if model.block_of(name) is not None]
     activations.check_layers(in_blocks)
     names = layers.select(in_blocks, list(linear))
-    check_group_size(quantizer.group_size, {name: linear[name].in_features for name in names})
+    quantizer.check({name: linear[name].in_features for name in names})
     return names

@@ -5,7 +5,7 @@ from pathlib import Path
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import GGUF_DTYPE, ModelSource, convert_gguf, fetch
 from jointq_cli.stages.base import Context, Stage
-from jointq_cli.system.tensor_files import file_hash
+from jointq_cli.system.files import file_hash
 
 
 def fetch_model(context: Context, source: ModelSource) -> Checkpoint:

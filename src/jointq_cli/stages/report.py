@@ -20,10 +20,9 @@ from jointq_cli.stages.quantize import Quantized
 from jointq_cli.stages.quantized_scores import QuantizedScores
 from jointq_cli.stages.rotate import Rotated
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
-from jointq_cli.system.files import link_files
+from jointq_cli.system.files import file_hashes, link_files
 from jointq_cli.system.machine import peak_memory, versions
 from jointq_cli.system.run_directory import RunDirectory, build_manifest, result_files
-from jointq_cli.system.tensor_files import file_hashes
 
 Header = list[tuple[str, str]]  # (label, value)
 

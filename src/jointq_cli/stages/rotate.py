@@ -12,9 +12,9 @@ from jointq_cli.records import RotationRecord, RotationTraining
 from jointq_cli.stages.activations import activations_stage
 from jointq_cli.stages.base import Context, Stage, windows_per_pass
 from jointq_cli.stages.plan.costs import Workload
-from jointq_cli.system.files import write_atomically
+from jointq_cli.system.files import file_hash, write_atomically
 from jointq_cli.system.record_json import encode, load_record
-from jointq_cli.system.tensor_files import file_hash, save_tensors
+from jointq_cli.system.tensor_files import save_tensors
 from jointq_cli.transforms.activation_metrics import measure_sites
 from jointq_cli.transforms.activation_samples import Reservoir
 from jointq_cli.transforms.architectures import Anatomy, examine

@@ -1,6 +1,6 @@
-"""A content-addressed store of artifacts: what exists is complete, and nothing is computed twice.
+"""A content-addressed store of artifacts: an artifact that exists is complete, and is never computed twice.
 
-An artifact is a directory named by its kind and its key (`artifact_key`). Knows nothing of what decides a key.
+An artifact is a directory named by its kind and its key. Knows nothing of what decides a key: that is `artifact_key`'s.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from jointq_cli.system.inventory import (
 )
 from jointq_cli.system.locks import Kind, Lock, try_lock
 
-ATTEMPTS = 20  # a second, to get a lock
+ATTEMPTS = 20  # to get a lock, per second
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Artifact:
 
 
 class Store:
-    """Artifacts under one directory. Inside its context nobody removes what it gave out.
+    """Artifacts under one directory. Until it is closed, no process can remove the artifacts that it has returned.
 
     Raises ResourceError where it cannot write.
     """
@@ -56,13 +56,14 @@ class Store:
         log: Callable[[str], None] = lambda text: None,
         team: Team = SINGLE_PROCESS,
     ) -> None:
-        """pause: called while waiting, may raise. tell: hears what is being waited for, and what is found damaged.
-        team: all its processes ask this store for the same artifacts in the same order, and only the leader writes."""
+        """pause: called while waiting for a lock, may raise. log: receives a line when the store waits for another
+        process or finds a damaged artifact. team: all its processes must request the same artifacts in the same order;
+        only rank 0 writes."""
         self.root = root
         self._team = team
         self._pause = pause
         self._log = log
-        self._held: dict[str, Lock] = {}  # shared, by the name of the artifact
+        self._locks: dict[str, Lock] = {}  # shared locks by name of the artifact
         with translated_disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             check_inside(root)
@@ -78,9 +79,9 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Lets go of all artifacts: from now on they may be removed."""
-        while self._held:
-            self._held.popitem()[1].release()
+        """Releases all artifacts: from now on they may be removed."""
+        while self._locks:
+            self._locks.popitem()[1].release()
 
     def reuse(
         self,
@@ -91,31 +92,32 @@ class Store:
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact:
-        """The artifact of this kind and key (`artifact_key`), written by `make(scratch directory)` if it is missing.
+        """The artifact of this kind and key; computed by `make(scratch directory)` if it does not exist yet.
 
-        resumable: `make` finds what an interrupted run has left in the scratch directory; otherwise that is empty. Two
-        runs that want the same artifact take turns. An artifact whose files have changed since it was written is
-        removed and computed again. together: all processes of the team call `make`, which writes on rank 0 only;
-        otherwise rank 0 calls it and the others wait.
+        resumable: `make` finds in its scratch directory what it wrote before it was stopped; otherwise it starts with
+        an empty one. Two runs that need the same artifact take turns. An artifact whose files have changed since it
+        was written is removed and computed again.
+        together: all processes of the group call `make`, which may write on rank 0 only; otherwise only rank 0 calls
+        it while the others wait.
         """
         name = artifact_name(kind, key)
         if self._team.rank > 0:
-            self._help(name, make, together)
+            self._assist(name, make, together)
             return Artifact(artifact_path(self.root, name), key, reused=False)
-        made = False
+        computed = False
 
-        def make_together(scratch: Path) -> None:
+        def compute_together(scratch: Path) -> None:
             if together:
                 self._team.broadcast(True)
             make(scratch)
 
         with translated_disk_errors(self.root):
-            while not self._hold(name, is_new=made):  # who removes an artifact may have been quicker
-                made = self._make(name, make_together, resumable) or made
+            while not self._acquire(name, is_new=computed):  # another process may have removed it in between
+                computed = self._compute(name, compute_together, resumable) or computed
         if together:
             self._team.broadcast(False)
         self._team.barrier()
-        return Artifact(artifact_path(self.root, name), key, reused=not made)
+        return Artifact(artifact_path(self.root, name), key, reused=not computed)
 
     def reuse_within(
         self,
@@ -128,59 +130,59 @@ class Store:
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact | None:
-        """As `reuse`, for large artifacts: all of this kind may take `budget` bytes together.
+        """As `reuse`, for large artifacts: all artifacts of this kind together may take `budget` bytes.
 
-        size: the most that this one will take, in bytes. If it is missing, the least recently used of its kind are
-        removed first; returns None, and removes none, where that is not enough because the others are in use.
+        size: the expected bytes of this one. Before it is computed, least recently used artifacts of its kind are
+        removed. Returns None, and removes nothing, if that cannot free enough because the others are in use.
         """
         name = artifact_name(kind, key)
         fits = False
         if self._team.rank == 0:
             with translated_disk_errors(self.root):
-                fits = self._hold(name) or self._make_room(kind, name, budget - size)
+                fits = self._acquire(name) or self._make_room(kind, name, budget - size)
         if not self._team.broadcast(fits):
             return None
         return self.reuse(kind, key, make, resumable=resumable, together=together)
 
-    def _help(self, name: str, make: Callable[[Path], None], together: bool) -> None:
-        """The part in `reuse` of a process that does not lead."""
-        while together and self._team.broadcast(True):  # again where it was removed as soon as it was made
+    def _assist(self, name: str, make: Callable[[Path], None], together: bool) -> None:
+        """What `reuse` does on ranks other than 0."""
+        while together and self._team.broadcast(True):  # more than once if another run removes it immediately
             make(partial_path(self.root, name))
         self._team.barrier()
-        if not self._hold(name, is_new=True):
+        if not self._acquire(name, is_new=True):
             place = artifact_path(self.root, name)
-            raise ResourceError(f"{place}: is not there for process {self._team.rank}; all must see the same disk")
+            raise ResourceError(f"{place}: does not exist for process {self._team.rank}; all must see the same disk")
 
     def path(self, kind: str, key: str) -> Path:
         """The directory of an artifact, which need not exist."""
         return artifact_path(self.root, artifact_name(kind, key))
 
-    def _hold(self, name: str, *, is_new: bool = False) -> bool:
-        """Whether the artifact is there and whole; if so, nobody can remove it from now on."""
+    def _acquire(self, name: str, *, is_new: bool = False) -> bool:
+        """Whether the artifact exists and is intact; if so, keeps a shared lock, so that it cannot be removed."""
         final = artifact_path(self.root, name)
-        lock = self._held.pop(name, None) or self._lock(name, Kind.SHARED)
+        lock = self._locks.pop(name, None) or self._lock(name, Kind.SHARED)
         try:
-            whole = final.is_dir() and (is_new or find_damage(final) is None)
+            intact = final.is_dir() and (is_new or find_damage(final) is None)
         except BaseException:
             lock.release()
             raise
-        if not whole:
+        if not intact:
             lock.release()
             return False
-        self._held[name] = lock
-        with contextlib.suppress(OSError):  # on a store that this user may only read
+        self._locks[name] = lock
+        with contextlib.suppress(OSError):  # a read-only store
             os.utime(final / CONTENTS)
         return True
 
-    def _make(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
-        """Puts a whole artifact in its place; False where another process was quicker."""
+    def _compute(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
+        """Computes an artifact and renames it into the store; False where another process has done so first."""
         final, scratch = artifact_path(self.root, name), partial_path(self.root, name)
         with self._lock(name, Kind.EXCLUSIVE):
             if os.path.lexists(final):
-                damage = find_damage(final) if final.is_dir() else "is no directory"
+                damage = find_damage(final) if final.is_dir() else "is not a directory"
                 if damage is None:
                     return False
-                self._log(f"warning: {final}: {damage}; it is taken away and made anew")
+                self._log(f"warning: {final}: {damage}; it is removed and computed again")
                 delete_locked(self.root, final)
             if not resumable or scratch.is_symlink():
                 delete(scratch)
@@ -194,8 +196,8 @@ class Store:
         return True
 
     def _make_room(self, kind: str, name: str, room: int) -> bool:
-        """Whether the artifacts of this kind, without `name` itself, take at most `room` bytes. If they take more, the
-        least recently used are removed; none is where that would not suffice."""
+        """Whether the other artifacts of this kind take at most `room` bytes, if necessary after least recently used
+        ones have been removed. Removes none if that would not be enough."""
         others = [entry for entry in entries(self.root) if entry.stage == kind and entry.name != name]
         with contextlib.ExitStack() as locks:
 
@@ -204,26 +206,26 @@ class Store:
                 return lock is not None and locks.enter_context(lock) is lock
 
             excess = sum(entry.size for entry in others) - room
-            doomed = prune(others, excess, take).removed
-            if sum(entry.size for entry in doomed) < excess:
+            unused = prune(others, excess, take).removed
+            if sum(entry.size for entry in unused) < excess:
                 return False
-            for entry in doomed:
+            for entry in unused:
                 delete_locked(self.root, entry.path)
         return True
 
     def _lock(self, name: str, kind: Kind) -> Lock:
-        """The lock of an artifact, however long that takes."""
-        told = False
+        """The lock of an artifact; waits as long as another process holds it."""
+        is_logged = False
         while True:
             for _ in range(ATTEMPTS):
                 lock = try_lock(lock_path(self.root, name), kind)
                 if lock is not None:
                     return lock
                 time.sleep(1 / ATTEMPTS)
-            if not told:
-                verb = "makes" if kind is Kind.SHARED else "makes or uses"
+            if not is_logged:
+                verb = "writes" if kind is Kind.SHARED else "writes or uses"
                 self._log(f"waiting for another process, which {verb} {name}")
-            told = True
+            is_logged = True
             self._pause()
 
 

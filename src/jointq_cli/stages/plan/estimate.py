@@ -65,7 +65,7 @@ def workload(recipe: Recipe, inputs: RunInputs, found: DryRun) -> Workload:
         evaluation=found.evaluation,
         shares_hessians=found.shares_hessians,
         element=model.dtype.itemsize,
-        stored=model.checkpoint.dtype.itemsize,
+        dtype=model.checkpoint.dtype,
         speeds=measure_speeds(model.device, model.dtype, shapes.hidden, shapes.widest),
     )
 
