@@ -179,6 +179,14 @@ def test_an_unknown_kind_is_an_error_in_one_line_that_names_file_and_kind(tmp_pa
     assert "\n" not in str(caught.value)
 
 
+def test_a_missing_tensor_is_an_error_that_names_file_and_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    save_tensors(path, {name: tensor for name, tensor in uniform().to_tensors().items() if name != "scale"})
+    with pytest.raises(ModelError) as caught:
+        load_layer(path)
+    assert str(caught.value) == f"{path}: tensor scale is missing"
+
+
 def test_moving_to_a_device_keeps_the_form() -> None:
     for weight in (uniform(), Quantiles(5).quantize(torch.eye(6), Prepared(), torch.float16).quantized):
         moved = weight.to("cpu")
@@ -198,7 +206,7 @@ def test_differences_are_counted_by_tensor_and_those_of_numbers_measured() -> No
     assert ours.difference(zero) == [Difference("1 of 4 levels", torch.inf)]
 
 
-def test_weights_of_other_forms_are_told_by_their_labels() -> None:
+def test_weights_of_other_forms_are_described_by_their_labels() -> None:
     table = Quantiles(5).quantize(torch.ones(4, 16), Prepared(), torch.bfloat16).quantized
     assert uniform(4).difference(uniform(3)) == [
         Difference("W4 g8 asymmetric [4, 16] → W3 g8 asymmetric [4, 16]"),

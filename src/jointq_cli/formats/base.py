@@ -1,6 +1,6 @@
 """The contract of a stored weight: what a quantizer returns, and what the loop, files, audit and reports use.
 
-A new kind is a subclass with its own `kind`, imported in formats/__init__.py; nothing else changes.
+A new kind is a direct subclass with its own `kind`, imported in formats/__init__.py; nothing else changes.
 """
 
 from abc import ABC, abstractmethod
