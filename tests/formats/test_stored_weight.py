@@ -15,7 +15,7 @@ from torch import Tensor
 from jointq_cli.errors import ModelError
 from jointq_cli.formats import StoredWeight, UniformWeight
 from jointq_cli.formats.audit import audit
-from jointq_cli.formats.base import Difference
+from jointq_cli.formats.base import TensorDifference
 from jointq_cli.formats.layer_file import load_layer, save_layer
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.quantization.quantizers import RTN, Prepared, Quantizer, Solution
@@ -201,14 +201,14 @@ def test_differences_are_counted_by_tensor_and_those_of_numbers_measured() -> No
     ours = LevelTable(torch.zeros(2, 3, dtype=torch.uint8), torch.tensor([[1.0, 2.0], [0.0, 4.0]]))
     theirs = LevelTable(torch.eye(2, 3).to(torch.uint8), torch.tensor([[1.0, 2.5], [0.0, 4.0]]))
     assert ours.difference(ours) == []
-    assert ours.difference(theirs) == [Difference("2 of 6 codes"), Difference("1 of 4 levels", 0.25)]
+    assert ours.difference(theirs) == [TensorDifference("2 of 6 codes"), TensorDifference("1 of 4 levels", 0.25)]
     zero = LevelTable(ours.codes, torch.tensor([[1.0, 2.0], [1.0, 4.0]]))
-    assert ours.difference(zero) == [Difference("1 of 4 levels", torch.inf)]
+    assert ours.difference(zero) == [TensorDifference("1 of 4 levels", torch.inf)]
 
 
 def test_weights_of_other_forms_are_described_by_their_labels() -> None:
     table = Quantiles(5).quantize(torch.ones(4, 16), Prepared(), torch.bfloat16).quantized
     assert uniform(4).difference(uniform(3)) == [
-        Difference("W4 g8 asymmetric [4, 16] → W3 g8 asymmetric [4, 16]"),
+        TensorDifference("W4 g8 asymmetric [4, 16] → W3 g8 asymmetric [4, 16]"),
     ]
-    assert uniform().difference(table) == [Difference("W4 g8 asymmetric [4, 16] → 5 levels per row [4, 16]")]
+    assert uniform().difference(table) == [TensorDifference("W4 g8 asymmetric [4, 16] → 5 levels per row [4, 16]")]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantization.quantizers.cholesky import LADDER, factorize, invert_lower
+from jointq_cli.quantization.quantizers.cholesky import DAMPING_RETRIES, factorize, invert_lower
 
 
 def hessian(size: int, tokens: int | None = None, seed: int = 0) -> Tensor:
