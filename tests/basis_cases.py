@@ -69,7 +69,7 @@ def random_basis(model: StreamedModel, parts: list[str]) -> Basis:
 def in_basis(model: StreamedModel, basis: Basis, directory: Path) -> RotatedTensors:
     directory.mkdir()
     rotated = RotatedTensors(model, tiny_layout(model), basis, directory)
-    rotated.write_companions(code=False)
+    rotated.write_companions()
     return rotated
 
 

@@ -43,8 +43,8 @@ EXACT = 5e-6  # of |logits| in float32, which itself makes some 1e-6
 
 def written(model: StreamedModel, basis: Basis, directory: Path) -> Invariance:
     """What `check` says of the model in `basis`, which lies in `directory` then."""
-    merged = write_rotated(in_basis(model, basis, directory), PROBE, False, lambda: None)
-    return check_invariance(model, directory, merged, PROBE, False)
+    merged = write_rotated(in_basis(model, basis, directory), PROBE, lambda: None)
+    return check_invariance(model, directory, merged, PROBE)
 
 
 def changed_tensors(model: StreamedModel, rotated: Path) -> set[str]:
@@ -89,7 +89,7 @@ def test_plain_transformers_computes_the_same_before_and_after_it_saves_the_mode
     model = original(root, family)
     truth = AutoModelForCausalLM.from_pretrained(model.checkpoint.directory)(PROBE).logits
     absorbed = [part for part in parts_of(family) if part in ABSORBED]
-    write_rotated(in_basis(model, random_basis(model, absorbed), tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, random_basis(model, absorbed), tmp_path / "rotated"), PROBE, lambda: None)
     for saved, following in (("rotated", "again"), ("again", "and again")):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / saved)
         assert distance(loaded(PROBE).logits, truth) <= EXACT, saved
@@ -100,7 +100,7 @@ def test_plain_transformers_computes_the_same_before_and_after_it_saves_the_mode
 def test_with_r1_tied_embeddings_are_two_tensors_for_good(family: str, root: Path, tmp_path: Path) -> None:
     model = original(root, family)
     assert "lm_head.weight" not in model.checkpoint.tensors
-    write_rotated(in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, lambda: None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "rotated")
     loaded.save_pretrained(tmp_path / "again")
     assert set(Checkpoint(tmp_path / "again").tensors) == {*model.checkpoint.tensors, "lm_head.weight"}
@@ -126,7 +126,7 @@ def test_all_but_r1_touch_only_the_layers_around_their_place(
 ) -> None:
     model = original(root, family, torch.bfloat16)
     rotated = in_basis(model, random_basis(model, [part]), tmp_path / "rotated")
-    write_rotated(rotated, PROBE, False, lambda: None)
+    write_rotated(rotated, PROBE, lambda: None)
     layout = tiny_layout(model)
     values = {f"{layout.value_layer}.weight", "self_attn.o_proj.weight"}
     inner = {f"{layout.up_layer}.weight", "mlp.down_proj.weight"}
@@ -253,7 +253,7 @@ def test_tensors_that_the_model_does_not_use_are_carried_over(tmp_path: Path) ->
     stranger = "model.layers.0.self_attn.rotary_emb.inv_freq"  # in checkpoints of old
     save_tensors(path, {**load_file(path), stranger: torch.arange(8.0), "counter": torch.arange(3)})
     model = StreamedModel(Checkpoint(path.parent), CPU, torch.float32)
-    write_rotated(in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated"), PROBE, lambda: None)
     after = Checkpoint(tmp_path / "rotated")
     assert all(model.checkpoint.same_bytes(after, name) for name in (stranger, "counter"))
 

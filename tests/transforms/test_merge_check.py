@@ -28,10 +28,10 @@ Patch = pytest.MonkeyPatch
 def gate(
     model: StreamedModel, basis: Basis, directory: Path, damage: Callable[[Path], None] | None = None
 ) -> Invariance:
-    merged = write_rotated(in_basis(model, basis, directory), PROBE, False, lambda: None)
+    merged = write_rotated(in_basis(model, basis, directory), PROBE, lambda: None)
     if damage is not None:
         damage(directory)
-    return check_invariance(model, directory, merged, PROBE, False)
+    return check_invariance(model, directory, merged, PROBE)
 
 
 def forget_to_untie(patch: Patch) -> None:
@@ -175,13 +175,11 @@ def test_a_basis_that_is_no_number_is_refused(part: str, root: Path, tmp_path: P
 
 def test_logits_that_are_no_numbers_are_not_close_to_anything(root: Path, tmp_path: Path) -> None:
     model = original(root)
-    merged = write_rotated(
-        in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, False, lambda: None
-    )
-    check_invariance(model, tmp_path / "rotated", merged, PROBE, False)
+    merged = write_rotated(in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, lambda: None)
+    check_invariance(model, tmp_path / "rotated", merged, PROBE)
     merged[3, 5] = float("nan")
     with pytest.raises(NumericsError, match=f"{DIFFER} nan"):
-        check_invariance(model, tmp_path / "rotated", merged, PROBE, False)
+        check_invariance(model, tmp_path / "rotated", merged, PROBE)
 
 
 def shard(directory: Path, number: int) -> Path:
@@ -279,5 +277,5 @@ def test_every_tensor_is_merged_once(root: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(RotatedTensors, "_compute", count)
     model = original(root, "llama_tied")
     tensors = in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated")
-    write_rotated(tensors, PROBE, False, lambda: None)
+    write_rotated(tensors, PROBE, lambda: None)
     assert sorted(merged) == sorted(tensors.shapes)

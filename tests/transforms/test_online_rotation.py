@@ -30,7 +30,7 @@ def online(root: Path) -> Path:
     with torch.no_grad():
         model = original(root)
         basis = random_basis(model, ["r1", "r2", "r4"])
-        write_rotated(in_basis(model, basis, root / "online"), PROBE, False, lambda: None)
+        write_rotated(in_basis(model, basis, root / "online"), PROBE, lambda: None)
     return root / "online"
 
 
@@ -54,7 +54,7 @@ def test_its_tokenizer_is_an_ordinary_one(root: Path, online: Path) -> None:
 def test_the_streamed_model_computes_what_the_original_does(width: int, root: Path, tmp_path: Path) -> None:
     model = original(root, intermediate_size=width)
     basis = random_basis(model, ["r4"])
-    write_rotated(in_basis(model, basis, tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, basis, tmp_path / "rotated"), PROBE, lambda: None)
     assert distance(logits_of(Checkpoint(tmp_path / "rotated")), logits_of(model.checkpoint)) <= EXACT
 
 

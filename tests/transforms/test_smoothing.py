@@ -124,8 +124,8 @@ def test_dead_channels_keep_scales_that_can_be_divided_by(alpha: float, tmp_path
     for scales in (s, t):
         assert bool((scales.isfinite() & (scales >= 1e-5) & (scales <= 1e7)).all())
     rotated = in_basis(model, Basis(value_scales=s, mlp_scales=t), tmp_path / "smooth")
-    merged = write_rotated(rotated, WINDOWS[:1], False, lambda: None)
-    assert check_invariance(model, tmp_path / "smooth", merged, WINDOWS[:1], False).merge <= 5e-6
+    merged = write_rotated(rotated, WINDOWS[:1], lambda: None)
+    assert check_invariance(model, tmp_path / "smooth", merged, WINDOWS[:1]).merge <= 5e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3"])

@@ -281,13 +281,14 @@ class StreamedModel(BlockwiseModel):
     ) -> None:
         super().__init__(checkpoint, device, dtype, trust_remote_code)
         self.checkpoint = checkpoint
-        self._runs_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code
 
     @property
-    def identity(self) -> list[str]:
-        """Hashes of what decides the model's outputs: config, weights, and its remote code if that is trusted."""
-        code = [self.checkpoint.code_hash] if self._runs_code else []
-        return [self.checkpoint.content_hash, *code]
+    def identity(self) -> list[str | None]:
+        """Hashes of what decides the model's outputs: config and weights (None if not known, see
+        `Checkpoint.known_hash`), and its remote code if that is trusted."""
+        code = [self.checkpoint.code_hash] if self.trust_remote_code else []
+        return [self.checkpoint.known_hash, *code]
 
 
 def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

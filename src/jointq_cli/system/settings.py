@@ -14,11 +14,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Runtime:
-    """The machine's share of a recipe.
+    """The group `runtime` of a recipe.
 
-    `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods state theirs where they
-    accumulate. `batch_tokens` bounds the tokens of one forward pass and so the activations in memory, `waiting_gb`
-    those that lie in stopped passes (see `passes`), `hessians_gb` what `hessians` may take on the disk.
+    `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods have dtypes of their own.
+    `batch_tokens` bounds the tokens of one forward pass and so the activations in memory, `waiting_gb` the activations
+    of suspended forward passes (see `resumable_forward`), `hessians_gb` the Hessians on the disk.
     """
 
     device: str

@@ -11,6 +11,7 @@ from jointq_cli.transforms.settings import (
     Rotation,
     Smoothing,
     SmoothQuant,
+    changes_basis,
 )
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "Rotation",
     "SmoothQuant",
     "Smoothing",
+    "changes_basis",
 ]

@@ -98,9 +98,9 @@ class RotatedTensors:
         norms = [norm for norm in self.layout.family.readers if norm]
         return [self._norm_gain(f"{self.model.prefix(block)}{norm}") for norm in norms]
 
-    def write_companions(self, *, code: bool) -> None:
+    def write_companions(self) -> None:
         """Writes config.json, the tokenizer and the like to `directory`; transformers builds the model from them."""
-        copy_companions(self.model.checkpoint, self.directory, code=code)
+        copy_companions(self.model.checkpoint, self.directory, code=self.model.trust_remote_code)
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (self.directory / "config.json").write_text(text, encoding="utf-8")
 

@@ -23,16 +23,14 @@ MERGE_LIMIT = 1e-4  # see `check_invariance`, as the next
 STORED_LIMIT = 0.2
 
 
-def write_rotated(
-    rotated: RotatedTensors, probe: Tensor, trust_remote_code: bool, on_block: Callable[[], None]
-) -> Tensor:
+def write_rotated(rotated: RotatedTensors, probe: Tensor, on_block: Callable[[], None]) -> Tensor:
     """Writes a checkpoint to the directory of `rotated`, in the original's dtypes, and returns the logits of its
     tensors before they were rounded: (tokens, vocabulary) float32.
 
     probe: (1, tokens) int64. on_block is called after each block and may raise.
     """
-    rotated.write_companions(code=trust_remote_code)
-    model = BlockwiseModel(rotated, rotated.model.device, torch.float32, trust_remote_code)
+    rotated.write_companions()
+    model = BlockwiseModel(rotated, rotated.model.device, torch.float32, rotated.model.trust_remote_code)
     count = len(model) + 1
     shards = [rotated.directory / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     outer = model.outer_tensors()
@@ -50,9 +48,7 @@ def write_rotated(
         return model.logits(hidden)[0].float().cpu()
 
 
-def check_invariance(
-    original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor, trust_remote_code: bool
-) -> Invariance:
+def check_invariance(original: StreamedModel, rotated: Path, merged: Tensor, probe: Tensor) -> Invariance:
     """Compares the logits on the probe (1, tokens) int64 of the original, of the checkpoint in the directory `rotated`
     and of its tensors before rounding: `merged`, from `write_rotated`.
 
@@ -63,7 +59,7 @@ def check_invariance(
     """
 
     def logits(checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
-        model = BlockwiseModel(checkpoint, original.device, dtype, trust_remote_code)
+        model = BlockwiseModel(checkpoint, original.device, dtype, original.trust_remote_code)
         hidden = final_hidden(model, probe, batch=1)
         with model.outer():
             return model.logits(hidden)[0].float().cpu()
