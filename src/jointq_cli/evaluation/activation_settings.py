@@ -1,6 +1,6 @@
-"""Per-token quantisation of activations: the config group `activations` and its arithmetic.
+"""Activations quantised per token: the config group `activations`, and the arithmetic on tensors.
 
-How the activations of a model are reached is the concern of `activation_quantization`.
+`activation_quantization` reaches the activations of a model.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Which tokens of a text are scored, and in which windows: the config group `evaluation`, and cutting a text by it."""
+"""The evaluation text cut into windows, and which of their tokens are scored."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
