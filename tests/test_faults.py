@@ -237,8 +237,8 @@ def kill_at(module, name, number=1, only=lambda arguments: True):
     setattr(module, name, counted)
 """
 AT_BAR = """
-from jointq_cli.report.console.screens import PlainBar
-kill_at(PlainBar, "draw", {number}, lambda arguments: arguments[0].description == "{bar}")
+from jointq_cli.report.console.displays import PlainPhaseBar
+kill_at(PlainPhaseBar, "draw", {number}, lambda arguments: arguments[0].description == "{bar}")
 """
 AT = """
 import importlib; module = importlib.import_module("jointq_cli.{module}")

@@ -25,7 +25,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.records import EvaluationReport, Protocol, RotationRecord, RunEstimate, RunReport
 from jointq_cli.report import Console, encode, write_report
-from jointq_cli.report.tables.plan import plan_sheet
+from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages import rotate as rotation_stages
 from jointq_cli.stages.base import Quantized, QuantizedScores, Stages, selected_layers
 from jointq_cli.stages.plan.dry_run import Survey, estimate_run
@@ -70,7 +70,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = A
             files = _file_hashes(stages, run)
             report = _report(recipe, stages, original, tokens, windows, rotated, quantized, measured)
             _write(run, recipe, report, original, tokens, windows, files, team)
-            console.closing(report, run.path)
+            console.show_run(report, run.path)
             return report
 
         return team.on_rank0(finish)
@@ -95,7 +95,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
             run.write_manifest(_manifest(recipe, run, original, str(stages.device), hashes, texts, files, team))
 
         team.on_rank0(finish)
-        console.rotated(rotated.record, run.path)
+        console.show_rotation(rotated.record, run.path)
         return rotated.record
 
 
@@ -121,7 +121,7 @@ def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: 
             versions=versions(),
         )
         run.write(run.path / "evaluation.json", encode(report))
-        console.measured(report, run.path)
+        console.show_evaluation(report, run.path)
         return report
 
 
@@ -147,7 +147,7 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
         console.header(_header(recipe, survey, original, tokens, _measured_how(recipe, original, windows)))
         survey.look(recipe, original, tokens, windows)
         outlook = estimate_run(survey, recipe, original, tokens, windows)
-        console.side_by_side(plan_sheet(outlook))
+        console.show_tables(plan_document(outlook))
         return outlook
 
 

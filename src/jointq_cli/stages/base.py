@@ -35,8 +35,8 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, StageRecord
-from jointq_cli.report.console.console import Console, Stage
-from jointq_cli.report.console.screens import Bar
+from jointq_cli.report.console.console import Console, RunningStage
+from jointq_cli.report.console.displays import PhaseBar
 from jointq_cli.system.distributed import ALONE, Team
 from jointq_cli.system.hash_cache import note_hash
 from jointq_cli.system.interrupts import Interrupts
@@ -91,7 +91,7 @@ class Stages:
             torch.set_num_threads(threads)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str) -> Iterator[RunningStage]:
         """Announces and times one stage; stopping is safe at its end."""
         with self.console.stage(name) as stage:
             yield stage
@@ -129,7 +129,7 @@ class Stages:
             self.console.warn(tokens.warning)
         return tokens
 
-    def _tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> Tokens:
+    def _tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stage: RunningStage) -> Tokens:
         if calibration.tokens or calibration.path or calibration.dataset not in HUB:
             return calibration_tokens(calibration, tokenizer)
         spec = calibration.of_tokens_alone()
@@ -339,7 +339,7 @@ class Stages:
 
             return Scores.joined(self.team.gather(score(original, first, model, second, own, on_window)))
 
-    def _tell_position(self, workspace: Workspace, model: StreamedModel, names: list[str], bar: Bar) -> None:
+    def _tell_position(self, workspace: Workspace, model: StreamedModel, names: list[str], bar: PhaseBar) -> None:
         finished = range(workspace.position())
         if finished:
             self.console.note(f"continuing at block {len(finished) + 1} of {len(model)}")
@@ -357,7 +357,7 @@ def selected_layers(model: StreamedModel, recipe: Recipe) -> list[str]:
     return names
 
 
-def mark(stage: Stage, artifact: Artifact) -> None:
+def mark(stage: RunningStage, artifact: Artifact) -> None:
     """Tells whether the store had it."""
     if artifact.reused:
         stage.reused()

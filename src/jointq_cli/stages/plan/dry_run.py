@@ -25,7 +25,7 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import finished_blocks
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import RunEstimate, StageEstimate
-from jointq_cli.report.console.console import Console, Stage
+from jointq_cli.report.console.console import Console, RunningStage
 from jointq_cli.stages import rotate as rotation_stages
 from jointq_cli.stages.base import Quantized, Stages, selected_layers
 from jointq_cli.stages.plan.costs import Cost, Windows, Workload, total
@@ -89,7 +89,7 @@ class Survey(Stages):
         return model
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str) -> Iterator[RunningStage]:
         """Notes how far the stage is, whatever becomes of it."""
         self.catalogue.found = None
         try:

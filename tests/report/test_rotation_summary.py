@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from jointq_cli.records import RotationRecord, RotationTraining, RunReport, Simulation
-from jointq_cli.report import Console, encode, load_record, load_report, write_report
-from jointq_cli.report.compare import rotation_summary, summary
-from jointq_cli.report.console import lines
-from jointq_cli.report.pages.markdown import render_markdown
-from jointq_cli.report.pages.run import render_page
+from jointq_cli.report import Console, encode, load_record, load_report, rotation_summary, summary, write_report
+from jointq_cli.report.console.final_summary import quantize_summary
+from jointq_cli.report.pages.html import run_html
+from jointq_cli.report.pages.markdown import run_markdown
 from jointq_cli.system.run_directory import RunDirectory
 
 SIMULATED = "A4 asymmetric per token clip=searched down_proj=A8; not in the checkpoint"
@@ -28,8 +27,8 @@ def record(rotated: RunReport) -> RotationRecord:
     return rotated.rotation
 
 
-def closing(report: RunReport) -> str:
-    return "\n".join(lines.closing_of_run(report, Path("runs/x")).as_text())
+def final_summary(report: RunReport) -> str:
+    return "\n".join(quantize_summary(report, Path("runs/x")).as_text())
 
 
 # --- in every form
@@ -56,7 +55,7 @@ def test_the_headline_tells_what_is_stored_from_what_is_simulated(report: RunRep
 
 
 def test_every_form_of_a_report_tells_of_the_basis_and_of_what_is_not_in_the_checkpoint(rotated: RunReport) -> None:
-    for text in (render_markdown(rotated), render_page(rotated), closing(rotated)):
+    for text in (run_markdown(rotated), run_html(rotated), final_summary(rotated)):
         assert "stored, A4 simulated" in text
         assert SIMULATED in text
         assert ROTATED in text
@@ -64,16 +63,16 @@ def test_every_form_of_a_report_tells_of_the_basis_and_of_what_is_not_in_the_che
 
 def test_a_report_without_rotation_and_simulation_names_neither(report: RunReport) -> None:
     plain = replace(report, stages=[])  # one of the stages is called rotate
-    for text in (render_markdown(plain), closing(plain)):
+    for text in (run_markdown(plain), final_summary(plain)):
         words = set(re.findall(r"\w+", text.lower()))
         assert words.isdisjoint({"rotation", "simulated", "online", "smoothquant"})
 
 
 def test_a_checkpoint_that_needs_r4_says_so_in_every_form(rotated: RunReport, record: RotationRecord) -> None:
     online = replace(rotated, rotation=replace(record, online=["R4"]))
-    for text in (render_markdown(online), closing(online)):
+    for text in (run_markdown(online), final_summary(online)):
         assert "R4: needed whenever the model runs, so plain transformers refuses the checkpoint" in text
-    assert "R4" not in closing(rotated)
+    assert "R4" not in final_summary(rotated)
 
 
 # --- what is amiss
@@ -114,12 +113,12 @@ def test_a_rotated_model_that_rounds_more_than_the_original_is_a_problem(
 def test_in_float32_there_is_no_rounding_to_compare_with(record: RotationRecord) -> None:
     exact = replace(record, invariance=replace(record.invariance, rounding=0.0, dtype="float32"))
     assert rotation_summary.problems(exact) == []
-    assert "rounding" not in {figure.label for figure in rotation_summary.figures(exact)}
+    assert "rounding" not in {metric.label for metric in rotation_summary.metrics(exact)}
 
 
 def test_problems_of_a_rotation_are_told_in_every_form(rotated: RunReport, record: RotationRecord) -> None:
     idle = replace(rotated, rotation=replace(record, courses=[replace(record.courses[0], moved=0.0)]))
-    for text in (render_markdown(idle), render_page(idle), closing(idle)):
+    for text in (run_markdown(idle), run_html(idle), final_summary(idle)):
         assert "nothing was learned for R1" in text
 
 
@@ -129,7 +128,7 @@ def test_problems_of_a_rotation_are_told_in_every_form(rotated: RunReport, recor
 def test_the_closing_of_a_rotation_tells_how_it_was_found_and_what_it_does(record: RotationRecord) -> None:
     stream = io.StringIO()
     with Console(stream=stream) as console:
-        console.rotated(record, Path("runs/x"))
+        console.show_rotation(record, Path("runs/x"))
     text = stream.getvalue()
     told = {line.split("  ")[0]: " ".join(line.split("  ")[1:]).strip() for line in text.splitlines()}
     assert ROTATED in text
