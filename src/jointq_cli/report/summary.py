@@ -4,9 +4,7 @@ Knows the records and how to format their numbers. Knows no markup, no file and 
 """
 
 import math
-import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from jointq_cli.records import (
@@ -35,18 +33,6 @@ from jointq_cli.report.number_format import (
 
 FALLBACK = "fallback"
 DAMPED = "damped"
-
-
-@dataclass(frozen=True)
-class KindSummary:
-    """All layers of one kind, such as q_proj."""
-
-    kind: str
-    layers: int
-    median_output_error: float
-    largest_output_error: float
-    median_weight_error: float
-    seconds: float
 
 
 def title(report: RunReport) -> str:
@@ -229,21 +215,6 @@ def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
 def total_seconds(report: RunReport | EvaluationReport) -> float:
     """The time of this run, without the stages whose results were reused."""
     return sum(stage.seconds for stage in report.stages if not stage.reused)
-
-
-def kind_summaries(layers: Iterable[LayerRecord]) -> list[KindSummary]:
-    """One per kind of layer, in the order of the model."""
-    return [
-        KindSummary(
-            kind=kind,
-            layers=len(members),
-            median_output_error=statistics.median(layer.output_error for layer in members),
-            largest_output_error=max(layer.output_error for layer in members),
-            median_weight_error=statistics.median(layer.weight_error for layer in members),
-            seconds=sum(layer.seconds for layer in members),
-        )
-        for kind, members in layers_by_kind(layers).items()
-    ]
 
 
 def layers_by_kind(layers: Iterable[LayerRecord]) -> dict[str, list[LayerRecord]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jointq_cli.errors import JointqError
 from jointq_cli.report import Console
 from jointq_cli.report.compare.run_files import find_runs, load_runs
-from jointq_cli.report.compare.runs import ComparedRun
+from jointq_cli.report.compare.runs import RunComparison
 from jointq_cli.report.pages.markdown import document_markdown
 from jointq_cli.report.tables.comparison import comparison_document
 from jointq_cli.report.tables.table import TableDocument
@@ -22,12 +22,12 @@ def main(arguments: list[str]) -> int:
     if parsed.html is not None:
         _check_place(parsed.html)
     found = find_runs(parsed.runs)
-    runs = load_runs(found.finished)
-    document = comparison_document(runs, [str(path) for path in found.unfinished])
+    comparison = RunComparison(load_runs(found.finished))
+    document = comparison_document(comparison, [str(path) for path in found.unfinished])
     if parsed.markdown:
         print(document_markdown(document), end="")
     elif parsed.html is not None:
-        print(_write_page(runs, document, parsed.html))
+        print(_write_page(comparison, document, parsed.html))
     else:
         with Console() as console:
             console.show_tables(document)
@@ -65,8 +65,8 @@ def _check_place(file: Path) -> None:
         raise JointqError(f"{file}: there is no directory {file.parent}")
 
 
-def _write_page(runs: Sequence[ComparedRun], document: TableDocument, file: Path) -> Path:
+def _write_page(comparison: RunComparison, document: TableDocument, file: Path) -> Path:
     from jointq_cli.report.pages.html import comparison_html  # imports matplotlib, for this form only
 
-    write_whole(file, comparison_html(runs, document))
+    write_whole(file, comparison_html(comparison, document))
     return file

@@ -15,12 +15,11 @@ from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
-from jointq_cli.report.console.displays import Display, PlainDisplay, PhaseBar, State, closing, outcome
+from jointq_cli.report.console.displays import Display, LogDisplay, PhaseBar, PlainDisplay, State, closing
 from jointq_cli.report.console.final_summary import FinalSummary, evaluate_summary, quantize_summary, rotate_summary
-from jointq_cli.report.console.layer_rows import layer_heading, layer_row_with_notes
 from jointq_cli.report.console.log_file import LogFile
 from jointq_cli.report.number_format import plural
-from jointq_cli.report.tables.table import TableDocument, aligned
+from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.machine import peak_memory
 
 
@@ -69,8 +68,8 @@ class Console:
         self._clock = clock
         self._display = _display(sys.stdout if stream is None else stream, quiet, brief, width, clock)
         self._log = None if log_path is None else LogFile(log_path)
+        self._displays = [self._display, *([LogDisplay(self._log.write, clock)] if self._log is not None else [])]
         self._exits = ExitStack()
-        self._rows = 0
 
     def __enter__(self) -> Self:
         self._exits.callback(self._display.close)
@@ -82,23 +81,22 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is not None:
-                self._write(_final_entry(error))
+            if error is not None and self._log is not None:
+                self._log.write(_final_entry(error))
         finally:
             self._exits.close()
 
     def header(self, pairs: list[tuple[str, str]]) -> None:
         """pairs: (label, value) of recipe, model, calibration, protocol and device."""
-        self._write("\n".join(aligned(pairs)))
-        self._display.header(pairs)
+        for display in self._displays:
+            display.header(pairs)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[RunningStage]:
         """Reports the start of a stage and, at its end, its duration or how else it ended."""
         stage = RunningStage(name, self._clock)
-        self._write(f"{name} ...")
-        self._rows = 0
-        self._display.stage_starts(name)
+        for display in self._displays:
+            display.stage_starts(name)
         state: State = "done"
         try:
             yield stage
@@ -108,8 +106,8 @@ class Console:
             raise
         finally:
             stage.finish()
-            self._display.stage_ends(name, state, stage.seconds)
-            self._write(f"{name} {outcome(state, stage.seconds)}")
+            for display in self._displays:
+                display.stage_ends(name, state, stage.seconds)
 
     def bar(self, description: str, total: int) -> AbstractContextManager[PhaseBar]:
         """The progress bar of a phase of `total` steps; call `.advance(n=1)` on what it yields."""
@@ -117,21 +115,18 @@ class Console:
 
     def layer(self, record: LayerRecord) -> None:
         """Adds a row to the table of layers."""
-        if not self._rows:
-            self._write(layer_heading())
-        self._rows += 1
-        self._write(layer_row_with_notes(record))
-        self._display.layer(record)
+        for display in self._displays:
+            display.layer(record)
 
     def note(self, text: str) -> None:
-        self._write(text)
-        self._display.note(text)
+        for display in self._displays:
+            display.note(text)
 
     def warn(self, text: str) -> None:
         """Something that the user should look at; kept in `warnings`."""
         self.warnings.append(text)
-        self._write(f"WARNING {text}")
-        self._display.warn(text)
+        for display in self._displays:
+            display.warn(text)
 
     def show_run(self, report: RunReport, run_directory: Path) -> None:
         """The result of `jointq quantize`, where its files are, and what to do next."""
@@ -146,19 +141,15 @@ class Console:
         self._show(evaluate_summary(report, _relative(run_directory)))
 
     def show_tables(self, document: TableDocument) -> None:
-        self._write("\n".join(document.as_text()))
-        self._display.tables(document)
+        for display in self._displays:
+            display.tables(document)
 
     def _show(self, summary: FinalSummary) -> None:
-        self._write("\n".join(summary.as_text()))
-        self._display.summary(summary)
+        for display in self._displays:
+            display.summary(summary)
         if self._log is not None and self._log.library_warnings:
             count = plural(self._log.library_warnings, "library warning")
             self._display.note(f"{count} in {self._log.path}")
-
-    def _write(self, text: str) -> None:
-        if self._log is not None:
-            self._log.write(text)
 
 
 def _display(stream: TextIO, quiet: bool, brief: str, width: int | None, clock: Callable[[], float]) -> Display:

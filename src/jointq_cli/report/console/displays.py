@@ -1,4 +1,4 @@
-"""Where a run is displayed: the interface of a display, which itself shows nothing, and plain lines for pipes.
+"""Where a run is displayed: the interface, which itself shows nothing, and lines of text for the log and for pipes.
 
 Knows when a line is due and no control codes. `terminal` has the displays with colours and live progress bars.
 """
@@ -94,44 +94,60 @@ def outcome(state: State, seconds: float) -> str:
     return state if state == "reused" else f"{state} after {duration(seconds)}"
 
 
-class PlainDisplay(Display):
-    """Lines for a pipe or a file: no colours, no carriage returns, and few enough to be read."""
+class LogDisplay(Display):
+    """Lines of text for the log: everything but progress bars."""
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+    progress, warning = "", "WARNING "  # what such lines begin with
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float]) -> None:
         super().__init__(clock)
-        self._stream: TextIO | None = stream
+        self._write = write
         self._needs_heading = True
 
     def header(self, pairs: list[tuple[str, str]]) -> None:
-        self._print("\n".join(aligned(pairs)))
+        self._write("\n".join(aligned(pairs)))
 
     def stage_starts(self, name: str) -> None:
         self._needs_heading = True
-        self._print(f"[progress] {name} ...")
+        self._write(f"{self.progress}{name} ...")
 
     def stage_ends(self, name: str, state: State, seconds: float) -> None:
-        self._print(f"[progress] {name} {outcome(state, seconds)}")
+        self._write(f"{self.progress}{name} {outcome(state, seconds)}")
+
+    def layer(self, record: LayerRecord) -> None:
+        if self._needs_heading:
+            self._write(layer_heading())
+            self._needs_heading = False
+        self._write(layer_row_with_notes(record))
+
+    def note(self, text: str) -> None:
+        self._write(text)
+
+    def warn(self, text: str) -> None:
+        self._write(f"{self.warning}{text}")
+
+    def summary(self, summary: FinalSummary) -> None:
+        self._write("\n".join(summary.as_text()))
+
+    def tables(self, document: TableDocument) -> None:
+        self._write("\n".join(document.as_text()))
+
+
+class PlainDisplay(LogDisplay):
+    """Lines for a pipe or a file: no colours, no carriage returns, and few enough to be read."""
+
+    progress, warning = "[progress] ", "[warning] "
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        super().__init__(self._print, clock)
+        self._stream: TextIO | None = stream
 
     def bar(self, description: str, total: int) -> PhaseBar:
         return PlainPhaseBar(description, total, self._clock, self._print)
 
-    def layer(self, record: LayerRecord) -> None:
-        if self._needs_heading:
-            self._print(layer_heading())
-            self._needs_heading = False
-        self._print(layer_row_with_notes(record))
-
-    def note(self, text: str) -> None:
-        self._print(text)
-
-    def warn(self, text: str) -> None:
-        self._print(f"[warning] {text}")
-
     def summary(self, summary: FinalSummary) -> None:
-        self._print("\n".join(["", *summary.as_text()]))
-
-    def tables(self, document: TableDocument) -> None:
-        self._print("\n".join(document.as_text()))
+        self._print("")
+        super().summary(summary)
 
     def _print(self, text: str) -> None:
         if self._stream is None:

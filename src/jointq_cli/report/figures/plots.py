@@ -6,20 +6,8 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from jointq_cli.report.figures.style import (
-    BAD,
-    FAINT,
-    FAR_APART,
-    WIDE,
-    SvgFigure,
-    depth_axis,
-    fits_log_axis,
-    legend_beside,
-    log_ticks,
-    series_style,
-    styled_axes,
-    svg_figure,
-)
+from jointq_cli.report.figures import style
+from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.number_format import plus_minus
 
 ACCUMULATED = (
@@ -43,14 +31,14 @@ class MeasuredValue:
     label: str
     value: float
     standard_error: float
-    style: tuple[str, str]  # colour and marker
+    colour_and_marker: tuple[str, str]
 
 
 def draw_series(axes: Axes, series: Sequence[Series], gid: str) -> dict[str, list[str]]:
     """Draws each series as markers on a thin line. Returns the tooltips for `svg_figure`, by ids that begin with
     `gid`."""
     for index, line in enumerate(series):
-        colour, marker = series_style(index)
+        colour, marker = style.series_style(index)
         x, y = [x for x, _, _ in line.points], [y for _, y, _ in line.points]
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
         axes.plot(
@@ -66,24 +54,24 @@ def errors_over_depth(
 
     symbol: the label of the y axis. fallbacks: (block, error) of layers that fell back to RTN, which get a circle.
     """
-    series = [Series(line.label, [point for point in line.points if fits_log_axis(point[1])]) for line in series]
+    series = [Series(line.label, [point for point in line.points if style.fits_log_axis(point[1])]) for line in series]
     errors = [error for line in series for _, error, _ in line.points]
     if not errors:
         return []
-    with styled_axes(WIDE) as axes:
+    with style.styled_axes(style.WIDE) as axes:
         tooltips = draw_series(axes, series, gid=title)
         if fallbacks:
             axes.plot(
-                *map(list, zip(*fallbacks, strict=True)), color=BAD, marker="o", markersize=11, markerfacecolor="none",
-                markeredgewidth=1.6, linestyle="none", label="fallback",
+                *map(list, zip(*fallbacks, strict=True)), color=style.BAD, marker="o", markersize=11,
+                markerfacecolor="none", markeredgewidth=1.6, linestyle="none", label="fallback",
             )  # fmt: skip
         axes.set_yscale("log")
-        log_ticks(axes.yaxis, errors)
+        style.log_ticks(axes.yaxis, errors)
         axes.set_ylabel(symbol)
-        depth_axis(axes)
+        style.depth_axis(axes)
         if any(line.label for line in series):
-            legend_beside(axes)
-        return [svg_figure(axes, title, caption, tooltips)]
+            style.legend_beside(axes)
+        return [style.svg_figure(axes, title, caption, tooltips)]
 
 
 def error_bars(
@@ -98,18 +86,18 @@ def error_bars(
 
     The axis is logarithmic if the values are far apart. references: values that get a vertical line.
     """
-    shown = [(-index, row) for index, row in enumerate(rows) if fits_log_axis(row.value)]
+    shown = [(-index, row) for index, row in enumerate(rows) if style.fits_log_axis(row.value)]
     if not shown:
         return []
-    with styled_axes(inches) as axes:
+    with style.styled_axes(inches) as axes:
         values = [*references, *(row.value for _, row in shown)]
-        if max(values) > FAR_APART * min(values):
+        if max(values) > style.FAR_APART * min(values):
             axes.set_xscale("log")
-            log_ticks(axes.xaxis, values)
+            style.log_ticks(axes.xaxis, values)
         for value in references:
-            axes.axvline(value, color=FAINT, linewidth=1.0, zorder=0, linestyle="--")
+            axes.axvline(value, color=style.FAINT, linewidth=1.0, zorder=0, linestyle="--")
         for height, row in shown:
-            colour, marker = row.style
+            colour, marker = row.colour_and_marker
             spread = row.standard_error if math.isfinite(row.standard_error) else 0.0
             axes.errorbar(
                 row.value, height, xerr=spread, fmt=marker, color=colour, markersize=8, capsize=5, linewidth=1.8
@@ -121,4 +109,4 @@ def error_bars(
         axes.margins(x=0.25)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(unit)
-        return [svg_figure(axes, title, caption, wide=inches[0] == WIDE[0])]
+        return [style.svg_figure(axes, title, caption, wide=inches[0] == style.WIDE[0])]

@@ -2,17 +2,9 @@
 
 from jointq_cli.records import RotationRecord, RotationTraining, Site
 from jointq_cli.report import rotation_summary
+from jointq_cli.report.figures import style
 from jointq_cli.report.figures.plots import Series, draw_series
-from jointq_cli.report.figures.style import (
-    FAINT,
-    WIDE,
-    SvgFigure,
-    depth_axis,
-    legend_beside,
-    series_style,
-    styled_axes,
-    svg_figure,
-)
+from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.grouping import grouped
 
 
@@ -27,24 +19,24 @@ def _sites(sites: list[Site]) -> list[SvgFigure]:
         return []
     before, after = rotation_summary.mean_sqnr(sites)
     by_name = grouped(sites, lambda site: site.name)
-    with styled_axes(WIDE) as axes:
+    with style.styled_axes(style.WIDE) as axes:
         for index, members in enumerate(by_name.values()):
             blocks = [site.block for site in members]
-            colour, _ = series_style(index)
+            colour, _ = style.series_style(index)
             axes.plot(blocks, [site.sqnr_before for site in members], color=colour, linestyle=":", linewidth=1.4)
         series = [
             Series(name, [(site.block, site.sqnr_after, _in_words(site)) for site in members])
             for name, members in by_name.items()
         ]
         tooltips = draw_series(axes, series, gid="sqnr")
-        depth_axis(axes)
+        style.depth_axis(axes)
         axes.set_ylabel("SQNR, dB")
-        legend_beside(axes)
+        style.legend_beside(axes)
         caption = (
             f"Signal to quantisation noise of layer inputs at 4 bits per token: dotted before ({before:.1f} dB on "
             f"average), points after ({after:.1f} dB). Tokens that nothing was learned from."
         )
-        return [svg_figure(axes, "Activations before and after the rotation", caption, tooltips)]
+        return [style.svg_figure(axes, "Activations before and after the rotation", caption, tooltips)]
 
 
 def _in_words(site: Site) -> str:
@@ -55,12 +47,12 @@ def _in_words(site: Site) -> str:
 
 
 def _training(training: RotationTraining) -> SvgFigure:
-    with styled_axes(WIDE) as axes:
+    with style.styled_axes(style.WIDE) as axes:
         points = [
             (float(point.step), point.error, f"step {point.step}: {point.error:.2e}") for point in training.errors
         ]
         tooltips = draw_series(axes, [Series(None, points)], gid="training")
-        axes.axvline(training.best_step, color=FAINT, linewidth=1.2)
+        axes.axvline(training.best_step, color=style.FAINT, linewidth=1.2)
         axes.set_xlabel("step")
         axes.set_ylabel("error")
         axes.set_ylim(bottom=0)
@@ -68,4 +60,4 @@ def _training(training: RotationTraining) -> SvgFigure:
             "Relative error of rotated activations at few bits, on tokens that were not learned from. The line marks "
             f"the step whose rotation was kept, {training.best_step} of {training.steps}."
         )
-        return svg_figure(axes, "How R1 was learned", caption, tooltips)
+        return style.svg_figure(axes, "How R1 was learned", caption, tooltips)

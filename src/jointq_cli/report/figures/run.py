@@ -5,21 +5,10 @@ from collections.abc import Callable, Sequence
 
 from jointq_cli.records import BlockRecord, LayerRecord, RunReport
 from jointq_cli.report import summary
+from jointq_cli.report.figures import style
 from jointq_cli.report.figures.plots import ACCUMULATED, MeasuredValue, Series, error_bars, errors_over_depth
 from jointq_cli.report.figures.rotation import rotation_figures
-from jointq_cli.report.figures.style import (
-    FAINT,
-    HALF,
-    SERIES,
-    WIDE,
-    SvgFigure,
-    fits_log_axis,
-    log_ticks,
-    not_drawn,
-    series_style,
-    styled_axes,
-    svg_figure,
-)
+from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.number_format import duration, relative_change, scientific
 
 
@@ -48,7 +37,7 @@ def _weight_error(layer: LayerRecord) -> float:
 def _over_depth(
     symbol: str, title: str, layers: Sequence[LayerRecord], error: Callable[[LayerRecord], float], meaning: str
 ) -> list[SvgFigure]:
-    shown = [layer for layer in layers if fits_log_axis(error(layer))]
+    shown = [layer for layer in layers if style.fits_log_axis(error(layer))]
     series = [
         Series(
             kind,
@@ -60,7 +49,8 @@ def _over_depth(
         for kind, members in summary.layers_by_kind(shown).items()
     ]
     fallbacks = [(layer.block, error(layer)) for layer in shown if layer.verdict == summary.FALLBACK]
-    return errors_over_depth(title, meaning + not_drawn(len(layers) - len(shown), "layer"), symbol, series, fallbacks)
+    caption = meaning + style.not_drawn(len(layers) - len(shown), "layer")
+    return errors_over_depth(title, caption, symbol, series, fallbacks)
 
 
 def _accumulated(blocks: Sequence[BlockRecord]) -> list[SvgFigure]:
@@ -72,15 +62,15 @@ def _accumulated(blocks: Sequence[BlockRecord]) -> list[SvgFigure]:
 
 
 def _by_kind(layers: Sequence[LayerRecord]) -> list[SvgFigure]:
-    shown = [layer for layer in layers if fits_log_axis(layer.output_error)]
+    shown = [layer for layer in layers if style.fits_log_axis(layer.output_error)]
     if not shown:
         return []
     kinds = summary.layers_by_kind(shown)
-    with styled_axes(HALF) as axes:
+    with style.styled_axes(style.HALF) as axes:
         rows = list(range(len(kinds)))[::-1]
         for index, (row, members) in enumerate(zip(rows, kinds.values(), strict=True)):
             errors = [layer.output_error for layer in members]
-            colour = SERIES[index % len(SERIES)]
+            colour = style.SERIES[index % len(style.SERIES)]
             line = {"color": colour, "linewidth": 1.2}
             axes.boxplot(
                 errors,
@@ -96,34 +86,36 @@ def _by_kind(layers: Sequence[LayerRecord]) -> list[SvgFigure]:
             heights = _spread(row, len(errors))
             axes.plot(errors, heights, ".", color=colour, markersize=5, alpha=0.5, markeredgewidth=0)
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, [layer.output_error for layer in shown])
+        style.log_ticks(axes.xaxis, [layer.output_error for layer in shown])
         axes.set_yticks(rows, list(kinds))
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("E_y")
         caption = "Output error by kind of layer: box from quartile to quartile, the thick line is the median"
-        caption += not_drawn(len(layers) - len(shown), "layer")
-        return [svg_figure(axes, "Output error by kind", caption, wide=False)]
+        caption += style.not_drawn(len(layers) - len(shown), "layer")
+        return [style.svg_figure(axes, "Output error by kind", caption, wide=False)]
 
 
 def _perplexities(report: RunReport) -> list[SvgFigure]:
-    models = (("original", report.original, (FAINT, "o")), ("quantised", report.quantized, series_style(0)))
-    rows = [MeasuredValue(label, model.value, model.standard_error, style) for label, model, style in models]
+    rows = [
+        MeasuredValue("original", report.original.value, report.original.standard_error, (style.FAINT, "o")),
+        MeasuredValue("quantised", report.quantized.value, report.quantized.standard_error, style.series_style(0)),
+    ]
     caption = (
         "Bars are one standard error over windows. Both models saw the same tokens, so that the difference, "
         f"{relative_change(*summary.perplexity_increase(report))}, is known far better than either."
     )
-    complete = all(fits_log_axis(row.value) for row in rows)
-    return error_bars("Perplexity", caption, "perplexity", rows, HALF) if complete else []
+    complete = all(style.fits_log_axis(row.value) for row in rows)
+    return error_bars("Perplexity", caption, "perplexity", rows, style.HALF) if complete else []
 
 
 def _times(report: RunReport) -> list[SvgFigure]:
     stages = [stage for stage in report.stages if math.isfinite(stage.seconds)]
     if not stages:
         return []
-    with styled_axes((WIDE[0], 0.9 + 0.34 * len(stages))) as axes:
+    with style.styled_axes((style.WIDE[0], 0.9 + 0.34 * len(stages))) as axes:
         rows = list(range(len(stages)))[::-1]
         seconds = [0.0 if stage.reused else stage.seconds for stage in stages]
-        axes.barh(rows, seconds, color=SERIES[0], height=0.6)
+        axes.barh(rows, seconds, color=style.SERIES[0], height=0.6)
         for row, width, stage in zip(rows, seconds, stages, strict=True):
             text = summary.stage_cost(stage)
             axes.annotate(text, (width, row), xytext=(5, 0), textcoords="offset points", va="center")
@@ -132,7 +124,7 @@ def _times(report: RunReport) -> list[SvgFigure]:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds")
         caption = f"{duration(summary.total_seconds(report))} in total; reused stages cost nothing this time"
-        return [svg_figure(axes, "Where the time went", caption)]
+        return [style.svg_figure(axes, "Where the time went", caption)]
 
 
 def _spread(row: float, count: int) -> list[float]:

@@ -11,16 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from jointq_cli.report.compare.sweep import SweepJob, SweepMeasurement, best
-from jointq_cli.report.figures.style import (
-    INK,
-    WIDE,
-    SvgFigure,
-    fits_log_axis,
-    log_ticks,
-    series_style,
-    styled_axes,
-    svg_figure,
-)
+from jointq_cli.report.figures import style
+from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import shortest_suffixes, significant
 
@@ -97,9 +89,9 @@ def _curves(
     lines = _lines(jobs, swept)
     drawn = [job for members in lines.values() for job in members]
     values = [metric(job.measured)[0] for job in drawn if job.measured]
-    with styled_axes(WIDE) as axes:
+    with style.styled_axes(style.WIDE) as axes:
         for index, (label, members) in enumerate(lines.items()):
-            colour, marker = series_style(index)
+            colour, marker = style.series_style(index)
             points = [(swept.values[job.number], *metric(job.measured)) for job in members if job.measured]
             x, y, errors = map(list, zip(*points, strict=True))
             axes.errorbar(
@@ -108,16 +100,16 @@ def _curves(
             )  # fmt: skip
         if marked is not None and marked.measured is not None and marked.number in swept.values:
             x, y = [swept.values[marked.number]], [metric(marked.measured)[0]]
-            axes.plot(x, y, marker="o", markersize=14, markerfacecolor="none", color=INK, linestyle="none")
+            axes.plot(x, y, marker="o", markersize=14, markerfacecolor="none", color=style.INK, linestyle="none")
         _ticks_at_values(axes, swept)
-        if values and all(map(fits_log_axis, values)) and max(values) > WIDE_RANGE * min(values):
+        if values and all(map(style.fits_log_axis, values)) and max(values) > WIDE_RANGE * min(values):
             axes.set_yscale("log")
-            log_ticks(axes.yaxis, values)
+            style.log_ticks(axes.yaxis, values)
         axes.set_xlabel(swept.name)
         axes.set_ylabel(unit)
         if len(lines) > 1:
             axes.legend()
-        return svg_figure(axes, title, _caption(metric, drawn))
+        return style.svg_figure(axes, title, _caption(metric, drawn))
 
 
 def _ticks_at_values(axes: Axes, swept: _SweptSetting) -> None:
@@ -125,7 +117,7 @@ def _ticks_at_values(axes: Axes, swept: _SweptSetting) -> None:
     values = sorted(set(swept.values.values()))
     if swept.logarithmic:
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, values)
+        style.log_ticks(axes.xaxis, values)
     if len(values) <= MOST_TICKS:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.xaxis.set_minor_locator(NullLocator())

@@ -7,10 +7,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import number_format, rotation_summary, summary
-from jointq_cli.report.compare.runs import ComparedRun
+from jointq_cli.report.compare.runs import RunComparison
 from jointq_cli.report.figures.comparison import comparison_figures
 from jointq_cli.report.figures.run import run_figures
 from jointq_cli.report.figures.style import SvgFigure
+from jointq_cli.report.tables.run import kinds_table
 from jointq_cli.report.tables.table import TableDocument
 
 
@@ -28,7 +29,7 @@ def run_html(report: RunReport) -> str:
         basis=summary.basis(report),
         stored_and_simulated=summary.stored_and_simulated(report),
         rotation_metrics=rotation_summary.metrics(report.rotation) if report.rotation else [],
-        kinds=summary.kind_summaries(report.layers),
+        kinds=kinds_table(report.layers),
         layer_verdicts=summary.layer_verdicts(report),
         rows=_rows(report.layers),
         warnings=report.warnings,
@@ -36,9 +37,9 @@ def run_html(report: RunReport) -> str:
     )
 
 
-def comparison_html(runs: Sequence[ComparedRun], document: TableDocument) -> str:
-    """document: the tables that compare `runs`."""
-    return document_html(document, comparison_figures(runs))
+def comparison_html(comparison: RunComparison, document: TableDocument) -> str:
+    """document: the tables of this comparison."""
+    return document_html(document, comparison_figures(comparison))
 
 
 def document_html(document: TableDocument, figures: Sequence[SvgFigure]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.number_format import KeyMetric, byte_size, damping_text, duration, scientific
+from jointq_cli.report.tables.run import kinds_table
 from jointq_cli.report.tables.table import TableDocument, TextTable
 
 WORST = 10  # layers; layers.csv has all
@@ -20,8 +21,7 @@ def run_markdown(report: RunReport) -> str:
         _table(("metric", "value", "note"), _metric_rows(summary.key_metrics(report))),
         f"Protocol: `{report.protocol.line()}`",
         *_basis(report),
-        "## Layers by kind",
-        _kinds(report),
+        *_text_table(kinds_table(report.layers)),
         *_not_ok(report),
         *_blocks(report),
         f"## The {min(WORST, len(report.layers))} layers of largest output error",
@@ -69,21 +69,6 @@ def _basis(report: RunReport) -> list[str]:
 
 def _metric_rows(metrics: Sequence[KeyMetric]) -> list[tuple[str, str, str]]:
     return [(metric.label, metric.value, metric.detail) for metric in metrics]
-
-
-def _kinds(report: RunReport) -> str:
-    rows = (
-        (
-            kind.kind,
-            str(kind.layers),
-            scientific(kind.median_output_error),
-            scientific(kind.largest_output_error),
-            scientific(kind.median_weight_error),
-            duration(kind.seconds),
-        )
-        for kind in summary.kind_summaries(report.layers)
-    )
-    return _table(("kind", "layers", "median E_y", "largest E_y", "median E_w", "time"), rows, numbers_from=1)
 
 
 def _not_ok(report: RunReport) -> list[str]:
