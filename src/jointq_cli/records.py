@@ -27,15 +27,16 @@ class LayerRecord:
     kind: str  # the last part of the name, such as q_proj
     out_features: int
     in_features: int
-    bits: int
-    group_size: int  # columns per scale, in_features when per channel
-    bits_per_weight: float  # codes, scales, zero-points and permutation
+    bits: int | None  # of a code, None where codes are not of equal width
+    group_size: int | None  # columns per scale, in_features when per channel; None where there are no groups
+    bits_per_weight: float  # everything that is stored
     output_error: float
     weight_error: float
     damping: float | None  # fraction of the Hessian's mean diagonal that was added to its diagonal, None if unused
     seconds: float
     verdict: str  # "ok", "damped" (solved after damping retries), "fallback" (RTN, as the solver failed)
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer reports: dead columns, condition
+    label: str = ""  # how the weight is stored, such as "W4 g128 asymmetric"; older reports lack it
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import Block, BlockStructure, Layer, Stream
 from jointq_cli.quantization.collector import Collector, named
@@ -31,7 +31,7 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import Solver
 from jointq_cli.quantization.workspace import Streams, Workspace
 from jointq_cli.records import BlockRecord, LayerRecord
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 
 
 def quantize_blocks(
@@ -42,7 +42,7 @@ def quantize_blocks(
     on_layer: Callable[[LayerRecord], None],
     pause: Callable[[], None],
     hessians: Hessians | None = None,
-    team: Team = ALONE,
+    team: Team = SINGLE_PROCESS,
 ) -> None:
     """Quantises every block from the workspace's position on, and leaves all results in the workspace.
 
@@ -53,7 +53,7 @@ def quantize_blocks(
     ResourceError where the processes do not find the same position.
     """
     plan.check(len(windows))
-    start = team.agreed(workspace.directory, "finished blocks", workspace.position())
+    start = team.require_equal(workspace.directory, "finished blocks", workspace.position())
     streams = _streams(model, windows if hessians is None else windows[: plan.batch], plan, workspace, team)
     collector = Collector(plan, len(windows.split(plan.batch)), model.device, pause, team)
     loop = _Loop(model, plan, workspace, on_layer, pause, hessians, collector, team)
@@ -71,7 +71,7 @@ def _streams(model: StreamedModel, windows: Tensor, plan: LoopSettings, workspac
         if plan.inputs == "original":
             return Streams(hidden, first.clone())
         return Streams((hidden if any(map(plan.qep.corrects, plan.layers)) else first).clone(), hidden)
-    model.note_shapes(windows, plan.batch)
+    model.record_calls(windows, plan.batch)
     kept = workspace.streams(lambda count: team.part(count, plan.batch))
     original, quantized = kept.original.to(model.device), kept.quantized.to(model.device)
     if plan.inputs == "original" and workspace.windows("original") != len(windows):
@@ -115,13 +115,13 @@ class _Loop:
         record = BlockRecord(index, _drift(first))  # the leader's is kept
         # Behind the last block nothing reads what was for calibration any more, but for gigabytes of disk.
         kept = first if index == len(self.model) - 1 else streams
-        kept = Streams(self.team.rows(kept.original), self.team.rows(kept.quantized))
+        kept = Streams(self.team.gather_rows(kept.original), self.team.gather_rows(kept.quantized))
         self.team.on_rank0(self.workspace.finish_block, record, tensors, kept)
         return streams
 
     def _first_batch(self, hidden: Tensor) -> Tensor:
         """Of all processes, that all may find the same groups."""
-        return self.team.share(hidden[: self.plan.batch].cpu()).to(self.model.device)
+        return self.team.broadcast(hidden[: self.plan.batch].cpu()).to(self.model.device)
 
     def _under_way(self, block: Block, streams: Streams, groups: list[list[Layer]]) -> tuple[Stream, Stream]:
         crossed = any(self.plan.qep.corrects(layer.name) for layer in block.layers)
@@ -148,7 +148,7 @@ class _Loop:
             self.on_layer(record)
             self.pause()
 
-    def _finished(self, group: list[Layer]) -> dict[str, tuple[QuantizedWeight, LayerRecord]]:
+    def _finished(self, group: list[Layer]) -> dict[str, tuple[StoredWeight, LayerRecord]]:
         """The layers that an earlier run has kept."""
         found = {layer.name: self.workspace.layer(layer.name) for layer in group}
         return {name: kept for name, kept in found.items() if kept is not None}
@@ -175,7 +175,7 @@ class _Loop:
         correction = given.correction if self.plan.qep.corrects(layer.name) else NoCorrection()
         return Solver(self.plan.quantizer, given.prepared, correction, given.hessian, self.team)
 
-    def _quantize_layer(self, layer: Layer, stored: Tensor, given: "_Given") -> tuple[QuantizedWeight, LayerRecord]:
+    def _quantize_layer(self, layer: Layer, stored: Tensor, given: "_Given") -> tuple[StoredWeight, LayerRecord]:
         weight = stored.to(self.model.device, torch.float32)
         started = time.perf_counter()
         with named(layer):
@@ -189,15 +189,13 @@ class _Loop:
             kind=layer.name.rsplit(".", 1)[-1],
             out_features=weight.shape[0],
             in_features=weight.shape[1],
-            bits=quantized.bits,
-            group_size=quantized.group_size,
-            bits_per_weight=quantized.bits_per_weight,
             output_error=output_error,
             weight_error=weight_error,
             damping=solution.damping,
             seconds=seconds,
             verdict=solution.verdict,
             notes={**solution.notes, **solved.notes},
+            **quantized.record_fields(),
         )
         return quantized, record
 

@@ -23,7 +23,6 @@ from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.evaluation.activation_quantization import search_clips, simulated
 from jointq_cli.evaluation.perplexity import Scores, score
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
-from jointq_cli.formats.uniform import check_group_size
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.sources import ModelSource, fetch
@@ -35,14 +34,15 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, StageRecord
-from jointq_cli.report.console.console import Console, RunningStage
+from jointq_cli.report.console.console import Console, StageTimer
 from jointq_cli.report.console.displays import PhaseBar
-from jointq_cli.system.distributed import ALONE, Team
-from jointq_cli.system.hash_cache import note_hash
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.files import file_hash
+from jointq_cli.system.hash_cache import cache_hash
 from jointq_cli.system.interrupts import Interrupts
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Artifact, Store
-from jointq_cli.system.tensor_files import file_hash, read_rows, save_tensors
+from jointq_cli.system.tensor_files import read_rows, save_tensors
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Stages:
     """What all stages of one command share: store, console, device, and the wish to stop."""
 
     def __init__(
-        self, store: Store, console: Console, runtime: Runtime, interrupts: Interrupts, team: Team = ALONE
+        self, store: Store, console: Console, runtime: Runtime, interrupts: Interrupts, team: Team = SINGLE_PROCESS
     ) -> None:
         self.store = store
         self.console = console
@@ -91,7 +91,7 @@ class Stages:
             torch.set_num_threads(threads)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[RunningStage]:
+    def stage(self, name: str) -> Iterator[StageTimer]:
         """Announces and times one stage; stopping is safe at its end."""
         with self.console.stage(name) as stage:
             yield stage
@@ -109,13 +109,13 @@ class Stages:
 
     def _hash_of(self, file: Path) -> str:
         digest = file_hash(file)
-        self.team.on_rank0(note_hash, self.store.root, file, [file], digest)
+        self.team.on_rank0(cache_hash, self.store.root, file, [file], digest)
         return digest
 
     def _note_hash(self, checkpoint: Checkpoint) -> None:
         """For plans, which read no weights."""
         files = checkpoint.hashed_files
-        self.team.on_rank0(note_hash, self.store.root, checkpoint.directory, files, checkpoint.content_hash)
+        self.team.on_rank0(cache_hash, self.store.root, checkpoint.directory, files, checkpoint.content_hash)
 
     def model(self, checkpoint: Checkpoint, source: ModelSource) -> StreamedModel:
         dtype = self.runtime.torch_dtype(checkpoint.dtype, self.device)
@@ -129,10 +129,10 @@ class Stages:
             self.console.warn(tokens.warning)
         return tokens
 
-    def _tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stage: RunningStage) -> Tokens:
+    def _tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stage: StageTimer) -> Tokens:
         if calibration.tokens or calibration.path or calibration.dataset not in HUB:
             return calibration_tokens(calibration, tokenizer)
-        spec = calibration.of_tokens_alone()
+        spec = calibration.tokens_only()
 
         def make(scratch: Path) -> None:
             save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
@@ -207,7 +207,7 @@ class Stages:
             return None
         spec = {
             "layers": names,
-            "weights": plan.weights.decisive,
+            "weights": plan.weights.canonical,
             "held_from": plan.held_from(len(tokens.windows.split(plan.batch))),
             "batch": plan.batch,
             "dtype": str(model.dtype),
@@ -240,7 +240,7 @@ class Stages:
         batch = self.batch(windows.ids)
 
         def make(scratch: Path) -> None:
-            hidden = self.team.rows(self._walk(model, windows.ids, batch))
+            hidden = self.team.gather_rows(self._walk(model, windows.ids, batch))
             self.team.on_rank0(save_tensors, scratch / "hidden.safetensors", {"hidden": hidden})
 
         with self.stage(name) as stage:
@@ -353,11 +353,11 @@ def selected_layers(model: StreamedModel, recipe: Recipe) -> list[str]:
     in_blocks = [name for name in linear if model.block_of(name) is not None]
     recipe.activations.check_layers(in_blocks)
     names = recipe.layers.select(in_blocks, list(linear))
-    check_group_size(recipe.quantizer.group_size, {name: linear[name].in_features for name in names})
+    recipe.quantizer.check({name: linear[name].in_features for name in names})
     return names
 
 
-def mark(stage: RunningStage, artifact: Artifact) -> None:
+def mark(stage: StageTimer, artifact: Artifact) -> None:
     """Tells whether the store had it."""
     if artifact.reused:
         stage.reused()

@@ -1,4 +1,4 @@
-"""Where and in what precision a run computes. Knows nothing of models."""
+"""The `runtime` group of a recipe: device, precision, threads and memory limits. Knows nothing of models."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from jointq_cli.errors import ConfigError, ResourceError
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.machine import cpu_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,12 +41,12 @@ class Runtime:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be at least 0")
 
-    def torch_device(self, team: Team = ALONE) -> torch.device:
-        """Of a team each process has a CUDA device of its own, or all compute on the CPU. Raises ResourceError where
-        that cannot be, or CUDA is asked for and absent."""
+    def torch_device(self, team: Team = SINGLE_PROCESS) -> torch.device:
+        """The device of this process: with several processes each has its own CUDA device, or all use the CPU. Raises
+        ResourceError where there are too few CUDA devices, or CUDA is requested and absent."""
         device = self._device(team)
         if team.size > 1:
-            _check_apart(device, team)
+            _check_distinct(device, team)
         return device
 
     def _device(self, team: Team) -> torch.device:
@@ -55,7 +55,7 @@ class Runtime:
             return torch.device("cpu")
         device = torch.device("cuda" if self.device == "auto" else self.device)
         if team.local_size > 1:
-            device = torch.device("cuda", team.local_rank if count > 1 else 0)  # srun may show each its own one alone
+            device = torch.device("cuda", team.local_rank if count > 1 else 0)  # srun may show each only its own
         if (device.index or 0) >= count or 1 < count < team.local_size:
             wanted = f" for {team.local_size} processes" if team.local_size > 1 else ""
             raise ResourceError(
@@ -66,14 +66,15 @@ class Runtime:
             torch.cuda.set_device(device)
         return device
 
-    def threads(self, team: Team = ALONE) -> int | None:
-        """CPU threads of each process; None: as PyTorch has it."""
+    def threads(self, team: Team = SINGLE_PROCESS) -> int | None:
+        """CPU threads of each process; None for PyTorch's default."""
         if self.num_threads is None and team.local_size > 1:
             return max(1, cpu_count() // team.local_size)
         return self.num_threads
 
     def torch_dtype(self, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """`auto` is the checkpoint's own dtype, but float32 where half precision has no fast products."""
+        """The dtype of forward passes. `auto` is the checkpoint's own dtype, but float32 instead of float16 on a CPU,
+        which has no fast float16 matrix products."""
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         if checkpoint_dtype == torch.float16 and device.type == "cpu":
@@ -81,8 +82,8 @@ class Runtime:
         return checkpoint_dtype if checkpoint_dtype in DTYPES.values() else torch.float32
 
 
-def _check_apart(device: torch.device, team: Team) -> None:
+def _check_distinct(device: torch.device, team: Team) -> None:
     used = team.gather(str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
-    apart = len(set(used) - {None})
-    if apart not in (0, len(used)):
-        raise ResourceError(f"{len(used)} processes have {apart} CUDA devices between them; use runtime.device=cpu")
+    distinct = len(set(used) - {None})
+    if distinct not in (0, len(used)):
+        raise ResourceError(f"{len(used)} processes have {distinct} CUDA devices between them; use runtime.device=cpu")

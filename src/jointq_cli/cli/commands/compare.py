@@ -12,7 +12,7 @@ from jointq_cli.report.compare.runs import RunComparison
 from jointq_cli.report.pages.markdown import document_markdown
 from jointq_cli.report.tables.comparison import comparison_document
 from jointq_cli.report.tables.table import TableDocument
-from jointq_cli.system.files import write_whole
+from jointq_cli.system.files import write_text_atomically
 
 PAGE = "compare.html"
 
@@ -68,5 +68,5 @@ def _check_place(file: Path) -> None:
 def _write_page(comparison: RunComparison, document: TableDocument, file: Path) -> Path:
     from jointq_cli.report.pages.html import comparison_html  # imports matplotlib, for this form only
 
-    write_whole(file, comparison_html(comparison, document))
+    write_text_atomically(file, comparison_html(comparison, document))
     return file

@@ -58,7 +58,7 @@ def _runs_at(path: Path) -> FoundRuns:
     except OSError as error:
         raise JointqError(f"{path}: cannot be read ({error.strerror})") from error
     sweep = SweepDirectory(path)
-    if sweep.is_one:  # other numbered directories do not belong to it
+    if sweep.exists:  # other numbered directories do not belong to it
         runs = [sweep.run(number) for number in range(len(sweep.plan().settings))]
         finished = [run for number, run in enumerate(runs) if _is_done(sweep, number)]
         return _runs_of_sweep(path, runs, finished)

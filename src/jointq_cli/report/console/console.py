@@ -23,7 +23,7 @@ from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.machine import peak_memory
 
 
-class RunningStage:
+class StageTimer:
     """One stage of a pipeline, while it runs and after."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
@@ -92,9 +92,9 @@ class Console:
             display.header(pairs)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[RunningStage]:
+    def stage(self, name: str) -> Iterator[StageTimer]:
         """Reports the start of a stage and, at its end, its duration or how else it ended."""
-        stage = RunningStage(name, self._clock)
+        stage = StageTimer(name, self._clock)
         for display in self._displays:
             display.stage_starts(name)
         state: State = "done"

@@ -11,7 +11,7 @@ from jointq_cli.report.compare.sweep import SweepJob, best, load_jobs
 from jointq_cli.report.pages.markdown import document_markdown
 from jointq_cli.report.pages.writers import csv_text
 from jointq_cli.report.tables.sweep import sweep_document
-from jointq_cli.system.files import translated_disk_errors, write_whole
+from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.sweep_directory import SweepDirectory
 
 BEST = "best"  # the name of the recipe
@@ -23,15 +23,15 @@ def write_summary(directory: SweepDirectory, *, page: bool) -> None:
     document = sweep_document(name, jobs)
     rows = [_row(job) for job in jobs]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    write_whole(directory.path / "summary.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    write_whole(directory.path / "summary.csv", csv_text(names, rows))
-    write_whole(directory.path / "summary.md", document_markdown(document))
+    write_text_atomically(directory.path / "summary.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(directory.path / "summary.csv", csv_text(names, rows))
+    write_text_atomically(directory.path / "summary.md", document_markdown(document))
     _write_best(directory, best(jobs))
     if page:
         from jointq_cli.report.figures.sweep import sweep_figures  # imports matplotlib
         from jointq_cli.report.pages.html import document_html
 
-        write_whole(directory.path / "summary.html", document_html(document, sweep_figures(jobs)))
+        write_text_atomically(directory.path / "summary.html", document_html(document, sweep_figures(jobs)))
 
 
 def best_recipe(directory: SweepDirectory) -> Path:
@@ -86,4 +86,4 @@ def _write_best(directory: SweepDirectory, job: SweepJob | None) -> None:
     package, _, rest = text.partition("\n")  # Hydra wants its own comment on line 1
     with translated_disk_errors(file):
         file.parent.mkdir(exist_ok=True)
-    write_whole(file, f"{package}\n{head}{rest}")
+    write_text_atomically(file, f"{package}\n{head}{rest}")

@@ -12,9 +12,9 @@ from jointq_cli.errors import JointqError
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.records import RunReport
 from jointq_cli.report.compare.run_files import load_settings
+from jointq_cli.system.files import file_hash, file_hashes
 from jointq_cli.system.record_json import load_record, load_report
-from jointq_cli.system.run_directory import Manifest, made_files
-from jointq_cli.system.tensor_files import file_hash, file_hashes
+from jointq_cli.system.run_directory import Manifest, result_files
 
 CODES = "codes"  # the folder
 
@@ -86,7 +86,7 @@ def _hashed(directory: Path, report: RunReport) -> dict[str, str]:
             "a run of before hashes were kept needs its checkpoint/ and codes/"
         )
     Checkpoint(directory / "checkpoint")  # raises if weights are missing
-    return file_hashes(directory, made_files(directory))
+    return file_hashes(directory, result_files(directory))
 
 
 def _of_another_command(directory: Path, command: str) -> JointqError:

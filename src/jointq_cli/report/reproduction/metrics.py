@@ -68,9 +68,12 @@ def metric_step(metric: ReplayedMetric) -> ComparedStep:
 
 
 def _layers(report: RunReport) -> dict[str, Record]:
-    """Without their times."""
+    """Without their times, and their labels, which older reports lack."""
     records = {layer.name: _flat(dataclasses.asdict(layer), "notes") for layer in report.layers}
-    return {name: {key: value for key, value in record.items() if key != "seconds"} for name, record in records.items()}
+    return {
+        name: {key: value for key, value in record.items() if key not in ("seconds", "label")}
+        for name, record in records.items()
+    }
 
 
 def _blocks(report: RunReport) -> dict[str, Record]:

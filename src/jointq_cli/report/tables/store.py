@@ -19,7 +19,7 @@ def artifacts_document(
     """A row per artifact. states: one word each. damages: what is damaged, in full. now: seconds since 1970."""
     heading = ["name", "stage", "size", "created", "last used", "state"]
     rows = [
-        [entry.name, entry.stage, byte_size(entry.size), _ago(entry.made, now), _ago(entry.used, now), state]
+        [entry.name, entry.stage, byte_size(entry.size), _ago(entry.completed, now), _ago(entry.used, now), state]
         for entry, state in zip(entries, states, strict=True)
     ]
     return TableDocument(

@@ -25,7 +25,7 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import finished_blocks
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import RunEstimate, StageEstimate
-from jointq_cli.report.console.console import Console, RunningStage
+from jointq_cli.report.console.console import Console, StageTimer
 from jointq_cli.stages import rotate as rotation_stages
 from jointq_cli.stages.base import Quantized, Stages, selected_layers
 from jointq_cli.stages.plan.costs import Cost, Windows, Workload, total
@@ -34,8 +34,8 @@ from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import caveats
 from jointq_cli.stages.plan.throughput import measure_speeds
 from jointq_cli.system import machine
-from jointq_cli.system.files import nearest
-from jointq_cli.system.hash_cache import noted_hash
+from jointq_cli.system.files import nearest_existing
+from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.interrupts import Interrupts
 
 ARTIFACTS = {
@@ -89,7 +89,7 @@ class Survey(Stages):
         return model
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[RunningStage]:
+    def stage(self, name: str) -> Iterator[StageTimer]:
         """Notes how far the stage is, whatever becomes of it."""
         self.catalogue.found = None
         try:
@@ -155,7 +155,7 @@ class Survey(Stages):
             self.statuses.pop(name, None)
 
     def _hash_of(self, file: Path) -> str:
-        noted = noted_hash(self.catalogue.root, file, [file])
+        noted = cached_hash(self.catalogue.root, file, [file])
         if noted is None:
             raise NotRead(str(file))
         return noted
@@ -238,7 +238,7 @@ def _load(recipe: Recipe, original: StreamedModel, tokens: Tokens | None, window
         calibration=asked if tokens is None else Windows(*tokens.windows.shape),
         evaluation=guessed if windows is None else Windows(*windows.ids.shape),
         element=original.dtype.itemsize,
-        stored=original.checkpoint.dtype.itemsize,
+        dtype=original.checkpoint.dtype,
         speeds=measure_speeds(original.device, original.dtype, shapes.hidden, shapes.widest),
     )
 
@@ -274,7 +274,7 @@ def _prospects(survey: Survey, recipe: Recipe, load: Workload) -> list[tuple[str
 
 def _one_disk(recipe: Recipe) -> bool:
     """Whether run directories can be hard links to the store."""
-    places = [nearest(Path(place)) for place in (recipe.store, recipe.output_dir)]
+    places = [nearest_existing(Path(place)) for place in (recipe.store, recipe.output_dir)]
     return len({place.stat().st_dev for place in places}) == 1
 
 
