@@ -212,6 +212,12 @@ def test_more_kinds_than_colours_are_drawn_all_the_same(report):
     assert all(f"kind_{index}<" in page for index in range(21))
 
 
+def test_a_weight_without_one_bit_width_and_group_size_has_a_dash_for_both(report):
+    layers = [replace(report.layers[0], bits=None, group_size=None), *report.layers[1:]]
+    rows = ElementTree.fromstring(run_html(replace(report, layers=layers))).findall(".//table[@id='layers']/tbody/tr")
+    assert [[cell.text for cell in row][2:4] for row in rows[:2]] == [["-", "-"], ["4", "64"]]
+
+
 def test_names_from_outside_cannot_become_markup(report):
     page = run_html(replace(report, model="<script>alert(1)</script>", warnings=["<b>"]))
     assert "<script>alert" not in page
