@@ -75,7 +75,7 @@ def document_of(runs: list[ComparedRun]) -> TableDocument:
 # --- settings
 
 
-def test_only_settings_that_differ_are_told(three):
+def test_only_settings_that_differ_are_reported(three):
     [difference] = RunComparison(three).setting_differences()
     assert (difference.key, difference.values) == ("quantizer.bits", ["4", "3", "2"])
 
@@ -96,7 +96,7 @@ def test_what_another_option_of_a_group_does_not_have_is_no_difference_of_its_ow
     assert (missing.key, missing.values) == ("quantizer.damping", ["0.01", None])
 
 
-def test_a_key_that_differs_among_those_that_have_it_is_told_whatever_the_option(report):
+def test_a_key_that_differs_among_those_that_have_it_is_reported_whatever_the_option(report):
     other = ComparedRun("rtn", report, {"quantizer": "rtn"} | {"quantizer.bits": "4"})
     runs = [run_of(report), run_of(report, quantizer__damping="0.1"), other]
     found = {each.key: each.values for each in RunComparison(runs).setting_differences()}
@@ -181,7 +181,7 @@ def test_ratios_of_nothing_are_one_or_infinite():
     assert LayerErrors("x", [0.0, 0.0, 0.1]).ratios == [1.0, math.inf]
 
 
-def test_layers_that_only_some_runs_have_are_told_and_left_out_of_the_medians(report):
+def test_layers_that_only_some_runs_have_are_reported_and_left_out_of_the_medians(report):
     fewer = replace(report, layers=report.layers[:7], blocks=report.blocks[:1])
     runs = [run_of(report, "0"), run_of(fewer, "1")]
     assert RunComparison(runs).partial_layers() == {(0,): [layer.name for layer in report.layers[7:]]}
@@ -207,7 +207,7 @@ def test_errors_on_other_calibration_are_said_to_be_so(report):
 # --- as text
 
 
-def test_a_reused_stage_is_told_as_reused(report):
+def test_a_reused_stage_is_reported_as_reused(report):
     stages = [replace(stage, reused=stage.name == "quantize") for stage in report.stages]
     table = document_of([run_of(report, "0"), run_of(replace(report, stages=stages), "1")]).tables[0]
     column = table.heading.index("quantize")
@@ -266,7 +266,7 @@ def page(three) -> str:
     return comparison_html(RunComparison(three), document_of(three))
 
 
-def test_the_page_is_well_formed_and_asks_nobody_for_anything(page):
+def test_the_page_is_well_formed_and_self_contained(page):
     ElementTree.fromstring(page)
     assert len(re.findall("<svg ", page)) == 5
     assert "http" not in page.replace("http-equiv", "")
@@ -296,7 +296,7 @@ def test_a_page_of_broken_runs_draws_what_there_is(report):
     assert "<svg" not in page
 
 
-def test_more_runs_than_colours_are_told_apart_by_their_markers():
+def test_more_runs_than_colours_are_distinguished_by_their_markers():
     from jointq_cli.report.figures.style import series_style
 
     assert len({series_style(index) for index in range(64)}) == 64

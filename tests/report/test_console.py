@@ -57,8 +57,8 @@ def test_a_pipe_stays_plain_when_colours_are_forced(report, clock, monkeypatch):
 def test_a_pipe_gets_a_progress_line_per_tenth_of_the_way(report, clock):
     stream = io.StringIO()
     report_run(Console(stream=stream, clock=clock), report, clock)
-    told = re.findall(r"^\[progress\] quantising layers (\d+)/210", stream.getvalue(), re.MULTILINE)
-    assert told == [str(21 * step) for step in range(1, 11)]
+    lines = re.findall(r"^\[progress\] quantising layers (\d+)/210", stream.getvalue(), re.MULTILINE)
+    assert lines == [str(21 * step) for step in range(1, 11)]
 
 
 def test_a_quick_phase_gets_one_line_and_a_slow_one_a_line_per_half_minute(clock):
@@ -96,7 +96,7 @@ def test_every_layer_is_a_row_with_its_verdict(troubled, clock):
     assert "damped" in rows[20]
 
 
-def test_a_stage_tells_its_seconds_or_that_it_was_reused(clock):
+def test_a_stage_reports_its_seconds_or_that_it_was_reused(clock):
     stream = io.StringIO()
     with Console(stream=stream, clock=clock) as console:
         with console.stage("tokens") as reused:
@@ -131,7 +131,7 @@ def test_no_line_is_wider_than_the_terminal(troubled, clock, width):
     assert max(map(len, re.split(r"[\r\n]", without_styles(terminal.getvalue())))) <= width
 
 
-def test_eighty_columns_hold_a_whole_row_with_the_block_in_its_name(troubled, clock):
+def test_eighty_columns_hold_a_complete_row_with_the_block_in_its_name(troubled, clock):
     terminal = FakeTerminal()
     report_run(Console(stream=terminal, width=80, clock=clock), troubled, clock)
     text = without_styles(terminal.getvalue())
@@ -271,7 +271,7 @@ def test_the_log_hears_libraries_once_and_only_while_it_is_open(tmp_path):
     assert "too late" not in text
 
 
-def test_pythons_warnings_are_given_back(tmp_path):
+def test_pythons_warnings_are_restored(tmp_path):
     before = warnings.showwarning
     with Console(tmp_path / "log.txt", quiet=True):
         pass
@@ -352,7 +352,7 @@ def test_layers_of_an_unknown_naming_keep_the_end_of_their_names(report, clock):
     assert "…o_dots_at_all_in_it_q" in without_styles(terminal.getvalue())
 
 
-def test_a_path_is_never_folded_and_is_told_from_here(report, clock, tmp_path, monkeypatch):
+def test_a_path_is_never_folded_and_is_relative_to_the_working_directory(report, clock, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     long = tmp_path / ("a directory with " + "a long name " * 9)
     terminal = FakeTerminal()

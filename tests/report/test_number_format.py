@@ -53,7 +53,7 @@ def test_an_age_has_no_sign_and_rounds_down(seconds):
         (7505, "2 h 05 min"),
     ],
 )
-def test_durations_are_told_in_the_units_of_a_clock(seconds, text):
+def test_durations_are_written_in_the_units_of_a_clock(seconds, text):
     assert duration(seconds) == text
 
 

@@ -176,7 +176,7 @@ def test_a_half_done_sweep_can_be_reported(half_done: SweepDirectory, capsys: py
     assert Path(capsys.readouterr().out.strip()).is_file()
 
 
-def test_a_plan_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_damaged_plan_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(JointqError, match=r"sweep\.json: not the plan of a sweep"):
         SweepDirectory(tmp_path).plan()
@@ -192,7 +192,7 @@ def failing(error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("error", "state"), [(NumericsError("x"), FAILED), (Interrupted("stop"), INTERRUPTED), (ValueError("x"), FAILED)]
 )
-def test_an_attempt_that_fails_is_noted_and_made_again(tmp_path: Path, error: Exception, state: str) -> None:
+def test_an_attempt_that_fails_is_recorded_and_repeated(tmp_path: Path, error: Exception, state: str) -> None:
     with pytest.raises(type(error)):
         attempt(tmp_path, "key", lambda: failing(error))
     assert load_job(tmp_path).state == state

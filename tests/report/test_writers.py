@@ -67,7 +67,7 @@ def break_key(value, path, change):
         (["audit"], lambda at, key: at.update({key: []}), "audit must be dict, not list"),
     ],
 )
-def test_a_key_that_does_not_belong_is_told_in_one_line(report, directory, path, change, message):
+def test_a_key_that_does_not_belong_is_reported_in_one_line(report, directory, path, change, message):
     write_report(report, directory)
     value = json.loads(directory.report_json.read_text(encoding="utf-8"))
     break_key(value, path, change)
@@ -79,13 +79,13 @@ def test_a_key_that_does_not_belong_is_told_in_one_line(report, directory, path,
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
-def test_a_damaged_report_is_told_in_one_line(tmp_path, content):
+def test_a_damaged_report_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "report.json").write_bytes(content)
     with pytest.raises(JointqError, match="not valid JSON"):
         load_report(tmp_path / "report.json")
 
 
-def test_a_missing_report_is_told_in_one_line(tmp_path):
+def test_a_missing_report_is_reported_in_one_line(tmp_path):
     with pytest.raises(JointqError, match=r"report\.json: cannot be read"):
         load_report(tmp_path / "report.json")
 
@@ -161,7 +161,7 @@ def test_the_pictures_take_their_colours_from_the_page(page):
         assert "var(--ink)" in svg
 
 
-def test_every_point_over_depth_tells_its_layers_name(report):
+def test_every_point_over_depth_has_its_layers_name_as_tooltip(report):
     page = run_html(report)
     assert "not drawn" not in page
     for layer in (report.layers[0], report.layers[100], report.layers[-1]):
