@@ -518,7 +518,7 @@ def test_a_rotation_that_the_architecture_does_not_admit_is_refused(
     neox = write_checkpoint(tmp_path / "neox", "gpt_neox")
     assert main(["plan", *words, f"model.path={neox}"]) == 0
     assert main(["plan", *words, f"model.path={neox}", "rotation=hadamard"]) == 1
-    assert "rotation: nobody has told jointq" in capsys.readouterr().err
+    assert "rotation: jointq does not know which tensors" in capsys.readouterr().err
 
 
 def test_a_quantised_checkpoint_is_refused(
@@ -535,7 +535,7 @@ def test_a_rotation_is_refused_also_where_texts_are_yet_to_be_fetched(
 ) -> None:
     neox = write_checkpoint(tmp_path / "neox", "gpt_neox")
     assert main(["plan", *words, f"model.path={neox}", "rotation=hadamard", "calibration=c4"]) == 1
-    assert "rotation: nobody has told jointq" in capsys.readouterr().err
+    assert "rotation: jointq does not know which tensors" in capsys.readouterr().err
 
 
 def test_a_part_of_a_model_of_the_hub_is_not_a_model(

@@ -339,7 +339,7 @@ def test_a_stopped_run_goes_on_to_the_bits_of_an_undisturbed_one(
     assert "rotated" not in stopped.artifacts()
     assert not (stopped.out("run") / "report.json").exists()
     if where is in_merging:  # what was learned is not learned again
-        monkeypatch.setattr(rotation_stages, "find_basis", None)
+        monkeypatch.setattr(rotation_stages, "solve_basis", None)
     assert stopped("run", *ALL) == 0
     for part in ("rotation", "checkpoint", "codes"):
         assert hashes(stopped.out("run") / part) == hashes(place.out("whole") / part)
@@ -451,9 +451,14 @@ REFUSED = {
         "quantize",
         "gpt_neox",
         ["rotation=hadamard"],
-        "rotation: nobody has told jointq which tensors of GPTNeoXForCausalLM (gpt_neox) read and write",
+        "rotation: jointq does not know which tensors of GPTNeoXForCausalLM (gpt_neox) read and write",
     ),
-    "an unknown family to be smoothed": ("rotate", "gpt_neox", ["smoothing=smoothquant"], "nobody has told jointq"),
+    "an unknown family to be smoothed": (
+        "rotate",
+        "gpt_neox",
+        ["smoothing=smoothquant"],
+        "jointq does not know which tensors",
+    ),
     "R1 where norms stand behind": (
         "quantize",
         "gemma3",

@@ -98,6 +98,11 @@ class Checkpoint:
             self.read([name])
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @cached_property
     def content_hash(self) -> str:
         """sha256 over config.json and every weight file: the model's identity, independent of its path."""
         with ThreadPoolExecutor() as pool:

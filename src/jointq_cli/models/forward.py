@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.models.streamed import BlockwiseModel
 
 
 def final_hidden(
-    model: StreamedModel,
+    model: BlockwiseModel,
     ids: Tensor,
     batch: int,
     on_block: Callable[[], None] = lambda: None,
