@@ -56,8 +56,10 @@ def test_the_hub_is_read_at_the_commit_that_is_recorded(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
     monkeypatch.setattr(datasets, "load_dataset", load)
+    settings = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     corpus = open_corpus(source("wikitext2", split="test"))
     assert list(corpus.documents) == ["", " = Title = \n"]
+    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == settings
     assert corpus.provenance["revision"] == asked["revision"] == COMMIT
     assert asked["names"] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
     assert asked["split"] == "test"
