@@ -195,7 +195,7 @@ def test_a_dotted_column_is_a_key_of_an_object(tmp_path: Path, write: Callable[[
         rows = [{"id": number, "meta": {"text": text}} for number, text in enumerate(TEXTS)]
         file.write_text(json.dumps(rows) if write is write_json else "\n".join(map(json.dumps, rows)))
     assert list(open_corpus(source(path=file, column="meta.text")).documents) == TEXTS
-    with pytest.raises(TextError, match="has no such column; it has (id, )?meta"):
+    with pytest.raises(TextError, match=r"has no such column; it has (id, )?meta"):
         list(open_corpus(source(path=file, column="meta.body")).documents)
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
+from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, write_index
@@ -41,6 +42,21 @@ def test_shards_and_a_single_file_hold_the_same(tmp_path: Path) -> None:
     names = sorted(one.tensors)
     assert names == sorted(many.tensors)
     assert all(torch.equal(one.read([name])[name], many.read([name])[name]) for name in names)
+
+
+def test_a_single_file_is_read_before_an_index_as_transformers_does(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shard="100KB")
+    assert Checkpoint(directory).warnings == []
+    tensors = load_file(write_checkpoint(tmp_path / "newer") / SINGLE)
+    tensors["model.norm.weight"] += 1
+    save_tensors(directory / SINGLE, tensors)
+    expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).get_parameter("model.norm.weight")
+    checkpoint = Checkpoint(directory)
+    assert torch.equal(checkpoint.read(["model.norm.weight"])["model.norm.weight"], expected)
+    assert checkpoint.hashed_files == [directory / "config.json", directory / SINGLE]
+    assert [warning.removeprefix(str(directory)) for warning in checkpoint.warnings] == [
+        ": has both model.safetensors and model.safetensors.index.json; model.safetensors is read, as transformers does"
+    ]
 
 
 def test_the_content_hash_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:

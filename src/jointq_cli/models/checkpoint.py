@@ -94,6 +94,15 @@ class Checkpoint:
         for name in self.tensors:
             self.read([name])
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know about the choice of files."""
+        if not all((self.directory / name).is_file() for name in (SINGLE, INDEX)):
+            return []
+        return [
+            f"{self.directory}: has both {SINGLE} and {INDEX}; {SINGLE} is read, as by transformers, not the shards"
+        ]
+
     @cached_property
     def content_hash(self) -> str:
         """sha256 over config.json and every weight file: the model's identity, independent of its path."""
@@ -196,6 +205,9 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, chosen in the order of transformers: a single file before an index."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     index = directory / INDEX
     if index.is_file():
         try:
@@ -209,8 +221,6 @@ def _weight_files(directory: Path) -> list[Path]:
                 "half-downloaded?"
             )
         return [directory / name for name in names]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
     if any((directory / name).exists() for name in PICKLES):
         raise ModelError(f"{directory}: has its weights as pickle only, which is never loaded; convert to safetensors")
     raise ModelError(f"{directory}: has neither {SINGLE} nor {INDEX}")
