@@ -4,16 +4,18 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_models import write_checkpoint
+from tiny_models import edit_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, write_index
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.system.tensor_files import save_tensors
 
 
@@ -139,6 +141,38 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     (directory / SINGLE).rename(directory / "pytorch_model.bin")
     assert "pickle only, which is never loaded" in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {}}, "quantization_config"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "text_config.quantization_config"),
+    ],
+)
+def test_a_model_that_is_quantised_already_is_refused_with_the_key(
+    values: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, **values)
+    assert refusal(directory) == f"{directory}: is quantised already (its config.json has a {key})"
+
+
+def test_a_weight_with_a_scale_beside_it_is_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    tensors = load_file(directory / SINGLE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_tensors(directory / SINGLE, tensors)
+    assert refusal(directory) == f"{directory}: is quantised already (it holds a {name}_scale_inv beside a weight)"
+
+
+def test_a_quantization_config_of_null_is_that_of_a_plain_model(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, quantization_config=None, vision={"quantization_config": None})
+    assert len(StreamedModel(Checkpoint(directory), torch.device("cpu"), torch.float32)) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

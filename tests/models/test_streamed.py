@@ -119,10 +119,3 @@ def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
         StreamedModel(Checkpoint(directory), CPU, torch.float32)
     assert "\n" not in str(error.value)
     assert "nonesuch" in str(error.value)
-
-
-def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path)
-    edit_config(directory, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ModelError, match="quantised already"):
-        Checkpoint(directory)

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +43,8 @@ DTYPES = {  # safetensors' names
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+QUANTISED = "quantization_config"
+SCALES = ("_scale_inv", "_scale")  # at the end of a weight's name: block-wise fp8, as DeepSeek's; compressed-tensors
 CHUNK = 1 << 24  # bytes compared at a time
 
 
@@ -67,9 +69,9 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = _read_config(directory)
-        if "quantization_config" in self.config:
-            raise ModelError(f"{directory}: is quantised already (its config.json has a quantization_config)")
         self.tensors = _read_headers(directory)
+        if sign := _sign_of_quantisation(self.config, self.tensors):
+            raise ModelError(f"{directory}: is quantised already ({sign})")
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors in their stored dtypes, as copies on the CPU.
@@ -99,9 +101,7 @@ class Checkpoint:
         """What a user should know about the choice of files."""
         if not all((self.directory / name).is_file() for name in (SINGLE, INDEX)):
             return []
-        return [
-            f"{self.directory}: has both {SINGLE} and {INDEX}; {SINGLE} is read, as by transformers, not the shards"
-        ]
+        return [f"{self.directory}: has both {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does"]
 
     @cached_property
     def content_hash(self) -> str:
@@ -195,6 +195,25 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return config
+
+
+def _sign_of_quantisation(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What shows that a checkpoint is quantised: a key of its config.json, at any level, or scales beside weights."""
+    if key := _key_of_quantisation(config):
+        return f"its config.json has a {key}"
+    scales = (f"{name}{ending}" for name in tensors for ending in SCALES)
+    scale = next((scale for scale in scales if scale in tensors), None)
+    return scale and f"it holds a {scale} beside a weight"
+
+
+def _key_of_quantisation(config: dict[str, Any]) -> str | None:
+    """The dotted name of the first quantization_config that is not null."""
+    if config.get(QUANTISED) is not None:
+        return QUANTISED
+    for name, value in config.items():
+        if isinstance(value, dict) and (key := _key_of_quantisation(value)):
+            return f"{name}.{key}"
+    return None
 
 
 def _read_headers(directory: Path) -> dict[str, TensorInfo]:
