@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, write_index
+from jointq_cli.models.skeleton import check_finite
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.system.tensor_files import save_tensors
 
@@ -182,10 +183,27 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, directory / SINGLE, {"format": "pt"})
     checkpoint = Checkpoint(directory)
-    with pytest.raises(
-        NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"
-    ):
-        checkpoint.read(checkpoint.tensors)
+    model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+    message = r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"
+    with pytest.raises(NumericsError, match=message):
+        check_finite(checkpoint, trust_remote_code=False)
+    with pytest.raises(NumericsError, match=message), model.block(1, model.block_tensors(1)):
+        pass
+
+
+def test_tensors_that_the_model_does_not_use_may_hold_anything(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, "gpt_neox")
+    unused = {
+        "gpt_neox.layers.1.attention.masked_bias": torch.tensor(float("-inf"), dtype=torch.float16),
+        "counter": torch.tensor([1, 2**31], dtype=torch.uint32),
+    }
+    save_tensors(directory / SINGLE, load_file(directory / SINGLE) | unused)
+    checkpoint = Checkpoint(directory)
+    check_finite(checkpoint, trust_remote_code=False)
+    model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+    with model.block(1, model.block_tensors(1)), model.outer():
+        copied = model.block_tensors(1) | model.outer_tensors()
+    assert all(torch.equal(copied[name], tensor) for name, tensor in unused.items())
 
 
 def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

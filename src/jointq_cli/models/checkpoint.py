@@ -40,6 +40,9 @@ DTYPES = {  # safetensors' names
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -79,7 +82,7 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors in their stored dtypes, as copies on the CPU.
 
-        Raises ModelError for a name that the checkpoint lacks, NumericsError for a tensor with NaN or Inf.
+        Raises ModelError for a name that the checkpoint lacks and for an unsupported dtype.
         """
         return {name: self._read_one(name) for name in names}
 
@@ -93,11 +96,6 @@ class Checkpoint:
             two.seek(theirs.offset)
             sizes = [min(CHUNK, ours.nbytes - done) for done in range(0, ours.nbytes, CHUNK)]
             return all(one.read(size) == two.read(size) for size in sizes)
-
-    def check_finite(self) -> None:
-        """Reads every tensor once. Raises NumericsError for the first with NaN or Inf."""
-        for name in self.tensors:
-            self.read([name])
 
     @property
     def warnings(self) -> list[str]:
@@ -167,9 +165,7 @@ class Checkpoint:
             file.seek(info.offset)
             if file.readinto(raw.numpy().data) != info.nbytes:
                 raise ModelError(f"{info.file}: ends before tensor {name} does; half-downloaded?")
-        tensor = raw.view(DTYPES[info.dtype]).reshape(info.shape)
-        _check_finite(name, tensor, info.file)
-        return tensor
+        return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def write_index(directory: Path, shards: list[Path]) -> None:
@@ -271,13 +267,14 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     }
 
 
-def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
+def require_finite(name: str, tensor: torch.Tensor, place: Path) -> None:
+    """Raises NumericsError for a tensor with NaN or Inf. place: its file or directory, for the message."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:  # torch has no isfinite for 8 bits
         return
     # A million values at a time: the mask of an entire embedding matrix would set the run's peak memory.
     bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
     if bad:
-        raise NumericsError(f"{file}: tensor {name} holds {bad} values that are NaN or Inf")
+        raise NumericsError(f"{place}: tensor {name} holds {bad} values that are NaN or Inf")
 
 
 def _named_hash(files: Iterable[Path]) -> str:

@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from jointq_cli.errors import ModelError
 from jointq_cli.models import online_rotation as online
-from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.checkpoint import Checkpoint, require_finite
 
 # What transformers raises for a config or remote code that it cannot build.
 BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
@@ -87,6 +87,18 @@ def check_tensors(module: nn.Module, checkpoint: Checkpoint, stored_names: dict[
         if info and tuple(tensor.shape) != info.shape:
             shapes = f"has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
             raise ModelError(f"{info.file}: tensor {name} {shapes}")
+
+
+def check_finite(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Reads every tensor that the model uses. Raises NumericsError for the first with NaN or Inf.
+
+    Others may hold anything: GPT-NeoX checkpoints have a `masked_bias` of -1e9, which is -inf in float16.
+    """
+    module = build_skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
+    used = dict(named_state(module))
+    for stored, name in module_names(module, checkpoint).items():
+        if name in used:
+            require_finite(stored, checkpoint.read([stored])[stored], checkpoint.tensors[stored].file)
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

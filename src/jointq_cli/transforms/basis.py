@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.kernels.hadamard import turned
-from jointq_cli.models.checkpoint import DTYPES, Checkpoint, copy_companions
+from jointq_cli.models.checkpoint import DTYPES, Checkpoint, copy_companions, require_finite
 from jointq_cli.models.online_rotation import with_online
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.transforms.architectures import Anatomy
@@ -129,6 +129,7 @@ class RotatedCheckpoint(Checkpoint):
     def _rotated(self, stored: str) -> Tensor:
         source = self._source_name(stored)
         raw = self._source.read([source])[source]
+        require_finite(source, raw, self._source.directory)
         if not raw.is_floating_point():
             return raw
         name = stored if source != stored else self._model.module_name(stored)
