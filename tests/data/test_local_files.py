@@ -69,7 +69,7 @@ def test_a_table_has_one_document_per_row(tmp_path: Path, name: str, column: str
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "A.PARQUET"])
-def test_a_missing_column_is_told_with_those_that_are_there(tmp_path: Path, name: str) -> None:
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, "text")
     with pytest.raises(TextError, match=r"evaluation.column=body: .* it has number, text"):
         list(open_corpus(source(path=tmp_path / name, column="body")).documents)
@@ -108,7 +108,7 @@ def test_a_glob_takes_its_files_in_the_order_of_their_names(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "A.PARQUET"])
-def test_reading_a_local_file_leaves_nothing_behind_and_asks_nobody(
+def test_reading_a_local_file_writes_nothing_and_opens_no_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -141,7 +141,7 @@ def test_reading_a_local_file_leaves_nothing_behind_and_asks_nobody(
         ("a", b"text", "unknown kind of file ''"),
     ],
 )
-def test_a_bad_file_is_told_by_name_and_rule_in_one_line(
+def test_a_bad_file_is_reported_by_name_and_rule_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes, rule: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -152,7 +152,7 @@ def test_a_bad_file_is_told_by_name_and_rule_in_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_missing_file_an_idle_glob_and_a_directory_are_told_at_once(tmp_path: Path) -> None:
+def test_a_missing_file_an_unmatched_glob_and_a_directory_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(TextError, match=r"none\.txt: no such file"):
         open_corpus(source(path=tmp_path / "none.txt"))
     with pytest.raises(TextError, match="no file matches"):

@@ -1,4 +1,4 @@
-"""Checkpoint directories: what is read is what lies there, and what is damaged is named in one line."""
+"""Checkpoint directories: tensors are read as stored, and damage is reported in one line."""
 
 import errno
 import json
@@ -84,7 +84,7 @@ def test_written_shards_and_index_read_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"] == 28
 
 
-def test_companions_leave_the_old_index_and_readme_behind(tmp_path: Path) -> None:
+def test_companions_exclude_the_old_index_and_readme(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", shard="100KB")
     (source / "README.md").write_text("the original's card")
     (source / "modeling_x.py").write_text("")
@@ -98,7 +98,7 @@ def test_companions_leave_the_old_index_and_readme_behind(tmp_path: Path) -> Non
     assert (target / "modeling_x.py").exists()
 
 
-def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere").endswith("nowhere: no such directory")
 
 
