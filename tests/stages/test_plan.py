@@ -617,3 +617,9 @@ def test_hessians_of_original_inputs_are_a_stage_and_spare_the_next_run_their_co
         capsys.readouterr()
     assert states[0] == "to make"
     assert states[1].startswith("reused")
+
+
+def test_a_plan_warns_of_two_sets_of_weights(words: list[str], tmp_path: Path) -> None:
+    both = write_checkpoint(tmp_path / "both", shard="100KB")
+    (write_checkpoint(tmp_path / "one") / "model.safetensors").rename(both / "model.safetensors")
+    assert any("has both" in warning for warning in planned([*words, f"model.path={both}"]).warnings)
