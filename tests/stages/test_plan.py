@@ -55,7 +55,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jointq_cli.stages.plan.throughput.PATIENCE", 0.001)
     monkeypatch.setattr(
-        "jointq_cli.report.pages.run.render_page", lambda report: ""
+        "jointq_cli.report.pages.html.run_html", lambda report: ""
     )  # pictures take longer than the rest
 
 
@@ -617,3 +617,9 @@ def test_hessians_of_original_inputs_are_a_stage_and_spare_the_next_run_their_co
         capsys.readouterr()
     assert states[0] == "to make"
     assert states[1].startswith("reused")
+
+
+def test_a_plan_warns_of_two_sets_of_weights(words: list[str], tmp_path: Path) -> None:
+    both = write_checkpoint(tmp_path / "both", shard="100KB")
+    (write_checkpoint(tmp_path / "one") / "model.safetensors").rename(both / "model.safetensors")
+    assert any("has both" in warning for warning in planned([*words, f"model.path={both}"]).warnings)

@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from jointq_cli.errors import ModelError
 from jointq_cli.models import online_rotation as online
+from jointq_cli.models.checkpoint import Checkpoint, require_finite
 from jointq_cli.models.tensor_source import TensorSource
 
 # What transformers raises for a config or remote code that it cannot build.
@@ -87,6 +88,18 @@ def check_tensors(module: nn.Module, source: TensorSource, stored_names: dict[st
         if shape is not None and shape != tuple(tensor.shape):
             shapes = f"has shape {list(shape)}, but config.json asks for {list(tensor.shape)}"
             raise ModelError(f"{source.directory}: tensor {name} {shapes}")
+
+
+def check_finite(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Reads every tensor that the model uses. Raises NumericsError for the first with NaN or Inf.
+
+    Others may hold anything: GPT-NeoX checkpoints have a `masked_bias` of -1e9, which is -inf in float16.
+    """
+    module = build_skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
+    used = dict(named_state(module))
+    for stored, name in module_names(module, checkpoint).items():
+        if name in used:
+            require_finite(stored, checkpoint.read([stored])[stored], checkpoint.tensors[stored].file)
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

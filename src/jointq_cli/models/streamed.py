@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
 from jointq_cli.models import online_rotation as online
-from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.checkpoint import Checkpoint, require_finite
 from jointq_cli.models.skeleton import (
     build_skeleton,
     check_tensors,
@@ -119,8 +119,8 @@ class BlockwiseModel:
 
     @contextmanager
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Inside, block `index` has the parameters `tensors` (by their stored names), cast to the compute
-        dtype, and can be run."""
+        """Inside, block `index` has the parameters `tensors` (by their names in the checkpoint), cast to the compute
+        dtype, and can be run. Raises NumericsError for a parameter with NaN or Inf."""
         try:
             self._load(self.prefix(index), tensors)
             yield self.blocks[index]
@@ -262,6 +262,7 @@ class BlockwiseModel:
         for stored, tensor in tensors.items():
             name = self._module_names[stored].removeprefix(prefix)
             if name in known:
+                require_finite(stored, tensor, self.source.directory)
                 state[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
         module.load_state_dict(state, strict=False, assign=True)
 

@@ -23,4 +23,4 @@ class TensorSource(Protocol):
         """The shape of every tensor, by its stored name."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, on the CPU. Raises NumericsError for one that holds NaN or Inf."""
+        """The named tensors, on the CPU."""

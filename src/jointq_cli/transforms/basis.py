@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.kernels.hadamard import hadamard_transform
-from jointq_cli.models.checkpoint import DTYPES, copy_companions
+from jointq_cli.models.checkpoint import DTYPES, copy_companions, require_finite
 from jointq_cli.models.online_rotation import with_online
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.transforms.architectures import ArchitectureLayout
@@ -120,6 +120,7 @@ class RotatedTensors:
     def _compute(self, stored: str) -> Tensor:
         original = self._originals[stored]
         tensor = self._read_original(original)
+        require_finite(original, tensor, self.model.checkpoint.directory)
         if not tensor.is_floating_point():
             return tensor
         name = self.model.module_name(stored) if stored == original else stored
