@@ -48,7 +48,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jointq_cli.stages.plan.throughput.PATIENCE", 0.001)
     monkeypatch.setattr(
-        "jointq_cli.report.pages.run.render_page", lambda report: ""
+        "jointq_cli.report.pages.html.run_html", lambda report: ""
     )  # pictures take longer than the rest
 
 
