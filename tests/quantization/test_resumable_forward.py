@@ -36,7 +36,7 @@ def groups(toy: Toy) -> list[list[nn.Module]]:
     return [[toy.a, toy.b], [toy.c], [toy.d]]
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("suspendable", [True, False])
 def test_a_pass_shows_each_input_and_ends_with_the_output(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     expected = toy(x)
@@ -48,7 +48,7 @@ def test_a_pass_shows_each_input_and_ends_with_the_output(suspendable: bool) -> 
         assert torch.equal(one.output(), expected)
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("suspendable", [True, False])
 def test_a_pass_goes_on_with_the_weights_of_the_moment(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     with stops(groups(toy), {}):
@@ -91,7 +91,7 @@ def test_many_passes_wait_side_by_side() -> None:
     assert torch.equal(outputs, torch.stack([toy(x) for x in inputs]))
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("suspendable", [True, False])
 def test_an_abandoned_pass_frees_its_activations(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     with stops(groups(toy), {}):
@@ -117,7 +117,7 @@ def test_an_ordinary_forward_pass_is_not_stopped() -> None:
     assert not toy.a._forward_pre_hooks
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("suspendable", [True, False])
 def test_what_writers_have_put_out_so_far_is_kept(suspendable: bool) -> None:
     toy, x = Toy(), torch.full((1, 4), 11.0)
     with stops(groups(toy), {toy.a: 2.0, toy.c: 1.0}):
@@ -128,7 +128,7 @@ def test_what_writers_have_put_out_so_far_is_kept(suspendable: bool) -> None:
         torch.testing.assert_close(one.input_of(2)[1], 2 * toy.a(x) + toy.c(c))
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("suspendable", [True, False])
 def test_a_finished_pass_keeps_nothing(suspendable: bool) -> None:
     toy, x = Toy(), torch.randn(2, 4)
     with stops(groups(toy), {toy.c: 1.0}):
