@@ -1,4 +1,4 @@
-"""assemble: from assembly.py."""
+"""Assembles the checkpoint of the quantised model from the shards of a finished workspace."""
 
 import os
 from pathlib import Path

@@ -70,7 +70,7 @@ class Quantized:
     @property
     def probe(self) -> Tensor:
         """Final hidden states of the first calibration batch, as the engine had them in memory."""
-        return Workspace(self.artifact.path).streams().quantized
+        return Workspace(self.artifact.path).hidden.read("quantized")
 
 
 class Stages:
@@ -155,10 +155,10 @@ class Stages:
             layers=frozenset(names),
             inputs=recipe.calibration.inputs,
             weights=recipe.calibration.weights,
+            windows=len(tokens.windows),
             batch=self.batch(tokens.windows),
-            waiting=self.runtime.waiting_gb * 1e9,
+            suspended_bytes=self.runtime.waiting_gb * 1e9,
         )
-        plan.check(len(tokens.windows))
         spec = {
             "quantizer": recipe.quantizer,
             "qep": recipe.qep,
@@ -200,7 +200,7 @@ class Stages:
     def _hessians(self, model: StreamedModel, tokens: Tokens, plan: LoopSettings, names: list[str]) -> Hessians | None:
         """What all quantizers have in common; None where they have nothing, or where there is no room to keep it."""
         needed, budget = bytes_needed(model, plan), round(self.runtime.hessians_gb * 1e9)
-        if not plan.ahead or not budget:
+        if not plan.hessians_cacheable or not budget:
             return None
         if needed > budget:
             self._tell_no_room(f"they take up to {needed / 1e9:.3g} GB")
@@ -208,7 +208,7 @@ class Stages:
         spec = {
             "layers": names,
             "weights": plan.weights.decisive,
-            "held_from": plan.held_from(len(tokens.windows.split(plan.batch))),
+            "held_from": plan.heldout_from,
             "batch": plan.batch,
             "dtype": str(model.dtype),
             "device": self.device.type,
@@ -217,7 +217,7 @@ class Stages:
         def make(scratch: Path) -> None:
             hessians = Hessians(scratch)
             with self.console.bar("hessians", total=len(model)) as bar:
-                bar.advance(hessians.position())
+                bar.advance(hessians.hidden.finished_blocks())
                 collect_hessians(model, tokens.windows, plan, hessians, bar.advance, self.pause, self.team)
 
         with self.stage("hessians") as stage:
@@ -340,7 +340,7 @@ class Stages:
             return Scores.joined(self.team.gather(score(original, first, model, second, own, on_window)))
 
     def _tell_position(self, workspace: Workspace, model: StreamedModel, names: list[str], bar: Bar) -> None:
-        finished = range(workspace.position())
+        finished = range(workspace.hidden.finished_blocks())
         if finished:
             self.console.note(f"continuing at block {len(finished) + 1} of {len(model)}")
             bar.advance(sum(model.block_of(name) in finished for name in names))

@@ -21,8 +21,8 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import ModelSource, fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.hessian_cache import Hessians
+from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.settings import LoopSettings
-from jointq_cli.quantization.workspace import finished_blocks
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import RunEstimate, StageEstimate
 from jointq_cli.report.console.console import Console, Stage
@@ -184,7 +184,7 @@ class Survey(Stages):
         elif found.scratch is None:
             self.statuses[name] = StageStatus(TO_MAKE, 1.0)
         else:
-            done = finished_blocks(found.scratch)
+            done = HiddenStateFile(found.scratch).finished_blocks()
             at = f" at block {done + 1} of {self._blocks}" if 0 < done < self._blocks else " after all blocks"
             share = max(1.0 - done / self._blocks, LEAST_SHARE)
             self.statuses[name] = StageStatus(f"continues{at if done else ''}", share)
