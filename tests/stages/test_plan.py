@@ -23,7 +23,7 @@ from jointq_cli.cli.main import USAGE_ERROR, main
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.models import checkpoint
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.quantization.workspace import Workspace
+from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
 from jointq_cli.stages import model as model_stage
@@ -197,15 +197,15 @@ def test_a_rotated_run_is_found_again_and_its_rotation_shared(words: list[str]) 
 
 
 def test_an_interrupted_run_continues_at_its_block(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = Workspace.finish_block
+    finish = HiddenStateFile.write
 
-    def stop(self: Workspace, *given: Any) -> None:
+    def stop(self: HiddenStateFile, *given: Any) -> None:
         finish(self, *given)
         raise Interrupted("stopped")
 
     whole = planned(words)
     with monkeypatch.context() as patched:
-        patched.setattr(Workspace, "finish_block", stop)
+        patched.setattr(HiddenStateFile, "write", stop)
         assert main(["quantize", *words, RUN]) == Interrupted.exit_code
     left = planned(words)
     stage = {stage.name: stage for stage in left.stages}["quantize"]
