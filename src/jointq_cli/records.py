@@ -215,10 +215,10 @@ class RunEstimate:
     stages: list[StageEstimate]
     seconds: float
     memory: float  # peak
-    memory_there: float  # available
+    memory_available: float
     disk: float  # that stay
     scratch: float  # on the disk during the run only, in addition to `disk`
-    disk_there: float  # free
+    disk_free: float
     warnings: list[str]
     notes: list[str]
 

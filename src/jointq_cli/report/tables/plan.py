@@ -16,9 +16,9 @@ def plan_document(estimate: RunEstimate) -> TableDocument:
         warnings=estimate.warnings,
         notes=[
             f"memory: {_size(estimate.memory)} at its peak, the process itself included; "
-            f"{_size(estimate.memory_there)} are free",
+            f"{_size(estimate.memory_available)} are free",
             f"disk: {_size(estimate.disk)} stay, {_size(estimate.scratch)} come and go; "
-            f"{_size(estimate.disk_there)} are free",
+            f"{_size(estimate.disk_free)} are free",
             "time: about, and where nothing else runs; kernels that are yet to be compiled take 10 to 25 s more",
             *estimate.notes,
         ],

@@ -41,10 +41,10 @@ def estimate_run(recipe: Recipe, inputs: RunInputs) -> RunEstimate:
         ],
         seconds=sum_of_all.seconds,
         memory=sum_of_all.memory + in_process,
-        memory_there=torch.cuda.mem_get_info(device)[0] if on_gpu else machine.available_memory(),
+        memory_available=torch.cuda.mem_get_info(device)[0] if on_gpu else machine.available_memory(),
         disk=sum_of_all.disk,
         scratch=sum_of_all.scratch,
-        disk_there=machine.free_disk(Path(recipe.store)),
+        disk_free=machine.free_disk(Path(recipe.store)),
         warnings=[
             *([inputs.tokens.warning] if inputs.tokens and inputs.tokens.warning else []),
             *preflight_warnings(recipe, inputs.original, load.shapes, load.calibration.tokens, scored),
@@ -105,17 +105,17 @@ def _notes(recipe: Recipe, inputs: RunInputs, found: DryRun) -> list[str]:
 
 def _shortages(estimate: RunEstimate, recipe: Recipe) -> list[str]:
     found = []
-    if estimate.memory > estimate.memory_there:
+    if estimate.memory > estimate.memory_available:
         stage = max(estimate.stages, key=lambda stage: stage.memory).name
         runtime = recipe.runtime
         keys = f"runtime.waiting_gb={runtime.waiting_gb:g}, runtime.batch_tokens={runtime.batch_tokens}"
         found.append(
             f"{keys}: stage {stage} takes about {estimate.memory / 1e9:.3g} GB of memory, and "
-            f"{estimate.memory_there / 1e9:.3g} GB are free; lower these, or calibration.num_samples"
+            f"{estimate.memory_available / 1e9:.3g} GB are free; lower these, or calibration.num_samples"
         )
     copied = 0.0 if _one_disk(recipe) else next(stage.disk for stage in estimate.stages if stage.name == RUN_DIRECTORY)
     places = (
-        ("store", recipe.store, estimate.disk - copied + estimate.scratch, estimate.disk_there),
+        ("store", recipe.store, estimate.disk - copied + estimate.scratch, estimate.disk_free),
         ("output_dir", recipe.output_dir, copied, machine.free_disk(Path(recipe.output_dir))),
     )
     for key, place, written, free in places:
