@@ -18,14 +18,14 @@ from jointq_cli.models.sources import looks_local
 from jointq_cli.recipe import Recipe
 from jointq_cli.report.compare.run_files import parse_settings
 from jointq_cli.report.reproduction import GIVEN, deciding_differences
-from jointq_cli.report.reproduction.finished_run import Evidence
+from jointq_cli.report.reproduction.finished_run import FinishedRun
 from jointq_cli.system.inventory import entries
 
 RECIPE = "replayed"
 ADMITTED = "runtime.device, runtime.num_threads, model.path and other places of files"
 
 
-def replay(run: Evidence, fresh: Path, overrides: list[str], typed: list[str], task: Task) -> None:
+def replay(run: FinishedRun, fresh: Path, overrides: list[str], typed: list[str], task: Task) -> None:
     """Runs `run` again in `fresh`, by `task`, on the device and with the threads of the first time.
 
     overrides: of what does not decide the result. typed: the words behind `jointq`, for the manifest. A result that
@@ -65,7 +65,7 @@ def _checked(override: str) -> str:
     return key
 
 
-def _recorded(run: Evidence, given: list[str]) -> dict[str, str]:
+def _recorded(run: FinishedRun, given: list[str]) -> dict[str, str]:
     """By key, what the recipe left open and the manifest tells: how the run computed, and which commits it read.
 
     A commit of the hub means nothing where another place is given.
@@ -95,7 +95,7 @@ def _check_fresh(directory: Path, run: Path) -> None:
         raise JointqError(f"--directory={directory}: must be new or empty, since nothing may be reused")
 
 
-def _check_places(recipe: Recipe, run: Evidence) -> None:
+def _check_places(recipe: Recipe, run: FinishedRun) -> None:
     """Files of the first run's machine: what is not there would be found out later, or looked for on the hub."""
     path = recipe.model.path
     was_local = run.manifest.model.get("from") == "disk" and path == run.settings.get("model.path")
@@ -114,7 +114,7 @@ def _check_places(recipe: Recipe, run: Evidence) -> None:
             raise TextError(f"{key}={pattern}: not there, seen from {Path.cwd()}; give {key}=FILE")
 
 
-def _check_config(job: Job, run: Evidence) -> None:
+def _check_config(job: Job, run: FinishedRun) -> None:
     recipe = run.directory / "recipe.yaml"
     differing = deciding_differences(run.settings, parse_settings(job.config, recipe))
     if differing:

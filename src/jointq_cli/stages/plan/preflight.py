@@ -19,6 +19,7 @@ def preflight_warnings(
 ) -> list[str]:
     """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
+        *model.checkpoint.warnings,
         *_beyond_positions(recipe, model),
         _few_tokens(calibrated, shapes),
         _short_text(recipe, scored),
