@@ -1,4 +1,4 @@
-"""What a plan says of a run, against what the run then does; and that it neither reads weights nor writes anything."""
+"""A plan against the run that follows it; and that a plan reads no weights and writes nothing."""
 
 import json
 import math
@@ -28,9 +28,9 @@ from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
 from jointq_cli.stages import model as model_stage
 from jointq_cli.stages import quantize as quantize_stage
-from jointq_cli.stages.plan import estimate
 from jointq_cli.stages.plan.costs import Windows, Workload, total
 from jointq_cli.stages.plan.dry_run import dry_run, find_inputs
+from jointq_cli.stages.plan.estimate import workload
 from jointq_cli.stages.plan.preflight import LEAST_SCORED
 from jointq_cli.system import machine
 from jointq_cli.system.files import nearest_existing
@@ -53,7 +53,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jointq_cli.stages.plan.throughput.PATIENCE", 0.001)
+    monkeypatch.setattr("jointq_cli.stages.plan.throughput.MEASURED_SECONDS", 0.001)
     monkeypatch.setattr(
         "jointq_cli.report.pages.html.run_html", lambda report: ""
     )  # pictures take longer than the rest
@@ -91,7 +91,7 @@ def everything(directory: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (state.st_size, state.st_mtime_ns) for path, state in states.items()}
 
 
-# --- what it leaves alone
+# --- no weights read, nothing written
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def _unreadable_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_unreadable_weights")
 def test_a_model_of_8_billion_parameters_is_planned_from_its_headers(llama_8b: Path) -> None:
-    outlook = planned([*TINY, f"model.path={llama_8b}", "quantizer.group_size=128", "rotation=learned"])
-    assert outlook.memory > 2 * 2 * 128256 * 4096  # input and output embeddings
-    assert outlook.disk > 2 * 8e9
-    assert outlook.seconds > 1
+    estimate = planned([*TINY, f"model.path={llama_8b}", "quantizer.group_size=128", "rotation=learned"])
+    assert estimate.memory > 2 * 2 * 128256 * 4096  # input and output embeddings
+    assert estimate.disk > 2 * 8e9
+    assert estimate.seconds > 1
 
 
 def test_a_plan_writes_nothing_and_makes_no_store(words: list[str], model: Path, tmp_path: Path) -> None:
@@ -161,22 +161,22 @@ def test_a_plan_changes_nothing_in_a_store(words: list[str], tmp_path: Path) -> 
     assert everything(tmp_path) == before
 
 
-# --- what is there already
+# --- states of stages
 
 
-def test_what_a_run_made_is_to_make_before_and_reused_after_it(words: list[str]) -> None:
-    before, outlook = states(words), planned(words)
+def test_a_stage_is_to_make_before_its_run_and_reused_after_it(words: list[str]) -> None:
+    before, estimate = states(words), planned(words)
     assert [before[name] for name in MADE] == ["to make"] * 3
     report = quantized(words)
     after = planned(words)
     assert [stage.state for stage in after.stages if stage.name in MADE] == ["reused"] * 3
     assert all(stage.seconds == stage.disk == 0 for stage in after.stages if stage.name in MADE)
-    assert after.seconds < outlook.seconds
+    assert after.seconds < estimate.seconds
     assert [name for name in before if name != "run directory"] == [stage["name"] for stage in report["stages"]]
 
 
 @pytest.mark.slow
-def test_another_setting_shares_what_it_does_not_decide(words: list[str]) -> None:
+def test_a_stage_that_does_not_depend_on_a_setting_is_shared(words: list[str]) -> None:
     quantized(words)
     found = states([*words, "quantizer.bits=3"])
     assert [found[name] for name in MADE] == ["to make", "reused", "to make"]
@@ -207,8 +207,8 @@ def test_an_interrupted_run_continues_at_its_block(words: list[str], monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(HiddenStateFile, "write", stop)
         assert main(["quantize", *words, RUN]) == Interrupted.exit_code
-    left = planned(words)
-    stage = {stage.name: stage for stage in left.stages}["quantize"]
+    remaining = planned(words)
+    stage = {stage.name: stage for stage in remaining.stages}["quantize"]
     assert stage.state == "continues at block 2 of 3"
     assert stage.disk == pytest.approx({stage.name: stage for stage in whole.stages}["quantize"].disk * 2 / 3)
 
@@ -218,10 +218,10 @@ def test_weights_that_changed_since_are_unknown_until_a_run_has_read_them(words:
     words = [*words, f"model.path={mine}"]
     quantized(words)
     os.utime(mine / "model.safetensors", (0, 0))
-    outlook = planned(words)
-    found = {stage.name: stage.state for stage in outlook.stages}
+    estimate = planned(words)
+    found = {stage.name: stage.state for stage in estimate.stages}
     assert [found[name] for name in MADE] == ["unknown"] * 3
-    assert any(str(mine) in note for note in outlook.notes)
+    assert any(str(mine) in note for note in estimate.notes)
     quantized(words)
     assert [states(words)[name] for name in MADE] == ["reused"] * 3
 
@@ -266,14 +266,14 @@ def test_whether_hessians_are_kept_is_counted_as_the_run_counts(words: list[str]
 
 def test_an_evaluation_of_a_hubs_text_is_not_known_to_be_there_or_not(words: list[str]) -> None:
     quantized(words)
-    outlook = planned([*words, "evaluation=wikitext2"])
-    found = {stage.name: stage.state for stage in outlook.stages}
+    estimate = planned([*words, "evaluation=wikitext2"])
+    found = {stage.name: stage.state for stage in estimate.stages}
     assert [found[name] for name in MADE] == ["reused", "unknown", "unknown"]
-    assert any("evaluation.dataset=wikitext2" in note for note in outlook.notes)
+    assert any("evaluation.dataset=wikitext2" in note for note in estimate.notes)
 
 
 @pytest.mark.slow
-def test_a_run_does_not_believe_the_note(words: list[str], tmp_path: Path) -> None:
+def test_a_run_does_not_rely_on_the_noted_hash(words: list[str], tmp_path: Path) -> None:
     mine = write_checkpoint(tmp_path / "mine")
     words = [*words, f"model.path={mine}"]
     first = quantized(words)
@@ -299,20 +299,20 @@ def test_the_bundled_model_is_to_make_before_a_run_and_reused_after_it() -> None
 
 
 @pytest.mark.slow
-def test_memory_is_foreseen_within_a_third() -> None:
+def test_memory_is_estimated_within_a_third() -> None:
     words = ["recipe=ci_smoke", "output_dir=out"]
-    told = [
+    finished = [
         subprocess.run([sys.executable, "-m", "jointq_cli", command, *words], capture_output=True, text=True)
         for command in ("plan", "quantize")
     ]
-    assert [process.returncode for process in told] == [0, 0]
-    foreseen, unit = re.findall(r"^memory: ([\d.]+) (MB|GB) at its peak", told[0].stdout, re.MULTILINE)[0]
+    assert [process.returncode for process in finished] == [0, 0]
+    estimated, unit = re.findall(r"^memory: ([\d.]+) (MB|GB) at its peak", finished[0].stdout, re.MULTILINE)[0]
     (report,) = Path("out").glob("ci_smoke/*/report.json")
     peak = json.loads(report.read_text())["peak_memory"]
-    assert 0.75 < float(foreseen) * {"MB": 1e6, "GB": 1e9}[unit] / peak < 1.33
+    assert 0.75 < float(estimated) * {"MB": 1e6, "GB": 1e9}[unit] / peak < 1.33
 
 
-# --- notes of hashes
+# --- noted hashes
 
 
 def test_a_note_holds_as_long_as_size_and_time_do(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_damaged_note_is_none(tmp_path: Path, content: str) -> None:
     assert cached_hash(tmp_path, tmp_path / "x", []) == "digest"
 
 
-def test_a_store_that_takes_no_note_stops_nobody(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
     cache_hash(tmp_path / "nowhere", tmp_path, [], "digest")
     assert cached_hash(tmp_path / "nowhere", tmp_path, []) is None
 
@@ -349,7 +349,7 @@ def load(model: Path) -> Workload:
 
 def _load_of(recipe: Any) -> Workload:
     inputs = find_inputs(recipe, CPU)
-    return estimate.workload(recipe, inputs, dry_run(recipe, inputs))
+    return workload(recipe, inputs, dry_run(recipe, inputs))
 
 
 def stages_of(load: Workload) -> Iterator[Any]:
@@ -403,7 +403,7 @@ def test_memory_follows_the_block_and_not_the_number_of_blocks(load: Workload) -
     assert replace(load, shapes=shapes).quantize().memory == load.quantize().memory
 
 
-def test_waiting_passes_are_bounded_by_their_key(load: Workload) -> None:
+def test_suspended_passes_are_bounded_by_their_key(load: Workload) -> None:
     many = replace(load, calibration=Windows(100_000, 32))
     recipe = replace(load.recipe, runtime=replace(load.recipe.runtime, waiting_gb=0.0))
     spared = many.quantize().memory - replace(many, recipe=recipe).quantize().memory
@@ -416,7 +416,7 @@ def test_time_and_disk_of_stages_add_up_and_memory_does_not(load: Workload) -> N
     both = total(costs)
     assert both.seconds == pytest.approx(sum(cost.seconds for cost in costs))
     assert both.memory == max(cost.memory for cost in costs)
-    assert costs[2].left(0.0) == total([])
+    assert costs[2].remaining(0.0) == total([])
 
 
 @pytest.mark.slow
@@ -434,7 +434,7 @@ def test_disk_is_what_a_run_leaves_in_the_store(words: list[str]) -> None:
 # --- warnings
 
 
-def test_the_run_gives_the_warnings_of_its_plan(words: list[str]) -> None:
+def test_a_run_shows_the_warnings_of_its_plan(words: list[str]) -> None:
     words = [*words, "rotation=hadamard", "evaluation.seqlen=128"]
     warnings = planned(words).warnings
     keys = [warning.split(":")[0] for warning in warnings]
@@ -442,7 +442,7 @@ def test_the_run_gives_the_warnings_of_its_plan(words: list[str]) -> None:
     assert quantized(words)["warnings"] == warnings
 
 
-def test_what_is_plenty_is_not_warned_of(words: list[str]) -> None:
+def test_enough_tokens_give_no_warning(words: list[str]) -> None:
     words = [*words, "calibration.num_samples=32", f"evaluation.max_windows={LEAST_SCORED // 31 + 1}"]
     assert planned(words).warnings == []
 
@@ -454,7 +454,7 @@ def test_a_short_text_is_not_said_to_be_cut(words: list[str], tmp_path: Path) ->
 
 
 def test_run_directories_on_another_disk_have_their_own_room(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_one_disk", lambda recipe: False)
+    monkeypatch.setattr("jointq_cli.stages.plan.estimate._one_disk", lambda recipe: False)
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**9 if "store" in str(path) else 10**5)
     [warning] = [text for text in planned(words).warnings if "GB there" in text]
     assert warning.startswith("output_dir=out: ")
@@ -462,7 +462,9 @@ def test_run_directories_on_another_disk_have_their_own_room(words: list[str], m
     assert not [text for text in planned(words).warnings if text.startswith("output_dir")]
 
 
-def test_too_little_memory_and_disk_are_told_with_their_keys(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_and_disk_are_reported_with_their_keys(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "available_memory", lambda: 10**8)
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**5)
     memory, disk = planned(words).warnings[-2:]
@@ -485,7 +487,7 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert machine.available_memory() > min(free, 10**9)
 
 
-def test_a_place_that_is_not_there_has_its_parents_disk(tmp_path: Path) -> None:
+def test_a_missing_directory_is_on_the_disk_of_its_parent(tmp_path: Path) -> None:
     assert nearest_existing(tmp_path / "a" / "b") == tmp_path
     assert machine.free_disk(tmp_path / "a" / "b") > 0
 
@@ -550,7 +552,7 @@ def test_a_part_of_a_model_of_the_hub_is_not_a_model(
 
 
 @pytest.mark.slow
-def test_a_model_that_sees_as_well_is_planned_as_it_is_run(words: list[str], tmp_path: Path) -> None:
+def test_a_model_with_vision_is_planned_as_it_is_run(words: list[str], tmp_path: Path) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
         text_config={**GROUPED, "head_dim": 16, "sliding_window": 8},
@@ -564,16 +566,16 @@ def test_a_model_that_sees_as_well_is_planned_as_it_is_run(words: list[str], tmp
     assert states(words)["quantize"] == "reused"
 
 
-def test_a_hubs_texts_are_to_fetch_and_the_rest_is_told_all_the_same(words: list[str]) -> None:
+def test_texts_of_the_hub_are_to_fetch_and_the_other_stages_are_still_planned(words: list[str]) -> None:
     found = states([*words, "evaluation=wikitext2", "calibration=c4", "calibration.num_samples=4"])
     assert found["calibration tokens"] == found["evaluation tokens"] == "to fetch"
     assert [found[name] for name in MADE] == ["to make"] * 3
 
 
-def test_a_gguf_file_that_no_run_has_converted_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file_that_no_run_has_converted_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.gguf").write_bytes(b"GGUF")
     assert main(["plan", *words, "model.path=mine.gguf"]) == 1
-    assert "model.path=mine.gguf: is to be converted first" in capsys.readouterr().err
+    assert "model.path=mine.gguf: has to be converted first" in capsys.readouterr().err
 
 
 def test_a_sweep_is_no_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -588,7 +590,7 @@ def test_a_run_directory_that_is_named_is_not_made(words: list[str], tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-# --- how it is told
+# --- output
 
 
 def test_a_pipe_gets_plain_lines_with_everything_in_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
-"""What the stages of a run cost in time, memory and disk, from shapes alone.
+"""What the stages of a run cost in time, memory and disk, computed from shapes alone.
 
-Counts the large tensors that are alive together, and the products; the small rest is in factors that were fitted to
-measured runs (docs/plan.md says which, and how near the estimates come). Memory is what a stage adds to the process.
-Knows neither stores nor terminals.
+Counts matrix products and the large tensors that exist at the same time. Everything smaller is covered by factors that
+were fitted to measured runs; docs/plan.md says to which, and how accurate the estimates are. Memory is what a stage
+adds to the process.
 """
 
 from collections import Counter
@@ -19,41 +19,41 @@ from jointq_cli.stages.plan.throughput import Speeds
 from jointq_cli.transforms import changes_basis
 
 FLOAT, DOUBLE = 4, 8  # bytes
-KERNELS = 200e6  # bytes of the compiler and of what it compiles
-REPORTS = 3e6
+KERNELS = 200e6  # bytes of memory of the compiler and the compiled kernels
+REPORTS = 3e6  # bytes of the report files
 TEXT_SECONDS, TOKENS_PER_SECOND = 0.3, 200_000
-READ = 1.5e9  # bytes per second that are read, hashed or written
+READ = 1.5e9  # bytes read, hashed or written per second
 
-# Fitted.
-KERNELS_SECONDS = 1.2  # to load them
-CASTS = 6  # pointwise operations on what a layer is given, for its statistics; with QEP twice as many
-PANELS = 1.4  # what the statistics' narrow products take, against wide ones
-POINTWISE = 14  # pointwise operations on the hidden states per block and token, and
-WIDE = 3  # on the hidden states of the MLP
-BLOCK_SECONDS = 0.02  # of a block by itself: modules that are exchanged, files
-LAYER_SECONDS = 0.008
-SCORED = 30  # pointwise operations per logit and model, in units of the measured one
-CODED = 40  # for each weight: codes, scales, errors, files
+# Fitted to measured runs. Pointwise operations are in units of the one that `throughput` measures.
+KERNELS_SECONDS = 1.2  # to load the compiled kernels
+STATISTICS_OPERATIONS = 6  # pointwise, per element of a layer's input for its statistics; twice as many with QEP
+STATISTICS_SLOWDOWN = 1.4  # of the statistics' narrow matrix products relative to wide ones
+HIDDEN_OPERATIONS = 14  # pointwise, per element of a block's hidden states
+MLP_OPERATIONS = 3  # pointwise, per element of the hidden states inside the MLP
+BLOCK_SECONDS = 0.02  # overhead per block: loading modules, writing files
+LAYER_SECONDS = 0.008  # overhead per layer
+LOGIT_OPERATIONS = 30  # pointwise, per logit and model
+WEIGHT_OPERATIONS = 40  # pointwise, per quantised weight: codes, scales, errors, files
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage. disk: bytes that stay. scratch: bytes on the disk that do not."""
+    """Of one stage. memory: peak bytes. disk: bytes that are kept. scratch: bytes on the disk while it runs."""
 
     seconds: float = 0.0
     memory: float = 0.0
     disk: float = 0.0
     scratch: float = 0.0
 
-    def left(self, share: float) -> "Cost":
-        """Of a stage of which only a share is still to be done; memory is needed for the least of it."""
-        some = share > 0
-        return Cost(self.seconds * share, self.memory * some, self.disk * share, self.scratch * some)
+    def remaining(self, share: float) -> "Cost":
+        """Of a stage of which only this share is left; any share above 0 needs all of the memory and scratch space."""
+        unfinished = share > 0
+        return Cost(self.seconds * share, self.memory * unfinished, self.disk * share, self.scratch * unfinished)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How many, and of how many tokens."""
+    """Windows of `length` tokens each."""
 
     count: int
     length: int
@@ -65,7 +65,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that costs depend on. element: bytes of one in the forward pass. dtype: that of the checkpoint."""
+    """Everything that costs depend on.
+
+    shares_hessians: whether Hessians are a stage of their own, so that `quantize` need not collect them. element: bytes
+    of an element in the forward pass. dtype: that of the checkpoint.
+    """
 
     shapes: Shapes
     recipe: Recipe
@@ -79,7 +83,7 @@ class Workload:
     # the stages, in their order
 
     def model(self) -> Cost:
-        """Two readings: one for the hash, one for what is not finite."""
+        """Reads all weights twice: for the hash, and to check that they are finite."""
         return Cost(seconds=2 * self._source_bytes / READ, memory=self.stored * self._largest_outside)
 
     def text(self, windows: Windows) -> Cost:
@@ -109,13 +113,13 @@ class Workload:
         )
 
     def _packed(self, one: InputGroup) -> float:
-        """Bytes of a Hessian in float64, and of that of held-out tokens as well."""
+        """Bytes of the float64 Hessian of an input, and of the one over held-out tokens if there are any."""
         parts = 2 if self.recipe.quantizer.heldout else 1
         return parts * DOUBLE * packed_size(one.in_features)
 
     def hessians(self) -> Cost:
-        """One walk through the original model."""
-        in_block = 2 * self._block + self._waiting + max(map(self._group_memory, self.shapes.inputs))
+        """One pass of all calibration windows through the original model."""
+        in_block = 2 * self._block + self._suspended + max(map(self._group_memory, self.shapes.inputs))
         return Cost(
             seconds=self._forward(self.calibration) + sum(map(self._moments_seconds, self.shapes.inputs)),
             memory=self._stream(self.calibration) + max(self._outside_rotated, in_block),
@@ -127,7 +131,7 @@ class Workload:
         streams = self._streams * self._stream(self.calibration)
         if self.shares_hessians:
             streams = 2 * self._first_stream
-        in_block = 2 * self._block + self._waiting + max(map(self._group_memory, self.shapes.inputs))
+        in_block = 2 * self._block + self._suspended + max(map(self._group_memory, self.shapes.inputs))
         return Cost(
             seconds=KERNELS_SECONDS + self._collecting() + sum(map(self._solving_seconds, self.shapes.inputs)),
             memory=KERNELS + streams + max(self._outside_rotated, in_block),
@@ -157,22 +161,22 @@ class Workload:
         return Cost(seconds=(self._quantized_bytes + self._codes) / READ)
 
     def audit(self) -> Cost:
-        """Both checkpoints are read, and every weight is made of its codes."""
+        """Reads both checkpoints and dequantises every layer."""
         return Cost(
             seconds=2 * self._source_bytes / READ + 20 * self.shapes.selected / self.speeds.pointwise,
             memory=FLOAT * 3 * self.shapes.widest * max(max(one.out_features) for one in self.shapes.inputs),
         )
 
     def run_directory(self, *, linked: bool) -> Cost:
-        """linked: what is in the store costs nothing again."""
+        """linked: files are hard links into the store and take no space."""
         return Cost(disk=REPORTS + (not linked) * (self._quantized_bytes + self._codes))
 
     @property
     def rotated_bytes(self) -> float:
-        """Of a rotated checkpoint."""
+        """The size of the rotated checkpoint."""
         return self._source_bytes + self.stored * self._untied
 
-    # what they have in common
+    # parts of several stages
 
     @property
     def stored(self) -> int:
@@ -181,7 +185,7 @@ class Workload:
 
     @property
     def _untied(self) -> int:
-        """Elements that R1 adds: what was tied is no longer."""
+        """Elements that R1 adds by untying the embeddings."""
         return self.shapes.embedding if self.shapes.is_tied and "R1" in self.recipe.rotation.parts else 0
 
     @property
@@ -206,27 +210,29 @@ class Workload:
 
     @property
     def _outside(self) -> float:
-        """Embeddings and head in the dtype of the forward pass, and as read if that is another one."""
-        return self._held(self.shapes.outside)
+        """Bytes of embeddings and head."""
+        return self._loaded(self.shapes.outside)
 
     @property
     def _outside_rotated(self) -> float:
-        """The same of the model that is quantised."""
-        return self._held(self.shapes.outside + self._untied)
+        """The same for the model to quantise, which may be rotated."""
+        return self._loaded(self.shapes.outside + self._untied)
 
     @property
     def _block(self) -> float:
-        return self._held(self.shapes.largest_block)
+        return self._loaded(self.shapes.largest_block)
 
-    def _held(self, parameters: int) -> float:
+    def _loaded(self, parameters: int) -> float:
+        """Bytes in the dtype of the forward pass, plus those as read if the checkpoint has another dtype."""
         return parameters * (self.element if self.element == self.stored else self.element + self.stored)
 
     def _stream(self, windows: Windows) -> float:
+        """Bytes of the hidden states."""
         return windows.tokens * self.shapes.hidden * self.element
 
     @property
     def _streams(self) -> int:
-        """How many streams run through every block in full."""
+        """How many streams of hidden states (original, quantised) run through every block over all windows."""
         return 2 if self.recipe.qep.describe() else 1
 
     @property
@@ -237,18 +243,18 @@ class Workload:
 
     @property
     def _pass(self) -> float:
-        """What one forward pass holds."""
+        """Bytes of the activations of one forward pass."""
         return self._batch * (6 * self.shapes.hidden + 4 * self.shapes.widest) * self.element
 
     @property
-    def _waiting(self) -> float:
-        """Of passes that wait: queries, keys, values and the stream, or what the widest layer is given."""
+    def _suspended(self) -> float:
+        """Bytes in suspended forward passes: queries, keys, values and residual stream, or the widest layer's input."""
         per_token = max(4 * self.shapes.hidden, 2 * self.shapes.hidden + self.shapes.widest) * self.element
         return min(self.recipe.runtime.waiting_gb * 1e9, self._streams * self.calibration.tokens * per_token)
 
     def _group_memory(self, one: InputGroup) -> float:
-        """While an input is collected: its moments, and one pass with its float32 copies. While it is solved: the same
-        moments, factors and what they are made of, and a layer's rows."""
+        """Bytes while an input's statistics are collected (moments, and one pass with float32 copies), or while its
+        layers are solved (moments, their factors, and float64 copies of a layer), whichever are more."""
         square, rows = one.in_features**2 * DOUBLE, max(one.out_features) * one.in_features * DOUBLE
         qep = bool(self.recipe.qep.describe())
         parts = 2 if self.recipe.quantizer.heldout or self.recipe.qep.heldout else 1
@@ -258,56 +264,60 @@ class Workload:
     def _forward(self, windows: Windows) -> float:
         """Seconds of all blocks over all windows."""
         shapes, tokens = self.shapes, windows.tokens
-        attention = 4 * windows.length * shapes.hidden * shapes.blocks  # per token: scores, and values by them
+        attention = 4 * windows.length * shapes.hidden * shapes.blocks  # per token: Q K^T, and its product with V
         products = tokens * (2 * shapes.in_blocks + attention) / self.speeds.forward
-        elements = tokens * shapes.blocks * (POINTWISE * shapes.hidden + WIDE * shapes.widest + self._scores(windows))
+        pointwise = HIDDEN_OPERATIONS * shapes.hidden + MLP_OPERATIONS * shapes.widest + self._attention_scores(windows)
+        elements = tokens * shapes.blocks * pointwise
         return products + elements / self.speeds.pointwise + shapes.blocks * BLOCK_SECONDS
 
-    def _scores(self, windows: Windows) -> float:
-        """Elements per token of an attention's softmax, half of which the mask takes."""
+    def _attention_scores(self, windows: Windows) -> float:
+        """Elements per token of the softmax in one attention layer; the causal mask removes half of them."""
         return self.shapes.heads * windows.length / 2
 
     def _first_batch(self) -> float:
-        """The walk over one batch of calibration windows, of which the reload check consists."""
+        """Seconds of one batch of calibration windows through all blocks, as in the reload check."""
         return self._forward(Windows(max(1, self._batch // self.calibration.length), self.calibration.length))
 
     def _scoring(self) -> float:
+        """Seconds of both models' logits and their comparison."""
         logits = self.evaluation.tokens * self.shapes.vocabulary
-        return 2 * (2 * logits * self.shapes.hidden / self.speeds.forward + SCORED * logits / self.speeds.pointwise / 2)
+        products = 2 * logits * self.shapes.hidden / self.speeds.forward
+        return 2 * products + LOGIT_OPERATIONS * logits / self.speeds.pointwise
 
     @property
     def _first_stream(self) -> float:
         return self._batch * self.shapes.hidden * self.element
 
     def _collecting(self) -> float:
-        """Seconds of what quantising needs to know of the tokens."""
+        """Seconds in which `quantize` runs the calibration windows and collects statistics."""
         if self.shares_hessians:
             return 2 * self._first_batch()
         moments = sum(map(self._moments_seconds, self.shapes.inputs))
         return self._streams * self._forward(self.calibration) + moments
 
     def _moments_seconds(self, one: InputGroup) -> float:
-        """Statistics of an input."""
+        """Seconds of collecting an input's statistics."""
         tokens, width, rows = self.calibration.tokens, one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())
-        drift = 2 * tokens * width * rows if qep and one.writes else 0
-        moments = tokens * width**2 * (1.2 + 2 * qep) + drift
-        return PANELS * moments / self.speeds.single + CASTS * (1 + qep) * tokens * width / self.speeds.pointwise
+        residual = 2 * tokens * width * rows if qep and one.writes else 0
+        moments = tokens * width**2 * (1.2 + 2 * qep) + residual
+        pointwise = STATISTICS_OPERATIONS * (1 + qep) * tokens * width
+        return STATISTICS_SLOWDOWN * moments / self.speeds.single + pointwise / self.speeds.pointwise
 
     def _solving_seconds(self, one: InputGroup) -> float:
-        """The solutions of the layers that read an input."""
+        """Seconds of solving the layers that read an input."""
         width, rows = one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())
         double = width**3 * (1 + qep) + qep * 6 * rows * width**2
         weights = rows * width
         seconds = double / self.speeds.double
-        seconds += 8 * weights * width / self.speeds.single  # the errors that are told of a layer
-        seconds += CODED * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
+        seconds += 8 * weights * width / self.speeds.single  # the errors that are reported of a layer
+        seconds += WEIGHT_OPERATIONS * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
         return seconds + self.recipe.quantizer.cost(rows, width, self.calibration.tokens) / self.speeds.single
 
 
 def total(costs: Sequence[Cost]) -> Cost:
-    """Of stages one after the other: time and disk add up, memory and scratch space do not."""
+    """Of stages that run one after another: time and disk add up, of memory and scratch space the largest counts."""
     return Cost(
         seconds=sum(cost.seconds for cost in costs),
         memory=max((cost.memory for cost in costs), default=0.0),

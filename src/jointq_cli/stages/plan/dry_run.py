@@ -1,7 +1,7 @@
 """What a run would do, stage by stage: the run's own stages, looked up in the store by their keys.
 
-Reads configs, headers and local texts; computes nothing, writes nothing, and asks no hub. What cannot be known without
-reading weights or asking the hub has no key.
+Reads configs, headers and local texts; computes nothing, writes nothing, and does not contact the hub. A stage whose
+inputs cannot be known without reading weights or downloading a text has no key.
 """
 
 from dataclasses import dataclass, replace
@@ -83,7 +83,7 @@ def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
         directory = _find(conversion(file, digest), store) if digest else None
         if directory is None:
             raise ResourceError(
-                f"model.path={recipe.model.path}: is to be converted first; nothing more can be told before a run has "
+                f"model.path={recipe.model.path}: has to be converted first; nothing more can be said before a run has "
                 "done it"
             )
         return directory

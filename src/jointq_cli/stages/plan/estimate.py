@@ -77,7 +77,7 @@ def _rows(recipe: Recipe, inputs: RunInputs, found: DryRun, load: Workload) -> l
         ("model", EVERY_RUN, load.model()),
         ("calibration tokens", inputs.tokens_status, load.text(load.calibration)),
         ("evaluation tokens", windows_status, load.text(load.evaluation)),
-        *((stage.name, status, stage.cost(load).left(status.share)) for stage, status in found.stages),
+        *((stage.name, status, stage.cost(load).remaining(status.share)) for stage, status in found.stages),
         ("file hashes", EVERY_RUN, load.file_hashes()),
         ("audit", EVERY_RUN, load.audit()),
         (RUN_DIRECTORY, EVERY_RUN, load.run_directory(linked=_one_disk(recipe))),
@@ -97,9 +97,9 @@ def _notes(recipe: Recipe, inputs: RunInputs, found: DryRun) -> list[str]:
             notes.append(f"unknown until a run has read the weights once: what the store has of {found.unread}")
         if inputs.windows is None:
             text = f"evaluation.dataset={recipe.evaluation.dataset}"
-            notes.append(f"unknown, since a plan asks no hub: what the store has of {text}")
+            notes.append(f"unknown, since a plan does not contact the hub: what the store has of {text}")
     if inputs.original.device.type == "cuda":
-        notes.append("memory is that of the GPU; that of the process is not foreseen")
+        notes.append("memory is that of the GPU; the memory of the process is not estimated")
     return notes
 
 

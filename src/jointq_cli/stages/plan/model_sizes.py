@@ -1,4 +1,4 @@
-"""What a model's headers say about its size: blocks, their layers, and what lies outside of them. Reads no weight."""
+"""The sizes of a model: its blocks, their linear layers, and its parameters outside of blocks. Reads no weight."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from jointq_cli.models.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Layers of one block that read the same tensor, as far as names tell: those of one module but for its last, and
-    the last, which reads what the others made."""
+    """Linear layers of one block with the same input, judged by their names: in each attention or MLP module the last
+    layer reads what the others have computed, and the others share an input."""
 
     in_features: int
     out_features: tuple[int, ...]
-    writes: bool  # into the residual stream
+    writes: bool  # whether their outputs are added to the residual stream
 
     @property
     def weights(self) -> int:
@@ -34,7 +34,7 @@ class Shapes:
     in_blocks: int  # parameters of all blocks
     outside: int  # parameters as stored: a tied head counts once
     is_tied: bool
-    inputs: tuple[InputGroup, ...]  # of the layers that are to be quantised, all blocks
+    inputs: tuple[InputGroup, ...]  # of the layers to quantise, in all blocks
 
     @property
     def widest(self) -> int:
@@ -42,7 +42,7 @@ class Shapes:
 
     @property
     def selected(self) -> int:
-        """Weights that are to be quantised."""
+        """The number of weights to quantise."""
         return sum(one.weights for one in self.inputs)
 
     @property
@@ -52,7 +52,7 @@ class Shapes:
 
 def shapes_of(model: StreamedModel, selected: Iterable[str]) -> Shapes:
     """selected: full names of the layers to quantise, in the order of the model."""
-    config: Any = model.module.config.get_text_config()  # of a model that sees as well
+    config: Any = model.module.config.get_text_config()  # of a model with vision as well
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
     head = next(name for name, module in model.linear_layers().items() if module is _head(model))
     return Shapes(

@@ -1,6 +1,6 @@
-"""What a person should know before hours of work: what is allowed, and will most likely be regretted.
+"""Preflight warnings: valid settings that usually give poor results.
 
-Told by a plan and by the run itself, one line each, with the key to change. Knows sizes only.
+Shown by `plan` and by the run itself before it computes, one line each, with the key to change. Knows sizes only.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import Shapes
 
-LEAST_TOKENS_PER_COLUMN = 4  # of calibration: with fewer than one the Hessian is singular
-LEAST_SCORED = 4000  # tokens: with fewer, perplexities are known to some ten percent
+LEAST_TOKENS_PER_COLUMN = 4  # of calibration; with fewer than one the Hessian is singular
+LEAST_SCORED = 4000  # tokens; with fewer the standard error of a perplexity is about ten percent
 
 
 def preflight_warnings(
     recipe: Recipe, model: StreamedModel, shapes: Shapes, calibrated: int, scored: int | None = None
 ) -> list[str]:
-    """calibrated, scored: tokens that there are; scored is None where the text has not been seen yet."""
+    """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
         *model.checkpoint.warnings,
         *_beyond_positions(recipe, model),
@@ -60,9 +60,9 @@ def _short_text(recipe: Recipe, scored: int | None) -> str:
 
 
 def _is_cut(evaluation: Evaluation, scored: int) -> bool:
-    """Whether more of the text could be scored: all windows that were asked for are there."""
-    of_a_window = (evaluation.stride or evaluation.seqlen) - 1  # the first token of a text is not scored
-    return evaluation.max_windows is not None and scored >= evaluation.max_windows * of_a_window
+    """Whether `max_windows` ends the text: all requested windows exist."""
+    per_window = (evaluation.stride or evaluation.seqlen) - 1  # the first token of a text is not scored
+    return evaluation.max_windows is not None and scored >= evaluation.max_windows * per_window
 
 
 def _untied(recipe: Recipe, model: StreamedModel, shapes: Shapes) -> str:
@@ -71,6 +71,6 @@ def _untied(recipe: Recipe, model: StreamedModel, shapes: Shapes) -> str:
     grown = shapes.embedding * model.checkpoint.dtype.itemsize
     share = grown / model.checkpoint.weight_bytes
     return (
-        f"rotation.r1=true: parts input and output embeddings, and the checkpoint grows by {grown / 1e6:,.0f} MB "
+        f"rotation.r1=true: unties input and output embeddings, and the checkpoint grows by {grown / 1e6:,.0f} MB "
         f"({100 * share:.0f} %); rotation.r1=false keeps them tied"
     )

@@ -1,7 +1,7 @@
-"""How fast this machine multiplies, measured in a fraction of a second.
+"""How fast this machine computes, measured in a fraction of a second.
 
-On a processor one thread is timed by its own clock, and the others are taken to be as fast: what other jobs have of the
-machine is not held against it.
+On a CPU one thread is measured in its own CPU time, so that other jobs on the machine do not count, and the result is
+extrapolated to all threads.
 """
 
 import time
@@ -12,28 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PATIENCE = 0.1  # seconds for each measurement
-ROWS = 256
+MEASURED_SECONDS = 0.1  # of each operation
+ROWS = 256  # of the left factor
 WIDEST = 1024  # larger products are not faster
-TOGETHER = 0.7  # of what threads would do if they never waited for each other
+PARALLEL_EFFICIENCY = 0.7  # of several threads
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Per second, with all threads: floating point operations of products in the dtype of the forward pass, in float32
-    and in float64, and elements of a pointwise operation."""
+    """Per second and with all threads: floating-point operations of matrix products, and elements of a pointwise
+    operation."""
 
-    forward: float
-    single: float
-    double: float
+    forward: float  # products in the dtype of the forward pass
+    single: float  # products in float32
+    double: float  # products in float64
     pointwise: float
 
 
 def measure_speeds(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> Speeds:
-    """hidden, width: of the model's products."""
+    """hidden, width: hidden size of the model and input size of its widest layer."""
     hidden, width = min(hidden, WIDEST), min(width, WIDEST)
     with _one_thread() as threads:
-        workers = 1.0 if device.type == "cuda" or threads == 1 else TOGETHER * threads
+        workers = 1.0 if device.type == "cuda" or threads == 1 else PARALLEL_EFFICIENCY * threads
         return Speeds(
             forward=workers * _products(device, dtype, hidden, width),
             single=workers * _products(device, torch.float32, hidden, width),
@@ -44,8 +44,8 @@ def measure_speeds(device: torch.device, dtype: torch.dtype, hidden: int, width:
 
 @contextmanager
 def _one_thread() -> Iterator[int]:
-    """Inside, PyTorch computes on one thread: several would wait for each other, and that is no work. Yields how many
-    there are outside."""
+    """Inside, PyTorch computes on one thread: with several, waiting would count as CPU time. Yields the number of
+    threads outside."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -65,15 +65,15 @@ def _pointwise(device: torch.device, dtype: torch.dtype, width: int) -> float:
     return rows.numel() / _seconds(device, lambda: torch.nn.functional.silu(rows))
 
 
-def _seconds(device: torch.device, act: Callable[[], Tensor]) -> float:
-    """Of the quickest `act` of some."""
+def _seconds(device: torch.device, operation: Callable[[], Tensor]) -> float:
+    """Of the fastest of several calls."""
     on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.thread_time
-    act()
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < PATIENCE or best == float("inf"):
+    operation()
+    best, first = float("inf"), time.perf_counter()
+    while time.perf_counter() - first < MEASURED_SECONDS or best == float("inf"):
         start = clock()
-        act()
+        operation()
         if on_gpu:
             torch.cuda.synchronize(device)
         best = min(best, max(clock() - start, 1e-9))
