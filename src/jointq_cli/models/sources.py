@@ -19,8 +19,9 @@ from huggingface_hub.errors import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from jointq_cli.errors import ConfigError, ModelError, ResourceError
+from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
+from jointq_cli.settings import check, setting
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import file_hash
 
@@ -34,13 +35,14 @@ UNWANTED = ["*/*", "consolidated*"]  # what repositories hold beside the checkpo
 class ModelSource:
     """`path`: "pocket" (the bundled model), a local directory, a FILE.gguf, or a hub id such as org/name."""
 
-    path: str
-    revision: str | None
-    trust_remote_code: bool
+    path: str = setting(
+        "pocket", pattern=".+", form="name a model: pocket, a directory, a FILE.gguf or a hub id", place=True
+    )
+    revision: str | None = setting(None, decides=False)  # the hash of the weights decides
+    trust_remote_code: bool = setting(False)
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("model.path=: must name a model: pocket, a directory, a FILE.gguf or a hub id")
+        check(self, "model")
 
 
 def fetch(

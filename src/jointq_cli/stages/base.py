@@ -156,7 +156,7 @@ class Stages:
             inputs=recipe.calibration.inputs,
             weights=recipe.calibration.weights,
             batch=self.batch(tokens.windows),
-            waiting=self.runtime.waiting_gb * 1e9,
+            waiting=self.runtime.suspended_activations_gb * 1e9,
         )
         plan.check(len(tokens.windows))
         spec = {

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.settings import places
 from jointq_cli.system.files import translated_disk_errors, write_whole
 from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 from jointq_cli.system.store import code_version
@@ -28,7 +29,6 @@ PLAN, JOB, LOCK = "sweep.json", "job.json", ".job.lock"
 LOOK_EVERY = 0.5  # seconds between two looks at a lock
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
 ENDED = (DONE, FAILED, INTERRUPTED)
-PLACES = ("path", "tokens", "reference")  # fields of a recipe that may name local files
 
 
 @dataclass(frozen=True)
@@ -135,23 +135,19 @@ def load_job(directory: Path) -> JobRecord:
         return JobRecord(WAITING)
 
 
-def job_key(recipe: object, config: str) -> str:
+def job_key(recipe: Any, config: str) -> str:
     """sha256 of what decides a job's results: its config in full, the code, and the local files that it names."""
     identity = [config, code_version(), *(_state_of(path) for path in _local_files(recipe))]
     return hashlib.sha256("\0".join(identity).encode()).hexdigest()
 
 
-def _local_files(value: Any) -> Iterator[Path]:
-    """The files that a recipe names: one by one, by a directory, or by a pattern as texts may be given."""
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            yield from _local_files(item)
-        elif field.name in PLACES and isinstance(item, str):
-            place = os.path.expanduser(item)
-            inside = os.path.join(glob.escape(place), "*")
-            found = glob.glob(inside if os.path.isdir(place) else place, recursive=True)
-            yield from (path for path in map(Path, sorted(found)) if path.is_file())
+def _local_files(recipe: Any) -> Iterator[Path]:
+    """The files that a recipe names: one by one, by a directory, or by a glob pattern."""
+    for _, value in places(recipe):
+        place = os.path.expanduser(value)
+        inside = os.path.join(glob.escape(place), "*")
+        found = glob.glob(inside if os.path.isdir(place) else place, recursive=True)
+        yield from (path for path in map(Path, sorted(found)) if path.is_file())
 
 
 def _state_of(path: Path) -> str:

@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     # Not above: these bring torch, and --help answers without.
     from jointq_cli.cli.commands.quantize import run
     from jointq_cli.cli.replay import replay
+    from jointq_cli.recipe import setting_roles
     from jointq_cli.records import DIFFERENT
     from jointq_cli.report import encode
     from jointq_cli.report.reproduction import compare
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     place = parsed.against or parsed.directory or fresh_beside(parsed.run_directory)
     if parsed.against is None:
         replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
-    found = compare(original, read_evidence(place), parsed.tolerance)
+    found = compare(original, read_evidence(place), setting_roles(), parsed.tolerance)
     if parsed.against is None:
         write_whole(place / JSON, encode(found))
         write_whole(place / MARKDOWN, render_reproduction(found))

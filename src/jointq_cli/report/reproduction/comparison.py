@@ -22,9 +22,12 @@ from jointq_cli.report.reproduction import environment as surroundings
 from jointq_cli.report.reproduction import inputs as asked
 from jointq_cli.report.reproduction import metrics as measured
 from jointq_cli.report.reproduction.finished_run import Evidence
+from jointq_cli.settings import SettingRoles
 
 
-def compare(original: Evidence, replay: Evidence, tolerance: float | None = None) -> Reproduction:
+def compare(
+    original: Evidence, replay: Evidence, roles: SettingRoles, tolerance: float | None = None
+) -> Reproduction:
     """tolerance: relative, on both perplexities and on KL divergence, for runs that were asked for the same on the
     same tokens and whose hardware or libraries can round otherwise; None for runs that must be identical."""
     runs = (original, replay)
@@ -42,7 +45,7 @@ def compare(original: Evidence, replay: Evidence, tolerance: float | None = None
         measured.likelihoods(*runs),
         *map(measured.figure_step, figures),
     ]
-    steps = [asked.config(*runs, proven=all(step.same for step in behind_the_config)), *behind_the_config]
+    steps = [asked.config(*runs, roles, proven=all(step.same for step in behind_the_config)), *behind_the_config]
     rounding = surroundings.that_can_round_otherwise(*runs)
     return Reproduction(
         original=str(original.directory),

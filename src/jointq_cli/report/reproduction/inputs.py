@@ -5,55 +5,34 @@ from collections.abc import Iterator, Mapping
 from jointq_cli.records import ASKED, ComparedStep
 from jointq_cli.report import number_format as units
 from jointq_cli.report.reproduction.finished_run import Evidence
+from jointq_cli.settings import SettingRoles
 
 Settings = Mapping[str, str]  # values as text by dotted key, and the option by group
 
-NAMES = ("name", "description", "output_dir", "store")  # what a run is called and where it lies
-FREE_RUNTIME = ("runtime.device", "runtime.num_threads", "runtime.waiting_gb", "runtime.hessians_gb")
-DECIDING_RUNTIME = ("runtime.dtype", "runtime.batch_tokens")
-# Where something lies whose content the hashes tell.
-PLACES = (
-    "model.path",
-    "model.revision",
-    "calibration.path",
-    "calibration.tokens",
-    "calibration.revision",
-    "evaluation.path",
-    "evaluation.revision",
-)
-GIVEN = (*FREE_RUNTIME, *PLACES)  # what a replay may have otherwise
-OF_PLACES_ONLY = ("model",)  # the group, of which only places are left
-DICTIONARIES = ("activations.layer_bits",)  # whose entries are keys of a user's own
 TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}
 HASHES = ("model", *TEXTS)
 TOLD_OF_A_TEXT = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 MOST_NAMED = 3  # settings that differ
 
 
-def decides(key: str) -> bool:
-    """Whether a setting takes part in a run's result."""
-    if key.startswith("runtime."):
-        return key in DECIDING_RUNTIME
-    return key not in (*NAMES, *PLACES, *OF_PLACES_ONLY)
-
-
-def deciding_differences(ours: Settings, theirs: Settings) -> list[str]:
+def deciding_differences(ours: Settings, theirs: Settings, roles: SettingRoles) -> list[str]:
     """Such as "quantizer.bits 4 → 3", for each deciding setting that both know."""
+    shared = {key for key in (*ours, *theirs) if (key in ours and key in theirs) or roles.is_entry(key)}
     return [
         f"{key} {units.arrow(ours.get(key), theirs.get(key))}"
         for key in dict.fromkeys([*ours, *theirs])
-        if decides(key) and ours.get(key) != theirs.get(key) and ((key in ours and key in theirs) or _is_entry(key))
+        if key in shared and roles.decides(key) and ours.get(key) != theirs.get(key)
     ]
 
 
-def config(original: Evidence, replay: Evidence, proven: bool) -> ComparedStep:
+def config(original: Evidence, replay: Evidence, roles: SettingRoles, proven: bool) -> ComparedStep:
     """proven: all else is identical. Settings that came or went with the code have a value for the other run too;
     whether it is the same one, only the results can tell."""
     ours, theirs = original.settings, replay.settings
-    differing = deciding_differences(ours, theirs)
+    differing = deciding_differences(ours, theirs, roles)
     if differing:
         return ComparedStep("config", ASKED, False, _first_of(differing))
-    one_sided = [*_only_in(ours, theirs, "the original"), *_only_in(theirs, ours, "the replay")]
+    one_sided = [*_only_in(ours, theirs, "the original", roles), *_only_in(theirs, ours, "the replay", roles)]
     if one_sided and not proven:
         return ComparedStep("config", ASKED, False, f"not known to be the same: {'; '.join(one_sided)}")
     return ComparedStep("config", ASKED, True, "; ".join(one_sided))
@@ -63,12 +42,8 @@ def hashes(original: Evidence, replay: Evidence) -> list[ComparedStep]:
     return [_hash(name, original, replay) for name in HASHES]
 
 
-def _is_entry(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in DICTIONARIES)
-
-
-def _only_in(ours: Settings, theirs: Settings, whose: str) -> Iterator[str]:
-    found = [f"{key}={value}" for key, value in ours.items() if decides(key) and key not in theirs]
+def _only_in(ours: Settings, theirs: Settings, whose: str, roles: SettingRoles) -> Iterator[str]:
+    found = [f"{key}={value}" for key, value in ours.items() if roles.decides(key) and key not in theirs]
     if found:
         yield f"only {whose} has {_first_of(found)}"
 
