@@ -254,7 +254,7 @@ KILLS = {
     },
     "links of the run": AT.format(module="system.files", function="_link_or_copy", number=4),
     "audit": AT.format(module="pipeline", function="audit", number=1),
-    "report": AT.format(module="system.run_directory", function="write_whole", number=5),
+    "report": AT.format(module="system.run_directory", function="write_text_atomically", number=5),
 }
 
 
@@ -278,7 +278,7 @@ STEPS = {
     "before it is on disk": "kill_at(store, 'sync_tree')",
     "before it has its name": "kill_at(os, 'rename')",
     "when it has its name": "kill_at(store, 'sync')",
-    "before a damaged one is taken away": "kill_at(store, 'take_away')",
+    "before a damaged one is taken away": "kill_at(store, 'delete_locked')",
     "while a damaged one is moved away": "kill_at(os, 'rename')",
     "while a damaged one is deleted": "kill_at(os, 'unlink', 3)",
     "after a damaged one was deleted": "kill_at(store, 'discard_unfinished')",
@@ -310,7 +310,7 @@ def test_kill_9_at_any_step_of_the_store_leaves_a_whole_artifact_or_none(step: s
     killed = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     told: list[str] = []
-    with Store(tmp_path, tell=told.append) as store:
+    with Store(tmp_path, log=told.append) as store:
         artifact = store.reuse("stage", {}, [], make)
     assert {file.name: file.read_text() for file in artifact.path.iterdir() if file.name != CONTENTS} == {
         "a": "1",

@@ -2,22 +2,22 @@
 
     JointqError                 one line on stderr, exit code 1
     |-- ConfigError             a key of the recipe breaks a rule
-    |-- ModelError              a checkpoint is missing, damaged, or of a shape the engine cannot walk
+    |-- ModelError              a checkpoint is missing, damaged, or of an unsupported architecture
     |-- TextError               a text is missing, empty, undecodable or too short
     |-- NumericsError           a layer cannot be solved
     |-- ResourceError           the machine lacks something: a GPU, disk space, the network
-    |-- UntrustedResult         a run went through, and what it made is of no use as it is
-    |-- TeamError               another process of the run has ended
-    |-- Echo                    an error that another process has told already
+    |-- UntrustedResult         a run completed, but its result should not be used as it is
+    |-- PeerProcessError        another process of the run has ended
+    |-- AlreadyReported         an error whose message another process prints
     `-- Interrupted             Ctrl-C; everything finished is kept, exit code 75
 
 A message is one line and names the key or file as the user typed it, the rule, and the value.
-Any other exception that escapes is a bug of ours and keeps its traceback.
+Any other exception that escapes is a bug of jointq and keeps its traceback.
 """
 
 
 class JointqError(Exception):
-    """Base of all errors that are told to the user in one line."""
+    """Base of all errors that are reported to the user in one line."""
 
     exit_code = 1
 
@@ -27,7 +27,7 @@ class ConfigError(JointqError):
 
 
 class ModelError(JointqError):
-    """A checkpoint is missing, damaged, or of a shape the engine cannot walk."""
+    """A checkpoint is missing, damaged, or of an unsupported architecture."""
 
 
 class TextError(JointqError):
@@ -43,15 +43,16 @@ class ResourceError(JointqError):
 
 
 class UntrustedResult(JointqError):
-    """A run went through and everything is written, but its result should not be used as it is."""
+    """A run completed and everything is written, but its result should not be used as it is."""
 
 
-class TeamError(JointqError):
+class PeerProcessError(JointqError):
     """Another process of the run has ended."""
 
 
 class AlreadyReported(JointqError):
-    """An error that another process of the run has told already: nothing is printed, and the exit code is its own."""
+    """Wraps an error whose message another process of the run prints: this process prints nothing and exits with the
+    error's exit code."""
 
     def __init__(self, error: JointqError) -> None:
         super().__init__(str(error))

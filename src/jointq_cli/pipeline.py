@@ -16,7 +16,7 @@ import torch
 
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
-from jointq_cli.errors import TeamError
+from jointq_cli.errors import PeerProcessError
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.formats.audit import audit
@@ -32,18 +32,18 @@ from jointq_cli.stages.plan.dry_run import Survey, estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import caveats
 from jointq_cli.stages.rotate import Rotated
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files, translated_disk_errors
 from jointq_cli.system.interrupts import deferred
 from jointq_cli.system.machine import peak_memory, versions
-from jointq_cli.system.run_directory import Manifest, RunDirectory, made_files, take_manifest
+from jointq_cli.system.run_directory import Manifest, RunDirectory, build_manifest, result_files
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import file_hashes
 from jointq_cli.transforms import HadamardRotation, LearnedRotation
 
 
-def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = ALONE) -> RunReport | None:
+def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RunReport | None:
     """Quantises a model, measures the checkpoint as it lies on disk, and leaves everything in the run directory.
 
     The report is the leader's, None for others.
@@ -76,7 +76,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = A
         return team.on_rank0(finish)
 
 
-def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = ALONE) -> RotationRecord:
+def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RotationRecord:
     """Smooths and rotates a model at full precision, and leaves it in the run directory."""
     with _stages(recipe.store, recipe.runtime, console, team) as stages:
         original = stages.model(stages.source(recipe.model), recipe.model)
@@ -99,7 +99,9 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         return rotated.record
 
 
-def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: Team = ALONE) -> EvaluationReport:
+def evaluate(
+    recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS
+) -> EvaluationReport:
     """Perplexity of a checkpoint, and with a reference what became of the original's predictions."""
     with _stages(recipe.store, recipe.runtime, console, team) as stages:
         model = stages.model(stages.source(recipe.model), recipe.model)
@@ -125,7 +127,7 @@ def evaluate(recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: 
         return report
 
 
-def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = ALONE) -> Tokens:
+def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = SINGLE_PROCESS) -> Tokens:
     """Freezes a recipe's calibration tokens in a file that `calibration.tokens` reads without a network."""
     with _stages(recipe.store, recipe.runtime, console, team) as stages:
         source = stages.source(recipe.model)
@@ -162,7 +164,7 @@ def _stages(root: str, runtime: Runtime, console: Console, team: Team) -> Iterat
     ):
         try:
             yield Stages(store, console, runtime, interrupts, team)
-        except TeamError:  # Ctrl-C has reached all, and this is what another one makes of it
+        except PeerProcessError:  # Ctrl-C has reached all, and this is what another one makes of it
             interrupts.raise_if_requested()
             raise
 
@@ -203,7 +205,7 @@ def _header(
         ("recipe", recipe.name),
         ("model", f"{recipe.model.path} ({type(model.module).__name__}, {parameters})"),
         ("rotation", basis),
-        ("calibration", f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_use()}"),
+        ("calibration", f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_statistics()}"),
         *further,
         ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {_computing(stages.team)}"),
     ]
@@ -251,7 +253,7 @@ def _report(
         quantizer=_quantizer(recipe),
         rotation=rotated.record,
         simulation=measured.simulation,
-        calibration=f"{tokens.describe()} {recipe.calibration.describe_use()}",
+        calibration=f"{tokens.describe()} {recipe.calibration.describe_statistics()}",
         protocol=_protocol(recipe.evaluation, windows, model),
         original=perplexity(scores.original_nll, scores.tokens),
         quantized=perplexity(scores.quantized_nll, scores.tokens),
@@ -272,7 +274,7 @@ def _report(
 def _file_hashes(stages: Stages, run: RunDirectory) -> dict[str, str]:
     """What a replay of this run must make again, even where the files are gone by then."""
     with stages.stage("file hashes"):
-        return file_hashes(run.path, made_files(run.path))
+        return file_hashes(run.path, result_files(run.path))
 
 
 def _write(
@@ -309,7 +311,7 @@ def _manifest(
     if isinstance(recipe.rotation, (HadamardRotation, LearnedRotation)):
         seeds["rotation.seed"] = recipe.rotation.seed
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return take_manifest(
+    return build_manifest(
         command=sys.argv,
         device=device,
         threads=torch.get_num_threads(),

@@ -142,10 +142,10 @@ def test_a_token_of_zeros_does_no_harm() -> None:
 def test_tokens_are_weighed_by_the_stream_that_a_layer_writes_into() -> None:
     given, behind = streams(8)
     weighting = TokenWeights("residual", power=2.0, first_token=1.0)
-    weights = weighting.of(given, behind, 6)
+    weights = weighting.per_token(given, behind, 6)
     assert weights is not None
     torch.testing.assert_close(weights, behind.square().mean(dim=-1).reciprocal())
-    assert weighting.of(given, None, 6) is None  # a layer that does not write
+    assert weighting.per_token(given, None, 6) is None  # a layer that does not write
 
 
 def test_the_drift_pairs_what_the_stream_has_lost_with_what_the_layer_is_given() -> None:
@@ -162,10 +162,10 @@ def test_the_drift_pairs_what_the_stream_has_lost_with_what_the_layer_is_given()
 def test_a_layer_may_be_given_its_tokens_in_one_row(weighting: str) -> None:
     given, _ = streams()
     weights = TokenWeights(weighting, power=2.0, first_token=0.5)
-    apart, together = weights.of(given, None, 6), weights.of(given.flatten(0, 1), None, 6)
+    apart, together = weights.per_token(given, None, 6), weights.of(given.flatten(0, 1), None, 6)
     assert apart is not None
     assert together is not None
     assert torch.equal(apart.flatten(), together)
-    routed = weights.of(given.flatten(0, 1)[:7], None, 6)  # nobody knows which of them is a first token
+    routed = weights.per_token(given.flatten(0, 1)[:7], None, 6)  # nobody knows which of them is a first token
     plain = TokenWeights(weighting, power=2.0, first_token=1.0).of(given.flatten(0, 1)[:7], None, 6)
     assert torch.equal(routed, torch.ones(7) if plain is None else plain)

@@ -204,8 +204,8 @@ def test_a_sweep_collects_its_hessians_once_and_shares_their_bits(
 
 def test_a_power_that_weighs_nothing_is_no_part_of_what_is_shared() -> None:
     one, other = (TokenWeights("uniform", power, first_token=0.5) for power in (1.0, 2.0))
-    assert one.decisive == other.decisive
-    assert replace(one, weighting="input").decisive != replace(other, weighting="input").decisive
+    assert one.canonical == other.canonical
+    assert replace(one, weighting="input").canonical != replace(other, weighting="input").canonical
 
 
 def test_hessians_beyond_the_budget_are_not_kept_and_that_is_told(

@@ -31,8 +31,8 @@ from jointq_cli.stages.plan import dry_run as planning
 from jointq_cli.stages.plan.costs import Windows, Workload, total
 from jointq_cli.stages.plan.preflight import LEAST_SCORED
 from jointq_cli.system import machine
-from jointq_cli.system.files import nearest
-from jointq_cli.system.hash_cache import FILE, note_hash, noted_hash
+from jointq_cli.system.files import nearest_existing
+from jointq_cli.system.hash_cache import FILE, cache_hash, cached_hash
 
 TINY = [
     "recipe=ci_smoke", "quantizer=rtn", "quantizer.group_size=32", "qep=none", "calibration.num_samples=8",
@@ -311,23 +311,23 @@ def test_memory_is_foreseen_within_a_third() -> None:
 def test_a_note_holds_as_long_as_size_and_time_do(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_text("one")
-    note_hash(tmp_path, file, [file], "digest")
-    assert noted_hash(tmp_path, file, [file]) == "digest"
+    cache_hash(tmp_path, file, [file], "digest")
+    assert cached_hash(tmp_path, file, [file]) == "digest"
     file.write_text("longer")
-    assert noted_hash(tmp_path, file, [file]) is None
+    assert cached_hash(tmp_path, file, [file]) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}'])
 def test_a_damaged_note_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
-    assert noted_hash(tmp_path, tmp_path / "x", []) is None
-    note_hash(tmp_path, tmp_path / "x", [], "digest")
-    assert noted_hash(tmp_path, tmp_path / "x", []) == "digest"
+    assert cached_hash(tmp_path, tmp_path / "x", []) is None
+    cache_hash(tmp_path, tmp_path / "x", [], "digest")
+    assert cached_hash(tmp_path, tmp_path / "x", []) == "digest"
 
 
 def test_a_store_that_takes_no_note_stops_nobody(tmp_path: Path) -> None:
-    note_hash(tmp_path / "nowhere", tmp_path, [], "digest")
-    assert noted_hash(tmp_path / "nowhere", tmp_path, []) is None
+    cache_hash(tmp_path / "nowhere", tmp_path, [], "digest")
+    assert cached_hash(tmp_path / "nowhere", tmp_path, []) is None
 
 
 # --- estimates
@@ -482,7 +482,7 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_place_that_is_not_there_has_its_parents_disk(tmp_path: Path) -> None:
-    assert nearest(tmp_path / "a" / "b") == tmp_path
+    assert nearest_existing(tmp_path / "a" / "b") == tmp_path
     assert machine.free_disk(tmp_path / "a" / "b") > 0
 
 

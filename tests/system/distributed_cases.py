@@ -1,4 +1,4 @@
-"""What the processes of a team do in tests: `python distributed_cases.py CASE FOLDER`, started as torchrun would."""
+"""What the processes of a group do in tests: `python distributed_cases.py CASE FOLDER`, started as by torchrun."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def start_all(size: int, command: Sequence[object], directory: Path) -> list[sub
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each; a team that hangs is killed, and its test fails."""
+    """Exit code, stdout and stderr of each; processes that hang are killed, and the test fails."""
     try:
         outputs = [process.communicate(timeout=300) for process in processes]
     finally:
@@ -54,24 +54,24 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 def collectives(folder: Path) -> None:
-    """Every answer of the team, by rank."""
+    """The results of all collectives, by rank."""
     import torch
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
-    with joined() as team:
+    with process_group() as team:
         mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
         answers = {
             "part": [team.part(count, unit) for count, unit in ((10, 4), (4, 4), (0, 4), (33, 16))],
-            "lead": team.on_rank0(lambda value: value + 1, 1),
-            "sum": team.sum(torch.tensor([1.0 + team.rank], dtype=torch.float64)).tolist(),
-            "share": team.share({"tensor": mine}),
+            "on rank 0": team.on_rank0(lambda value: value + 1, 1),
+            "sum": team.all_reduce_sum(torch.tensor([1.0 + team.rank], dtype=torch.float64)).tolist(),
+            "broadcast": team.broadcast({"tensor": mine}),
             "gather": team.gather(team.rank),
-            "rows": team.rows(mine),
-            "no rows": team.rows(mine[:0]),
-            "led": team.broadcast_from_rank0(lambda: team.rank),
+            "rows": team.gather_rows(mine),
+            "no rows": team.gather_rows(mine[:0]),
+            "broadcast from rank 0": team.broadcast_from_rank0(lambda: team.rank),
         }
-        team.wait()
+        team.barrier()
         (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
 
 
@@ -80,21 +80,21 @@ def engine(folder: Path) -> None:
     import torch
     from test_distributed import RUNS, quantize
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
     torch.set_num_threads(1)
-    with joined() as team:
+    with process_group() as team:
         for name, run in RUNS.items():
             quantize(folder / name, team, run)
 
 
 def stopping(folder: Path) -> None:
-    """A run that its leader, and so everybody, breaks off somewhere."""
+    """A run that rank 0, and therefore every process, stops somewhere."""
     from test_distributed import RUNS, Stop, quantize
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
-    with joined() as team:
+    with process_group() as team:
         left = 25
 
         def pause() -> None:
@@ -107,22 +107,22 @@ def stopping(folder: Path) -> None:
 
 
 def disks(folder: Path) -> None:
-    """A run whose processes each have a disk of their own."""
+    """A run whose processes do not share a disk."""
     import torch
     from test_distributed import RUNS, quantize
 
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
     torch.set_num_threads(1)
-    with joined() as team:
+    with process_group() as team:
         quantize(folder / f"disk {team.rank}", team, RUNS["qep"])
 
 
 def removing(folder: Path) -> None:
-    """What a team makes together is removed as soon as it is made, once."""
+    """An artifact that all processes compute together is removed once, as soon as it exists."""
     from jointq_cli.system.inventory import entries, remove
     from jointq_cli.system.store import Store
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.system.torchrun import process_group
 
     class Emptied(Store):
         made = 0
@@ -134,7 +134,7 @@ def removing(folder: Path) -> None:
                 assert remove(self.root, entries(self.root)[0])
             return done
 
-    with joined() as team, Emptied(folder / "store", team=team) as store:
+    with process_group() as team, Emptied(folder / "store", team=team) as store:
 
         def make(scratch: Path) -> None:
             ranks = team.gather(team.rank)
@@ -142,38 +142,38 @@ def removing(folder: Path) -> None:
 
         artifact = store.reuse("stage", {}, [], make, together=True)
         assert (artifact.path / "ranks").read_text() == "[0, 1, 2]"
-        assert team.gather(store.made) == [2, 0, 0]  # the others only help
+        assert team.gather(store.made) == [2, 0, 0]  # only rank 0 writes
 
 
-def meeting(folder: Path) -> None:
-    """A meeting that takes no more than a moment."""
+def connecting(folder: Path) -> None:
+    """A rendezvous with a short timeout."""
     from datetime import timedelta
 
-    from jointq_cli.system import torchrun as processes
+    from jointq_cli.system import torchrun
 
-    processes._SILENCE, processes._MEETING = 0.1, timedelta(seconds=float(folder.name))
-    with processes.joined():
+    torchrun._NOTICE_AFTER, torchrun._RENDEZVOUS_TIMEOUT = 0.1, timedelta(seconds=float(folder.name))
+    with torchrun.process_group():
         pass
 
 
 def leaving(folder: Path) -> None:
-    """One process ends without a word, in the middle of each way to talk."""
+    """One process exits without a message while the other is in a collective operation."""
     import torch
 
-    from jointq_cli.errors import TeamError
-    from jointq_cli.system.torchrun import joined
+    from jointq_cli.errors import PeerProcessError
+    from jointq_cli.system.torchrun import process_group
 
-    with joined() as team:
+    with process_group() as team:
         if team.rank == 1:
             os._exit(3)
         one = torch.ones(1)
-        for talk in (team.gather, team.sum, team.share, team.rows):
+        for collective in (team.gather, team.all_reduce_sum, team.broadcast, team.gather_rows):
             try:
-                talk(one)
-            except TeamError as error:
+                collective(one)
+            except PeerProcessError as error:
                 last = error
             else:
-                raise AssertionError(talk)
+                raise AssertionError(collective)
         raise last
 
 

@@ -1,4 +1,4 @@
-"""One run by several processes: what they tell each other, the bits they agree on, and how they end together."""
+"""One run by several processes: its collectives, that its results are those of one process, and how it fails."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ from tiny_models import write_checkpoint
 
 from jointq_cli.cli.main import main
 from jointq_cli.data.token_weights import TokenWeights
-from jointq_cli.errors import Interrupted, JointqError, ResourceError, TeamError
+from jointq_cli.errors import Interrupted, JointqError, PeerProcessError, ResourceError
 from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
@@ -33,9 +33,9 @@ from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.quantization.quantizers.base import ROWS
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.settings import Runtime
-from jointq_cli.system.torchrun import _broken, joined
+from jointq_cli.system.torchrun import _translated_errors, process_group
 
 
 class Stop(JointqError):
@@ -63,9 +63,9 @@ RUNS = {
 
 
 def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lambda: None) -> Workspace:
-    """A tiny model, quantised in `folder` by a team."""
+    """A tiny model, quantised in `folder` by a process group."""
     team.on_rank0(lambda: folder.mkdir(exist_ok=True))
-    team.wait()
+    team.barrier()
     model = StreamedModel(Checkpoint(folder.parent / "model"), CPU, torch.float32)
     names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
     plan = LoopSettings(run.quantizer, run.qep, names, run.inputs, run.weights, 2, 1e9)
@@ -74,23 +74,23 @@ def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lam
         if run.ahead:
             hessians = Hessians(_made(folder / "hessians", team))
             collect_hessians(model, windows(run.count), plan, hessians, lambda: None, pause, team)
-            team.wait()
+            team.barrier()
         quantize_blocks(
             model, windows(run.count), plan, workspace, lambda record: None, pause, hessians, team
         )  # fmt: skip
-    team.wait()
+    team.barrier()
     return workspace
 
 
 def _made(folder: Path, team: Team) -> Path:
     team.on_rank0(lambda: folder.mkdir(exist_ok=True))
-    team.wait()
+    team.barrier()
     return folder
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RUNS, each in its folder, by two processes; and what each process was answered."""
+    """RUNS, each in its folder, by two processes; and the results of the collectives on each process."""
     folder = tmp_path_factory.mktemp("together")
     write_checkpoint(folder / "model", dtype=torch.bfloat16)
     jobs = [start_all(2, [HERE / "distributed_cases.py", case, folder], HERE) for case in ("collectives", "engine")]
@@ -104,7 +104,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     write_checkpoint(folder / "model", dtype=torch.bfloat16)
     for name, run in RUNS.items():
-        quantize(folder / name, ALONE, run)
+        quantize(folder / name, SINGLE_PROCESS, run)
     return folder
 
 
@@ -112,19 +112,19 @@ def answers(folder: Path) -> list[dict[str, Any]]:
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 
 
-def test_what_the_processes_tell_each_other(together: Path) -> None:
+def test_collectives_of_two_processes(together: Path) -> None:
     first, second = answers(together)
-    assert (first["lead"], second["lead"]) == (2, None)
+    assert (first["on rank 0"], second["on rank 0"]) == (2, None)
     assert first["sum"] == second["sum"] == [3.0]
     assert first["gather"] == second["gather"] == [0, 1]
-    assert torch.equal(first["share"]["tensor"], second["share"]["tensor"])
+    assert torch.equal(first["broadcast"]["tensor"], second["broadcast"]["tensor"])
     expected = torch.tensor([[0.0] * 3, [1.0] * 3, [1.0] * 3], dtype=torch.bfloat16)
     assert torch.equal(first["rows"], expected)
     assert first["no rows"].shape == (0, 3)
-    assert first["led"] == second["led"] == 0
+    assert first["broadcast from rank 0"] == second["broadcast from rank 0"] == 0
 
 
-def test_parts_are_whole_units_that_cover_everything_once_and_the_first_is_the_leaders(together: Path) -> None:
+def test_parts_are_multiples_of_the_unit_that_cover_everything_once_and_rank_0_has_the_first(together: Path) -> None:
     parts = list(zip(*(answer["part"] for answer in answers(together)), strict=True))
     assert parts == [
         (slice(0, 8), slice(8, 10)),
@@ -132,13 +132,13 @@ def test_parts_are_whole_units_that_cover_everything_once_and_the_first_is_the_l
         (slice(0, 0), slice(0, 0)),
         (slice(0, 32), slice(32, 33)),
     ]
-    assert ALONE.part(10, 4) == slice(0, 10)
+    assert SINGLE_PROCESS.part(10, 4) == slice(0, 10)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_have_the_codes_of_one(name: str, together: Path, alone: Path) -> None:
-    """RTN's to the bit. Sums over batches in another order may move the last of 53 bits of a Hessian, and so, hardly
-    ever, a code that stood between two levels."""
+    """RTN's to the bit. Summing over batches in another order may change the last of 53 bits of a Hessian and so, very
+    rarely, a code halfway between two levels."""
     different = total = 0
     files = sorted((alone / name / "layers").glob("*.safetensors"))
     assert len(files) == 3 * 7
@@ -164,20 +164,20 @@ def test_records_of_two_processes_are_those_of_one(name: str, together: Path, al
 
 
 @pytest.mark.slow
-def test_a_team_that_was_stopped_is_continued_by_one_process(alone: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_that_was_stopped_is_continued_by_one(alone: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     codes = ended(start_all(2, [HERE / "distributed_cases.py", "stopping", tmp_path], HERE))
     assert sorted(err for _, _, err in codes) == ["", "error: stopped\n"]
     assert {code for code, _, _ in codes} == {1}
     assert 0 < len(list((tmp_path / "stopped" / "layers").glob("*.json"))) < 3 * 7
-    quantize(tmp_path / "stopped", ALONE, RUNS["qep"])
+    quantize(tmp_path / "stopped", SINGLE_PROCESS, RUNS["qep"])
     names = [f"shards/0000{block}.safetensors" for block in range(3)]
     assert [sha256(tmp_path / "stopped" / name) for name in names] == [sha256(alone / "qep" / name) for name in names]
 
 
 @pytest.mark.slow
-def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_path: Path) -> None:
-    """The disk of the other process, a network's say, shows it a layer that the leader must solve."""
+def test_rank_0_decides_which_layers_are_finished(alone: Path, tmp_path: Path) -> None:
+    """The other process sees, on another disk, a layer that rank 0 has still to solve."""
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     stale = tmp_path / "disk 1" / "layers"
     stale.mkdir(parents=True)
@@ -190,7 +190,7 @@ def test_what_the_leader_finds_finished_is_finished_for_all(alone: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, tmp_path: Path) -> None:
+def test_processes_that_would_continue_at_different_blocks_are_refused(alone: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     shutil.copytree(alone / "qep", tmp_path / "disk 1")
     found = ended(start_all(2, [HERE / "distributed_cases.py", "disks", tmp_path], HERE))
@@ -200,59 +200,65 @@ def test_processes_that_would_continue_at_other_blocks_are_refused(alone: Path, 
     assert not list(tmp_path.glob("disk 0/layers/*"))
 
 
-def test_three_processes_make_anew_what_is_removed_as_soon_as_it_is_made(tmp_path: Path) -> None:
+def test_three_processes_recompute_an_artifact_that_is_removed_at_once(tmp_path: Path) -> None:
     found = ended(start_all(3, [HERE / "distributed_cases.py", "removing", tmp_path], HERE))
     assert [(code, err) for code, _, err in found] == [(0, "")] * 3
 
 
-def test_a_process_that_ends_in_the_middle_of_a_talk_is_missed(tmp_path: Path) -> None:
+def test_every_collective_notices_a_process_that_has_ended(tmp_path: Path) -> None:
     found = ended(start_all(2, [HERE / "distributed_cases.py", "leaving", tmp_path], HERE))
     assert [code for code, _, _ in found] == [1, 3]
-    told = "error: another process of this run has ended; the same command continues at what was finished\n"
-    assert [err for _, _, err in found] == [told, ""]
+    message = "error: another process of this run has ended; the same command continues at what was finished\n"
+    assert [err for _, _, err in found] == [message, ""]
 
 
-def test_what_goes_wrong_while_processes_talk_keeps_its_name() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match="out of memory"), _broken():
+def test_errors_of_collectives_are_told_apart() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"), _translated_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    with pytest.raises(ResourceError, match=r"cannot talk to each other: NCCL error .*\n.*Duplicate GPU"), _broken():
+    with (
+        pytest.raises(ResourceError, match=r"cannot communicate: NCCL error .*\n.*Duplicate GPU"),
+        _translated_errors(),
+    ):
         raise torch.distributed.DistBackendError("NCCL error in: init.cpp:3\nLast error: Duplicate GPU detected")
-    with pytest.raises(TeamError), _broken():
+    with pytest.raises(PeerProcessError), _translated_errors():
         raise torch.distributed.DistBackendError("ncclRemoteError: a remote process exiting prematurely.")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_meets_nobody_says_so_and_gives_up(rank: int) -> None:
-    [(code, _, err)] = ended([start(rank, 2, free_port(), [HERE / "distributed_cases.py", "meeting", "1"], HERE)])
+def test_a_process_that_finds_no_other_says_so_and_fails(rank: int) -> None:
+    [(code, _, err)] = ended([start(rank, 2, free_port(), [HERE / "distributed_cases.py", "connecting", "1"], HERE)])
     assert code == 1
     first, *_, last = err.splitlines()  # c10d may have words of its own
     assert re.fullmatch(rf"process {rank} is waiting for the others, 2 in all, at localhost:\d+", first)
     assert last.startswith("error: the processes do not find each other: ")
 
 
-def test_ctrl_c_ends_a_process_that_meets_nobody() -> None:
-    process = start(0, 2, free_port(), [HERE / "distributed_cases.py", "meeting", "300"], HERE)
+def test_ctrl_c_ends_a_process_that_waits_for_the_others() -> None:
+    process = start(0, 2, free_port(), [HERE / "distributed_cases.py", "connecting", "300"], HERE)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("process 0 is waiting")
     process.send_signal(signal.SIGINT)
     assert [code for code, _, _ in ended([process])] == [-signal.SIGINT]
 
 
-def test_a_number_of_processes_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for given in ("abc", "0", ""):
-        monkeypatch.setenv("WORLD_SIZE", given)
-        with pytest.raises(ResourceError, match=f"^WORLD_SIZE={given}: must be the number of processes"), joined():
+def test_a_malformed_world_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("abc", "0", ""):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        with (
+            pytest.raises(ResourceError, match=f"^WORLD_SIZE={value}: must be the number of processes"),
+            process_group(),
+        ):
             pass
 
 
 @pytest.mark.parametrize("words", [["plan"], ["recipes", "show", "ci_smoke"]])
-def test_what_is_not_divided_is_done_by_the_first_process_alone(
+def test_commands_that_are_not_parallel_run_on_rank_0_only(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     seen = []
-    for rank in ("0", "1"):  # with nobody to meet
+    for rank in ("0", "1"):  # neither process exists as a peer of the other
         monkeypatch.setenv("RANK", rank)
         assert main(words) == 0
         seen.append(capsys.readouterr().out)
@@ -282,7 +288,7 @@ def test_moments_of_parts_add_up_to_those_of_all_tokens(weighted: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("columns", [128, 576, 1024])
 def test_products_give_each_row_the_same_bits_among_any_multiple_of_rows(columns: int, dtype: torch.dtype) -> None:
-    """No promise of any library, but what the codes of several processes being those of one rests upon."""
+    """No library promises this, but several processes have the codes of one only if it holds."""
     generator = torch.Generator().manual_seed(0)
     weight, square = (
         torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((208, columns), (columns,) * 2)
@@ -313,7 +319,7 @@ class Third(Team):
         return [None if value is None else f"{value} of process {rank}" for rank in range(4)]
 
 
-def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jointq_cli.system.settings.cpu_count", lambda: 10)
     assert RUNTIME.threads() is None
     assert RUNTIME.threads(Third()) == 2
@@ -322,7 +328,7 @@ def test_cores_are_shared_out_between_the_processes_of_a_machine(monkeypatch: py
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """So many are there, as far as this process can see."""
+    """Sets how many GPUs this process sees."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU {device}"))
@@ -344,13 +350,13 @@ def test_a_process_that_is_shown_one_gpu_takes_it(gpus: Callable[[int], None]) -
     assert RUNTIME.torch_device(Third()) == torch.device("cuda:0")
 
 
-@pytest.mark.parametrize(("seen", "told"), [(["GPU 0"] * 4, 1), (["GPU 0", "GPU 1", None, "GPU 2"], 3)])
+@pytest.mark.parametrize(("seen", "distinct"), [(["GPU 0"] * 4, 1), (["GPU 0", "GPU 1", None, "GPU 2"], 3)])
 def test_processes_that_share_a_gpu_or_lack_one_are_refused(
-    seen: list[str | None], told: int, gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    seen: list[str | None], distinct: int, gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(1)
     monkeypatch.setattr(Third, "gather", lambda self, value: seen)
-    with pytest.raises(ResourceError, match=rf"4 processes have {told} CUDA devices between them"):
+    with pytest.raises(ResourceError, match=rf"4 processes have {distinct} CUDA devices between them"):
         RUNTIME.torch_device(Third())
 
 
@@ -362,7 +368,7 @@ SMOKE = [
 ]  # fmt: skip
 
 
-def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path) -> None:
+def test_an_error_is_reported_once_and_ends_all(tmp_path: Path) -> None:
     found = ended(start_all(2, [*SMOKE, "quantizer.bits=9"], tmp_path))
     assert [code for code, _, _ in found] == [1, 1]
     assert "".join(err for _, _, err in found) == "error: quantizer.bits=9: must be from 1 to 8\n"
@@ -393,7 +399,7 @@ def test_ctrl_c_ends_all_with_one_line_and_any_number_of_processes_continues(tmp
     whole.mkdir()
     found = ended(start_all(2, SMOKE, whole))
     assert [(code, err) for code, _, err in found] == [(0, ""), (0, "")]
-    assert found[1][1] == ""  # what the others say is not seen
+    assert found[1][1] == ""  # only rank 0 prints
     for name in ("checkpoint", "codes"):
         assert hashes(whole / "out/run" / name) == hashes(tmp_path / "out/run" / name)
     assert json.loads((whole / "out/run/manifest.json").read_text())["processes"] == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli.system.integrity import CONTENTS, find_damage, when_made, write_contents
+from jointq_cli.system.integrity import CONTENTS, completed_at, find_damage, write_contents
 
 
 @pytest.fixture
@@ -107,9 +107,9 @@ def test_a_file_on_a_bad_sector_is_damage(whole: Path, monkeypatch: pytest.Monke
 
 
 def test_the_time_of_making_is_kept_apart_from_the_time_of_use(whole: Path) -> None:
-    made = when_made(whole)
+    made = completed_at(whole)
     os.utime(whole / CONTENTS, (0, 0))
     assert made is not None
-    assert when_made(whole) == made
+    assert completed_at(whole) == made
     (whole / CONTENTS).write_text('{"made": "yesterday"}')
-    assert when_made(whole) is None
+    assert completed_at(whole) is None

@@ -14,7 +14,7 @@ import yaml
 from jointq_cli.errors import ConfigError, ResourceError
 from jointq_cli.system import files as disk
 from jointq_cli.system import machine
-from jointq_cli.system.run_directory import RunDirectory, take_manifest
+from jointq_cli.system.run_directory import RunDirectory, build_manifest
 
 
 def test_what_was_asked_is_kept_as_yaml(tmp_path):
@@ -37,7 +37,7 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     assert directory.recipe_hash is None
     directory.write_recipe("name: mine\n")
     directory.write_manifest(
-        take_manifest(
+        build_manifest(
             ["jointq", "quantize"],
             "cpu",
             2,

@@ -124,7 +124,7 @@ def test_waiting_for_another_process_is_told_and_can_be_stopped(tmp_path: Path) 
 
     def make(scratch: Path) -> None:
         with pytest.raises(Stop):
-            Store(tmp_path, pause=stop, tell=told.append).reuse("stage", Spec(4), [], write_one)
+            Store(tmp_path, pause=stop, log=told.append).reuse("stage", Spec(4), [], write_one)
         write_one(scratch)
 
     assert not Store(tmp_path).reuse("stage", Spec(4), [], make).reused
@@ -141,7 +141,7 @@ def test_a_damaged_artifact_is_told_and_made_anew(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         path = store.reuse("stage", Spec(4), [], write_one).path
     damaged(path)
-    with Store(tmp_path, tell=told.append) as store:
+    with Store(tmp_path, log=told.append) as store:
         again = [store.reuse("stage", Spec(4), [], write_one) for _ in range(2)]
     assert [artifact.reused for artifact in again] == [False, True]
     assert (path / "one").read_text() == "1"

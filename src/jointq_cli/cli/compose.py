@@ -35,8 +35,8 @@ from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
 from jointq_cli.cli.schemas import mutable_schema
 from jointq_cli.cli.sweep import Refused, Sweep, current
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
-from jointq_cli.system.distributed import ALONE, Team
-from jointq_cli.system.sweep_directory import attempt, job_key, note_failure
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.sweep_directory import attempt, job_key, record_failure
 
 _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -49,7 +49,7 @@ class Job:
     directory: Path
     overrides: list[str]
     config: str  # yaml: the whole config, in the form of a recipe that gives this very config again
-    team: Team = ALONE
+    team: Team = SINGLE_PROCESS
     number: int | None = None  # in a sweep
     elsewhere: bool = False  # in another process than the one that has the terminal
 
@@ -71,12 +71,12 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
     """
     from jointq_cli.system.torchrun import (  # not above: it brings torch, and shell completion answers without
         is_rank0,
-        joined,
+        process_group,
     )
 
     if not divided:
-        return _launch(command, arguments, task, ALONE) if is_rank0() else 0
-    with joined() as team, _in_place(team) as places:
+        return _launch(command, arguments, task, SINGLE_PROCESS) if is_rank0() else 0
+    with process_group() as team, _in_place(team) as places:
         return _launch(command, [*arguments, *places], task, team)
 
 
@@ -212,10 +212,10 @@ class JobRunner:
         except Interrupted as error:
             raise _SweepStopped from error
         except JointqError as error:
-            note_failure(directory, error)
+            record_failure(directory, error)
         except Exception as error:
             traceback.print_exc()
-            note_failure(directory, error)
+            record_failure(directory, error)
         if self.sweep is not None:
             self.sweep.ended(context.job.num)
 
@@ -235,7 +235,7 @@ class JobRunner:
         text = _as_recipe(config, self._command, context.runtime.choices)
         if context.mode != RunMode.MULTIRUN:
             return recipe, Job(directory, overrides, text, self._team)
-        return recipe, Job(directory, overrides, text, ALONE, context.job.num, elsewhere=self.sweep is None)
+        return recipe, Job(directory, overrides, text, SINGLE_PROCESS, context.job.num, elsewhere=self.sweep is None)
 
     def _run(self, recipe: Any, job: Job) -> None:
         with command_line([self._command, *job.overrides, *self._options]):

@@ -72,7 +72,7 @@ class Calibration(TextSource):
         text = f"{self.dataset}/{self.split} {self.num_samples} x {self.seqlen} tokens"
         return f"{text} {self.strategy} seed {self.seed}"
 
-    def describe_use(self) -> str:
+    def describe_statistics(self) -> str:
         """What the statistics are made of, such as "inputs=quantized token_weighting=residual^-2"."""
         told = [f"inputs={self.inputs}"]
         if self.token_weighting != "uniform":
@@ -80,7 +80,7 @@ class Calibration(TextSource):
         told += [f"first_token_weight={self.first_token_weight:g}"] if self.first_token_weight != 1 else []
         return " ".join(told)
 
-    def of_tokens_alone(self) -> "Calibration":
+    def tokens_only(self) -> "Calibration":
         """The same tokens, with nothing said about what becomes of them."""
         return replace(self, inputs="original", token_weighting="uniform", token_power=0.0, first_token_weight=1.0)
 

@@ -25,22 +25,22 @@ class TokenWeights:
         return self.weighting == "residual"
 
     @property
-    def decisive(self) -> "TokenWeights":
+    def canonical(self) -> "TokenWeights":
         """The same weights, with nothing said that does not matter."""
         return replace(self, power=0.0) if self.weighting == "uniform" else self
 
-    def of(self, inputs: Tensor, behind: Tensor | None, tokens: int) -> Tensor | None:
+    def per_token(self, inputs: Tensor, behind: Tensor | None, tokens: int) -> Tensor | None:
         """inputs (..., in), tokens of windows of so many; behind (..., hidden), None where the layer does not write.
 
         Returns (...) float32, or None where all count the same. Where a layer is given a part of the tokens only (a
         routed expert), none counts as the first one.
         """
-        decisive = {"uniform": None, "input": inputs, "residual": behind}[self.weighting]
-        if decisive is None and self.first_token == 1:
+        canonical = {"uniform": None, "input": inputs, "residual": behind}[self.weighting]
+        if canonical is None and self.first_token == 1:
             return None
         weights = torch.ones(inputs.shape[:-1], device=inputs.device)
-        if decisive is not None:
-            energy = decisive.float().square().mean(dim=-1)
+        if canonical is not None:
+            energy = canonical.float().square().mean(dim=-1)
             weights = torch.where(energy > 0, energy.pow(-self.power / 2), 0.0)
         if weights.numel() % tokens == 0:
             weights.view(-1, tokens)[:, 0] *= self.first_token

@@ -143,7 +143,7 @@ class StreamedModel:
                 hidden[done - start : done - start + len(part)] = self.embed(part) if done else first
             return hidden
 
-    def note_shapes(self, windows: Tensor, batch: int) -> None:
+    def record_calls(self, windows: Tensor, batch: int) -> None:
         """What `embed_all` notes of how blocks are called, without the hidden states."""
         with self.outer():
             for part in {len(part): part for part in windows.split(batch)}.values():

@@ -60,7 +60,7 @@ class Collector:
         for batch, (seen, other) in enumerate(zip(stream.at(number), wanted, strict=True), first):
             if seen.given is not None:
                 behind = self._behind(group[0], seen, writes)
-                weights = self.plan.weights.of(seen.given, behind, tokens=seen.entered.shape[1])
+                weights = self.plan.weights.per_token(seen.given, behind, tokens=seen.entered.shape[1])
                 paired = other if other is not None and seen.whole and other.whole else None
                 given = None if paired is None else paired.given
                 lost = (paired.residual() - seen.residual()) / writes if drifted and paired is not None else None
@@ -70,7 +70,7 @@ class Collector:
                         held.add(seen.given, given, weights, lost)
             self.pause()
         for moments in filter(None, (everything, held)):
-            moments.sum_over(self.team.sum)
+            moments.sum_over(self.team.all_reduce_sum)
         with named(group[0]):
             heldout = _held_out(everything, held)
             return Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout)

@@ -24,7 +24,7 @@ from jointq_cli.quantization.collector import Collector
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 from jointq_cli.quantization.resumable_forward import stops
 from jointq_cli.quantization.settings import LoopSettings
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import write_atomically
 from jointq_cli.system.tensor_files import read_rows, save_tensors
 
@@ -43,7 +43,7 @@ def collect_hessians(
     hessians: "Hessians",
     on_block: Callable[[], None],
     pause: Callable[[], None],
-    team: Team = ALONE,
+    team: Team = SINGLE_PROCESS,
 ) -> None:
     """Walks through the original model once, and leaves the moments of every group's input in `hessians`.
 
@@ -52,20 +52,20 @@ def collect_hessians(
     do not find the same position.
     """
     collector = Collector(plan, len(windows.split(plan.batch)), model.device, pause, team)
-    start = team.agreed(hessians.directory, "finished blocks", hessians.position())
+    start = team.require_equal(hessians.directory, "finished blocks", hessians.position())
     hidden = _entering(model, windows, plan, hessians, team)
     for index in range(start, len(model)):
         tensors = model.block_tensors(index)
         with model.block(index, tensors):
             block = Block(model, index, tensors, plan.layers)
-            structure = block.structure(team.share(hidden[: plan.batch].cpu()).to(model.device))
+            structure = block.structure(team.broadcast(hidden[: plan.batch].cpu()).to(model.device))
             stream = Stream(block, "original", hidden, plan.batch, collector.waiting(structure.groups, hidden))
             writers = structure.writers if plan.follows_residual else {}
             with stops([[layer.module for layer in group] for group in structure.groups], writers):
                 for number in range(len(structure.groups)):
                     team.on_rank0(hessians.keep, index, number, collector.collect(structure, number, stream))
             hidden = stream.finish(pause)
-        team.on_rank0(hessians.finish_block, index, team.rows(hidden if index + 1 < len(model) else hidden[:0]))
+        team.on_rank0(hessians.finish_block, index, team.gather_rows(hidden if index + 1 < len(model) else hidden[:0]))
         on_block()
 
 
@@ -74,7 +74,7 @@ def _entering(model: StreamedModel, windows: Tensor, plan: LoopSettings, hessian
     own = team.part(len(windows), plan.batch)
     if not hessians.position():
         return model.embed_all(windows, plan.batch, own)
-    model.note_shapes(windows, plan.batch)
+    model.record_calls(windows, plan.batch)
     return hessians.hidden(own).to(model.device)
 
 

@@ -31,7 +31,7 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import Solver
 from jointq_cli.quantization.workspace import Streams, Workspace
 from jointq_cli.records import BlockRecord, LayerRecord
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 
 
 def quantize_blocks(
@@ -42,7 +42,7 @@ def quantize_blocks(
     on_layer: Callable[[LayerRecord], None],
     pause: Callable[[], None],
     hessians: Hessians | None = None,
-    team: Team = ALONE,
+    team: Team = SINGLE_PROCESS,
 ) -> None:
     """Quantises every block from the workspace's position on, and leaves all results in the workspace.
 
@@ -53,7 +53,7 @@ def quantize_blocks(
     ResourceError where the processes do not find the same position.
     """
     plan.check(len(windows))
-    start = team.agreed(workspace.directory, "finished blocks", workspace.position())
+    start = team.require_equal(workspace.directory, "finished blocks", workspace.position())
     streams = _streams(model, windows if hessians is None else windows[: plan.batch], plan, workspace, team)
     collector = Collector(plan, len(windows.split(plan.batch)), model.device, pause, team)
     loop = _Loop(model, plan, workspace, on_layer, pause, hessians, collector, team)
@@ -71,7 +71,7 @@ def _streams(model: StreamedModel, windows: Tensor, plan: LoopSettings, workspac
         if plan.inputs == "original":
             return Streams(hidden, first.clone())
         return Streams((hidden if any(map(plan.qep.corrects, plan.layers)) else first).clone(), hidden)
-    model.note_shapes(windows, plan.batch)
+    model.record_calls(windows, plan.batch)
     kept = workspace.streams(lambda count: team.part(count, plan.batch))
     original, quantized = kept.original.to(model.device), kept.quantized.to(model.device)
     if plan.inputs == "original" and workspace.windows("original") != len(windows):
@@ -115,13 +115,13 @@ class _Loop:
         record = BlockRecord(index, _drift(first))  # the leader's is kept
         # Behind the last block nothing reads what was for calibration any more, but for gigabytes of disk.
         kept = first if index == len(self.model) - 1 else streams
-        kept = Streams(self.team.rows(kept.original), self.team.rows(kept.quantized))
+        kept = Streams(self.team.gather_rows(kept.original), self.team.gather_rows(kept.quantized))
         self.team.on_rank0(self.workspace.finish_block, record, tensors, kept)
         return streams
 
     def _first_batch(self, hidden: Tensor) -> Tensor:
         """Of all processes, that all may find the same groups."""
-        return self.team.share(hidden[: self.plan.batch].cpu()).to(self.model.device)
+        return self.team.broadcast(hidden[: self.plan.batch].cpu()).to(self.model.device)
 
     def _under_way(self, block: Block, streams: Streams, groups: list[list[Layer]]) -> tuple[Stream, Stream]:
         crossed = any(self.plan.qep.corrects(layer.name) for layer in block.layers)

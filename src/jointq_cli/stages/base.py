@@ -37,8 +37,8 @@ from jointq_cli.recipe import Recipe
 from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, StageRecord
 from jointq_cli.report.console.console import Console, Stage
 from jointq_cli.report.console.screens import Bar
-from jointq_cli.system.distributed import ALONE, Team
-from jointq_cli.system.hash_cache import note_hash
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.hash_cache import cache_hash
 from jointq_cli.system.interrupts import Interrupts
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Artifact, Store
@@ -77,7 +77,7 @@ class Stages:
     """What all stages of one command share: store, console, device, and the wish to stop."""
 
     def __init__(
-        self, store: Store, console: Console, runtime: Runtime, interrupts: Interrupts, team: Team = ALONE
+        self, store: Store, console: Console, runtime: Runtime, interrupts: Interrupts, team: Team = SINGLE_PROCESS
     ) -> None:
         self.store = store
         self.console = console
@@ -109,13 +109,13 @@ class Stages:
 
     def _hash_of(self, file: Path) -> str:
         digest = file_hash(file)
-        self.team.on_rank0(note_hash, self.store.root, file, [file], digest)
+        self.team.on_rank0(cache_hash, self.store.root, file, [file], digest)
         return digest
 
     def _note_hash(self, checkpoint: Checkpoint) -> None:
         """For plans, which read no weights."""
         files = checkpoint.hashed_files
-        self.team.on_rank0(note_hash, self.store.root, checkpoint.directory, files, checkpoint.content_hash)
+        self.team.on_rank0(cache_hash, self.store.root, checkpoint.directory, files, checkpoint.content_hash)
 
     def model(self, checkpoint: Checkpoint, source: ModelSource) -> StreamedModel:
         dtype = self.runtime.torch_dtype(checkpoint.dtype, self.device)
@@ -132,7 +132,7 @@ class Stages:
     def _tokens(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> Tokens:
         if calibration.tokens or calibration.path or calibration.dataset not in HUB:
             return calibration_tokens(calibration, tokenizer)
-        spec = calibration.of_tokens_alone()
+        spec = calibration.tokens_only()
 
         def make(scratch: Path) -> None:
             save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
@@ -207,7 +207,7 @@ class Stages:
             return None
         spec = {
             "layers": names,
-            "weights": plan.weights.decisive,
+            "weights": plan.weights.canonical,
             "held_from": plan.held_from(len(tokens.windows.split(plan.batch))),
             "batch": plan.batch,
             "dtype": str(model.dtype),
@@ -240,7 +240,7 @@ class Stages:
         batch = self.batch(windows.ids)
 
         def make(scratch: Path) -> None:
-            hidden = self.team.rows(self._walk(model, windows.ids, batch))
+            hidden = self.team.gather_rows(self._walk(model, windows.ids, batch))
             self.team.on_rank0(save_tensors, scratch / "hidden.safetensors", {"hidden": hidden})
 
         with self.stage(name) as stage:

@@ -18,7 +18,7 @@ from jointq_cli.errors import ResourceError
 UNFINISHED = ".partial"  # at the end of the names of files that are being written
 
 
-def nearest(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """The path itself, or the closest directory above it that exists."""
     path = path.expanduser().absolute()
     return next(place for place in (path, *path.parents) if place.exists())
@@ -43,7 +43,7 @@ def discard_unfinished(directory: Path) -> None:
         path.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str) -> None:
     """Puts `text` at `path` as UTF-8, whole or not at all. Raises ResourceError."""
     with translated_disk_errors(path):
         write_atomically(path, lambda scratch: _write_text(scratch, text))

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.errors import ResourceError
-from jointq_cli.system.files import write_whole
+from jointq_cli.system.files import write_text_atomically
 
 FILE = "hashes.json"
 
 
-def note_hash(root: Path, place: Path, files: Sequence[Path], digest: str) -> None:
+def cache_hash(root: Path, place: Path, files: Sequence[Path], digest: str) -> None:
     """Notes in the store at `root` what `files` of the model at `place` hashed to together. The last writer wins."""
     notes = {**_read(root), str(place.resolve()): {"files": _states(files), "sha256": digest}}
     with suppress(OSError, ResourceError):  # a store that cannot be written is told of by what has to be written
-        write_whole(root / FILE, json.dumps(notes, indent=1, sort_keys=True) + "\n")
+        write_text_atomically(root / FILE, json.dumps(notes, indent=1, sort_keys=True) + "\n")
 
 
-def noted_hash(root: Path, place: Path, files: Sequence[Path]) -> str | None:
+def cached_hash(root: Path, place: Path, files: Sequence[Path]) -> str | None:
     """What `note_hash` was told, None where it was told nothing or a file has changed since."""
     note = _read(root).get(str(place.resolve()))
     if not isinstance(note, dict) or note.get("files") != _states(files):

@@ -49,13 +49,13 @@ def find_damage(directory: Path) -> str | None:
         return next(filter(None, wrong), None)
 
 
-def looks_whole(directory: Path) -> bool:
+def has_expected_sizes(directory: Path) -> bool:
     """Whether names and sizes are those that were written; no file is read."""
     listed = _read(directory)
     return listed is not None and _misfit(listed, _files(directory)) is None
 
 
-def when_made(directory: Path) -> float | None:
+def completed_at(directory: Path) -> float | None:
     """Seconds since 1970, or None for a directory without a list of what it holds."""
     contents = _load(directory)
     try:

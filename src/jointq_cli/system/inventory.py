@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
-from jointq_cli.system.integrity import CONTENTS, find_damage, walk, when_made
+from jointq_cli.system.integrity import CONTENTS, completed_at, find_damage, walk
 from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 
 MARKER = ".jointq-store"
@@ -39,7 +39,7 @@ class Entry:
     size: int  # bytes, each file counted once however many names it has
     freed: int  # bytes that the disk would get back: not those of files that run directories link to
     is_listed: bool  # whether it has its list of what it holds; without one it is never removed
-    made: float | None  # seconds since 1970; None where that is not known
+    completed: float | None  # seconds since 1970; None where that is not known
     used: float  # last time, seconds since 1970
 
     @property
@@ -127,12 +127,12 @@ def remove(root: Path, entry: Entry) -> bool:
     if lock is None:
         return False
     with lock:
-        take_away(root, entry.path)
+        delete_locked(root, entry.path)
         lock.discard_file()
     return True
 
 
-def take_away(root: Path, path: Path) -> None:
+def delete_locked(root: Path, path: Path) -> None:
     """Deletes `path`, of which the caller has the exclusive lock. Killed at any point, it leaves no half of an
     artifact under an artifact's name."""
     doomed = root / PARTIAL / f"{path.name.removesuffix(REMOVED)}{REMOVED}"
@@ -194,7 +194,7 @@ def _entry(path: Path, *, is_partial: bool) -> Entry | None:
         size=size,
         freed=freed,
         is_listed=is_listed,
-        made=when_made(path) if is_listed else None,
+        completed=completed_at(path) if is_listed else None,
         used=files[CONTENTS].st_mtime if is_listed else used,
     )
 

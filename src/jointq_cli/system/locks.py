@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from jointq_cli.system.files import nearest
+from jointq_cli.system.files import nearest_existing
 
 
 class Kind(enum.Enum):
@@ -51,7 +51,7 @@ def try_lock(path: Path, kind: Kind) -> Lock | None:
 
     On a disk that may only be read nobody makes or removes anything, and what is shared needs no lock's file.
     """
-    if kind is Kind.SHARED and not path.exists() and not os.access(nearest(path), os.W_OK):
+    if kind is Kind.SHARED and not path.exists() and not os.access(nearest_existing(path), os.W_OK):
         return Lock(path, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     # To read is enough for a shared lock, also on what belongs to somebody else; NFS wants the other one writable.

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from jointq_cli import __version__
-from jointq_cli.system.files import nearest
+from jointq_cli.system.files import nearest_existing
 
 LIBRARIES = (
     "torch",
@@ -65,7 +65,7 @@ def available_memory() -> int:
 
 def free_disk(path: Path) -> int:
     """Bytes that may be written where `path` is, or will be."""
-    return shutil.disk_usage(nearest(path)).free
+    return shutil.disk_usage(nearest_existing(path)).free
 
 
 def release_freed_memory() -> None:

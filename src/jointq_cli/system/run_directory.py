@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.system import machine
-from jointq_cli.system.files import translated_disk_errors, write_whole
+from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 
 MADE = (
     "rotation/*.safetensors",
@@ -47,7 +47,7 @@ class Manifest:
     model: dict[str, str] = field(default_factory=dict)  # where it came from, as `sources.provenance` tells
 
 
-def take_manifest(
+def build_manifest(
     command: Sequence[str],
     device: str,
     threads: int,
@@ -82,7 +82,7 @@ def take_manifest(
     )
 
 
-def made_files(directory: Path) -> list[Path]:
+def result_files(directory: Path) -> list[Path]:
     """What a run has made and the same run makes again to the byte: rotation, codes and checkpoint."""
     return [file for pattern in MADE for file in sorted(directory.glob(pattern))]
 
@@ -185,4 +185,4 @@ class RunDirectory:
         self.write(self.manifest, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
 
     def write(self, path: Path, text: str) -> None:
-        write_whole(path, text)
+        write_text_atomically(path, text)

@@ -6,7 +6,7 @@ import torch
 
 from jointq_cli.errors import ResourceError
 from jointq_cli.settings import check, setting
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.machine import cpu_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +32,7 @@ class Runtime:
     def __post_init__(self) -> None:
         check(self, "runtime")
 
-    def torch_device(self, team: Team = ALONE) -> torch.device:
+    def torch_device(self, team: Team = SINGLE_PROCESS) -> torch.device:
         """Of a team each process has a CUDA device of its own, or all compute on the CPU. Raises ResourceError where
         that cannot be, or CUDA is asked for and absent."""
         device = self._device(team)
@@ -57,7 +57,7 @@ class Runtime:
             torch.cuda.set_device(device)
         return device
 
-    def threads(self, team: Team = ALONE) -> int | None:
+    def threads(self, team: Team = SINGLE_PROCESS) -> int | None:
         """CPU threads of each process; None: as PyTorch has it."""
         if self.num_threads is None and team.local_size > 1:
             return max(1, cpu_count() // team.local_size)

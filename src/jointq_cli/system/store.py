@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jointq_cli.errors import ResourceError
-from jointq_cli.system.distributed import ALONE, Team
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import discard_unfinished, sync, sync_tree, translated_disk_errors
 from jointq_cli.system.integrity import CONTENTS, find_damage, write_contents
 from jointq_cli.system.inventory import (
@@ -29,12 +29,12 @@ from jointq_cli.system.inventory import (
     artifact_path,
     check_inside,
     delete,
+    delete_locked,
     entries,
     lock_path,
     lock_unused,
     partial_path,
     prune,
-    take_away,
 )
 from jointq_cli.system.locks import Kind, Lock, try_lock
 
@@ -61,15 +61,15 @@ class Store:
         self,
         root: Path,
         pause: Callable[[], None] = lambda: None,
-        tell: Callable[[str], None] = lambda text: None,
-        team: Team = ALONE,
+        log: Callable[[str], None] = lambda text: None,
+        team: Team = SINGLE_PROCESS,
     ) -> None:
         """pause: called while waiting, may raise. tell: hears what is being waited for, and what is found damaged.
         team: all its processes ask this store for the same artifacts in the same order, and only the leader writes."""
         self.root = root
         self._team = team
         self._pause = pause
-        self._tell = tell
+        self._log = log
         self._held: dict[str, Lock] = {}  # shared, by the name of the artifact
         with translated_disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
@@ -116,15 +116,15 @@ class Store:
 
         def make_together(scratch: Path) -> None:
             if together:
-                self._team.share(True)
+                self._team.broadcast(True)
             make(scratch)
 
         with translated_disk_errors(self.root):
             while not self._hold(name, is_new=made):  # who removes an artifact may have been quicker
                 made = self._make(name, make_together, resumable) or made
         if together:
-            self._team.share(False)
-        self._team.wait()
+            self._team.broadcast(False)
+        self._team.barrier()
         return Artifact(artifact_path(self.root, name), key, reused=not made)
 
     def reuse_within(
@@ -149,15 +149,15 @@ class Store:
         if self._team.rank == 0:
             with translated_disk_errors(self.root):
                 fits = self._hold(name) or self._make_room(stage, name, budget - size)
-        if not self._team.share(fits):
+        if not self._team.broadcast(fits):
             return None
         return self.reuse(stage, spec, inputs, make, resumable=resumable, together=together)
 
     def _help(self, name: str, make: Callable[[Path], None], together: bool) -> None:
         """The part in `reuse` of a process that does not lead."""
-        while together and self._team.share(True):  # again where it was removed as soon as it was made
+        while together and self._team.broadcast(True):  # again where it was removed as soon as it was made
             make(partial_path(self.root, name))
-        self._team.wait()
+        self._team.barrier()
         if not self._hold(name, is_new=True):
             place = artifact_path(self.root, name)
             raise ResourceError(f"{place}: is not there for process {self._team.rank}; all must see the same disk")
@@ -191,8 +191,8 @@ class Store:
                 damage = find_damage(final) if final.is_dir() else "is no directory"
                 if damage is None:
                     return False
-                self._tell(f"warning: {final}: {damage}; it is taken away and made anew")
-                take_away(self.root, final)
+                self._log(f"warning: {final}: {damage}; it is taken away and made anew")
+                delete_locked(self.root, final)
             if not resumable or scratch.is_symlink():
                 delete(scratch)
             scratch.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ class Store:
             if sum(entry.size for entry in doomed) < excess:
                 return False
             for entry in doomed:
-                take_away(self.root, entry.path)
+                delete_locked(self.root, entry.path)
         return True
 
     def _lock(self, name: str, kind: Kind) -> Lock:
@@ -233,7 +233,7 @@ class Store:
                 time.sleep(1 / ATTEMPTS)
             if not told:
                 verb = "makes" if kind is Kind.SHARED else "makes or uses"
-                self._tell(f"waiting for another process, which {verb} {name}")
+                self._log(f"waiting for another process, which {verb} {name}")
             told = True
             self._pause()
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.settings import places
-from jointq_cli.system.files import translated_disk_errors, write_whole
+from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 from jointq_cli.system.store import code_version
 
@@ -60,13 +60,13 @@ class SweepDirectory:
         self.path = path
 
     @property
-    def is_one(self) -> bool:
+    def exists(self) -> bool:
         return (self.path / PLAN).is_file()
 
     def write_plan(self, plan: SweepPlan) -> None:
         with translated_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / PLAN, json.dumps(asdict(plan), indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(self.path / PLAN, json.dumps(asdict(plan), indent=2, ensure_ascii=False) + "\n")
 
     def plan(self) -> SweepPlan:
         try:
@@ -93,14 +93,14 @@ class SweepDirectory:
         return record
 
 
-def attempt(directory: Path, key: str, run: Callable[[], None], waits: Callable[[], None] = lambda: None) -> bool:
+def attempt(directory: Path, key: str, run: Callable[[], None], on_wait: Callable[[], None] = lambda: None) -> bool:
     """Runs a job in its directory, unless it was done before with the same key; False where it was.
 
     Two processes that come to the same job take turns: `waits` is called when it is another one's. What `run` raises
     is noted and passes.
     """
     with translated_disk_errors(directory):
-        lock = _lock(directory / LOCK, waits)
+        lock = _lock(directory / LOCK, on_wait)
     with lock:
         kept = load_job(directory)
         if kept.state == DONE and kept.key == key and all((directory / name).is_file() for name in kept.left):
@@ -119,7 +119,7 @@ def attempt(directory: Path, key: str, run: Callable[[], None], waits: Callable[
         return True
 
 
-def note_failure(directory: Path, error: Exception) -> None:
+def record_failure(directory: Path, error: Exception) -> None:
     """Keeps why a job could not even begin; what `attempt` has noted stays."""
     if load_job(directory).state not in (FAILED, INTERRUPTED):
         with translated_disk_errors(directory):
@@ -157,7 +157,7 @@ def _state_of(path: Path) -> str:
 
 
 def _keep(directory: Path, record: JobRecord) -> None:
-    write_whole(directory / JOB, json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(directory / JOB, json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")
 
 
 def _one_line(error: BaseException) -> str:
@@ -165,10 +165,10 @@ def _one_line(error: BaseException) -> str:
     return told if isinstance(error, JointqError) else f"{type(error).__name__}: {told}"
 
 
-def _lock(path: Path, waits: Callable[[], None]) -> Lock:
+def _lock(path: Path, on_wait: Callable[[], None]) -> Lock:
     if (lock := try_lock(path, Kind.EXCLUSIVE)) is not None:
         return lock
-    waits()
+    on_wait()
     while (lock := try_lock(path, Kind.EXCLUSIVE)) is None:
         time.sleep(LOOK_EVERY)
     return lock

@@ -11,7 +11,7 @@ from jointq_cli.report.compare.run_files import find_runs, load_runs
 from jointq_cli.report.compare.runs import Run
 from jointq_cli.report.pages.markdown import render_sheet
 from jointq_cli.report.tables.table import Sheet, make_sheet
-from jointq_cli.system.files import write_whole
+from jointq_cli.system.files import write_text_atomically
 
 PAGE = "compare.html"
 
@@ -67,5 +67,5 @@ def _check_place(file: Path) -> None:
 def _write_page(runs: Sequence[Run], sheet: Sheet, file: Path) -> Path:
     from jointq_cli.report.pages.comparison import render_comparison  # brings matplotlib, for this form only
 
-    write_whole(file, render_comparison(runs, sheet))
+    write_text_atomically(file, render_comparison(runs, sheet))
     return file

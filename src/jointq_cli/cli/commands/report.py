@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     forms.add_argument("--html", action="store_true", help="write report.html anew")
     parsed = parser.parse_args(arguments)
     sweep = SweepDirectory(parsed.run_directory)
-    if sweep.is_one:
+    if sweep.exists:
         _report_sweep(sweep, parsed)
         return 0
     report = load_report(parsed.run_directory / "report.json")

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from jointq_cli.errors import AlreadyReported, JointqError
-from jointq_cli.system.files import write_whole
+from jointq_cli.system.files import write_text_atomically
 
 JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 
@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
         replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
     found = compare(original, read_evidence(place), setting_roles(), parsed.tolerance)
     if parsed.against is None:
-        write_whole(place / JSON, encode(found))
-        write_whole(place / MARKDOWN, render_reproduction(found))
+        write_text_atomically(place / JSON, encode(found))
+        write_text_atomically(place / MARKDOWN, render_reproduction(found))
     print(f"\n{parsed.run_directory} and {place}\n\n{render_lines(found)}")
     return 1 if found.verdict == DIFFERENT else 0
 

@@ -59,7 +59,7 @@ def _found_at(place: Path) -> Found:
     except OSError as error:
         raise JointqError(f"{place}: cannot be read ({error.strerror})") from error
     sweep = SweepDirectory(place)
-    if sweep.is_one:  # numbered directories beyond its plan are of another one
+    if sweep.exists:  # numbered directories beyond its plan are of another one
         runs = [sweep.run(number) for number in range(len(sweep.plan().settings))]
         finished = [run for number, run in enumerate(runs) if _is_done(sweep, number)]
         return _found(place, runs, finished)

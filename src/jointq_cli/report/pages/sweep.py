@@ -13,7 +13,7 @@ from jointq_cli.report.compare.run_files import RECIPE, REPORT
 from jointq_cli.report.compare.sweep import SweepJob, best, load_jobs
 from jointq_cli.report.pages.markdown import render_sheet
 from jointq_cli.report.tables.sweep import make_sweep_sheet
-from jointq_cli.system.files import translated_disk_errors, write_whole
+from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.sweep_directory import SweepDirectory
 
 BEST = "best"  # the recipe's name
@@ -24,15 +24,15 @@ def write_summary(directory: SweepDirectory, *, page: bool) -> None:
     name, jobs = directory.plan().name, load_jobs(directory)
     sheet = make_sweep_sheet(name, jobs)
     table = [_row(job) for job in jobs]
-    write_whole(directory.path / "summary.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
-    write_whole(directory.path / "summary.csv", _csv(table))
-    write_whole(directory.path / "summary.md", render_sheet(sheet))
+    write_text_atomically(directory.path / "summary.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(directory.path / "summary.csv", _csv(table))
+    write_text_atomically(directory.path / "summary.md", render_sheet(sheet))
     _write_best(directory, best(jobs))
     if page:
         from jointq_cli.report.figures.sweep import draw_sweep
         from jointq_cli.report.pages.comparison import render_sheet_page  # brings matplotlib
 
-        write_whole(directory.path / "summary.html", render_sheet_page(sheet, draw_sweep(jobs)))
+        write_text_atomically(directory.path / "summary.html", render_sheet_page(sheet, draw_sweep(jobs)))
 
 
 def best_recipe(directory: SweepDirectory) -> Path:
@@ -96,4 +96,4 @@ def _write_best(directory: SweepDirectory, job: SweepJob | None) -> None:
     package, _, rest = text.partition("\n")  # Hydra wants its own comment on line 1
     with translated_disk_errors(file):
         file.parent.mkdir(exist_ok=True)
-    write_whole(file, f"{package}\n{head}{rest}")
+    write_text_atomically(file, f"{package}\n{head}{rest}")

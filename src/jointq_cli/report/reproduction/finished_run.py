@@ -13,7 +13,7 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.records import RunReport
 from jointq_cli.report import load_record, load_report
 from jointq_cli.report.compare.run_files import load_settings
-from jointq_cli.system.run_directory import Manifest, made_files
+from jointq_cli.system.run_directory import Manifest, result_files
 from jointq_cli.system.tensor_files import file_hash, file_hashes
 
 CODES = "codes"  # the folder
@@ -86,7 +86,7 @@ def _hashed(directory: Path, report: RunReport) -> dict[str, str]:
             "a run of before hashes were kept needs its checkpoint/ and codes/"
         )
     Checkpoint(directory / "checkpoint")  # has all its weights
-    return file_hashes(directory, made_files(directory))
+    return file_hashes(directory, result_files(directory))
 
 
 def _of_another_command(directory: Path, command: str) -> JointqError:

@@ -16,7 +16,7 @@ def listing(root: str, entries: Sequence[Entry], states: Sequence[str], damages:
     """A row per artifact. states: one word each. damages: what is wrong, in full. now: seconds since 1970."""
     heading = ["name", "stage", "size", "made", "last used", "state"]
     rows = [
-        [entry.name, entry.stage, units.size(entry.size), _ago(entry.made, now), _ago(entry.used, now), state]
+        [entry.name, entry.stage, units.size(entry.size), _ago(entry.completed, now), _ago(entry.used, now), state]
         for entry, state in zip(entries, states, strict=True)
     ]
     return Sheet(

@@ -34,8 +34,8 @@ from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import caveats
 from jointq_cli.stages.plan.throughput import measure_speeds
 from jointq_cli.system import machine
-from jointq_cli.system.files import nearest
-from jointq_cli.system.hash_cache import noted_hash
+from jointq_cli.system.files import nearest_existing
+from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.interrupts import Interrupts
 
 ARTIFACTS = {
@@ -155,7 +155,7 @@ class Survey(Stages):
             self.statuses.pop(name, None)
 
     def _hash_of(self, file: Path) -> str:
-        noted = noted_hash(self.catalogue.root, file, [file])
+        noted = cached_hash(self.catalogue.root, file, [file])
         if noted is None:
             raise NotRead(str(file))
         return noted
@@ -274,7 +274,7 @@ def _prospects(survey: Survey, recipe: Recipe, load: Workload) -> list[tuple[str
 
 def _one_disk(recipe: Recipe) -> bool:
     """Whether run directories can be hard links to the store."""
-    places = [nearest(Path(place)) for place in (recipe.store, recipe.output_dir)]
+    places = [nearest_existing(Path(place)) for place in (recipe.store, recipe.output_dir)]
     return len({place.stat().st_dev for place in places}) == 1
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.system.hash_cache import noted_hash
-from jointq_cli.system.integrity import looks_whole
+from jointq_cli.system.hash_cache import cached_hash
+from jointq_cli.system.integrity import has_expected_sizes
 from jointq_cli.system.inventory import artifact_path, partial_path
 from jointq_cli.system.store import Artifact, Store, artifact_key
 
@@ -65,7 +65,7 @@ class Catalogue(Store):
         key = artifact_key(stage, spec, inputs)
         name = f"{stage}-{key[:16]}"
         path, scratch = artifact_path(self.root, name), partial_path(self.root, name)
-        is_there = path.is_dir() and looks_whole(path)
+        is_there = path.is_dir() and has_expected_sizes(path)
         self.found = Finding(is_there, scratch if resumable and not is_there and scratch.is_dir() else None)
         return Artifact(path, key, reused=True) if is_there else Absent(key)
 
@@ -94,7 +94,7 @@ class Unread(Checkpoint):
     @property
     def content_hash(self) -> str:
         """Raises NotRead where nothing is noted, or the files have changed since."""
-        noted = noted_hash(self._root, self.directory, self.hashed_files)
+        noted = cached_hash(self._root, self.directory, self.hashed_files)
         if noted is None:
             raise NotRead(str(self.directory))
         return noted
