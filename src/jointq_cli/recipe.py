@@ -21,7 +21,7 @@ from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
-from jointq_cli.settings import SettingRoles, check, rule_of, setting
+from jointq_cli.setting_rules import SettingRoles, check, rule_of, setting
 from jointq_cli.system.settings import Runtime
 from jointq_cli.transforms import Rotation, Smoothing
 
@@ -57,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateRecipe(Recipe):
-    """Of this recipe, `jointq calibrate` computes the calibration tokens alone, and writes them to the file `output`."""
+    """Of this recipe, `jointq calibrate` computes the calibration tokens alone and writes them to the file `output`."""
 
     output: str
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from jointq_cli import __version__
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 from jointq_cli.cli.commands import completion, help
-from jointq_cli.cli.compose import Job, complete, launch
+from jointq_cli.cli.compose import Job, launch
+from jointq_cli.cli.hydra_main import complete
 from jointq_cli.cli.main import COMMANDS, COMPOSED, main
 from jointq_cli.errors import ConfigError, Interrupted, NumericsError
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
@@ -112,7 +113,7 @@ def test_the_help_of_a_command_names_every_option_of_its_groups(
     assert main(["help", command]) == 0
     assert capsys.readouterr().out == shown
     for group in help.GROUPS[command]:
-        names = resources.options(group)
+        names = config_files.options(group)
         assert len(names) < 2 or all(f"    {name} " in shown for name in names)
 
 
@@ -202,7 +203,7 @@ MISTAKES = {
     "quantize quantizer.bits=9": (1, "quantizer.bits=9: must be from 1 to 8"),
     "quantize quantizer.on_failure=shrug": (1, "quantizer.on_failure=shrug: must be"),
     "quantize calibration.strategy=best": (1, "calibration.strategy=best: must be one of concat_chunk,"),
-    "quantize runtime.dtype=int8": (1, "runtime.dtype=int8: must be auto, float32,"),
+    "quantize runtime.dtype=int8": (1, "runtime.dtype=int8: must be one of auto, float32,"),
     "quantize model=checkpoint": (1, "model.path: has no value; give one with model.path=..."),
     "quantize calibration=text": (1, "calibration.path: has no value; give one with calibration.path=..."),
     "quantize pocket_w3g128": (
@@ -214,7 +215,7 @@ MISTAKES = {
         "quantizer.bits=3,4: several values make a sweep, which needs --multirun (-m)",
     ),
     "quantize quantizer=null": (1, "quantizer=null: a group needs one of its options"),
-    "quantize ~quantizer.bits": (1, "~quantizer.bits: cannot be taken out of a recipe"),
+    "quantize ~quantizer.bits": (1, "~quantizer.bits: cannot be removed from a recipe"),
     "quantize quantizer.bits=${nothing}": (1, "quantizer.bits: Interpolation key 'nothing' not found"),
     "quantize name=a/b": (1, "name=a/b: must be a plain name"),
     "quantize output_dir=/dev/null/runs": (1, "output_dir: cannot make /dev/null/runs/pocket_w4g128/"),
@@ -493,7 +494,7 @@ def test_a_changed_text_of_a_pattern_runs_its_jobs_again(tmp_path: Path) -> None
 
 def test_the_recipe_of_a_job_does_without_options_of_ones_own(tmp_path: Path, jobs: list[tuple[Any, Job]]) -> None:
     (tmp_path / "my" / "quantizer").mkdir(parents=True)
-    own = resources.options("quantizer")["gptq"].read_text().replace("damping: 0.01", "damping: 0.5")
+    own = config_files.options("quantizer")["gptq"].read_text().replace("damping: 0.01", "damping: 0.5")
     (tmp_path / "my" / "quantizer" / "mine.yaml").write_text(own)
     assert run("quantize --config-dir my quantizer=mine", jobs) == 0
     (tmp_path / "recipe").mkdir()
@@ -531,9 +532,9 @@ QUESTIONS = {
     "jointq quantize quantizer=rtn quantizer.": {
         f"quantizer.{key}=" for key in ("bits", "group_size", "symmetric", "mse")
     },
-    "jointq evaluate evaluation=": {f"evaluation={name}" for name in resources.options("evaluation")},
+    "jointq evaluate evaluation=": {f"evaluation={name}" for name in config_files.options("evaluation")},
     "jointq recipes ": {"show"},
-    "jointq recipes show ": set(resources.options("recipe")),
+    "jointq recipes show ": set(config_files.options("recipe")),
     "jointq report ": set(),
     "jointq compare ": set(),
     "jointq store ": {"ls", "size", "prune"},

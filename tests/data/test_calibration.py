@@ -303,7 +303,7 @@ def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: Pr
     ("change", "message"),
     [
         ({"num_samples": 0}, r"calibration\.num_samples=0: must be at least 1"),
-        ({"seqlen": 0}, r"calibration\.seqlen=0: must be at least 1 token"),
+        ({"seqlen": 0}, r"calibration\.seqlen=0: must be at least 1"),
         ({"seed": -1}, r"calibration\.seed=-1: must be from 0"),
         (
             {"strategy": "concat"},
@@ -312,7 +312,7 @@ def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: Pr
         ({"token_weighting": "rms"}, r"calibration\.token_weighting=rms: must be one of uniform, input, residual"),
         ({"token_power": -1.0}, r"calibration\.token_power=-1\.0: must be from 0 to 4"),
         ({"first_token_weight": math.inf}, r"calibration\.first_token_weight=inf: must be from 0 to 4"),
-        ({"inputs": "both"}, r"calibration\.inputs=both: must be one of original, quantized"),
+        ({"inputs": "both"}, r"calibration\.inputs=both: must be original or quantized"),
         ({"dataset": "c5"}, r"calibration\.dataset=c5: must be one of pydoc, text, wikitext2, c4"),
     ],
 )

@@ -13,8 +13,9 @@ from hydra.core.config_search_path import ConfigSearchPath
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.settings import RENAMED
+from jointq_cli.setting_rules import RENAMED
 
+LOADER = ConfigLoaderImpl.__name__  # where Hydra looks up the class
 SWEPT = "hydra.sweeper.params"  # a dictionary whose keys are those of a recipe, dotted
 
 
@@ -71,9 +72,9 @@ class RenamingConfigLoader(ConfigLoaderImpl):
 @contextmanager
 def renamed_by(renamer: KeyRenamer) -> Iterator[None]:
     """Inside, Hydra reads config files by a RenamingConfigLoader."""
-    before = hydra_main.ConfigLoaderImpl
-    hydra_main.ConfigLoaderImpl = functools.partial(RenamingConfigLoader, renamer=renamer)
+    before = getattr(hydra_main, LOADER)
+    setattr(hydra_main, LOADER, functools.partial(RenamingConfigLoader, renamer=renamer))
     try:
         yield
     finally:
-        hydra_main.ConfigLoaderImpl = before
+        setattr(hydra_main, LOADER, before)

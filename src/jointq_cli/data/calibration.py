@@ -17,7 +17,7 @@ from jointq_cli.data.token_file import Tokens, load_tokens
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.errors import TextError
-from jointq_cli.settings import setting
+from jointq_cli.setting_rules import setting
 
 if TYPE_CHECKING:  # transformers takes more than a second to import
     from transformers import PreTrainedTokenizerBase

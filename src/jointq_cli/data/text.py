@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from jointq_cli.data import pydoc as pydoc_text
 from jointq_cli.errors import ConfigError, ResourceError, TextError
-from jointq_cli.settings import check, setting
+from jointq_cli.setting_rules import check, setting
 
 PLAIN: Final = (".txt", ".raw", ".md")
 TABLES: Final = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from jointq_cli.data.text import TextSource
 from jointq_cli.errors import ConfigError, TextError
-from jointq_cli.settings import setting
+from jointq_cli.setting_rules import setting
+
 
 @dataclass(frozen=True)
 class Evaluation(TextSource):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.settings import check, setting
+from jointq_cli.setting_rules import check, setting
 
 
 @dataclass(frozen=True)

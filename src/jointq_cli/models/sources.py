@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
-from jointq_cli.settings import check, setting
+from jointq_cli.setting_rules import check, setting
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import file_hash
 

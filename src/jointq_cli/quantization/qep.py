@@ -30,7 +30,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.quantization.quantizers.statistics import Statistics
-from jointq_cli.settings import check, setting
+from jointq_cli.setting_rules import check, setting
 
 
 @dataclass(frozen=True)

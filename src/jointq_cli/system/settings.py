@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from jointq_cli.errors import ResourceError
-from jointq_cli.settings import check, setting
+from jointq_cli.setting_rules import check, setting
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.machine import cpu_count
 
@@ -18,7 +18,7 @@ class Runtime:
 
     `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods state theirs where they
     accumulate. `batch_tokens` bounds the tokens of one forward pass and so the activations in memory,
-    `suspended_activations_gb` those of suspended forward passes (see quantization.resumable_forward), `hessians_gb` what
+    `suspended_activations_gb` those of suspended forward passes (quantization.resumable_forward), `hessians_gb` what
     quantization.hessian_cache may take on disk.
     """
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.errors import Interrupted, JointqError
-from jointq_cli.settings import places
+from jointq_cli.setting_rules import places
 from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 from jointq_cli.system.store import code_version

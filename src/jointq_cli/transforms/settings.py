@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.settings import check, setting
+from jointq_cli.setting_rules import check, setting
 
 INITS = ("random_hadamard", "hadamard", "orthogonal", "identity", "dc_aligned")
 OBJECTIVES = ("whip", "l8", "range2")

@@ -1,4 +1,4 @@
-"""`jointq report`: a finished run, rendered again from its report.json, or a sweep as far as it is."""
+"""`jointq report`: a finished run, rendered again from its report.json, or a sweep, finished or not."""
 
 import argparse
 from pathlib import Path
@@ -51,7 +51,7 @@ def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:
 
 
 def _write_page(report: RunReport, directory: Path) -> Path:
-    from jointq_cli.report.pages.run import render_page  # brings matplotlib, for this form only
+    from jointq_cli.report.pages.run import render_page  # imports matplotlib, for this form only
 
     run = RunDirectory(directory)
     run.write(run.report_html, render_page(report))

@@ -13,7 +13,7 @@ import yaml
 
 from jointq_cli.errors import JointqError
 from jointq_cli.report.compare.runs import Run
-from jointq_cli.settings import RENAMED
+from jointq_cli.setting_rules import RENAMED
 from jointq_cli.system.record_json import load_report
 from jointq_cli.system.sweep_directory import DONE, SweepDirectory
 

@@ -22,12 +22,10 @@ from jointq_cli.report.reproduction import environment as surroundings
 from jointq_cli.report.reproduction import inputs as asked
 from jointq_cli.report.reproduction import metrics as measured
 from jointq_cli.report.reproduction.finished_run import Evidence
-from jointq_cli.settings import SettingRoles
+from jointq_cli.setting_rules import SettingRoles
 
 
-def compare(
-    original: Evidence, replay: Evidence, roles: SettingRoles, tolerance: float | None = None
-) -> Reproduction:
+def compare(original: Evidence, replay: Evidence, roles: SettingRoles, tolerance: float | None = None) -> Reproduction:
     """tolerance: relative, on both perplexities and on KL divergence, for runs that were asked for the same on the
     same tokens and whose hardware or libraries can round otherwise; None for runs that must be identical."""
     runs = (original, replay)

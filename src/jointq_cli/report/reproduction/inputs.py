@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from jointq_cli.records import ASKED, ComparedStep
 from jointq_cli.report import number_format as units
 from jointq_cli.report.reproduction.finished_run import Evidence
-from jointq_cli.settings import SettingRoles
+from jointq_cli.setting_rules import SettingRoles
 
 Settings = Mapping[str, str]  # values as text by dotted key, and the option by group
 

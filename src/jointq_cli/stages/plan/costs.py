@@ -241,7 +241,9 @@ class Workload:
     def _waiting(self) -> float:
         """Of passes that wait: queries, keys, values and the stream, or what the widest layer is given."""
         per_token = max(4 * self.shapes.hidden, 2 * self.shapes.hidden + self.shapes.widest) * self.element
-        return min(self.recipe.runtime.suspended_activations_gb * 1e9, self._streams * self.calibration.tokens * per_token)
+        return min(
+            self.recipe.runtime.suspended_activations_gb * 1e9, self._streams * self.calibration.tokens * per_token
+        )
 
     def _group_memory(self, one: InputGroup) -> float:
         """While an input is collected: its moments, and one pass with its float32 copies. While it is solved: the same

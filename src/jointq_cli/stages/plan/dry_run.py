@@ -295,7 +295,8 @@ def _shortages(outlook: RunEstimate, recipe: Recipe) -> list[str]:
     if outlook.memory > outlook.memory_there:
         stage = max(outlook.stages, key=lambda stage: stage.memory).name
         runtime = recipe.runtime
-        keys = f"runtime.suspended_activations_gb={runtime.suspended_activations_gb:g}, runtime.batch_tokens={runtime.batch_tokens}"
+        suspended = f"runtime.suspended_activations_gb={runtime.suspended_activations_gb:g}"
+        keys = f"{suspended}, runtime.batch_tokens={runtime.batch_tokens}"
         found.append(
             f"{keys}: stage {stage} takes about {outlook.memory / 1e9:.3g} GB of memory, and "
             f"{outlook.memory_there / 1e9:.3g} GB are free; lower these, or calibration.num_samples"

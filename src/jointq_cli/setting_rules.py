@@ -62,7 +62,8 @@ class Rule:
         if self.form:
             return f"must {self.form}{null}"
         if self.choices:
-            return f"must be one of {', '.join(self.choices)}{null}"
+            choices = " or ".join(self.choices) if len(self.choices) == 2 else f"one of {', '.join(self.choices)}"
+            return f"must be {choices}{null}"
         if self.least is not None and self.most is not None:
             return f"must be from {self.least} to {self.most}{null}"
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
@@ -172,5 +173,5 @@ class SettingRoles:
 
     @property
     def replayable(self) -> list[str]:
-        """What a replay may have otherwise: all that does not decide, but for what a run is called and where it lies."""
+        """What a replay may change: what does not decide, except what a run is called and where it is written."""
         return sorted(key for key in self.undeciding if "." in key)
