@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.quantization.quantizers import JointQ, Quantizer, Solution
 from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 
@@ -69,7 +69,7 @@ def solve(quantizer: Quantizer, weight: Tensor, hessian: Tensor, dtype: torch.dt
     return quantizer.quantize(weight, quantizer.prepare(hessian), dtype)
 
 
-def costs(quantized: QuantizedWeight | Solution, weight: Tensor, hessian: Tensor) -> Tensor:
+def costs(quantized: UniformWeight | Solution, weight: Tensor, hessian: Tensor) -> Tensor:
     """e H e' per row, (out,) float64."""
     result = quantized.quantized if isinstance(quantized, Solution) else quantized
     error = weight.double() - result.dequantize(torch.float64)
@@ -81,7 +81,7 @@ def regularized(hessian: Tensor, strength: float) -> Tensor:
     return hessian + strength * torch.diag(hessian.diagonal())
 
 
-def same(one: QuantizedWeight, other: QuantizedWeight, rows: Tensor | slice = slice(None)) -> bool:
+def same(one: UniformWeight, other: UniformWeight, rows: Tensor | slice = slice(None)) -> bool:
     """Whether `other` is to the bit what these rows of `one` are."""
     mine, theirs = one.to_tensors(), other.to_tensors()
     return all(torch.equal(mine[name][rows], theirs[name]) for name in ("codes", "scale", "zero_point"))

@@ -33,13 +33,12 @@ from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import caveats
 from jointq_cli.stages.rotate import Rotated
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
-from jointq_cli.system.files import link_files, translated_disk_errors
+from jointq_cli.system.files import file_hashes, link_files, translated_disk_errors
 from jointq_cli.system.interrupts import deferred
 from jointq_cli.system.machine import peak_memory, versions
 from jointq_cli.system.run_directory import Manifest, RunDirectory, build_manifest, result_files
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Store
-from jointq_cli.system.tensor_files import file_hashes
 from jointq_cli.transforms import HadamardRotation, LearnedRotation
 
 

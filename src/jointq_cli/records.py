@@ -27,15 +27,16 @@ class LayerRecord:
     kind: str  # the last part of the name, such as q_proj
     out_features: int
     in_features: int
-    bits: int
-    group_size: int  # columns per scale, in_features when per channel
-    bits_per_weight: float  # codes, scales, zero-points and permutation
+    bits: int | None  # of a code, None where codes are not of equal width
+    group_size: int | None  # columns per scale, in_features when per channel; None where there are no groups
+    bits_per_weight: float  # everything that is stored
     output_error: float
     weight_error: float
     damping: float | None  # fraction of the Hessian's mean diagonal that was added, None where none is used
     seconds: float
     verdict: str  # "ok", "damped" (the ladder was climbed), "fallback" (RTN instead of a failed solve)
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer has to say: dead columns, condition
+    label: str = ""  # how it is stored, such as "W4 g128 asymmetric"; older reports lack it
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from jointq_cli.data.calibration import STRATEGIES, Calibration, Reading, calibration_tokens, evaluation_ids
+from jointq_cli.data.calibration import STRATEGIES, Calibration, TokenizedCorpus, calibration_tokens, evaluation_ids
 from jointq_cli.data.text import Corpus, TextSource
 from jointq_cli.data.token_file import Tokens, load_tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -116,7 +116,7 @@ def test_a_text_gives_as_many_windows_as_it_holds_and_no_more_than_asked(
         "drop_head": sum(length >= seqlen for length in lengths),
         "drop_rand": sum(length >= seqlen for length in lengths),
     }[strategy]
-    reading = Reading(Corpus(iter(texts), {}), tokenizer())
+    reading = TokenizedCorpus(Corpus(iter(texts), {}), tokenizer())
     asked = config("*.txt", num_samples=num_samples, seqlen=seqlen, strategy=strategy, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     if not held:
@@ -206,16 +206,16 @@ def endless() -> Iterator[str]:
 def test_a_stream_is_read_as_far_as_is_needed(plain: PreTrainedTokenizerFast) -> None:
     read = {}
     for strategy in STRATEGIES:
-        reading = Reading(Corpus(endless(), {}, streamed=True), plain)
+        reading = TokenizedCorpus(Corpus(endless(), {}, streamed=True), plain)
         asked = config("*.txt", strategy=strategy, num_samples=10, seqlen=5)
         windows = STRATEGIES[strategy](reading, asked, torch.Generator().manual_seed(0))
         assert windows.shape == (10, 5)
-        read[strategy] = len(reading.taken)
+        read[strategy] = len(reading.documents_read)
     assert read == {"concat_chunk": 5, "concat_rand": 20, "drop_head": 10, "drop_rand": 10}
 
 
 def test_the_search_for_long_documents_in_a_stream_ends(plain: PreTrainedTokenizerFast) -> None:
-    reading = Reading(Corpus(endless(), {}, streamed=True), plain)
+    reading = TokenizedCorpus(Corpus(endless(), {}, streamed=True), plain)
     asked = config("*.txt", strategy="drop_head", num_samples=2, seqlen=10)
     with pytest.raises(TextError, match="the longest of 143 documents of text/all has 9 tokens"):
         STRATEGIES["drop_head"](reading, asked, torch.Generator())
@@ -224,9 +224,9 @@ def test_the_search_for_long_documents_in_a_stream_ends(plain: PreTrainedTokeniz
 def test_an_evaluation_text_of_c4_is_its_first_documents_joined_by_a_space(
     plain: PreTrainedTokenizerFast,
 ) -> None:
-    reading = Reading(Corpus(endless(), {}, joint=" ", streamed=True, evaluated=3), plain)
+    reading = TokenizedCorpus(Corpus(endless(), {}, joint=" ", streamed=True, evaluated=3), plain)
     assert reading.running_text(special=False).tolist() == [*range(4, 13)] * 3
-    assert len(reading.taken) == 3
+    assert len(reading.documents_read) == 3
 
 
 # --- evaluation

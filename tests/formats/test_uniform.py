@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointq_cli.errors import ConfigError, ModelError, NumericsError
-from jointq_cli.formats.uniform import Grid, QuantizedWeight, check_bits, check_group_size, group_columns
+from jointq_cli.formats.uniform import Grid, UniformWeight, check_bits, check_group_size, group_columns
 from jointq_cli.kernels import Rounding
 from jointq_cli.quantization.quantizers.scale_fit import fit, round_scale, scale_rounding
 
@@ -157,12 +157,12 @@ def test_null_and_minus_one_mean_one_scale_per_row(group_size: int | None) -> No
     assert group_columns(group_size, 7) == 7
 
 
-def stored(bits: int, symmetric: bool, permuted: bool, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+def stored(bits: int, symmetric: bool, permuted: bool, dtype: torch.dtype = torch.bfloat16) -> UniformWeight:
     grid, generator = Grid(bits, symmetric), torch.Generator().manual_seed(bits)
     shape = (6, 16)
     codes = torch.randint(grid.lowest, grid.highest + 1, shape, generator=generator).to(grid.code_dtype)
     zero = torch.randint(0, 1 if symmetric else grid.highest + 1, (6, 4), generator=generator)
-    return QuantizedWeight(
+    return UniformWeight(
         codes=codes,
         scale=torch.rand(6, 4, generator=generator).to(dtype),
         zero_point=zero.to(torch.uint8),
@@ -190,7 +190,7 @@ def test_dequantised_values_are_what_the_codes_say(bits: int, symmetric: bool, p
 @pytest.mark.parametrize(("bits", "symmetric", "permuted"), CASES)
 def test_tensors_bring_the_same_weight_back(bits: int, symmetric: bool, permuted: bool) -> None:
     weight = stored(bits, symmetric, permuted)
-    back = QuantizedWeight.from_tensors(weight.to_tensors())
+    back = UniformWeight.from_tensors(weight.to_tensors())
     assert (back.bits, back.symmetric) == (bits, symmetric)
     assert torch.equal(back.dequantize(torch.float32), weight.dequantize(torch.float32))
     assert all(torch.equal(back.to_tensors()[name], tensor) for name, tensor in weight.to_tensors().items())
@@ -200,7 +200,7 @@ def test_tensors_without_scale_are_refused_by_name() -> None:
     tensors = stored(4, False, False).to_tensors()
     del tensors["scale"]
     with pytest.raises(ModelError, match="scale"):
-        QuantizedWeight.from_tensors(tensors)
+        UniformWeight.from_tensors(tensors)
 
 
 def test_bits_per_weight_counts_codes_scales_zero_points_and_the_permutation() -> None:

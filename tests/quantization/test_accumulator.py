@@ -110,31 +110,31 @@ def test_the_rest_is_everything_without_the_held_out_tokens() -> None:
 def test_tokens_are_weighed_by_their_rms() -> None:
     given, _ = streams()
     given[2, 3] *= 100.0
-    weights = TokenWeights("input", power=2.0, first_token=1.0).of(given, None, 6)
+    weights = TokenWeights("input", power=2.0, first_token=1.0).per_token(given, None, 6)
     assert weights is not None
     normalised = given * weights.sqrt()[..., None]
     torch.testing.assert_close(normalised.square().mean(dim=-1), torch.ones(4, 6))
-    soft = TokenWeights("input", power=1.0, first_token=1.0).of(given, None, 6)
+    soft = TokenWeights("input", power=1.0, first_token=1.0).per_token(given, None, 6)
     torch.testing.assert_close(soft, weights.sqrt())
 
 
 def test_the_first_token_of_every_window_is_weighed_apart() -> None:
     given, _ = streams()
-    weights = TokenWeights("uniform", power=2.0, first_token=0.25).of(given, None, 6)
+    weights = TokenWeights("uniform", power=2.0, first_token=0.25).per_token(given, None, 6)
     assert weights is not None
     assert torch.equal(weights[:, 0], torch.full((4,), 0.25))
     assert torch.equal(weights[:, 1:], torch.ones(4, 5))
 
 
 def test_equal_tokens_need_no_weights() -> None:
-    assert TokenWeights("uniform", power=2.0, first_token=1.0).of(streams()[0], None, 6) is None
+    assert TokenWeights("uniform", power=2.0, first_token=1.0).per_token(streams()[0], None, 6) is None
 
 
 def test_a_token_of_zeros_does_no_harm() -> None:
     given, _ = streams()
     given[0, 0] = 0.0
     moments = Accumulator(5, CPU)
-    moments.add(given, weights=TokenWeights("input", power=2.0, first_token=1.0).of(given, None, 6))
+    moments.add(given, weights=TokenWeights("input", power=2.0, first_token=1.0).per_token(given, None, 6))
     assert moments.tokens < 100
     assert bool(torch.isfinite(moments.hessian()).all())
 
@@ -162,10 +162,10 @@ def test_the_drift_pairs_what_the_stream_has_lost_with_what_the_layer_is_given()
 def test_a_layer_may_be_given_its_tokens_in_one_row(weighting: str) -> None:
     given, _ = streams()
     weights = TokenWeights(weighting, power=2.0, first_token=0.5)
-    apart, together = weights.per_token(given, None, 6), weights.of(given.flatten(0, 1), None, 6)
+    apart, together = weights.per_token(given, None, 6), weights.per_token(given.flatten(0, 1), None, 6)
     assert apart is not None
     assert together is not None
     assert torch.equal(apart.flatten(), together)
     routed = weights.per_token(given.flatten(0, 1)[:7], None, 6)  # nobody knows which of them is a first token
-    plain = TokenWeights(weighting, power=2.0, first_token=1.0).of(given.flatten(0, 1)[:7], None, 6)
+    plain = TokenWeights(weighting, power=2.0, first_token=1.0).per_token(given.flatten(0, 1)[:7], None, 6)
     assert torch.equal(routed, torch.ones(7) if plain is None else plain)

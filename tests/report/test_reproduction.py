@@ -26,7 +26,7 @@ from jointq_cli.cli.main import main
 from jointq_cli.cli.replay import replay
 from jointq_cli.errors import Interrupted, JointqError, NumericsError, TextError, UntrustedResult
 from jointq_cli.formats.layer_file import save_layer
-from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.recipe import Recipe, keys, setting_roles
 from jointq_cli.records import (
     ASKED,
@@ -323,8 +323,8 @@ def test_a_difference_begins_where_it_is_first_in_the_model_be_it_measured_or_ma
 # --- how codes differ
 
 
-def quantised(codes: list[list[int]], scale: list[float], zero_point: list[int]) -> QuantizedWeight:
-    return QuantizedWeight(
+def quantised(codes: list[list[int]], scale: list[float], zero_point: list[int]) -> UniformWeight:
+    return UniformWeight(
         codes=torch.tensor(codes, dtype=torch.uint8),
         scale=torch.tensor(scale)[:, None],
         zero_point=torch.tensor(zero_point, dtype=torch.uint8)[:, None],

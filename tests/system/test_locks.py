@@ -1,4 +1,4 @@
-"""Locks: readers together, a writer alone, and nothing left behind by whoever dies."""
+"""Locks: many readers or one writer, and no stale lock after a killed process."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("first", Kind)
 @pytest.mark.parametrize("second", Kind)
-def test_only_readers_are_together(first: Kind, second: Kind, tmp_path: Path) -> None:
+def test_only_shared_locks_coexist(first: Kind, second: Kind, tmp_path: Path) -> None:
     holder = try_lock(tmp_path / "lock", first)
     assert holder is not None
     other = try_lock(tmp_path / "lock", second)
@@ -48,7 +48,7 @@ def test_a_killed_process_leaves_no_lock(kind: Kind, tmp_path: Path) -> None:
 
 
 def test_a_lock_file_that_is_deleted_gives_out_no_second_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between a waiter's open and its flock the holder deletes the file, and somebody else locks a new one."""
+    """Between a waiter's open and its flock the holder deletes the file, and another process locks a new one."""
     path = tmp_path / "lock"
     holder = try_lock(path, Kind.EXCLUSIVE)
     assert holder is not None
@@ -70,14 +70,12 @@ def test_a_lock_file_that_is_deleted_gives_out_no_second_lock(tmp_path: Path, mo
     winner.release()
 
 
-def test_to_look_at_a_lock_creates_nothing(tmp_path: Path) -> None:
+def test_testing_a_lock_creates_nothing(tmp_path: Path) -> None:
     assert not is_locked(tmp_path / "lock")
     assert not list(tmp_path.iterdir())
 
 
-def test_on_a_disk_that_may_only_be_read_what_is_shared_needs_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_read_only_disk_a_shared_lock_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks.os, "access", lambda path, mode: False)
     lock = try_lock(tmp_path / "locks" / "a", Kind.SHARED)
     assert lock is not None

@@ -1,4 +1,4 @@
-"""The run directory: fixed names, atomic writes, clear words when the disk will not."""
+"""The run directory: fixed names, atomic writes, clear errors of the disk."""
 
 import errno
 import hashlib
@@ -17,7 +17,7 @@ from jointq_cli.system import machine
 from jointq_cli.system.run_directory import RunDirectory, build_manifest
 
 
-def test_what_was_asked_is_kept_as_yaml(tmp_path):
+def test_recipe_and_overrides_are_kept_as_yaml(tmp_path):
     directory = RunDirectory(tmp_path / "a" / "b")
     overrides = ["quantizer.bits=3", 'model.path="a b"', "text=ä: #1", "-x"]
     directory.write_recipe("quantizer:\n  bits: 3\n")
@@ -32,7 +32,7 @@ def test_no_overrides_are_an_empty_list(tmp_path):
     assert yaml.safe_load(directory.overrides.read_text(encoding="utf-8")) == []
 
 
-def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
+def test_the_manifest_records_versions_and_machine(tmp_path):
     directory = RunDirectory(tmp_path)
     assert directory.recipe_hash is None
     directory.write_recipe("name: mine\n")
@@ -63,7 +63,7 @@ def test_the_manifest_says_by_what_and_where_it_was_made(tmp_path):
     assert manifest["cpu_count"] >= 1
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     directory.write_recipe("old")
 
@@ -78,7 +78,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "codes", "rotation"])
-def test_what_no_run_has_made_is_not_taken(place, tmp_path):
+def test_directories_that_no_run_has_written_are_not_overwritten(place, tmp_path):
     (tmp_path / place).mkdir()
     (tmp_path / place / "thesis.txt").touch()
     with pytest.raises(ConfigError, match=rf"hydra\.run\.dir=.*: has a {place}/ that no run of jointq made"):
@@ -114,7 +114,7 @@ def test_a_finished_write_leaves_nothing_beside_the_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_a_place_under_a_file_is_refused_with_its_path(tmp_path):
+def test_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="file"):
         RunDirectory(tmp_path / "file" / "run")
@@ -130,7 +130,7 @@ def test_a_forbidden_directory_is_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_directory_that_takes_no_file_is_refused_before_any_work(tmp_path, monkeypatch, number):
+def test_a_directory_that_cannot_hold_files_is_refused_before_any_work(tmp_path, monkeypatch, number):
     def refused(self: Path) -> None:
         raise OSError(number, os.strerror(number), str(self))
 
@@ -139,7 +139,7 @@ def test_a_directory_that_takes_no_file_is_refused_before_any_work(tmp_path, mon
         RunDirectory(tmp_path)
 
 
-def test_peak_memory_grows_by_what_is_touched_and_stays_when_that_is_given_back():
+def test_peak_memory_grows_with_touched_pages_and_stays_after_their_release():
     before = machine.peak_memory()
     block = b"\1" * 300_000_000
     after = machine.peak_memory()
@@ -152,12 +152,12 @@ def test_peak_memory_grows_by_what_is_touched_and_stays_when_that_is_given_back(
 def test_peak_memory_is_not_inherited_from_the_parent():
     block = b"\1" * 300_000_000
     program = "from jointq_cli.system.machine import peak_memory; print(peak_memory())"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     del block
-    assert 1_000_000 < int(told.stdout) < 200_000_000
+    assert 1_000_000 < int(output.stdout) < 200_000_000
 
 
-def test_the_second_choice_is_in_bytes_too():
+def test_the_fallback_for_peak_memory_is_in_bytes():
     assert 1_000_000 < machine._maximum_resident_set() < 10**12
 
 

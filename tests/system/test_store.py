@@ -1,4 +1,4 @@
-"""The store: what exists is complete, nothing is made twice, and a key holds exactly what decides the content."""
+"""The store: an artifact that exists is complete, is computed once, and its key covers what decides its content."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def write_one(scratch: Path) -> None:
     (scratch / "one").write_text("1")
 
 
-def test_an_artifact_is_made_once_and_then_reused(tmp_path: Path) -> None:
+def test_an_artifact_is_computed_once_and_then_reused(tmp_path: Path) -> None:
     store, made = Store(tmp_path), []
 
     def make(scratch: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_stage_that_fails_leaves_no_artifact(tmp_path: Path) -> None:
     assert not store.reuse("stage", Spec(4), [], write_one).reused
 
 
-def test_only_a_resumable_stage_finds_what_it_left(tmp_path: Path) -> None:
+def test_only_a_resumable_stage_finds_its_unfinished_output(tmp_path: Path) -> None:
     store, found = Store(tmp_path), []
 
     def fail_first(scratch: Path) -> None:
@@ -101,7 +101,7 @@ def _append_and_make(root: Path, log: Path) -> None:
     Store(root).reuse("stage", Spec(4), [], make)
 
 
-def test_two_processes_that_want_the_same_artifact_make_it_once(tmp_path: Path) -> None:
+def test_two_processes_compute_the_same_artifact_once(tmp_path: Path) -> None:
     context = get_context("spawn")
     log = tmp_path / "log"
     workers = [context.Process(target=_append_and_make, args=(tmp_path / "store", log)) for _ in range(2)]
@@ -113,8 +113,8 @@ def test_two_processes_that_want_the_same_artifact_make_it_once(tmp_path: Path) 
     assert log.read_text() == "made\n"
 
 
-def test_waiting_for_another_process_is_told_and_can_be_stopped(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_waiting_for_another_process_is_logged_and_can_be_interrupted(tmp_path: Path) -> None:
+    logged: list[str] = []
 
     class Stop(Exception):
         pass
@@ -124,32 +124,32 @@ def test_waiting_for_another_process_is_told_and_can_be_stopped(tmp_path: Path) 
 
     def make(scratch: Path) -> None:
         with pytest.raises(Stop):
-            Store(tmp_path, pause=stop, log=told.append).reuse("stage", Spec(4), [], write_one)
+            Store(tmp_path, pause=stop, log=logged.append).reuse("stage", Spec(4), [], write_one)
         write_one(scratch)
 
     assert not Store(tmp_path).reuse("stage", Spec(4), [], make).reused
-    assert len(told) == 1
-    assert "waiting for another process, which makes stage-" in told[0]
+    assert len(logged) == 1
+    assert "waiting for another process, which writes stage-" in logged[0]
 
 
 def damaged(path: Path) -> None:
     (path / "one").write_text("2")
 
 
-def test_a_damaged_artifact_is_told_and_made_anew(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_damaged_artifact_is_logged_and_computed_again(tmp_path: Path) -> None:
+    logged: list[str] = []
     with Store(tmp_path) as store:
         path = store.reuse("stage", Spec(4), [], write_one).path
     damaged(path)
-    with Store(tmp_path, log=told.append) as store:
+    with Store(tmp_path, log=logged.append) as store:
         again = [store.reuse("stage", Spec(4), [], write_one) for _ in range(2)]
     assert [artifact.reused for artifact in again] == [False, True]
     assert (path / "one").read_text() == "1"
-    assert told == [f"warning: {path}: one has other bytes than were written; it is taken away and made anew"]
+    assert logged == [f"warning: {path}: one has other bytes than were written; it is removed and computed again"]
     assert not list((tmp_path / "partial").iterdir())
 
 
-def test_damage_is_noticed_also_while_the_artifact_is_held(tmp_path: Path) -> None:
+def test_damage_is_noticed_while_the_artifact_is_in_use(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         damaged(store.reuse("stage", Spec(4), [], write_one).path)
         assert not store.reuse("stage", Spec(4), [], write_one).reused
@@ -169,7 +169,7 @@ def test_an_edit_of_a_run_directory_reaches_the_store_and_is_noticed(tmp_path: P
 
 
 @pytest.mark.parametrize("instead", [Path.touch, lambda path: path.symlink_to("nowhere")])
-def test_what_stands_in_the_place_of_an_artifact_makes_room(instead: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_foreign_file_in_place_of_an_artifact_is_replaced(instead: Callable[[Path], None], tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         path = store.reuse("stage", Spec(4), [], write_one).path
         path.rename(tmp_path / "elsewhere")
@@ -180,7 +180,7 @@ def test_what_stands_in_the_place_of_an_artifact_makes_room(instead: Callable[[P
         assert (tmp_path / "elsewhere" / "one").exists()
 
 
-def test_what_a_run_uses_cannot_be_removed_until_its_end(tmp_path: Path) -> None:
+def test_an_artifact_in_use_cannot_be_removed(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.reuse("stage", Spec(4), [], write_one)
         [entry] = entries(tmp_path)
@@ -191,9 +191,7 @@ def test_what_a_run_uses_cannot_be_removed_until_its_end(tmp_path: Path) -> None
     assert not list((tmp_path / "locks").iterdir())
 
 
-def test_an_artifact_that_is_removed_as_soon_as_it_is_made_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_artifact_that_is_removed_at_once_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     with Store(tmp_path) as store:
         hold = store._hold
@@ -238,7 +236,7 @@ def kept(root: Path) -> set[int]:
     return {by_name[entry.name] for entry in entries(root) if entry.stage == "large"}
 
 
-def test_the_least_recently_used_of_a_stage_makes_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_artifacts_of_a_stage_are_removed_first(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.reuse("small", Spec(1), [], write_one)
         for bits, used in ((1, 3000), (2, 1000), (3, 2000)):
@@ -249,7 +247,7 @@ def test_the_least_recently_used_of_a_stage_makes_room(tmp_path: Path) -> None:
     assert any(entry.stage == "small" for entry in entries(tmp_path))
 
 
-def test_what_is_there_is_reused_without_making_room(tmp_path: Path) -> None:
+def test_an_existing_artifact_is_reused_and_none_is_removed(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         for bits in (1, 2):
             large(store, bits, size=4000, budget=8000)
@@ -259,7 +257,7 @@ def test_what_is_there_is_reused_without_making_room(tmp_path: Path) -> None:
     assert kept(tmp_path) == {1, 2}
 
 
-def test_nothing_is_removed_for_what_does_not_fit_anyway(tmp_path: Path) -> None:
+def test_nothing_is_removed_for_an_artifact_above_the_budget(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         large(store, 1, size=4000, budget=8000)
     with Store(tmp_path) as store:
@@ -269,7 +267,7 @@ def test_nothing_is_removed_for_what_does_not_fit_anyway(tmp_path: Path) -> None
     assert kept(tmp_path) == {1, 3}
 
 
-def test_what_was_used_in_the_future_is_the_last_to_go(tmp_path: Path) -> None:
+def test_an_artifact_used_in_the_future_is_removed_last(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         dated(large(store, 1, size=4000, budget=8000), 4e9)
         large(store, 2, size=4000, budget=8000)
@@ -289,7 +287,7 @@ def test_linked_files_are_those_of_the_last_source_and_nothing_else(tmp_path: Pa
     assert {file.name: file.read_text() for file in target.iterdir()} == {"a.safetensors": "two"}
 
 
-def test_what_a_killed_write_has_left_is_no_part_of_an_artifact(tmp_path: Path) -> None:
+def test_scratch_files_of_a_killed_write_are_no_part_of_an_artifact(tmp_path: Path) -> None:
     def stopped(scratch: Path) -> None:
         (scratch / ".hidden.safetensors.host-1-2.partial").touch()
         raise KeyboardInterrupt

@@ -236,7 +236,7 @@ def exchange(directory: Path) -> None:
         (explode, NumericsError, r"rotation: .*as stored"),
         (fill, NumericsError, "NaN or Inf"),
         (truncate, ModelError, "half-downloaded"),
-        (lose, ModelError, "shards that are not there"),
+        (lose, ModelError, "shards that are missing"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

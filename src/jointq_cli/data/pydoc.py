@@ -1,12 +1,11 @@
-"""The English text that a Python installation carries, as calibration, evaluation and training documents.
+"""The English text in a Python installation, as calibration, evaluation and training documents.
 
-It knows two sources: the language reference that `help()` shows (`pydoc_data.topics`) and the docstrings
-of installed Python files. It knows how the topics are shared out so that nothing is scored on a paragraph
-that was calibrated on or trained on. It does not know tokenizers, models or the name of any data set, it
-imports no documented module (the files are parsed, not run), and it never opens a network connection.
+There are two sources: the language reference that `help()` shows (`pydoc_data.topics`) and the docstrings of installed
+Python files, which are parsed, not imported. The topics are divided into splits such that no long paragraph of one
+split occurs in another. Never opens a network connection.
 
-The share of a topic depends on its name alone, so Python 3.11, 3.12 and 3.13 agree on it, although the
-wording inside a topic moves a little between them. Numbers are comparable within one Python version.
+The split of a topic depends on its name alone, so Python 3.11, 3.12 and 3.13 agree on it, although the text of a topic
+differs a little between them. Numbers are comparable within one Python version.
 """
 
 import ast
@@ -22,18 +21,18 @@ from typing import Final
 
 SPLITS: Final = ("evaluation", "calibration", "train")
 
-# The salt was picked by size alone, before any model existed: under it the shares hold 16, 28 and 35 of
-# 79 topics and about 24 %, 30 % and 44 % of their characters (topics run from 200 characters to 62 000).
+# The salt was chosen for the sizes of the splits alone, before any model existed: they have 16, 28 and 35 of
+# 79 topics and about 24 %, 30 % and 44 % of their characters (a topic has 200 to 62 000 characters).
 _SALT: Final = "jointq:"
 _EVALUATION_BELOW: Final = 0.2
 _CALIBRATION_BELOW: Final = 0.5
 
-# Headings, "Returns:" and the like are shared by everybody; only longer paragraphs can give a text away.
+# Headings, "Returns:" and the like occur everywhere; only a longer paragraph identifies a text.
 LEAK_LENGTH: Final = 40
 
-# What torch, transformers and datasets pull in, plus numba. Named, so that an unrelated package in the
-# same environment changes nothing. sympy, mpmath and pandas are left out: their docstrings are mostly
-# printed formulas and tables, 8 MB of them, and a small model would spend itself on those.
+# The dependencies of torch, transformers and datasets, plus numba. They are listed so that an unrelated package in
+# the same environment changes nothing. sympy, mpmath and pandas are excluded: their docstrings are mostly printed
+# formulas and tables, 8 MB of them, which would take much of a small model's capacity.
 DISTRIBUTIONS: Final = (
     "accelerate",
     "click",
@@ -61,7 +60,7 @@ _WORD: Final = re.compile(r"\w+")
 
 
 def split_of(name: str) -> str:
-    """The share that the topic of this name belongs to."""
+    """The split of the topic with this name."""
     digest = hashlib.sha256((_SALT + name).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     if position < _EVALUATION_BELOW:
@@ -70,24 +69,24 @@ def split_of(name: str) -> str:
 
 
 def topics(split: str) -> list[str]:
-    """The topics of one share, by name, without the paragraphs that belong to an earlier share.
+    """The topics of one split in the order of their names, without paragraphs that occur in an earlier split.
 
-    Topics quote each other at length: "typesseq" contains all of "typesseq-mutable". The evaluation share
-    is whole, calibration lacks what evaluation has, and train lacks what either has.
+    Topics quote each other at length: "typesseq" contains all of "typesseq-mutable". The evaluation split is
+    complete, calibration lacks the paragraphs of evaluation, and train lacks those of both.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     earlier = SPLITS[: SPLITS.index(split)]
-    guarded = _fingerprints(text for name in earlier for text in _share(name))
-    return [kept for text in _share(split) if (kept := _without(text, guarded))]
+    guarded = _fingerprints(text for name in earlier for text in _topics_of(name))
+    return [kept for text in _topics_of(split) if (kept := _without(text, guarded))]
 
 
 def docstrings(distributions: Sequence[str] = DISTRIBUTIONS) -> list[str]:
     """The docstrings of the standard library, then of the distributions, one document per Python file.
 
-    Each docstring stands indented under the name it documents, as in the topics. A docstring that occurred
-    before is left out, and so is a file that this Python cannot parse. A distribution that is not
-    installed raises `importlib.metadata.PackageNotFoundError`: a corpus must not shrink in silence.
+    Each docstring is indented under the name it documents, as in the topics. Repeated docstrings are skipped, and so
+    are files that this Python cannot parse. Raises `importlib.metadata.PackageNotFoundError` for a distribution that
+    is not installed, so that the corpus cannot shrink silently.
     """
     seen: set[str] = set()
     files = [*_standard_library(), *(path for name in distributions for path in _files_of(name))]
@@ -95,13 +94,13 @@ def docstrings(distributions: Sequence[str] = DISTRIBUTIONS) -> list[str]:
 
 
 def training_documents(distributions: Sequence[str] = DISTRIBUTIONS) -> list[str]:
-    """Everything to train on: the train topics, then the docstrings, no long paragraph twice.
+    """The training documents: the train topics, then the docstrings, without repeated long paragraphs.
 
-    No long paragraph of an evaluation or calibration topic is in it, whatever its spacing, letter case and
-    punctuation. Repeats go too: "input_ids: indices of input sequence tokens ..." stands in hundreds of
-    files and would be all that a small model learns.
+    Long paragraphs of an evaluation or calibration topic are removed, whatever their spacing, letter case and
+    punctuation. So are repetitions: "input_ids: indices of input sequence tokens ..." occurs in hundreds of files
+    and would be most of what a small model learns.
     """
-    seen = _fingerprints(text for name in ("evaluation", "calibration") for text in _share(name))
+    seen = _fingerprints(text for name in ("evaluation", "calibration") for text in _topics_of(name))
     documents = (*topics("train"), *docstrings(distributions))
     return [kept for text in documents if (kept := _without(text, seen, remember=True))]
 
@@ -112,15 +111,15 @@ def paragraphs(text: str) -> list[str]:
 
 
 def fingerprint(paragraph: str) -> str | None:
-    """What two copies of a paragraph have in common; None if it is too short to give a text away."""
+    """A string that is equal for all copies of a paragraph; None if it is too short to identify a text."""
     if len(" ".join(paragraph.split())) <= LEAK_LENGTH:
         return None
-    # A rule made of punctuation alone has no words, and every such rule counts as the same paragraph.
+    # A line of punctuation has no words, so all such lines count as the same paragraph.
     return " ".join(_WORD.findall(paragraph.casefold()))
 
 
-def _share(split: str) -> Iterator[str]:
-    """The raw topics of a share, in the order of their names."""
+def _topics_of(split: str) -> Iterator[str]:
+    """The unfiltered topics of a split, in the order of their names."""
     return (_topics[name] for name in sorted(_topics) if split_of(name) == split)
 
 
@@ -130,7 +129,7 @@ def _fingerprints(texts: Iterable[str]) -> set[str]:
 
 
 def _without(text: str, marks: set[str], *, remember: bool = False) -> str:
-    """The text less the paragraphs in `marks`; with `remember`, those that stay are added to `marks`."""
+    """The text without the paragraphs in `marks`; with `remember`, the remaining ones are added to `marks`."""
     kept = []
     for block in paragraphs(text):
         mark = fingerprint(block)
@@ -155,10 +154,10 @@ def _files_of(distribution: str) -> list[Path]:
 
 
 def _page(path: Path, seen: set[str]) -> str:
-    """One file's docstrings as text; "" if it has none that is new. Adds them to `seen`."""
+    """One file's docstrings that are not in `seen`, as text; adds them to `seen`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes are not our user's business
+            warnings.simplefilter("ignore")  # about invalid escapes in other packages
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError, RecursionError):
         return ""
@@ -173,7 +172,7 @@ def _page(path: Path, seen: set[str]) -> str:
 
 
 def _documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of a module and of what it defines, in the order of the source."""
+    """(heading, docstring) of a module and its definitions, in the order of the source."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = (ast.get_docstring(node) or "").strip()
         if text:
@@ -181,7 +180,7 @@ def _documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.ClassDef):
             prefix = f"{prefix}{node.name}."
         elif not isinstance(node, ast.Module):
-            return  # what a function defines inside itself is nobody's documentation
+            return  # local definitions of a function are not documentation
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt):
             yield from _documented(child, prefix)

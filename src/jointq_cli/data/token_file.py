@@ -1,6 +1,6 @@
-"""Windows of tokens and the file in which they are frozen, for a machine that reaches no network.
+"""Windows of tokens, and the file that freezes them for a machine without a network connection.
 
-Knows where the tokens come from as words only: how they are cut from text is `calibration`'s.
+How windows are cut from text is in `calibration`.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ class Tokens:
 
     @property
     def warning(self) -> str:
-        """What a person should know before trusting the windows; empty where there is nothing."""
+        """A warning about the windows to show to the user; empty if there is none."""
         return self.provenance.get("warning", "")
 
     def describe(self) -> str:
         """A line such as "pydoc/calibration 128 x 512 tokens concat_chunk seed 0 tokens=0123456789abcdef"."""
-        told = self.provenance
+        origin = self.provenance
         count, seqlen = self.windows.shape
-        text = f"{told['dataset']}/{told['split']} {count} x {seqlen} tokens"
-        return f"{text} {told['strategy']} seed {told['seed']} tokens={self.hash[:16]}"
+        text = f"{origin['dataset']}/{origin['split']} {count} x {seqlen} tokens"
+        return f"{text} {origin['strategy']} seed {origin['seed']} tokens={self.hash[:16]}"
 
 
 def save_tokens(path: Path, tokens: Tokens) -> None:
-    """Freezes `tokens`: safetensors with `windows`, and the provenance as JSON; the same bytes each time.
+    """Writes `tokens` as safetensors with the tensor `windows`, and the provenance as JSON; the same bytes each time.
 
     Raises ResourceError when the file cannot be written.
     """

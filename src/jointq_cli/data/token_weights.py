@@ -1,4 +1,4 @@
-"""TokenWeights: from statistics.py."""
+"""The weight of each calibration token in the Hessian and the other statistics of a layer."""
 
 from dataclasses import dataclass, replace
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """How much each calibration token counts.
+    """How calibration tokens are weighted: H = sum_t w_t x_t x_t^T.
 
-    weighting: uniform, all the same; input, rms(x)^-power of what the layer is given; residual, rms(s)^-power of the
-    residual stream behind a layer that writes into it (the next norm divides the layer's error by just that), and all
-    the same for other layers. Massive activations are those of a few tokens, and make up most of H where all tokens
-    count the same. first_token: what the first token of a window counts besides.
+    weighting: uniform, w = 1; input, w = rms(x)^-power of the layer's input x; residual, w = rms(s)^-power of the
+    residual stream s after a layer that writes into it (the next norm divides the layer's error by rms(s)), and 1 for
+    other layers. With equal weights, the massive activations of a few tokens dominate H. first_token: an additional
+    factor for the first token of each window.
     """
 
     weighting: str
@@ -26,21 +26,22 @@ class TokenWeights:
 
     @property
     def canonical(self) -> "TokenWeights":
-        """The same weights, with nothing said that does not matter."""
+        """An equal value for all settings with the same weights, for keys of the store."""
         return replace(self, power=0.0) if self.weighting == "uniform" else self
 
-    def per_token(self, inputs: Tensor, behind: Tensor | None, tokens: int) -> Tensor | None:
-        """inputs (..., in), tokens of windows of so many; behind (..., hidden), None where the layer does not write.
+    def per_token(self, inputs: Tensor, residual: Tensor | None, tokens: int) -> Tensor | None:
+        """Weights (...) float32 for the tokens of a batch, or None where all weights are 1.
 
-        Returns (...) float32, or None where all count the same. Where a layer is given a part of the tokens only (a
-        routed expert), none counts as the first one.
+        inputs: (..., in), the layer's inputs for windows of `tokens` tokens. residual: (..., hidden), the residual
+        stream after the layer, None where the layer does not write into it. Where a layer sees only a part of the
+        tokens (a routed expert), no token counts as the first of its window.
         """
-        canonical = {"uniform": None, "input": inputs, "residual": behind}[self.weighting]
-        if canonical is None and self.first_token == 1:
+        reference = {"uniform": None, "input": inputs, "residual": residual}[self.weighting]
+        if reference is None and self.first_token == 1:
             return None
         weights = torch.ones(inputs.shape[:-1], device=inputs.device)
-        if canonical is not None:
-            energy = canonical.float().square().mean(dim=-1)
+        if reference is not None:
+            energy = reference.float().square().mean(dim=-1)
             weights = torch.where(energy > 0, energy.pow(-self.power / 2), 0.0)
         if weights.numel() % tokens == 0:
             weights.view(-1, tokens)[:, 0] *= self.first_token

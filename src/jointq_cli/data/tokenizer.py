@@ -21,20 +21,20 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> "PreTrainedToken
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    # A damaged file gives whatever its parser raises; the Rust one raises plain Exception.
+    # A damaged file raises whatever its parser raises; the Rust parser raises plain Exception.
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({said})") from error
-    # Without its vocabulary file, transformers makes a tokenizer out of the special tokens alone.
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{directory}: the tokenizer cannot be loaded ({reason})") from error
+    # Without a vocabulary file, transformers builds a tokenizer of the special tokens alone.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(f"{directory}: the tokenizer has no vocabulary; its tokenizer.json is missing")
     return tokenizer
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256, 64 hex digits, of all that decides which ids a text gets; the same wherever the files lie.
+    """sha256, 64 hex digits, of everything that decides how a text is encoded; independent of paths.
 
-    Left out: names, paths, chat template, and padding and truncation, which are never used here.
+    Excludes names, the chat template, and padding and truncation, which jointq never uses.
     """
     state = {"rules": _rules(tokenizer), "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
@@ -42,7 +42,7 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _rules(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # written in Python: its vocabulary, and what it does around a text
+    if backend is None:  # written in Python: its vocabulary, and the special tokens it adds
         around = tokenizer("a", verbose=False)["input_ids"]
         return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "around": around}
     rules: dict[str, Any] = json.loads(backend.to_str())

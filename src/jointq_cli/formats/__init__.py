@@ -1,0 +1,6 @@
+"""How a quantised weight is stored. Each kind of stored weight is imported here, so that its files can be read."""
+
+from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.uniform import UniformWeight
+
+__all__ = ["StoredWeight", "UniformWeight"]

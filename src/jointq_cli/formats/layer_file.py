@@ -1,17 +1,25 @@
-"""save_layer, load_layer: from workspace.py."""
+"""The file of one stored weight: its tensors, and its kind in the metadata. A file without a kind is uniform."""
 
 from pathlib import Path
 
 from safetensors import safe_open
 
-from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.errors import ModelError
+from jointq_cli.formats import StoredWeight, UniformWeight
 from jointq_cli.system.tensor_files import save_tensors
 
 
-def save_layer(path: Path, weight: QuantizedWeight) -> None:
-    save_tensors(path, weight.to_tensors())
+def save_layer(path: Path, weight: StoredWeight) -> None:
+    """Raises OSError."""
+    uniform = weight.kind == UniformWeight.kind  # written without a kind, as before there were others: equal bytes
+    save_tensors(path, weight.to_tensors(), None if uniform else {"kind": weight.kind})
 
 
-def load_layer(path: Path) -> QuantizedWeight:
+def load_layer(path: Path) -> StoredWeight:
+    """Raises ModelError where the kind is unknown or a tensor is missing."""
     with safe_open(path, framework="pt") as file:
-        return QuantizedWeight.from_tensors({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
+        kind = (file.metadata() or {}).get("kind", UniformWeight.kind)
+        known = {form.kind: form for form in StoredWeight.__subclasses__()}
+        if kind not in known:
+            raise ModelError(f"{path}: a stored weight of kind {kind}; known are {', '.join(known)}")
+        return known[kind].from_tensors({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118

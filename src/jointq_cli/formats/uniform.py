@@ -13,12 +13,14 @@ of the weights: where the dtype's exponent allows, a layer times a power of two 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, ModelError
+from jointq_cli.formats.base import StoredWeight
 
 MOST_NAMED = 3  # layers in an error's line
 
@@ -99,14 +101,22 @@ def check_group_size(group_size: int | None, in_features: Mapping[str, int]) -> 
         )
 
 
+def grid_label(bits: int, group_size: int | None, symmetric: bool) -> str:
+    """Such as "W4 g128 asymmetric"; group_size null or -1: one scale per row."""
+    groups = "per-channel" if group_size in (None, -1) else f"g{group_size}"
+    return f"W{bits} {groups} {'symmetric' if symmetric else 'asymmetric'}"
+
+
 @dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """A linear layer on the grid. Codes stand in the original order of the columns.
+class UniformWeight(StoredWeight):
+    """A linear layer on a uniform grid. Codes are in the original order of the columns.
 
     codes (out, in) uint8, or int8 when symmetric; scale (out, groups) in the checkpoint's dtype; zero_point
     (out, groups) uint8; permutation (in,) int32 or None: column permutation[j] belongs to group j //
     group_size, with None column j does.
     """
+
+    kind: ClassVar[str] = "uniform"
 
     codes: Tensor
     scale: Tensor
@@ -116,8 +126,7 @@ class QuantizedWeight:
     symmetric: bool
 
     @classmethod
-    def joined(cls, parts: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
-        """The layer whose rows, one behind the other, are those of the parts."""
+    def joined(cls, parts: Sequence["UniformWeight"]) -> "UniformWeight":
         if len(parts) == 1:
             return parts[0]
         return replace(
@@ -128,16 +137,27 @@ class QuantizedWeight:
         )
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
     def group_size(self) -> int:
         """Columns per scale."""
         return self.codes.shape[1] // self.scale.shape[1]
 
     @property
-    def bits_per_weight(self) -> float:
-        """Bits of storage per weight: codes, scales, zero-points if asymmetric, permutation (32 a column)."""
+    def label(self) -> str:
+        return grid_label(self.bits, self.group_size if self.scale.shape[1] > 1 else None, self.symmetric)
+
+    @property
+    def stored_bits(self) -> int:
+        """Codes, scales, zero-points if asymmetric, and the permutation with 32 bits a column."""
         per_group = 8 * self.scale.element_size() + (0 if self.symmetric else self.bits)
-        permutation = 0.0 if self.permutation is None else 32 / self.codes.shape[0]
-        return self.bits + per_group / self.group_size + permutation
+        permutation = 0 if self.permutation is None else 32 * len(self.permutation)
+        return self.bits * self.codes.numel() + per_group * self.scale.numel() + permutation
+
+    def record_fields(self) -> dict[str, Any]:
+        return super().record_fields() | {"bits": self.bits, "group_size": self.group_size}
 
     def column_groups(self) -> Tensor:
         """(in,) int64: the group of each column."""
@@ -147,14 +167,14 @@ class QuantizedWeight:
         return torch.empty_like(order).scatter_(0, self.permutation.long(), order // self.group_size)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """(out, in): (codes - zero_point) * scale in float32, then rounded to `dtype`."""
+        """(codes - zero_point) * scale."""
         groups = self.column_groups()
         offset = self.zero_point.to(torch.float32)[:, groups]
         weight = self.codes.to(torch.float32).sub_(offset)
         return weight.mul_(self.scale.to(torch.float32)[:, groups]).to(dtype)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything as tensors for a safetensors file; `format` holds bits and whether symmetric."""
+        """`format` holds bits and whether symmetric."""
         tensors = {
             "codes": self.codes.contiguous(),
             "scale": self.scale.contiguous(),
@@ -166,8 +186,7 @@ class QuantizedWeight:
         return tensors
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "QuantizedWeight":
-        """The inverse of `to_tensors`. Raises ModelError where a tensor is missing."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "UniformWeight":
         missing = [name for name in ("codes", "scale", "zero_point", "format") if name not in tensors]
         if missing:
             raise ModelError(f"quantised layer: tensor {', '.join(missing)} is missing")

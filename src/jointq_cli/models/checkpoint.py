@@ -1,6 +1,7 @@
-"""A Hugging Face checkpoint directory as tensors by name, read one block at a time and never whole.
+"""A Hugging Face checkpoint directory as tensors by name, read a few at a time.
 
-Knows safetensors files, their index and the small files beside them. Knows nothing of modules, and loads no pickle.
+Knows safetensors files, their index, and the config and tokenizer files beside them. Knows nothing of modules, and
+loads no pickle.
 """
 
 import hashlib
@@ -19,15 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jointq_cli.errors import ModelError, NumericsError
-from jointq_cli.system.tensor_files import file_hash
+from jointq_cli.system.files import file_hash
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# What belongs to a model beside its weights. A README is left out: it describes the original.
+# The files of a model other than its weights. A README is left out: it describes the original model.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 
-STRANGERS = (INDEX, PICKLES[1], "adapter_config.json")  # match the patterns above, and belong to other weights
+NOT_COMPANIONS = (INDEX, PICKLES[1], "adapter_config.json")  # match the patterns above, but belong to other weights
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,12 +43,12 @@ DTYPES = {  # safetensors' names
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHUNK = 1 << 24  # bytes that are looked at at once
+CHUNK = 1 << 24  # bytes compared at a time
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of one tensor."""
+    """One tensor as described by the header of its safetensors file."""
 
     file: Path
     dtype: str  # safetensors' name, such as BF16
@@ -59,8 +60,8 @@ class TensorInfo:
 class Checkpoint:
     """A directory with config.json and safetensors weights.
 
-    Opening reads the config and the shards' headers only. Raises ModelError when something is missing, half-downloaded
-    or damaged.
+    The constructor reads only the config and the headers of the weight files. Raises ModelError when a file is missing,
+    incomplete or damaged, and for a quantised checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -71,14 +72,14 @@ class Checkpoint:
         self.tensors = _read_headers(directory)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors in the dtype they are stored in, copied off the file.
+        """The named tensors in their stored dtypes, as copies on the CPU.
 
-        Raises ModelError for a name that is not there, NumericsError for one that holds NaN or Inf.
+        Raises ModelError for a name that the checkpoint lacks, NumericsError for a tensor with NaN or Inf.
         """
         return {name: self._read_one(name) for name in names}
 
     def same_bytes(self, other: "Checkpoint", name: str) -> bool:
-        """Whether tensor `name` has the same dtype, shape and bytes in both; looks at a little at a time."""
+        """Whether tensor `name` has the same dtype, shape and bytes in both; reads CHUNK bytes at a time."""
         ours, theirs = self.tensors[name], other.tensors[name]
         if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
             return False
@@ -89,20 +90,20 @@ class Checkpoint:
             return all(one.read(size) == two.read(size) for size in sizes)
 
     def check_finite(self) -> None:
-        """Reads every tensor once. Raises NumericsError for the first that holds NaN or Inf."""
+        """Reads every tensor once. Raises NumericsError for the first with NaN or Inf."""
         for name in self.tensors:
             self.read([name])
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 over the config and every weight file: the model's identity, wherever it lies."""
+        """sha256 over config.json and every weight file: the model's identity, independent of its path."""
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(file_hash, self.hashed_files))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @property
     def hashed_files(self) -> list[Path]:
-        """What decides `content_hash`."""
+        """The files that `content_hash` covers."""
         return [self.directory / "config.json", *sorted({info.file for info in self.tensors.values()})]
 
     @cached_property
@@ -111,10 +112,10 @@ class Checkpoint:
         return _named_hash(sorted(self.directory.glob("*.py")))
 
     def companions(self, *, code: bool) -> list[Path]:
-        """What belongs to the model beside its weights; its Python files only when remote code was allowed."""
+        """The model's files other than its weights; with `code` also its Python files (trust_remote_code)."""
         patterns = (*COMPANIONS, "*.py") if code else COMPANIONS
         found = {file for pattern in patterns for file in self.directory.glob(pattern) if file.is_file()}
-        return sorted(file for file in found if file.name not in STRANGERS)
+        return sorted(file for file in found if file.name not in NOT_COMPANIONS)
 
     def companions_hash(self, *, code: bool) -> str:
         """sha256 over names and bytes of `companions`."""
@@ -122,7 +123,7 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The floating dtype that most of the weights are stored in."""
+        """The floating-point dtype of most of the weights."""
         sizes: Counter[str] = Counter()
         for info in self.tensors.values():
             if info.dtype in ("F32", "BF16", "F16"):
@@ -143,7 +144,7 @@ class Checkpoint:
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise ModelError(f"{info.file}: tensor {name} has dtype {info.dtype}, which is not supported")
-        # Read, not mapped: mapped pages would count as memory beside the copy that has to be made of them.
+        # Read, not memory-mapped: mapped pages would count as resident memory in addition to the copy.
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         with info.file.open("rb") as file:
             file.seek(info.offset)
@@ -155,7 +156,7 @@ class Checkpoint:
 
 
 def write_index(directory: Path, shards: list[Path]) -> None:
-    """Writes the index over `shards`, files of `directory` named in the order of the model."""
+    """Writes model.safetensors.index.json for `shards`, safetensors files in `directory`."""
     weight_map: dict[str, str] = {}
     total = 0
     for shard in shards:
@@ -167,7 +168,7 @@ def write_index(directory: Path, shards: list[Path]) -> None:
 
 
 def copy_companions(source: Checkpoint, target: Path, *, code: bool) -> None:
-    """Copies config, generation config, tokenizer and the like; Python files only when remote code was allowed."""
+    """Copies `companions`: config, generation config, tokenizer and the like; with `code` also Python files."""
     for file in source.companions(code=code):
         shutil.copyfile(file, target / file.name)
 
@@ -204,7 +205,7 @@ def _weight_files(directory: Path) -> list[Path]:
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ModelError(
-                f"{index}: names {len(missing)} of {len(names)} shards that are not there, {missing[0]} first; "
+                f"{index}: names {len(missing)} of {len(names)} shards that are missing, {missing[0]} first; "
                 "half-downloaded?"
             )
         return [directory / name for name in names]
@@ -216,9 +217,9 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """What the file's header says, once safetensors has found the file whole and sound."""
+    """The tensors that the file's header lists."""
     try:
-        with safe_open(file, framework="pt"):
+        with safe_open(file, framework="pt"):  # raises for a file that is truncated or malformed
             pass
         with file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
@@ -236,12 +237,12 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:  # torch has no isfinite for 8 bits
         return
-    # A million values at a time: the mask of a whole embedding matrix would be the run's peak of memory.
+    # A million values at a time: the mask of an entire embedding matrix would set the run's peak memory.
     bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
     if bad:
         raise NumericsError(f"{file}: tensor {name} holds {bad} values that are NaN or Inf")
 
 
 def _named_hash(files: Iterable[Path]) -> str:
-    """sha256 over names and bytes."""
+    """sha256 over names and bytes of files."""
     return hashlib.sha256("".join(file.name + file_hash(file) for file in files).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""final_hidden: from evaluation.py."""
+"""The forward pass through all blocks of a streamed model."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ def final_hidden(
     pause: Callable[[], None] = lambda: None,
     own: slice = slice(None),
 ) -> Tensor:
-    """Hidden states (windows, tokens, hidden) after the last block, in the model's compute dtype.
+    """Hidden states (windows in own, tokens, hidden) after the last block, in the model's compute dtype.
 
-    ids: (windows, tokens) int64, `batch` windows per forward pass; own: those that are wanted, in whole batches.
-    on_block is called after each block, pause after each batch, where it may raise.
+    ids: (windows, tokens) int64, `batch` windows per forward pass. own: the windows to compute, in complete batches.
+    on_block is called after each block; pause after each batch, and may raise to stop.
     """
     hidden = model.embed_all(ids, batch, own)
     for index in range(len(model)):

@@ -1,4 +1,4 @@
-"""Which linear layers are quantised: the rules of the reference (OneComp), in its order. Knows only names."""
+"""Which linear layers are quantised: the rules of the reference implementation (OneComp), in its order."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from jointq_cli.setting_rules import check, setting
 class LayerSelection:
     """Filters over the names of a model's linear layers, applied in the order of the fields.
 
-    A *name* must match a layer's full name or the last parts of it (`lm_head`, `mlp.down_proj`); a *keyword* may occur
-    anywhere in it. Empty includes select everything. `num_layers` keeps the first so many of what is left.
+    A *name* must match a layer's full name or its last components (`lm_head`, `mlp.down_proj`); a *keyword* may occur
+    anywhere in it. Empty includes select everything. `num_layers` keeps the first of the remaining layers.
     """
 
     include_layer_names: list[str] = setting([])
@@ -24,13 +24,13 @@ class LayerSelection:
         check(self, "layers")
 
     def select(self, names: list[str], known: list[str]) -> list[str]:
-        """The names to quantise, in the given order.
+        """The names to quantise, in the order of `names`.
 
-        names: linear layers inside the decoder blocks. known: every linear layer of the model, against which a pattern
-        is checked: `lm_head` may be excluded although the engine never offers it.
-        Raises ConfigError for a pattern that matches no layer, and when nothing is left.
+        names: linear layers inside the decoder blocks. known: every linear layer of the model; patterns are checked
+        against these, so that `lm_head` may be excluded although it is not in a block.
+        Raises ConfigError for a pattern that matches no layer, and when no layer is left.
         """
-        self._refuse_idle_patterns(known)
+        self._refuse_unmatched_patterns(known)
         chosen = list(names)
         if self.include_layer_names:
             chosen = [name for name in chosen if _named(name, self.include_layer_names)]
@@ -44,7 +44,7 @@ class LayerSelection:
             raise ConfigError(f"layers: the rules select none of the model's {len(names)} linear layers")
         return chosen
 
-    def _refuse_idle_patterns(self, known: list[str]) -> None:
+    def _refuse_unmatched_patterns(self, known: list[str]) -> None:
         for key, matches in (
             ("include_layer_names", _named),
             ("include_layer_keywords", _contains),

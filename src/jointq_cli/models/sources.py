@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: the bundled model, a directory, a GGUF file or the hub. Always ends at a directory."""
+"""Resolves `model.path` to a local checkpoint directory: the bundled model, a directory, a GGUF file or the hub."""
 
 import warnings
 from collections.abc import Callable
@@ -22,18 +22,18 @@ from transformers.utils import logging
 from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
 from jointq_cli.setting_rules import check, setting
+from jointq_cli.system.files import file_hash
 from jointq_cli.system.store import Store
-from jointq_cli.system.tensor_files import file_hash
 
 BUNDLED = Path(__file__).parents[1] / "pocket"
 GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight
 
-UNWANTED = ["*/*", "consolidated*"]  # what repositories hold beside the checkpoint: other formats of the same weights
+UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights that repositories also hold
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """`path`: "pocket" (the bundled model), a local directory, a FILE.gguf, or a hub id such as org/name."""
+    """path: "pocket" (the bundled model), a local directory, a FILE.gguf, or a hub id such as org/name."""
 
     path: str = setting(
         "pocket", pattern=".+", form="name a model: pocket, a directory, a FILE.gguf or a hub id", place=True
@@ -50,8 +50,8 @@ def fetch(
 ) -> Checkpoint:
     """The checkpoint that `source` names, as a local directory of safetensors.
 
-    offline: nothing is downloaded. hash_of: sha256 of a GGUF file. Raises ModelError when it is not there or not
-    usable, ResourceError when the hub cannot be reached.
+    offline: download nothing. hash_of: computes the sha256 of a GGUF file. Raises ModelError when the checkpoint does
+    not exist or cannot be used, ResourceError when the hub cannot be reached.
     """
     if source.path == "pocket":
         return Checkpoint(BUNDLED)
@@ -66,24 +66,24 @@ def fetch(
     try:
         return Checkpoint(downloaded)
     except ModelError as error:
-        if offline:  # only a part, as somebody leaves who wanted the tokenizer
+        if offline:  # a part of it, for instance only the tokenizer, is in the cache
             raise _not_downloaded(source) from error
         raise
 
 
 def provenance(source: ModelSource, directory: Path) -> dict[str, str]:
-    """Where the checkpoint that `fetch` gave came from: its kind, and for the hub's the commit, where it is known."""
+    """Where the checkpoint that `fetch` returned came from; for the hub with its commit, where known."""
     if source.path == "pocket":
         return {"from": "jointq"}
     if Path(source.path).expanduser().exists():
         return {"from": "disk"}
-    # The hub's client lays what it downloads in .../snapshots/COMMIT.
+    # The hub's client stores what it downloads in .../snapshots/COMMIT.
     known = directory.parent.name == "snapshots"
     return {"from": "hub", "revision": directory.name} if known else {"from": "hub"}
 
 
 def looks_local(path: str) -> bool:
-    """Hub ids are `name` or `org/name`; anything else can only be meant as a path."""
+    """Whether `path` can only be a local path; hub ids are `name` or `org/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
@@ -98,8 +98,8 @@ def _converted_gguf(file: Path, store: Store, hash_of: Callable[[Path], str]) ->
 
 
 def convert_gguf(file: Path, target: Path) -> None:
-    """Unpacks a GGUF file into a Hugging Face directory of GGUF_DTYPE. Raises ModelError when it cannot be read."""
-    logging.disable_progress_bar()  # transformers' bars, drawn over whatever the caller draws
+    """Dequantises a GGUF file into a Hugging Face directory in GGUF_DTYPE. Raises ModelError when it cannot be read."""
+    logging.disable_progress_bar()  # transformers' bars would overwrite the caller's
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -150,8 +150,8 @@ def _downloaded(source: ModelSource, offline: bool) -> Path:
 
 def _not_downloaded(source: ModelSource) -> ResourceError:
     return ResourceError(
-        f"model.path={source.path}: no such directory here, and not downloaded yet; nothing more can be told "
-        "before a run has asked the hub for it"
+        f"model.path={source.path}: no such directory here, and not downloaded yet; nothing more can be said "
+        "before a run has downloaded it from the hub"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
-from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.resumable_forward import Pass
 
@@ -63,7 +63,7 @@ class Block:
         """A layer's weight as it is stored."""
         return self.tensors[self._key(layer)]
 
-    def replace(self, layer: Layer, weight: QuantizedWeight) -> None:
+    def replace(self, layer: Layer, weight: StoredWeight) -> None:
         stored = weight.dequantize(self.weight(layer).dtype)
         self.tensors[self._key(layer)] = stored.cpu()
         ready = nn.Parameter(stored.to(self.model.device, self.model.dtype), requires_grad=False)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointq_cli.formats.uniform import QuantizedWeight
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import Block, BlockStructure, Layer, Stream
 from jointq_cli.quantization.collector import Collector, named
@@ -148,7 +148,7 @@ class _Loop:
             self.on_layer(record)
             self.pause()
 
-    def _finished(self, group: list[Layer]) -> dict[str, tuple[QuantizedWeight, LayerRecord]]:
+    def _finished(self, group: list[Layer]) -> dict[str, tuple[StoredWeight, LayerRecord]]:
         """The layers that an earlier run has kept."""
         found = {layer.name: self.workspace.layer(layer.name) for layer in group}
         return {name: kept for name, kept in found.items() if kept is not None}
@@ -175,7 +175,7 @@ class _Loop:
         correction = given.correction if self.plan.qep.corrects(layer.name) else NoCorrection()
         return Solver(self.plan.quantizer, given.prepared, correction, given.hessian, self.team)
 
-    def _quantize_layer(self, layer: Layer, stored: Tensor, given: "_Given") -> tuple[QuantizedWeight, LayerRecord]:
+    def _quantize_layer(self, layer: Layer, stored: Tensor, given: "_Given") -> tuple[StoredWeight, LayerRecord]:
         weight = stored.to(self.model.device, torch.float32)
         started = time.perf_counter()
         with named(layer):
@@ -189,15 +189,13 @@ class _Loop:
             kind=layer.name.rsplit(".", 1)[-1],
             out_features=weight.shape[0],
             in_features=weight.shape[1],
-            bits=quantized.bits,
-            group_size=quantized.group_size,
-            bits_per_weight=quantized.bits_per_weight,
             output_error=output_error,
             weight_error=weight_error,
             damping=solution.damping,
             seconds=seconds,
             verdict=solution.verdict,
             notes={**solution.notes, **solved.notes},
+            **quantized.record_fields(),
         )
         return quantized, record
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.quantization.qep import Corrected, Correction
 from jointq_cli.quantization.quantizers.base import ROWS, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import Energies
@@ -27,9 +26,7 @@ class LayerSolution:
     @property
     def portable(self) -> "LayerSolution":
         """The same in main memory."""
-        tensors = self.solution.quantized.to_tensors()
-        quantized = QuantizedWeight.from_tensors({name: tensor.cpu() for name, tensor in tensors.items()})
-        return replace(self, solution=replace(self.solution, quantized=quantized))
+        return replace(self, solution=replace(self.solution, quantized=self.solution.quantized.to("cpu")))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.layer_file import load_layer, save_layer
-from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.system.files import write_atomically
 from jointq_cli.system.tensor_files import read_rows, save_tensors
@@ -85,7 +85,7 @@ class Workspace:
     def shard(self, index: int) -> Path:
         return self.directory / "shards" / f"{index:05d}.safetensors"
 
-    def layer(self, name: str) -> tuple[QuantizedWeight, LayerRecord] | None:
+    def layer(self, name: str) -> tuple[StoredWeight, LayerRecord] | None:
         """A finished layer, or None."""
         if not self.has_layer(name):
             return None
@@ -98,7 +98,7 @@ class Workspace:
         """The record of a finished layer."""
         return LayerRecord(**json.loads((self.directory / "layers" / f"{name}.json").read_text(encoding="utf-8")))
 
-    def keep_layer(self, weight: QuantizedWeight, record: LayerRecord) -> None:
+    def keep_layer(self, weight: StoredWeight, record: LayerRecord) -> None:
         path = self.directory / "layers" / f"{record.name}.safetensors"
         write_atomically(path, lambda scratch: save_layer(scratch, weight))
         self._write_record(self.directory / "layers" / f"{record.name}.json", record)

@@ -23,7 +23,6 @@ from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.evaluation.activation_quantization import search_clips, simulated
 from jointq_cli.evaluation.perplexity import Scores, score
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
-from jointq_cli.formats.uniform import check_group_size
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.sources import ModelSource, fetch
@@ -38,11 +37,12 @@ from jointq_cli.records import IDENTICAL, BlockRecord, LayerRecord, Simulation, 
 from jointq_cli.report.console.console import Console, Stage
 from jointq_cli.report.console.screens import Bar
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.files import file_hash
 from jointq_cli.system.hash_cache import cache_hash
 from jointq_cli.system.interrupts import Interrupts
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Artifact, Store
-from jointq_cli.system.tensor_files import file_hash, read_rows, save_tensors
+from jointq_cli.system.tensor_files import read_rows, save_tensors
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def selected_layers(model: StreamedModel, recipe: Recipe) -> list[str]:
     in_blocks = [name for name in linear if model.block_of(name) is not None]
     recipe.activations.check_layers(in_blocks)
     names = recipe.layers.select(in_blocks, list(linear))
-    check_group_size(recipe.quantizer.group_size, {name: linear[name].in_features for name in names})
+    recipe.quantizer.check({name: linear[name].in_features for name in names})
     return names
 
 

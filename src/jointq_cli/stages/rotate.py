@@ -16,9 +16,9 @@ from jointq_cli.recipe import Recipe
 from jointq_cli.records import RotationRecord, RotationTraining
 from jointq_cli.report import encode, load_record
 from jointq_cli.stages.base import Stages, mark
-from jointq_cli.system.files import write_atomically
+from jointq_cli.system.files import file_hash, write_atomically
 from jointq_cli.system.store import Artifact
-from jointq_cli.system.tensor_files import file_hash, save_tensors
+from jointq_cli.system.tensor_files import save_tensors
 from jointq_cli.transforms.activation_metrics import measure_sites
 from jointq_cli.transforms.activation_samples import Reservoir, collect
 from jointq_cli.transforms.architectures import Anatomy, examine

@@ -1,0 +1,1 @@
+"""Files, locks, the store, processes and the machine; nothing of models, text or quantisation."""

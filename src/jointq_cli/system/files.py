@@ -1,50 +1,66 @@
-"""Files on disk, whole or not at all: atomic writes, hard links, and what a disk that refuses is told as.
+"""Files on disk: atomic writes, hard links, hashes, and errors of the file system as ResourceError.
 
-Knows no artifact and no run directory.
+Knows nothing of artifacts and run directories.
 """
 
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jointq_cli.errors import ResourceError
 
-UNFINISHED = ".partial"  # at the end of the names of files that are being written
+UNFINISHED = ".partial"  # suffix of files that are being written
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the closest directory above it that exists."""
+    """The path itself, or its nearest parent that exists."""
     path = path.expanduser().absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
+    """sha256 of each file's bytes by its path below `root`."""
+    listed = list(files)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_hash, listed)
+        return {file.relative_to(root).as_posix(): digest for file, digest in zip(listed, digests, strict=True)}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(scratch file)`, then rename over `path`: readers see the old file or the new one, never a part."""
-    # Of this thread alone: two that write the same file, be it on two hosts, must not rename each other's.
+    """Calls `write(scratch file)` and renames the scratch file to `path`: readers see the old file or the new one."""
+    # Unique to this thread: two writers of the same file, even on two hosts, must not rename each other's scratch file.
     author = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     scratch = path.with_name(f".{path.name}.{author}{UNFINISHED}")
     try:
         write(scratch)
         sync(scratch)
         os.replace(scratch, path)
-    finally:  # also after a rename onto another link of the same file, which leaves both names
+    finally:  # a rename onto another hard link of the same file leaves both names
         scratch.unlink(missing_ok=True)
 
 
 def discard_unfinished(directory: Path) -> None:
-    """Deletes what a killed `write_atomically` has left, where nobody else is writing."""
+    """Deletes scratch files that killed calls of `write_atomically` left. No other process may be writing there."""
     for path in directory.rglob(f".*{UNFINISHED}"):
         path.unlink()
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Puts `text` at `path` as UTF-8, whole or not at all. Raises ResourceError."""
+    """Writes `text` to `path` as UTF-8, completely or not at all. Raises ResourceError."""
     with translated_disk_errors(path):
         write_atomically(path, lambda scratch: _write_text(scratch, text))
 
@@ -54,13 +70,14 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def link_files(source: Path, target: Path, pattern: str = "*") -> None:
-    """The files of directory `source`, and no others, in `target`: weights as hard links where the disk allows.
+    """Makes `target` hold the files of `source` that match `pattern`, and no other files.
 
-    A weight file is never edited in place, so it may be shared with the store; a config.json may well be.
+    Weights become hard links where the disk allows: nobody edits a weight file in place, so it may be shared with the
+    store. Other files, such as config.json, are copied because people do edit them.
     """
     target.mkdir(parents=True, exist_ok=True)
     files = sorted(source.glob(pattern))
-    for old in target.iterdir():  # of an earlier run into this directory
+    for old in target.iterdir():  # left by an earlier run into this directory
         if old.name not in {file.name for file in files} and not old.is_dir():
             old.unlink()
     for file in files:
@@ -78,7 +95,7 @@ def _link_or_copy(file: Path, scratch: Path) -> None:
 
 @contextlib.contextmanager
 def translated_disk_errors(path: Path) -> Iterator[None]:
-    """Turns the errors of a full, read-only or forbidden disk into a ResourceError that names the place."""
+    """Turns the errors of a full, read-only or forbidden disk into a ResourceError that names the file, or `path`."""
     try:
         yield
     except OSError as error:
@@ -92,11 +109,13 @@ def translated_disk_errors(path: Path) -> Iterator[None]:
 
 
 def sync_tree(directory: Path) -> None:
+    """Flushes a directory and everything below it to disk (fsync)."""
     for path in (*directory.rglob("*"), directory):
         sync(path)
 
 
 def sync(path: Path) -> None:
+    """Flushes one file or directory to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,10 @@
-"""What an artifact consists of: a list of its files with their sizes and sha256, made with it and checked before use.
+"""Integrity of an artifact: a list of its files with sizes and sha256, written with it and checked before use.
 
 Knows directories of files. Knows nothing of stages, keys and locks.
 """
 
 import errno
 import functools
-import hashlib
 import json
 import os
 import re
@@ -16,13 +15,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-# What file systems and desktops leave everywhere: no reason to take hours of work away.
-DROPPING = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini)$")
-CONTENTS = ".contents.json"  # in an artifact's directory; its own time is that of the artifact's last use
+from jointq_cli.system.files import file_hash
+
+# File systems and desktops leave these everywhere: no reason to discard hours of work.
+IGNORED = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini)$")
+CONTENTS = ".contents.json"  # in an artifact's directory; its modification time is the artifact's last use
 
 
 def write_contents(directory: Path) -> None:
-    """Writes down what `directory` holds by now."""
+    """Writes the list of the files that `directory` holds now."""
     files = _files(directory)
     with ThreadPoolExecutor() as pool:
         digests = pool.map(functools.partial(_file_digest, directory), files, files.values())
@@ -37,26 +38,26 @@ def write_contents(directory: Path) -> None:
 def find_damage(directory: Path) -> str | None:
     """What is wrong with a finished directory, or None: "layers/a.safetensors has 10 bytes, not 20".
 
-    Reads every byte, but none twice in a process while size and time of its file stay the same.
+    Reads every byte, but a file whose size and modification time stay the same only once per process.
     """
     listed, found = _read(directory), _files(directory)
     if listed is None:
         return f"{CONTENTS} is missing or damaged"
-    if misfit := _misfit(listed, found):
-        return misfit
+    if difference := _difference(listed, found):
+        return difference
     with ThreadPoolExecutor() as pool:
         wrong = pool.map(functools.partial(_wrong_bytes, directory, listed), found, found.values())
         return next(filter(None, wrong), None)
 
 
 def has_expected_sizes(directory: Path) -> bool:
-    """Whether names and sizes are those that were written; no file is read."""
+    """Whether names and sizes are those that were written; reads no file but the list."""
     listed = _read(directory)
-    return listed is not None and _misfit(listed, _files(directory)) is None
+    return listed is not None and _difference(listed, _files(directory)) is None
 
 
 def completed_at(directory: Path) -> float | None:
-    """Seconds since 1970, or None for a directory without a list of what it holds."""
+    """When the artifact was completed, in seconds since 1970; None for a directory without a list of its files."""
     contents = _load(directory)
     try:
         return None if contents is None else datetime.fromisoformat(contents["made"]).timestamp()
@@ -65,7 +66,7 @@ def completed_at(directory: Path) -> float | None:
 
 
 def walk(directory: Path, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
-    """(name below `directory`, status) of everything there but directories, in order. Follows no link."""
+    """(path below `directory`, status) of everything there except directories, sorted. Follows no link."""
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = prefix + entry.name
@@ -74,22 +75,22 @@ def walk(directory: Path, prefix: str = "") -> Iterator[tuple[str, os.stat_resul
                     yield from walk(Path(entry.path), f"{name}/")
                 else:
                     yield name, entry.stat(follow_symlinks=False)
-            except FileNotFoundError:  # renamed or deleted since: who is at work there knows
+            except FileNotFoundError:  # renamed or deleted meanwhile by the process that works there
                 continue
 
 
 def _files(directory: Path) -> dict[str, os.stat_result]:
-    return {name: status for name, status in walk(directory) if name != CONTENTS and not DROPPING.search(name)}
+    return {name: status for name, status in walk(directory) if name != CONTENTS and not IGNORED.search(name)}
 
 
-def _misfit(listed: dict[str, dict[str, Any]], found: dict[str, os.stat_result]) -> str | None:
+def _difference(listed: dict[str, dict[str, Any]], found: dict[str, os.stat_result]) -> str | None:
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
         if name not in listed:
             return f"{name} does not belong there"
         if not stat.S_ISREG(found[name].st_mode):
-            return f"{name} is no file any more"
+            return f"{name} is not a regular file any more"
         if found[name].st_size != listed[name]["size"]:
             return f"{name} has {found[name].st_size} bytes, not {listed[name]['size']}"
     return None
@@ -104,12 +105,12 @@ def _load(directory: Path) -> dict[str, Any] | None:
 
 
 def _read(directory: Path) -> dict[str, dict[str, Any]] | None:
-    """The listed files, each with size and sha256."""
+    """The listed files, each with size and sha256; None where the list is missing or damaged."""
     files = (_load(directory) or {}).get("files")
     if not isinstance(files, dict):
         return None
-    sound = all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values())
-    return files if sound else None
+    valid = all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values())
+    return files if valid else None
 
 
 def _wrong_bytes(directory: Path, listed: dict[str, dict[str, Any]], name: str, status: os.stat_result) -> str | None:
@@ -128,6 +129,5 @@ def _file_digest(directory: Path, name: str, status: os.stat_result) -> str:
 
 @functools.cache
 def _digest(path: Path, inode: int, size: int, mtime: int) -> str:
-    """sha256 of a file as it is while inode, size and time stay what they are."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file, cached for as long as its inode, size and modification time stay the same."""
+    return file_hash(path)

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the work at hand: nothing that was finished is lost, and nothing is half-written."""
+"""Deferred Ctrl-C: a run stops at the next safe point, so finished work is kept and no file is half-written."""
 
 import signal
 import threading
@@ -9,7 +9,8 @@ from types import FrameType
 
 from jointq_cli.errors import Interrupted
 
-_ECHO = 1.0  # seconds in which a second SIGINT is the first one: torchrun hands on what the terminal sent to all
+# Seconds in which a second SIGINT counts as the first: torchrun forwards the signal that the terminal sent to all.
+_FORWARDED_WITHIN = 1.0
 
 
 class Interrupts:
@@ -20,26 +21,27 @@ class Interrupts:
         self._since = 0.0
 
     def raise_if_requested(self) -> None:
-        """To be called where stopping is safe. Raises Interrupted (exit code 75)."""
+        """Raises Interrupted (exit code 75) after a SIGINT; to be called where stopping is safe."""
         if self._requested:
             raise Interrupted("interrupted; everything finished is kept, and the same command continues here")
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         if not self._requested:
             self._since = time.monotonic()
-        elif time.monotonic() - self._since > _ECHO:
+        elif time.monotonic() - self._since > _FORWARDED_WITHIN:
             raise KeyboardInterrupt
         self._requested = True
 
 
 @contextmanager
 def deferred() -> Iterator[Interrupts]:
-    """Inside, SIGINT waits for `raise_if_requested`. Does nothing outside the main thread: no signal arrives there."""
+    """Inside, SIGINT takes effect at the next `raise_if_requested`. Does nothing outside the main thread, where Python
+    delivers no signals."""
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    previous = signal.signal(signal.SIGINT, interrupts._note)
+    previous = signal.signal(signal.SIGINT, interrupts._handle)
     try:
         yield interrupts
     finally:

@@ -1,11 +1,11 @@
-"""What lies in a store's directory, and how some of it is taken away.
+"""The entries of a store's directory, and how they are removed.
 
-    STORE/.jointq-store        says that this directory is a store
-    STORE/STAGE-KEY/           an artifact: what a stage has finished, and .contents.json
-    STORE/partial/STAGE-KEY/   what a stage has done so far, or had when it was stopped
-    STORE/locks/STAGE-KEY      held by those who use it (shared) and by who makes or removes it (exclusive)
+    STORE/.jointq-store        marks this directory as a store
+    STORE/STAGE-KEY/           an artifact: the finished output of a stage, and .contents.json
+    STORE/partial/STAGE-KEY/   the unfinished output of a stage that is running or was stopped
+    STORE/locks/STAGE-KEY      locked by the processes that use it (shared), write it or remove it (exclusive)
 
-Never follows a symbolic link, and never touches what has not the form of the above.
+Never follows a symbolic link, and never touches a name of any other form.
 """
 
 import os
@@ -24,23 +24,23 @@ from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 MARKER = ".jointq-store"
 PARTIAL = "partial"
 LOCKS = "locks"
-REMOVED = ".removed"  # behind the name of what is being deleted
-_FORM = re.compile(r"(?P<name>(?P<stage>\w+)-[0-9a-f]{16})(?P<removed>\.removed)?")
+REMOVED = ".removed"  # suffix of a directory that is being deleted
+_ENTRY_NAME = re.compile(r"(?P<name>(?P<stage>\w+)-[0-9a-f]{16})(?P<removed>\.removed)?")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An artifact, or partial work. No two of them share a file."""
+    """An artifact, or unfinished output. No two entries share a file."""
 
     name: str  # STAGE-KEY
     stage: str
     path: Path
     is_partial: bool
-    size: int  # bytes, each file counted once however many names it has
-    freed: int  # bytes that the disk would get back: not those of files that run directories link to
-    is_listed: bool  # whether it has its list of what it holds; without one it is never removed
-    completed: float | None  # seconds since 1970; None where that is not known
-    used: float  # last time, seconds since 1970
+    size: int  # bytes; a file with several hard links counts once
+    freed: int  # bytes that its removal would free: not those of files that run directories link to
+    is_listed: bool  # whether it has its list of files; an artifact without one is never removed
+    completed: float | None  # seconds since 1970; None where unknown
+    used: float  # last use, seconds since 1970
 
     @property
     def is_removable(self) -> bool:
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pruned:
-    """removed: what was taken away. busy: what would have been, had nobody used it."""
+    """removed: the entries that were removed. busy: those that were kept because a process uses them."""
 
     removed: list[Entry]
     busy: list[Entry]
@@ -65,8 +65,8 @@ def check_store(root: Path) -> None:
 
 
 def check_inside(root: Path) -> None:
-    """Raises JointqError where a store's own directories lie elsewhere: what is removed there would not be the store's,
-    and what is made there could not be given its name."""
+    """Raises JointqError where partial/ or locks/ is a link or on another disk: removing entries there would delete
+    files that are not the store's, and finished output could not be renamed into the store."""
     for place in (root / PARTIAL, root / LOCKS):
         if place.is_symlink() or (place.exists() and place.stat().st_dev != root.stat().st_dev):
             raise JointqError(f"{place}: must be a directory of the store itself and on its disk; give another store")
@@ -92,7 +92,7 @@ def entries(root: Path) -> list[Entry]:
 
 
 def by_last_use(found: Iterable[Entry]) -> list[Entry]:
-    """Least recently used first. What was used in the future, by a clock that went back since, comes last."""
+    """Least recently used first. Times in the future, by a clock that was set back since, come last."""
     return sorted(found, key=lambda entry: (entry.used, entry.name))
 
 
@@ -101,7 +101,7 @@ def is_in_use(root: Path, entry: Entry) -> bool:
 
 
 def damage(root: Path, entry: Entry) -> str | None:
-    """What is wrong with an artifact that nobody is just making."""
+    """What is wrong with an artifact; None also where a process is writing or removing it."""
     lock = try_lock(lock_path(root, entry.name), Kind.SHARED)
     if lock is None:
         return None
@@ -110,7 +110,7 @@ def damage(root: Path, entry: Entry) -> str | None:
 
 
 def lock_unused(root: Path, entry: Entry) -> Lock | None:
-    """The exclusive lock on an entry; None where somebody uses it, or has used it since it was looked at."""
+    """The exclusive lock on an entry; None where a process uses it, or has used it since `entry` was read."""
     lock = try_lock(lock_path(root, entry.name), Kind.EXCLUSIVE)
     if lock is None:
         return None
@@ -122,7 +122,7 @@ def lock_unused(root: Path, entry: Entry) -> Lock | None:
 
 
 def remove(root: Path, entry: Entry) -> bool:
-    """Takes an entry away; False, and leaves it, where somebody uses it."""
+    """Removes an entry; False, and keeps it, where a process uses it."""
     lock = lock_unused(root, entry)
     if lock is None:
         return False
@@ -133,19 +133,19 @@ def remove(root: Path, entry: Entry) -> bool:
 
 
 def delete_locked(root: Path, path: Path) -> None:
-    """Deletes `path`, of which the caller has the exclusive lock. Killed at any point, it leaves no half of an
-    artifact under an artifact's name."""
-    doomed = root / PARTIAL / f"{path.name.removesuffix(REMOVED)}{REMOVED}"
-    if path != doomed:
-        doomed.parent.mkdir(exist_ok=True)
-        delete(doomed)
-        with suppress(FileNotFoundError):  # somebody else was quicker
-            os.rename(path, doomed)
-    delete(doomed)
+    """Deletes `path`, on which the caller has the exclusive lock. If the process is killed at any point, no incomplete
+    artifact is left under an artifact's name."""
+    renamed = root / PARTIAL / f"{path.name.removesuffix(REMOVED)}{REMOVED}"
+    if path != renamed:
+        renamed.parent.mkdir(exist_ok=True)
+        delete(renamed)
+        with suppress(FileNotFoundError):  # another process has removed it first
+            os.rename(path, renamed)
+    delete(renamed)
 
 
 def delete(path: Path) -> None:
-    """A file, a link or a whole directory; what a link points to stays."""
+    """Deletes a file, a link or a directory tree; the target of a link stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -153,7 +153,7 @@ def delete(path: Path) -> None:
 
 
 def prune(candidates: Iterable[Entry], excess: float, take: Callable[[Entry], bool]) -> Pruned:
-    """Takes least recently used entries away until at least `excess` bytes are gone; take: tells whether it could."""
+    """Removes least recently used entries until `excess` bytes are gone. take: removes one, or returns False."""
     pruned = Pruned([], [])
     for entry in by_last_use(candidate for candidate in candidates if candidate.is_removable):
         if excess <= 0:
@@ -175,8 +175,8 @@ def _directories(parent: Path) -> list[Path]:
 
 
 def _entry(path: Path, *, is_partial: bool) -> Entry | None:
-    """None for what is none, or has disappeared by now."""
-    form = _FORM.fullmatch(path.name)
+    """None for a name of another form, or a directory that has disappeared."""
+    form = _ENTRY_NAME.fullmatch(path.name)
     if form is None or (form["removed"] and not is_partial):
         return None
     try:
@@ -200,7 +200,7 @@ def _entry(path: Path, *, is_partial: bool) -> Entry | None:
 
 
 def _sizes(files: list[os.stat_result]) -> tuple[int, int]:
-    """Bytes of all files, and of those that have all their names here."""
+    """Bytes of all files, and of those whose hard links are all among `files`."""
     statuses = {(status.st_dev, status.st_ino): status for status in files}
     names = Counter((status.st_dev, status.st_ino) for status in files)
     size = sum(status.st_size for status in statuses.values())

@@ -1,7 +1,7 @@
-"""Locks on files: shared by those who read, exclusive to who makes or removes.
+"""Locks on files (flock): shared for reading, exclusive for writing or removing.
 
-The kernel takes a lock from a process that ends, however it ends, so none is ever left behind. POSIX only. Knows
-nothing of what is locked, and never waits.
+The kernel releases the locks of a process that ends, however it ends, so there are no stale locks. POSIX only. Never
+waits, and knows nothing of what is locked.
 """
 
 import enum
@@ -16,7 +16,7 @@ from jointq_cli.system.files import nearest_existing
 
 
 class Kind(enum.Enum):
-    """SHARED: any number at once. EXCLUSIVE: one, and nobody else."""
+    """SHARED: any number of holders at once. EXCLUSIVE: a single holder."""
 
     SHARED = fcntl.LOCK_SH
     EXCLUSIVE = fcntl.LOCK_EX
@@ -34,7 +34,7 @@ class Lock:
             os.close(self._descriptor)
 
     def discard_file(self) -> None:
-        """Deletes the lock's file, for an exclusive holder. Whoever has it open already notices: see `try_lock`."""
+        """Deletes the lock file; only for an exclusive holder. Other processes notice, see `try_lock`."""
         self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -47,14 +47,15 @@ class Lock:
 
 
 def try_lock(path: Path, kind: Kind) -> Lock | None:
-    """The lock on `path`, which is created where needed; None while somebody holds one that forbids it.
+    """The lock on `path`, which is created if needed; None while another process holds a conflicting one.
 
-    On a disk that may only be read nobody makes or removes anything, and what is shared needs no lock's file.
+    On a read-only disk nothing can be written or removed, so a shared lock needs no lock file there.
     """
     if kind is Kind.SHARED and not path.exists() and not os.access(nearest_existing(path), os.W_OK):
         return Lock(path, None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # To read is enough for a shared lock, also on what belongs to somebody else; NFS wants the other one writable.
+    # Opening for reading is enough for a shared lock, also on another user's file; NFS requires a writable file for an
+    # exclusive one.
     mode = os.O_RDONLY if kind is Kind.SHARED else os.O_RDWR
     while True:
         descriptor = os.open(path, mode | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -68,11 +69,11 @@ def try_lock(path: Path, kind: Kind) -> Lock | None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its file was deleted in between: a lock on it would keep nobody out
+        os.close(descriptor)  # the file was deleted in between: a lock on it would exclude no one
 
 
 def is_locked(path: Path) -> bool:
-    """Whether anybody holds a lock on `path` at this moment. Creates nothing."""
+    """Whether any process holds a lock on `path` at this moment. Creates nothing."""
     mode = os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY  # as in `try_lock`
     try:
         descriptor = os.open(path, mode | os.O_CLOEXEC)
@@ -85,7 +86,7 @@ def is_locked(path: Path) -> bool:
     except OSError as error:
         if error.errno != errno.EBADF:  # NFS, of a file that only its owner may write
             raise
-        return True  # perhaps: then it is not touched
+        return True  # it may be locked: leave it alone
     finally:
         os.close(descriptor)
     return False

@@ -1,4 +1,4 @@
-"""What a run should remember of the machine and the software under it. Imports no torch."""
+"""The machine and the software that a run uses: versions, processor, memory, disk. Imports no torch."""
 
 import ctypes
 import os
@@ -26,7 +26,7 @@ LIBRARIES = (
     "omegaconf",
 )
 
-# Products in other instruction sets are rounded otherwise.
+# Matrix products are rounded differently with different instruction sets.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "NUMBA_CPU_NAME")
 CGROUPS = (
@@ -47,32 +47,31 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Bytes of the largest resident set this process has had since its program started.
+    """The peak resident set size of this process, in bytes.
 
-    Counts what lies in main memory: shared libraries and touched pages of mapped files too, the memory of a
-    GPU and of child processes not. Linux tells it as VmHWM; `ru_maxrss`, the portable figure, is only the
-    second choice there, because a process inherits that of the parent which started it.
+    Includes shared libraries and touched pages of mapped files; excludes GPU memory and child processes. Linux reports
+    it as VmHWM. The portable `ru_maxrss` is only the fallback, because a process inherits its parent's value.
     """
     return _status("VmHWM") or _maximum_resident_set()
 
 
 def available_memory() -> int:
-    """Bytes that this process may have in all: what it has already and what is free, within its cgroup's limit."""
+    """Bytes that this process can use in total: its resident set and what is free, within its cgroup's limit."""
     own = _status("VmRSS") or 0
-    limits = [room for room in (_free_memory(), _room_in_cgroup()) if room is not None]
+    limits = [free for free in (_free_memory(), _free_in_cgroup()) if free is not None]
     return own + min(limits) if limits else sys.maxsize
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that may be written where `path` is, or will be."""
+    """Free bytes on the disk where `path` is, or will be."""
     return shutil.disk_usage(nearest_existing(path)).free
 
 
 def release_freed_memory() -> None:
-    """Gives freed heap pages back to the system, where the C library can (glibc).
+    """Returns freed heap pages to the system, where the C library can (glibc's malloc_trim).
 
-    Blocks of weights and activations come and go by the hundred megabytes; without this the heap fragments, and the
-    resident set grows with the number of blocks although no more of them are alive.
+    Weights and activations of hundreds of megabytes are allocated and freed for every block; without this the heap
+    fragments and the resident set grows with the number of blocks.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -87,38 +86,38 @@ def cpu_count() -> int:
 
 
 def cpu() -> str:
-    """The processor's name, which of the instruction sets that decide how products are rounded it has, and the
-    variables of the environment that keep libraries from using them."""
+    """The processor's name, its instruction sets among INSTRUCTION_SETS, and the environment variables that restrict
+    which of them libraries use."""
     limits = [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ]
     return " ".join([*_processor(), *limits])
 
 
 def _processor() -> list[str]:
     try:
-        told = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return [platform.processor() or platform.machine()]
-    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in told.splitlines())}
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     name = entries.get("model name", platform.machine())
-    flags = entries.get("flags", entries.get("Features", "")).split()  # as x86 and Arm call them
+    flags = entries.get("flags", entries.get("Features", "")).split()  # the names on x86 and Arm
     return [name, *(known for known in INSTRUCTION_SETS if known in flags)]
 
 
 def project_commit() -> str | None:
-    """Commit of the checkout this package runs from, "-dirty" after changes; None when installed."""
+    """The git commit of the checkout this package runs from, with "-dirty" if it has changes; None when installed."""
     checkout = Path(__file__).parents[3]
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip()
+    return described.stdout.strip()
 
 
 def _status(name: str, file: str = "/proc/self/status") -> int | None:
-    """Bytes by a name of Linux's own tables, None where there are none."""
+    """A value in bytes by its name in a table of Linux's /proc; None on other systems."""
     try:
         status = Path(file).read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -133,21 +132,21 @@ def _free_memory() -> int | None:
     return _status("MemAvailable", "/proc/meminfo")
 
 
-def _room_in_cgroup() -> int | None:
-    """Limit less use of the control group (versions 2 and 1) that this process sees as its own."""
-    for limit, use in CGROUPS:
+def _free_in_cgroup() -> int | None:
+    """Limit minus usage of this process's control group (versions 2 and 1), in bytes."""
+    for limit, usage in CGROUPS:
         try:
-            return int(Path(limit).read_text()) - int(Path(use).read_text()) + _reclaimable(Path(use).parent)
+            return int(Path(limit).read_text()) - int(Path(usage).read_text()) + _reclaimable(Path(usage).parent)
         except (OSError, ValueError):  # no such version, or "max"
             continue
     return None
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of a control group that are files in memory, not used of late: a group's use counts them as well."""
+    """Bytes of inactive page cache, which a control group's usage includes although the kernel can free them."""
     with suppress(OSError):
-        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return int(told.get("total_inactive_file", told.get("inactive_file", 0)))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The JSON form of a report, and back: strict in both directions. Knows dataclasses, not what they mean.
+"""Reports as JSON, strict in both directions. Knows dataclasses, not what they mean.
 
-JSON has no NaN and no infinities; where a float is meant they become the strings "nan", "inf", "-inf".
+JSON has no NaN and no infinities; floats with these values become the strings "nan", "inf", "-inf".
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def encode(record: Any) -> str:
-    """A record, or a list of records, as indented JSON. Notes that JSON does not know raise TypeError."""
+    """A record, or a list of records, as indented JSON. Raises TypeError for values that JSON cannot represent."""
     plain = _strings_for_not_finite(_plain(record))
     return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -28,10 +28,10 @@ def load_report(path: Path) -> RunReport:
 
 
 def load_record(kind: Any, path: Path) -> Any:
-    """Reads what `encode` made of a record of type `kind`, or of a list of them, list[KIND].
+    """Reads a file that `encode` wrote; kind: the dataclass, or list[DATACLASS].
 
-    Raises JointqError in one line when the file is missing or is not JSON, and for the first key that is
-    unknown, missing without a default or of another type than the records have.
+    Raises JointqError when the file is missing or not JSON, and for the first key that is unknown, missing without a
+    default, or of another type than its field.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def load_record(kind: Any, path: Path) -> Any:
 
 
 class _Mismatch(Exception):
-    """Where a JSON value is not what the records say."""
+    """A JSON value that does not fit the field's type."""
 
 
 def _plain(record: Any) -> Any:
@@ -64,7 +64,7 @@ def _strings_for_not_finite(value: Any) -> Any:
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a `kind`: a dataclass, a list, a dictionary, an optional or a plain type."""
+    """`value` as type `kind`: a dataclass, list, dict, optional or plain type. where: the path of keys, for errors."""
     if dataclasses.is_dataclass(kind):
         return _decode_record(cast(type[Any], kind), value, where)
     origin, arguments = get_origin(kind), get_args(kind)
@@ -84,7 +84,7 @@ def _decode_record(kind: type[Any], value: Any, where: str) -> Any:
     entries = _checked(dict, value, where)
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
-    defaults = [field.name for field in dataclasses.fields(kind) if not _is_needed(field)]
+    defaults = [field.name for field in dataclasses.fields(kind) if _has_default(field)]
     prefix = f"{where}." if where else ""
     for name in entries:
         if name not in names:
@@ -95,8 +95,8 @@ def _decode_record(kind: type[Any], value: Any, where: str) -> Any:
     return kind(**{name: _decode(hints[name], entries[name], f"{prefix}{name}") for name in names if name in entries})
 
 
-def _is_needed(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _decode_plain(kind: type, value: Any, where: str) -> Any:
@@ -106,7 +106,7 @@ def _decode_plain(kind: type, value: Any, where: str) -> Any:
 
 
 def _checked(kind: type, value: Any, where: str) -> Any:
-    # bool is an int in Python and is not one here.
+    # Python counts bool as an int; JSON does not.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _Mismatch(f"{where or 'the whole'} must be {kind.__name__}, not {type(value).__name__}")
+        raise _Mismatch(f"{where or 'the file'} must be {kind.__name__}, not {type(value).__name__}")
     return value

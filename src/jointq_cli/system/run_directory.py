@@ -1,9 +1,8 @@
-"""The directory that a run leaves behind: what was asked, by what it was done, and where each result lies.
+"""The output directory of a run: the names of its files, its manifest, and atomic writes.
 
-Knows names and atomic writes. Knows nothing of what the reports say or how a model is stored.
+Knows nothing of what the reports say or how a model is stored.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -14,18 +13,15 @@ from pathlib import Path
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.system import machine
-from jointq_cli.system.files import translated_disk_errors, write_text_atomically
+from jointq_cli.system.files import file_hash, translated_disk_errors, write_text_atomically
 
-MADE = (
-    "rotation/*.safetensors",
-    "codes/*.safetensors",
-    "checkpoint/*",
-)  # the rest has times in it, or says how it went
+# The files that are reproducible to the byte; the others contain times or a log.
+RESULTS = ("rotation/*.safetensors", "codes/*.safetensors", "checkpoint/*")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What somebody needs in order to repeat a run elsewhere, and to see why the result may differ there."""
+    """What one needs to repeat a run elsewhere, and to see why the result may differ there."""
 
     command: list[str]  # as typed
     created: str  # local time with its offset
@@ -34,17 +30,17 @@ class Manifest:
     platform: str
     device: str
     cpu_count: int  # cores the process may use
-    threads: int  # that each process of the computation uses
+    threads: int  # of each process
     seeds: dict[str, int]  # by the key of the recipe
-    hashes: dict[str, str]  # sha256 by what was hashed: model, calibration tokens, evaluation windows
-    texts: dict[str, dict[str, str]]  # where calibration and evaluation text came from: revision, sha256, tokenizer
-    # What older manifests lack has a default, so that they can still be read.
-    files: dict[str, str] = field(default_factory=dict)  # sha256 by path in the run directory, of `made_files`
-    cpu: str | None = None  # the processor's name and its instruction sets
-    gpu: str | None = None  # the name of the one that computed
+    hashes: dict[str, str]  # sha256 of model, calibration tokens and evaluation windows
+    texts: dict[str, dict[str, str]]  # provenance of calibration and evaluation text: revision, sha256, tokenizer
+    # The fields below have defaults because older manifests lack them.
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of `result_files` by path in the run directory
+    cpu: str | None = None  # name and instruction sets, as `machine.cpu` returns them
+    gpu: str | None = None
     processes: int = 1
-    recipe_sha256: str | None = None  # of recipe.yaml: another run into the same directory writes its own first
-    model: dict[str, str] = field(default_factory=dict)  # where it came from, as `sources.provenance` tells
+    recipe_sha256: str | None = None  # of recipe.yaml, to detect that a later run has overwritten it
+    model: dict[str, str] = field(default_factory=dict)  # as `sources.provenance` returns it
 
 
 def build_manifest(
@@ -60,7 +56,7 @@ def build_manifest(
     recipe_sha256: str | None = None,
     model: dict[str, str] | None = None,
 ) -> Manifest:
-    """The manifest of a run that this process does now."""
+    """The manifest of a run in this process: the arguments, the time, the machine and the versions."""
     return Manifest(
         command=list(command),
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -83,16 +79,15 @@ def build_manifest(
 
 
 def result_files(directory: Path) -> list[Path]:
-    """What a run has made and the same run makes again to the byte: rotation, codes and checkpoint."""
-    return [file for pattern in MADE for file in sorted(directory.glob(pattern))]
+    """The files that the same run reproduces to the byte: rotation, codes and checkpoint."""
+    return [file for pattern in RESULTS for file in sorted(directory.glob(pattern))]
 
 
 class RunDirectory:
     """The results of one run, each under its fixed name.
 
-    Creates the directory, and tries at once whether it can write there: hours later is too late to find out.
-    Every write is atomic. Raises ResourceError, which names the path, where the disk is full, read-only or
-    forbidden.
+    Creates the directory and tests at once whether it is writable, rather than after hours of work. Every write is
+    atomic. Raises ResourceError with the path where the disk is full, read-only or forbidden.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,26 +132,26 @@ class RunDirectory:
 
     @property
     def rotation(self) -> Path:
-        """The change of basis, as JSON and safetensors; only there where there was one."""
+        """The rotation as JSON and safetensors; exists only if the recipe has one."""
         return self.path / "rotation"
 
     @property
     def checkpoint(self) -> Path:
-        """The quantised model as an ordinary Hugging Face directory; made by whoever writes it."""
+        """The quantised model as an ordinary Hugging Face directory; its writer creates it."""
         return self.path / "checkpoint"
 
     @property
     def codes(self) -> Path:
-        """The codes, scales and zero-points as safetensors; made by whoever writes them."""
+        """The codes, scales and zero-points as safetensors; their writer creates the directory."""
         return self.path / "codes"
 
     def claim(self, model: str) -> None:
-        """For a run that writes a checkpoint of `model`, a path or a name. Raises ConfigError where that would take
-        the place of something that no run has made, or of the model itself."""
-        strangers = [place.name for place in (self.checkpoint, self.codes, self.rotation) if os.path.lexists(place)]
-        if strangers and not self.recipe.is_file():
+        """Raises ConfigError where a run that writes a checkpoint of `model` (a path or a name) here would overwrite
+        directories that no run has written, or the model itself."""
+        foreign = [place.name for place in (self.checkpoint, self.codes, self.rotation) if os.path.lexists(place)]
+        if foreign and not self.recipe.is_file():
             raise ConfigError(
-                f"hydra.run.dir={self.path}: has a {strangers[0]}/ that no run of jointq made and that this one would "
+                f"hydra.run.dir={self.path}: has a {foreign[0]}/ that no run of jointq made and that this one would "
                 "write into; name another directory"
             )
         source = Path(model).expanduser()
@@ -169,7 +164,7 @@ class RunDirectory:
     @property
     def recipe_hash(self) -> str | None:
         """sha256 of recipe.yaml, None where there is none."""
-        return hashlib.sha256(self.recipe.read_bytes()).hexdigest() if self.recipe.is_file() else None
+        return file_hash(self.recipe) if self.recipe.is_file() else None
 
     def write_recipe(self, text: str) -> None:
         """text: the resolved recipe as yaml."""

@@ -1,4 +1,4 @@
-"""The config group `runtime`: where, in what precision and with how much memory a run computes."""
+"""The config group `runtime`: device, precision, threads and memory limits."""
 
 from dataclasses import dataclass
 
@@ -33,11 +33,11 @@ class Runtime:
         check(self, "runtime")
 
     def torch_device(self, team: Team = SINGLE_PROCESS) -> torch.device:
-        """Of a team each process has a CUDA device of its own, or all compute on the CPU. Raises ResourceError where
-        that cannot be, or CUDA is asked for and absent."""
+        """The device of this process: with several processes each has its own CUDA device, or all use the CPU. Raises
+        ResourceError where there are too few CUDA devices, or CUDA is requested and absent."""
         device = self._device(team)
         if team.size > 1:
-            _check_apart(device, team)
+            _check_distinct(device, team)
         return device
 
     def _device(self, team: Team) -> torch.device:
@@ -46,7 +46,7 @@ class Runtime:
             return torch.device("cpu")
         device = torch.device("cuda" if self.device == "auto" else self.device)
         if team.local_size > 1:
-            device = torch.device("cuda", team.local_rank if count > 1 else 0)  # srun may show each its own one alone
+            device = torch.device("cuda", team.local_rank if count > 1 else 0)  # srun may show each only its own
         if (device.index or 0) >= count or 1 < count < team.local_size:
             wanted = f" for {team.local_size} processes" if team.local_size > 1 else ""
             raise ResourceError(
@@ -58,13 +58,14 @@ class Runtime:
         return device
 
     def threads(self, team: Team = SINGLE_PROCESS) -> int | None:
-        """CPU threads of each process; None: as PyTorch has it."""
+        """CPU threads of each process; None for PyTorch's default."""
         if self.num_threads is None and team.local_size > 1:
             return max(1, cpu_count() // team.local_size)
         return self.num_threads
 
     def torch_dtype(self, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """`auto` is the checkpoint's own dtype, but float32 where half precision has no fast products."""
+        """The dtype of forward passes. `auto` is the checkpoint's own dtype, but float32 instead of float16 on a CPU,
+        which has no fast float16 matrix products."""
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         if checkpoint_dtype == torch.float16 and device.type == "cpu":
@@ -72,8 +73,8 @@ class Runtime:
         return checkpoint_dtype if checkpoint_dtype in DTYPES.values() else torch.float32
 
 
-def _check_apart(device: torch.device, team: Team) -> None:
+def _check_distinct(device: torch.device, team: Team) -> None:
     used = team.gather(str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None)
-    apart = len(set(used) - {None})
-    if apart not in (0, len(used)):
-        raise ResourceError(f"{len(used)} processes have {apart} CUDA devices between them; use runtime.device=cpu")
+    distinct = len(set(used) - {None})
+    if distinct not in (0, len(used)):
+        raise ResourceError(f"{len(used)} processes have {distinct} CUDA devices between them; use runtime.device=cpu")

@@ -1,8 +1,8 @@
-"""A content-addressed store of artifacts: what exists is complete, and nothing is made twice.
+"""A content-addressed store of artifacts: an artifact that exists is complete, and is never computed twice.
 
 An artifact is a directory named by its stage and the sha256 of everything that decides its content: the stage, the
-types and values of its settings, the keys of what it was made from, and the versions of the code that makes it. Where
-a run computes, how loudly and into which directory is no part of a key.
+types and values of its settings, the keys of its inputs, and the versions of the code that computes it. Device, output
+directory and verbosity of a run are not part of a key.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from jointq_cli.system.inventory import (
 from jointq_cli.system.locks import Kind, Lock, try_lock
 
 LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
-ATTEMPTS = 20  # a second, to get a lock
+ATTEMPTS = 20  # to get a lock, per second
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Artifact:
 
 
 class Store:
-    """Artifacts under one directory. Inside its context nobody removes what it gave out.
+    """Artifacts under one directory. Until it is closed, no process can remove the artifacts that it has returned.
 
     Raises ResourceError where it cannot write.
     """
@@ -64,13 +64,14 @@ class Store:
         log: Callable[[str], None] = lambda text: None,
         team: Team = SINGLE_PROCESS,
     ) -> None:
-        """pause: called while waiting, may raise. tell: hears what is being waited for, and what is found damaged.
-        team: all its processes ask this store for the same artifacts in the same order, and only the leader writes."""
+        """pause: called while waiting for a lock, may raise. log: receives a line when the store waits for another
+        process or finds a damaged artifact. team: all its processes must request the same artifacts in the same order;
+        only rank 0 writes."""
         self.root = root
         self._team = team
         self._pause = pause
         self._log = log
-        self._held: dict[str, Lock] = {}  # shared, by the name of the artifact
+        self._held: dict[str, Lock] = {}  # shared locks by name of the artifact
         with translated_disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             check_inside(root)
@@ -86,7 +87,7 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Lets go of all artifacts: from now on they may be removed."""
+        """Releases all artifacts: from now on they may be removed."""
         while self._held:
             self._held.popitem()[1].release()
 
@@ -100,17 +101,19 @@ class Store:
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact:
-        """The artifact of `stage` for these settings and inputs, made by `make(scratch directory)` if it is not there.
+        """The artifact of `stage` for these settings and inputs; computed by `make(scratch directory)` if it does not
+        exist yet.
 
-        inputs: keys or hashes of what it is made from. A `resumable` stage finds what it left in its scratch directory
-        when it was stopped; any other starts from an empty one. Two processes that want the same artifact take turns.
-        One whose files are not what they were when it was made is taken away, and made anew. The leader of a team makes
-        it while the others wait, or they call `make` together; then it must leave writing to the leader.
+        inputs: keys or hashes of what it is computed from. A `resumable` stage finds in its scratch directory what it
+        wrote before it was stopped; any other starts with an empty one. Two runs that need the same artifact take
+        turns. An artifact whose files have changed since it was written is removed and computed again.
+        together: all processes of the group call `make`, which may write on rank 0 only; otherwise only rank 0 calls
+        it while the others wait.
         """
         key = artifact_key(stage, spec, inputs)
         name = _name(stage, key)
         if self._team.rank > 0:
-            self._help(name, make, together)
+            self._assist(name, make, together)
             return Artifact(artifact_path(self.root, name), key, reused=False)
         made = False
 
@@ -120,7 +123,7 @@ class Store:
             make(scratch)
 
         with translated_disk_errors(self.root):
-            while not self._hold(name, is_new=made):  # who removes an artifact may have been quicker
+            while not self._hold(name, is_new=made):  # another process may have removed it in between
                 made = self._make(name, make_together, resumable) or made
         if together:
             self._team.broadcast(False)
@@ -139,10 +142,10 @@ class Store:
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact | None:
-        """As `reuse`, for large artifacts: those of `stage` may take `budget` bytes together.
+        """As `reuse`, for large artifacts: all artifacts of `stage` together may take `budget` bytes.
 
-        size: what this one will take, as far as is known. Before it is made, least recently used ones of its stage go;
-        None, and none goes, where that is not enough because the others are in use.
+        size: the expected bytes of this one. Before it is computed, least recently used artifacts of its stage are
+        removed. Returns None, and removes nothing, if that cannot free enough because the others are in use.
         """
         name = _name(stage, artifact_key(stage, spec, inputs))
         fits = False
@@ -153,45 +156,45 @@ class Store:
             return None
         return self.reuse(stage, spec, inputs, make, resumable=resumable, together=together)
 
-    def _help(self, name: str, make: Callable[[Path], None], together: bool) -> None:
-        """The part in `reuse` of a process that does not lead."""
-        while together and self._team.broadcast(True):  # again where it was removed as soon as it was made
+    def _assist(self, name: str, make: Callable[[Path], None], together: bool) -> None:
+        """What `reuse` does on ranks other than 0."""
+        while together and self._team.broadcast(True):  # more than once if another run removes it immediately
             make(partial_path(self.root, name))
         self._team.barrier()
         if not self._hold(name, is_new=True):
             place = artifact_path(self.root, name)
-            raise ResourceError(f"{place}: is not there for process {self._team.rank}; all must see the same disk")
+            raise ResourceError(f"{place}: does not exist for process {self._team.rank}; all must see the same disk")
 
     def holds(self, stage: str, spec: object, inputs: list[str]) -> bool:
         """Whether `reuse` would find this artifact."""
         return artifact_path(self.root, _name(stage, artifact_key(stage, spec, inputs))).is_dir()
 
     def _hold(self, name: str, *, is_new: bool = False) -> bool:
-        """Whether the artifact is there and whole; if so, nobody can remove it from now on."""
+        """Whether the artifact exists and is intact; if so, keeps a shared lock, so that it cannot be removed."""
         final = artifact_path(self.root, name)
         lock = self._held.pop(name, None) or self._lock(name, Kind.SHARED)
         try:
-            whole = final.is_dir() and (is_new or find_damage(final) is None)
+            intact = final.is_dir() and (is_new or find_damage(final) is None)
         except BaseException:
             lock.release()
             raise
-        if not whole:
+        if not intact:
             lock.release()
             return False
         self._held[name] = lock
-        with contextlib.suppress(OSError):  # on a store that this user may only read
+        with contextlib.suppress(OSError):  # a read-only store
             os.utime(final / CONTENTS)
         return True
 
     def _make(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
-        """Puts a whole artifact in its place; False where another process was quicker."""
+        """Computes an artifact and renames it into the store; False where another process has done so first."""
         final, scratch = artifact_path(self.root, name), partial_path(self.root, name)
         with self._lock(name, Kind.EXCLUSIVE):
             if os.path.lexists(final):
-                damage = find_damage(final) if final.is_dir() else "is no directory"
+                damage = find_damage(final) if final.is_dir() else "is not a directory"
                 if damage is None:
                     return False
-                self._log(f"warning: {final}: {damage}; it is taken away and made anew")
+                self._log(f"warning: {final}: {damage}; it is removed and computed again")
                 delete_locked(self.root, final)
             if not resumable or scratch.is_symlink():
                 delete(scratch)
@@ -205,8 +208,8 @@ class Store:
         return True
 
     def _make_room(self, stage: str, name: str, room: int) -> bool:
-        """Whether what lies there of `stage`, without `name` itself, takes at most `room` bytes; if it takes more, the
-        least recently used go, or none where that would not do."""
+        """Whether the other artifacts of `stage` take at most `room` bytes, if necessary after least recently used ones
+        have been removed. Removes none if that would not be enough."""
         others = [entry for entry in entries(self.root) if entry.stage == stage and entry.name != name]
         with contextlib.ExitStack() as locks:
 
@@ -215,26 +218,26 @@ class Store:
                 return lock is not None and locks.enter_context(lock) is lock
 
             excess = sum(entry.size for entry in others) - room
-            doomed = prune(others, excess, take).removed
-            if sum(entry.size for entry in doomed) < excess:
+            unused = prune(others, excess, take).removed
+            if sum(entry.size for entry in unused) < excess:
                 return False
-            for entry in doomed:
+            for entry in unused:
                 delete_locked(self.root, entry.path)
         return True
 
     def _lock(self, name: str, kind: Kind) -> Lock:
-        """The lock of an artifact, however long that takes."""
-        told = False
+        """The lock of an artifact; waits as long as another process holds it."""
+        is_logged = False
         while True:
             for _ in range(ATTEMPTS):
                 lock = try_lock(lock_path(self.root, name), kind)
                 if lock is not None:
                     return lock
                 time.sleep(1 / ATTEMPTS)
-            if not told:
-                verb = "makes" if kind is Kind.SHARED else "makes or uses"
+            if not is_logged:
+                verb = "writes" if kind is Kind.SHARED else "writes or uses"
                 self._log(f"waiting for another process, which {verb} {name}")
-            told = True
+            is_logged = True
             self._pause()
 
 

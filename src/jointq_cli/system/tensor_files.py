@@ -1,11 +1,9 @@
-"""save_tensors, read_rows, file_hash, file_hashes: from checkpoint.py."""
+"""Writing safetensors files with reproducible bytes, and reading a few rows of one tensor."""
 
 import errno
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,44 +12,30 @@ from safetensors.torch import save_file
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes one safetensors file. Equal tensors give equal bytes: safetensors orders them itself.
+    """Writes one safetensors file; tensors may be on any device. Equal tensors give equal bytes in any order of names.
 
-    metadata: one pair at most, since safetensors writes several in no fixed order. Raises OSError.
+    metadata: at most one pair, since safetensors writes several in no fixed order. Raises OSError.
     """
     ready = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     try:
         save_file(ready, path, dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
-        # safetensors wraps the system's error in its text; give it back its number.
+        # safetensors puts the number of the system's error into its text only.
         found = re.search(r"os error (\d+)", str(error))
         raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
-    path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+    path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
 
 
 def read_rows(path: Path, name: str, rows: slice) -> torch.Tensor:
-    """Some rows, or none, of one tensor of a safetensors file, copied off it."""
+    """A slice of the first dimension of tensor `name`, possibly empty, as a copy in memory on the CPU."""
     with safe_open(path, framework="pt") as file:
-        kept = file.get_slice(name)
-        start, stop, _ = rows.indices(kept.get_shape()[0])
-        found: torch.Tensor = kept[start:stop] if start < stop else kept[:1][:0]  # which refuses a slice of nothing
+        stored = file.get_slice(name)
+        start, stop, _ = rows.indices(stored.get_shape()[0])
+        found: torch.Tensor = stored[start:stop] if start < stop else stored[:1][:0]  # it refuses an empty slice
         return found.clone()
-
-
-def file_hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
-    """sha256 of each file's bytes by its path below `root`."""
-    listed = list(files)
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(file_hash, listed)
-        return {file.relative_to(root).as_posix(): digest for file, digest in zip(listed, digests, strict=True)}
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 
 OPTIONS: dict[type[Quantizer], dict[str, Any]] = {
     RTN: {"mse": True},
@@ -51,7 +52,11 @@ def test_every_quantizer_of_the_package_is_under_this_contract() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     # Tests have subclasses of their own.
-    assert {kind for kind in below(Quantizer) if kind.__module__.startswith("jointq_cli.")} == {Quantizer, *KINDS}
+    assert {kind for kind in below(Quantizer) if kind.__module__.startswith("jointq_cli.")} == {
+        Quantizer,
+        UniformQuantizer,
+        *KINDS,
+    }
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -168,6 +173,46 @@ def test_held_out_tokens_are_taken_and_no_harm_where_they_are_not_asked_for(kind
     prepared = quantizer.prepare(hessian, HeldOut(hessian, 0.5))
     plain = solve(quantizer, weight, hessian).quantized
     assert torch.equal(quantizer.quantize(weight, prepared, torch.float32).quantized.codes, plain.codes)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("kind", "act_order"), [(RTN, False), (GPTQ, False), (GPTQ, True), (JointQ, False), (JointQ, True)]
+)
+def test_storage_is_known_from_shapes_alone(kind: type[Quantizer], act_order: bool, bits: int, symmetric: bool) -> None:
+    weight, hessian = layer()
+    options = {} if kind is RTN else {"act_order": act_order}
+    for group_size, dtype in itertools.product([None, -1, 1, 8, 24, 48], DTYPES):
+        quantizer = build(kind, bits, group_size, symmetric, **options)
+        storage, solved = quantizer.storage(12, 48, dtype), solve(quantizer, weight, hessian, dtype).quantized
+        assert storage.stored_bits == solved.stored_bits == round(solved.bits_per_weight * 12 * 48)
+        assert (storage.file_bytes, storage.label) == (solved.file_bytes, solved.label)
+
+
+def test_static_groups_store_no_permutation() -> None:
+    weight, hessian = layer()
+    quantizer = build(GPTQ, 4, 8, False, static_groups=True)
+    assert (
+        quantizer.storage(12, 48, torch.float16).stored_bits
+        == solve(quantizer, weight, hessian, torch.float16).quantized.stored_bits
+        == 12 * 48 * 4 + 12 * 6 * (16 + 4)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantizers_with_the_same_prepare_key_share_what_is_prepared(kind: type[Quantizer]) -> None:
+    weight, hessian = layer()
+    first, second = build(kind, 4, 16, False), build(kind, 2, 16, True)
+    assert first.prepare_key == second.prepare_key != build(kind, 4, 24, False).prepare_key
+    shared = second.quantize(weight, first.prepare(hessian), torch.float32).quantized
+    assert shared.difference(solve(second, weight, hessian).quantized) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_weights_cost_more(kind: type[Quantizer]) -> None:
+    quantizer = build(kind, 4, 16, False)
+    assert 0 < quantizer.cost(16, 16, 100) < quantizer.cost(32, 16, 100) < quantizer.cost(32, 32, 100)
 
 
 @pytest.mark.parametrize("kind", KINDS)

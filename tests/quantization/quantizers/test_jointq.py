@@ -11,7 +11,7 @@ from jointq_cases import PLAIN, STARTS, costs, jointq, layer, regularized, same,
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.formats.uniform import Grid, QuantizedWeight
+from jointq_cli.formats.uniform import Grid, UniformWeight
 from jointq_cli.quantization.quantizers import GPTQ, RTN, Prepared, Quantizer
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, JointQPrepared
@@ -276,7 +276,7 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ScaledLayer, Metric,
     seen: list[tuple[ScaledLayer, Metric, State]] = []
     quantized = ScaledLayer.quantized
 
-    def spy(self: ScaledLayer, metric: Metric, state: State, permuted: bool) -> QuantizedWeight:
+    def spy(self: ScaledLayer, metric: Metric, state: State, permuted: bool) -> UniformWeight:
         seen.append((self, metric, state))
         return quantized(self, metric, state, permuted)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from jointq_cli.errors import NumericsError
 from jointq_cli.quantization.quantizers import GPTQ, RTN, Prepared
 from jointq_cli.quantization.quantizers.jointq import metric
-from jointq_cli.quantization.quantizers.jointq.quantizer import FailedPreparation, JointQPrepared
+from jointq_cli.quantization.quantizers.jointq.quantizer import JointQPrepared
+from jointq_cli.quantization.quantizers.uniform import FailedPreparation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

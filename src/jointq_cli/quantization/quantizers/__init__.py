@@ -1,5 +1,4 @@
-"""Layer quantizers: one module each, a dataclass whose fields are its config. Knows the list of them, no
-maths."""
+"""The layer quantizers: one module each, a dataclass whose fields are its config."""
 
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.gptq import GPTQ

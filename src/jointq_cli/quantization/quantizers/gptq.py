@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.formats.uniform import QuantizedWeight
-from jointq_cli.quantization.quantizers.base import FailedPreparation, Prepared, Quantizer, Solution
+from jointq_cli.errors import ConfigError
+from jointq_cli.formats.uniform import UniformWeight, group_columns
+from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.scale_fit import fit
 from jointq_cli.quantization.quantizers.statistics import HeldOut
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
 
 Notes = dict[str, float | int | str | bool]
 
@@ -47,7 +48,7 @@ class GptqPrepared(Prepared):
 
 
 @dataclass(frozen=True)
-class GPTQ(Quantizer):
+class GPTQ(UniformQuantizer):
     """See the module. `damping` is a fraction of the Hessian's mean diagonal."""
 
     mse: bool
@@ -66,17 +67,22 @@ class GPTQ(Quantizer):
         if self.on_failure not in ("error", "rtn"):
             raise ConfigError(f"quantizer.on_failure={self.on_failure}: must be error or rtn")
 
-    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
+    def cost(self, out_features: int, in_features: int, tokens: int) -> float:
+        return 4.0 * hessian_product(out_features, in_features)
+
+    @property
+    def _fallback(self) -> RTN | None:
+        return RTN(self.bits, self.group_size, self.symmetric, self.mse) if self.on_failure == "rtn" else None
+
+    def _permutes(self, groups: int) -> bool:
+        return self.act_order and not self.static_groups and groups > 1
+
+    def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> GptqPrepared:
         diagonal = hessian.diagonal()
         order = torch.arange(len(hessian), device=hessian.device)
         if self.act_order:
             order = torch.argsort(diagonal, descending=True, stable=True)
-        try:
-            factor = factorize(hessian, order, self.damping)
-        except NumericsError as error:
-            if self.on_failure == "error":
-                raise
-            return FailedPreparation(str(error))
+        factor = factorize(hessian, order, self.damping)
         dead = diagonal == 0
         return GptqPrepared(
             order=order,
@@ -87,21 +93,16 @@ class GPTQ(Quantizer):
             notes={"dead_columns": int(dead.sum()), "min_condition": factor.condition},
         )
 
-    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
-        if isinstance(prepared, FailedPreparation):
-            return self._fall_back(weight, scale_dtype, prepared.reason)
+    def _solve(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         if not isinstance(prepared, GptqPrepared):
             raise TypeError(f"GPTQ.quantize needs what GPTQ.prepare returned, not {type(prepared).__name__}")
-        columns = self._columns(weight)
-        try:
-            quantized = self._solve(weight, columns, prepared, scale_dtype)
-        except NumericsError as error:
-            if self.on_failure == "error":
-                raise
-            return self._fall_back(weight, scale_dtype, str(error))
-        return Solution(quantized, prepared.damping, prepared.verdict, dict(prepared.notes))
+        return Solution(
+            self.uniform(weight, prepared, scale_dtype), prepared.damping, prepared.verdict, dict(prepared.notes)
+        )
 
-    def _solve(self, weight: Tensor, columns: int, prepared: GptqPrepared, scale_dtype: torch.dtype) -> QuantizedWeight:
+    def uniform(self, weight: Tensor, prepared: GptqPrepared, scale_dtype: torch.dtype) -> UniformWeight:
+        """Algorithm 1 on a finite `weight` (out, in) float32. Raises NumericsError where a scale does not fit."""
+        columns = group_columns(self.group_size, weight.shape[1])
         order = prepared.order
         work = weight.masked_fill(prepared.dead, 0.0).index_select(1, order)
         scale, zero_point, column_groups = self._groups(work, order, columns, scale_dtype)
@@ -130,12 +131,11 @@ class GPTQ(Quantizer):
                 )
             rest = slice(block.stop, None)
             work[:, rest].addmm_(errors, prepared.upper[block.start : block.stop, rest], alpha=-1.0)
-        permuted = self.act_order and not self.static_groups and scale.shape[1] > 1
-        return QuantizedWeight(
+        return UniformWeight(
             codes=torch.empty_like(codes).index_copy_(1, order, codes),
             scale=scale.to(scale_dtype),
             zero_point=zero_point,
-            permutation=order.to(torch.int32) if permuted else None,
+            permutation=order.to(torch.int32) if self._permutes(scale.shape[1]) else None,
             bits=self.bits,
             symmetric=self.symmetric,
         )
@@ -168,11 +168,6 @@ class GPTQ(Quantizer):
         step = len(block) if self.static_groups else min(columns, len(block))
         for start in range(block.start, block.stop, step):
             yield range(start, min(start + step, block.stop))
-
-    def _fall_back(self, weight: Tensor, scale_dtype: torch.dtype, reason: str) -> Solution:
-        rtn = RTN(self.bits, self.group_size, self.symmetric, self.mse)
-        solution = rtn.quantize(weight, Prepared(), scale_dtype)
-        return Solution(solution.quantized, damping=None, verdict="fallback", notes={"failure": reason})
 
     def _describe_options(self) -> list[str]:
         flags = [name for name in ("mse", "act_order", "static_groups") if getattr(self, name)]

@@ -1,31 +1,35 @@
-"""Round to nearest: every weight by itself, no calibration. Knows the grid, no Hessian."""
+"""Round to nearest, without calibration."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jointq_cli.formats.uniform import QuantizedWeight
-from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
+from jointq_cli.formats.uniform import UniformWeight, group_columns
+from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.quantizers.scale_fit import fit
 from jointq_cli.quantization.quantizers.statistics import HeldOut
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
 
 
 @dataclass(frozen=True)
-class RTN(Quantizer):
-    """Min/max range per group with zero inside it; `mse` shrinks the range where that lowers sum
-    |error|^2.4."""
+class RTN(UniformQuantizer):
+    """Min/max range per group with zero inside it; `mse` shrinks the range where that lowers sum |error|^2.4."""
 
     mse: bool
 
-    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
+    def cost(self, out_features: int, in_features: int, tokens: int) -> float:
+        return 0.5 * hessian_product(out_features, in_features)
+
+    def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> Prepared:
         return Prepared()
 
-    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
-        groups = weight.reshape(len(weight), -1, self._columns(weight))  # (out, groups, columns)
+    def _solve(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
+        columns = group_columns(self.group_size, weight.shape[1])
+        groups = weight.reshape(len(weight), -1, columns)  # (out, groups, columns)
         scale, zero_point = fit(groups, self.grid, self.mse, scale_dtype)
         codes = self.grid.nearest_codes(groups, scale[..., None], zero_point[..., None].to(torch.float32))
-        quantized = QuantizedWeight(
+        quantized = UniformWeight(
             codes=codes.flatten(1),
             scale=scale.to(scale_dtype),
             zero_point=zero_point,

@@ -1,6 +1,5 @@
 """What two runs have made, by the byte: rotation, codes and checkpoint; and by how much, where the files are there."""
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jointq_cli.errors import ModelError
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.layer_file import load_layer
-from jointq_cli.formats.uniform import QuantizedWeight
 from jointq_cli.records import MADE, ComparedStep, RunReport
 from jointq_cli.report import number_format as units
 from jointq_cli.report.reproduction.finished_run import CODES, Evidence, code_files, codes_file
@@ -101,17 +100,8 @@ def _block(name: str, report: RunReport) -> str:
     return f" (block {found[0]} of {len(report.blocks)})" if found else ""
 
 
-def _codes_difference(ours: QuantizedWeight, theirs: QuantizedWeight) -> str:
-    if ours.codes.shape != theirs.codes.shape or ours.scale.shape != theirs.scale.shape:
-        return "of another shape"
-    told = [f"{int((ours.codes.int() != theirs.codes.int()).sum())} of {ours.codes.numel()} codes"]
-    scales, others = ours.scale.double(), theirs.scale.double()
-    gap = ((others - scales).abs() / scales).nan_to_num(posinf=math.inf).max().item()  # of two zeros: 0
-    if gap:
-        told.append(f"{int((scales != others).sum())} of {scales.numel()} scales by up to {units.percent(gap)}")
-    moved = int((ours.zero_point.int() != theirs.zero_point.int()).sum())
-    if moved:
-        told.append(f"{moved} of {ours.zero_point.numel()} zero-points")
-    if not ours.column_groups().equal(theirs.column_groups()):
-        told.append("columns in other groups")
-    return ", ".join(told)
+def _codes_difference(ours: StoredWeight, theirs: StoredWeight) -> str:
+    return ", ".join(
+        found.text + (f" by up to {units.percent(found.relative)}" if found.relative else "")
+        for found in ours.difference(theirs)
+    )

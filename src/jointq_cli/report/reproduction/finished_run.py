@@ -13,8 +13,8 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.records import RunReport
 from jointq_cli.report import load_record, load_report
 from jointq_cli.report.compare.run_files import load_settings
+from jointq_cli.system.files import file_hash, file_hashes
 from jointq_cli.system.run_directory import Manifest, result_files
-from jointq_cli.system.tensor_files import file_hash, file_hashes
 
 CODES = "codes"  # the folder
 

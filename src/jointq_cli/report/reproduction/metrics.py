@@ -67,9 +67,12 @@ def figure_step(figure: ReplayedFigure) -> ComparedStep:
 
 
 def _layers(report: RunReport) -> dict[str, Record]:
-    """But for their times."""
+    """But for their times and labels, which older reports lack."""
     records = {layer.name: _flat(dataclasses.asdict(layer), "notes") for layer in report.layers}
-    return {name: {key: value for key, value in record.items() if key != "seconds"} for name, record in records.items()}
+    return {
+        name: {key: value for key, value in record.items() if key not in ("seconds", "label")}
+        for name, record in records.items()
+    }
 
 
 def _blocks(report: RunReport) -> dict[str, Record]:

@@ -5,12 +5,14 @@ measured runs (docs/plan.md says which, and how near the estimates come). Memory
 Knows neither stores nor terminals.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
 from jointq_cli.quantization.accumulator import packed_size
-from jointq_cli.quantization.quantizers import GPTQ, JointQ, Quantizer
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
@@ -63,14 +65,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that costs depend on. element: bytes of one in the forward pass, and as stored."""
+    """Everything that costs depend on. element: bytes of one in the forward pass. dtype: that of the checkpoint."""
 
     shapes: Shapes
     recipe: Recipe
     calibration: Windows
     evaluation: Windows
     element: int
-    stored: int
+    dtype: torch.dtype
     speeds: Speeds
 
     # the stages, in their order
@@ -177,6 +179,11 @@ class Workload:
     # what they have in common
 
     @property
+    def stored(self) -> int:
+        """Bytes of an element in the checkpoint."""
+        return self.dtype.itemsize
+
+    @property
     def _untied(self) -> int:
         """Elements that R1 adds: what was tied is no longer."""
         return self.shapes.embedding if self.shapes.is_tied and "R1" in self.recipe.rotation.parts else 0
@@ -192,10 +199,10 @@ class Workload:
 
     @property
     def _codes(self) -> float:
-        """A byte per code; per group a scale and a byte."""
-        size = self.recipe.quantizer.group_size
-        groups = self.shapes.selected / (size if size and size > 0 else self.shapes.widest)
-        return self.shapes.selected + groups * (self.stored + 1)
+        """Bytes of the layers' files."""
+        sizes = Counter((rows, one.in_features) for one in self.shapes.inputs for rows in one.out_features)
+        storage = self.recipe.quantizer.storage
+        return sum(count * storage(*size, self.dtype).file_bytes for size, count in sizes.items())
 
     @property
     def _largest_outside(self) -> int:
@@ -302,7 +309,7 @@ class Workload:
         seconds = double / self.speeds.double
         seconds += 8 * weights * width / self.speeds.single  # the errors that are told of a layer
         seconds += CODED * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
-        return seconds + solving_products(self.recipe.quantizer) * 2 * weights * width / self.speeds.single
+        return seconds + self.recipe.quantizer.cost(rows, width, self.calibration.tokens) / self.speeds.single
 
     def _learning(self) -> tuple[float, float]:
         """Seconds of learning R1 and R2, and the memory that R1's activations take."""
@@ -319,15 +326,6 @@ class Workload:
         heads = rotation.r2_epochs * shapes.blocks * (6 * tokens * shapes.hidden * head + 30 * shapes.hidden * head**2)
         seconds += rotation.r2 * heads / self.speeds.single
         return seconds, rotation.r1 * 3 * kept * shapes.hidden * self.element
-
-
-def solving_products(quantizer: Quantizer) -> float:
-    """How many products with a Hessian a layer's solution takes as long as."""
-    if isinstance(quantizer, JointQ):
-        tried = len(quantizer.lambda_list) if quantizer.lambda_mode != "fixed_lambda" else 1
-        random = quantizer.annealing_sweeps + quantizer.ils_enabled * quantizer.ils_num_iterations
-        return tried * (6 + 5 * quantizer.max_sweeps + 4 * random)
-    return 4.0 if isinstance(quantizer, GPTQ) else 0.5
 
 
 def total(costs: Sequence[Cost]) -> Cost:

@@ -238,7 +238,7 @@ def _load(recipe: Recipe, original: StreamedModel, tokens: Tokens | None, window
         calibration=asked if tokens is None else Windows(*tokens.windows.shape),
         evaluation=guessed if windows is None else Windows(*windows.ids.shape),
         element=original.dtype.itemsize,
-        stored=original.checkpoint.dtype.itemsize,
+        dtype=original.checkpoint.dtype,
         speeds=measure_speeds(original.device, original.dtype, shapes.hidden, shapes.widest),
     )
 

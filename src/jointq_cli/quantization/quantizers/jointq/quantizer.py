@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
-from jointq_cli.formats.uniform import check_group_size, group_columns
-from jointq_cli.quantization.quantizers.base import FailedPreparation, Prepared, Quantizer, Solution
-from jointq_cli.quantization.quantizers.gptq import GPTQ
+from jointq_cli.formats.uniform import group_columns
+from jointq_cli.quantization.quantizers.base import Prepared, Solution
+from jointq_cli.quantization.quantizers.gptq import GPTQ, GptqPrepared
 from jointq_cli.quantization.quantizers.jointq.metric import Metric, activation_order, measure, natural_order, penalty
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
 from jointq_cli.quantization.quantizers.jointq.search import Search, SearchResult, State
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.statistics import HeldOut
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class JointQPrepared(Prepared):
     hessian: Tensor
     columns: int
     metric: Metric
-    gptq: Prepared | None
+    gptq: GptqPrepared | None
 
 
 @dataclass(frozen=True)
-class JointQ(Quantizer):
+class JointQ(UniformQuantizer):
     """See the module, and configs/quantizer/jointq.yaml for what each field does."""
 
     act_order: bool
@@ -144,21 +145,13 @@ class JointQ(Quantizer):
     def heldout(self) -> float:
         return self.heldout_share if self.lambda_mode == "heldout" else 0.0
 
-    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
-        try:
-            return self._prepare(hessian, heldout)
-        except NumericsError as error:
-            if self.on_failure == "error":
-                raise
-            return FailedPreparation(str(error))
-
     def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> JointQPrepared:
         everything = hessian
         if self.lambda_mode == "heldout":
             if heldout is None:
                 raise ValueError("JointQ.prepare needs held-out tokens where lambda_mode is heldout")
             hessian = heldout.complement(everything)
-        check_group_size(self.group_size, {"this layer": len(hessian)})
+        self.check({"this layer": len(hessian)})
         columns = group_columns(self.group_size, len(hessian))
         order = activation_order(hessian) if self.act_order else natural_order(hessian, columns)
         first = self.regularization_lambda if self.lambda_mode == "fixed_lambda" else self.lambda_list[0]
@@ -168,7 +161,7 @@ class JointQ(Quantizer):
         if self.enable_gptq:
             ordered = hessian.index_select(0, order).index_select(1, order)
             ordered.diagonal().add_(extra[order])  # the reference's GPTQ sees H alone, and its start is worse for it
-            gptq = self._gptq().prepare(ordered)
+            gptq = self._gptq()._prepare(ordered, None)
         return JointQPrepared(everything, heldout, hessian, columns, metric, gptq)
 
     def _penalty(self, hessian: Tensor, strength: float) -> Tensor:
@@ -191,7 +184,7 @@ class JointQ(Quantizer):
         if whole.verdict == "fallback":
             return whole
         signals = [part.signal for part in parts]
-        rows = [float(len(part.quantized.codes)) for part in parts]
+        rows = [float(part.quantized.shape[0]) for part in parts]
 
         def mean(name: str, weights: list[float]) -> float:
             total = math.fsum(weights)
@@ -224,31 +217,32 @@ class JointQ(Quantizer):
 
     # one layer
 
-    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
-        self._columns(weight)
-        if isinstance(prepared, FailedPreparation):
-            return self._fall_back(weight, scale_dtype, prepared.reason)
+    def cost(self, out_features: int, in_features: int, tokens: int) -> float:
+        lambdas = len(self.lambda_list) if self.lambda_mode != "fixed_lambda" else 1
+        random = self.annealing_sweeps + self.ils_enabled * self.ils_num_iterations
+        return lambdas * (6 + 5 * self.max_sweeps + 4 * random) * hessian_product(out_features, in_features)
+
+    @property
+    def _fallback(self) -> RTN | None:
+        return RTN(self.bits, self.group_size, self.symmetric, mse=True) if self.on_failure == "rtn" else None
+
+    def _permutes(self, groups: int) -> bool:
+        return self.act_order and groups > 1
+
+    def _solve(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         if not isinstance(prepared, JointQPrepared):
             raise TypeError(f"JointQ.quantize needs what JointQ.prepare returned, not {type(prepared).__name__}")
-        try:
-            return self._solve(weight, prepared, scale_dtype)
-        except NumericsError as error:
-            if self.on_failure == "error":
-                raise
-            return self._fall_back(weight, scale_dtype, str(error))
-
-    def _solve(self, weight: Tensor, given: JointQPrepared, scale_dtype: torch.dtype) -> Solution:
         layer = ScaledLayer.of(weight, self.grid, scale_dtype, self.batch_size)
         strength, metric, solved = {
             "fixed_lambda": self._fixed,
             "incremental_lambda": self._incremental,
             "heldout": self._heldout,
-        }[self.lambda_mode](layer, given)
+        }[self.lambda_mode](layer, prepared)
         if self.ils_enabled:
             solved = self._iterate(layer, metric, solved)
         signal = layer.signal(metric)
         return Solution(
-            quantized=layer.quantized(metric, solved.state, permuted=self.act_order),
+            quantized=layer.quantized(metric, solved.state, permuted=self._permutes(metric.groups)),
             damping=metric.damping if metric.damping_retries else None,
             verdict="damped" if metric.damping_retries else "ok",
             notes={
@@ -257,7 +251,7 @@ class JointQ(Quantizer):
                 "final_error": _share(solved.cost, signal),
                 "sweeps": int(solved.sweeps.max()),
                 "flips_per_weight": float(solved.steps.sum()) / weight.numel(),
-                "dead_columns": int((given.everything.diagonal() == 0).sum()),
+                "dead_columns": int((prepared.everything.diagonal() == 0).sum()),
                 "min_condition": metric.condition,
             },
             signal=math.ldexp(signal, 2 * layer.exponent),  # parts of a layer may be divided by other powers of two
@@ -326,7 +320,7 @@ class JointQ(Quantizer):
         assert state is not None
         return search.descend(target, state, self.max_sweeps)
 
-    def _from_starts(self, layer: ScaledLayer, metric: Metric, gptq: Prepared | None) -> SearchResult:
+    def _from_starts(self, layer: ScaledLayer, metric: Metric, gptq: GptqPrepared | None) -> SearchResult:
         """Every row from its best start, judged by where the search ended."""
         state = None if gptq is None else layer.gptq_start(self._gptq(), gptq, metric)
 
@@ -380,11 +374,6 @@ class JointQ(Quantizer):
             steps=solved.steps[worst] + better.steps,
         )
         return solved.with_rows(worst, whole)
-
-    def _fall_back(self, weight: Tensor, scale_dtype: torch.dtype, reason: str) -> Solution:
-        rtn = RTN(self.bits, self.group_size, self.symmetric, mse=True)
-        solution = rtn.quantize(weight, Prepared(), scale_dtype)
-        return Solution(solution.quantized, damping=None, verdict="fallback", notes={"failure": reason})
 
     def _describe_options(self) -> list[str]:
         """What the result depends on, where it is not what ships."""

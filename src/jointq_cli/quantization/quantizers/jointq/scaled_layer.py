@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jointq_cli.formats.uniform import Grid, QuantizedWeight
+from jointq_cli.formats.uniform import Grid, UniformWeight
 from jointq_cli.kernels import Rounding
-from jointq_cli.quantization.quantizers.base import Prepared
-from jointq_cli.quantization.quantizers.gptq import GPTQ
+from jointq_cli.quantization.quantizers.gptq import GPTQ, GptqPrepared
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.row_tiles import over_tiles
 from jointq_cli.quantization.quantizers.jointq.search import PADDING, Search, SearchResult, State
@@ -62,10 +61,10 @@ class ScaledLayer:
 
         return math.fsum(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
 
-    def gptq_start(self, gptq: GPTQ, prepared: Prepared, metric: Metric) -> State:
+    def gptq_start(self, gptq: GPTQ, prepared: GptqPrepared, metric: Metric) -> State:
         """GPTQ's solution, in JointQ's order of columns and groups."""
         ordered = self.weight.index_select(1, metric.order)
-        found = gptq.quantize(ordered, prepared, self.scale_dtype).quantized
+        found = gptq.uniform(ordered, prepared, self.scale_dtype)
         levels = found.codes.to(metric.full.dtype)
         levels.view(len(levels), -1, metric.columns).sub_(found.zero_point.to(levels.dtype)[:, :, None])
         return State(levels, torch.ldexp(found.scale.to(levels.dtype), torch.tensor(-self.exponent)))
@@ -81,7 +80,7 @@ class ScaledLayer:
     def weight_error(self, metric: Metric, state: State) -> float:
         return weight_error(self.weight, self.values(metric, state))
 
-    def quantized(self, metric: Metric, state: State, permuted: bool) -> QuantizedWeight:
+    def quantized(self, metric: Metric, state: State, permuted: bool) -> UniformWeight:
         """The result. Raises NumericsError where a scale does not fit in the checkpoint's dtype."""
         groups = state.levels.view(len(state.levels), -1, metric.columns)
         lowest = groups.amin(dim=2).clamp_max_(0.0) if not self.grid.symmetric else torch.zeros_like(state.scale)
@@ -92,11 +91,11 @@ class ScaledLayer:
             stored = metric.order.view(-1, metric.columns)[:, 0] // metric.columns
             scale = torch.empty_like(scale).index_copy_(1, stored, scale)
             zero_point = torch.empty_like(zero_point).index_copy_(1, stored, zero_point)
-        return QuantizedWeight(
+        return UniformWeight(
             codes=torch.empty_like(codes).index_copy_(1, metric.order, codes),
             scale=scale.to(self.scale_dtype),
             zero_point=zero_point,
-            permutation=metric.order.to(torch.int32) if permuted and metric.groups > 1 else None,
+            permutation=metric.order.to(torch.int32) if permuted else None,
             bits=self.grid.bits,
             symmetric=self.grid.symmetric,
         )

@@ -1,0 +1,116 @@
+"""A model's modules without its weights, and how the checkpoint's tensor names map to theirs.
+
+Everything that asks transformers how an architecture is built and stored is here; nothing here runs a model.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from jointq_cli.errors import ModelError
+from jointq_cli.models import online_rotation as online
+from jointq_cli.models.checkpoint import Checkpoint
+
+# What transformers raises for a config or remote code that it cannot build.
+BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
+
+
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The checkpoint's AutoModelForCausalLM in eval mode: parameters on the meta device, buffers real, on the CPU.
+
+    Raises ModelError when transformers cannot build it.
+    """
+    try:
+        config = _config(checkpoint, trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except BUILD_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{checkpoint.directory}: transformers cannot build this model: {reason[:300]}") from error
+    return module.eval().requires_grad_(False)
+
+
+def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and ModuleList of the decoder blocks: the list with the most parameters. Raises ModelError without any."""
+    lists = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    if not lists:
+        raise ModelError(f"{type(module).__name__} has no ModuleList of blocks; it cannot be run block by block")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def module_names(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name in the checkpoint -> name in the module, for every tensor of the checkpoint, as transformers renames them.
+
+    Raises ModelError where transformers would also reshape or merge tensors on loading: such a weight is not stored in
+    the layout that the layer runs with.
+    """
+    transforms = get_model_conversion_mapping(module)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = dict(named_state(module))
+    names = {}
+    for stored in checkpoint.tensors:
+        name, converter = rename_source_key(stored, renamings, converters, module.base_model_prefix, state)
+        if converter is not None:
+            raise ModelError(
+                f"{checkpoint.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
+                "such architectures are not supported"
+            )
+        names[stored] = name
+    return names
+
+
+def tied_names(module: Any) -> list[str]:
+    """Parameters that the config ties to another one, so that a checkpoint need not hold them."""
+    return list(getattr(module, "all_tied_weights_keys", None) or ())
+
+
+def check_tensors(module: nn.Module, checkpoint: Checkpoint, stored_names: dict[str, str]) -> None:
+    """Raises ModelError for a parameter or persistent buffer of the module that the checkpoint lacks or has in another
+    shape. stored_names: name in the module -> name in the checkpoint."""
+    tied = set(tied_names(module))
+    state = dict(named_state(module))
+    missing = [name for name in state if name not in stored_names and name not in tied]
+    if missing:
+        raise ModelError(
+            f"{checkpoint.directory}: lacks {len(missing)} of the {len(state)} tensors of "
+            f"{type(module).__name__}, {missing[0]} first"
+        )
+    for name, tensor in state.items():
+        info = checkpoint.tensors.get(stored_names.get(name, ""))
+        if info and tuple(tensor.shape) != info.shape:
+            shapes = f"has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
+            raise ModelError(f"{info.file}: tensor {name} {shapes}")
+
+
+def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name."""
+    yield from module.state_dict(keep_vars=True).items()
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Moves the buffers of all submodules; the parameters stay on the meta device."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+
+
+def unload(module: nn.Module, keep: list[nn.Module] | None = None) -> None:
+    """Puts all parameters back on the meta device, except those of the modules `keep`."""
+    kept = {id(part) for block in keep or () for part in block.modules()}
+    for part in module.modules():
+        if id(part) not in kept:
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    if online.needs_online(checkpoint.config):
+        return AutoConfig.for_model(**online.without_online(checkpoint.config))
+    return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
