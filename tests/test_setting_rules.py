@@ -9,7 +9,7 @@ import pytest
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.recipe import Recipe, keys
-from jointq_cli.setting_rules import RENAMED, changed, check, places, rule_of, setting
+from jointq_cli.setting_rules import RENAMED, changed, check_settings, places, rule_of, setting
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ REFUSED: list[tuple[str, Any, str]] = [
 def test_a_value_that_breaks_its_rule_is_named_by_key(name: str, value: object, message: str) -> None:
     settings = dataclasses.replace(Outer(), **{name: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as caught:
-        check(settings, "group")
+        check_settings(settings, "group")
     assert str(caught.value) == f"group.{message}"
     with pytest.raises(ConfigError) as caught:
-        check(settings)
+        check_settings(settings)
     assert str(caught.value) == message
 
 
 def test_the_edges_are_inside() -> None:
-    check(Outer())
-    check(Outer(bits=1, share=1e-9, limit=math.inf, kind="b", device="cuda:12", rows=1, values=[], by_name={"x": 2}))
-    check(Outer(bits=8, share=1 - 1e-9, limit=0.0))
+    check_settings(Outer())
+    check_settings(Outer(bits=1, share=1e-9, limit=math.inf, kind="b", device="cuda:12", rows=1, values=[]))
+    check_settings(Outer(by_name={"x": 2}, other="c"))
+    check_settings(Outer(bits=8, share=1 - 1e-9, limit=0.0))
 
 
 def test_what_differs_from_the_default_is_found_and_defaults_are_not_shared() -> None:

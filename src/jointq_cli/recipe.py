@@ -21,7 +21,7 @@ from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
-from jointq_cli.setting_rules import SettingRoles, check, rule_of, setting
+from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
 from jointq_cli.transforms import Rotation, Smoothing
 
@@ -51,7 +51,7 @@ class Recipe:
     store: str = setting(decides=False)  # artifacts that runs share
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
 
 
@@ -62,7 +62,7 @@ class CalibrateRecipe(Recipe):
     output: str
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class RotateRecipe(Recipe):
     """Of this recipe, `jointq rotate` writes the smoothed and rotated model alone, at full precision."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
         if not (self.rotation.parts or self.smoothing.places):
             raise ConfigError("rotation=none: with smoothing=none nothing changes; use rotation=hadamard or learned")
 
@@ -88,7 +88,7 @@ class EvaluateRecipe:
     store: str
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
 
 RECIPES: dict[str, type[Any]] = {

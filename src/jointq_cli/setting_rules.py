@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +42,7 @@ class Rule:
     null: str = ""  # what null stands for
     place: bool = False  # of files, whose content may decide a result; where they are does not
     decides: bool = True  # whether the value takes part in a run's result
+    used: Callable[[Any], bool] = lambda settings: True  # whether it has an effect beside the other settings
 
     def admits(self, value: Any) -> bool:
         """Whether a number or text obeys; NaN never does."""
@@ -86,9 +87,10 @@ def setting(
     null: str = "",
     place: bool = False,
     decides: bool = True,
+    used: Callable[[Any], bool] = lambda settings: True,
 ) -> Any:
     """A dataclass field with the default and a `Rule` of the rest. Lists and dictionaries are copied."""
-    rule = Rule(least, above, most, below, infinite, choices, pattern, form, null, place, decides and not place)
+    rule = Rule(least, above, most, below, infinite, choices, pattern, form, null, place, decides and not place, used)
     metadata = {Rule: rule}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -100,7 +102,7 @@ def rule_of(field: Field[Any]) -> Rule:
     return rule
 
 
-def check(settings: "DataclassInstance", section: str = "") -> None:
+def check_settings(settings: "DataclassInstance", section: str = "") -> None:
     """Raises ConfigError for the first setting that breaks its rule. section: the key under which `settings` stands."""
     for field in dataclasses.fields(settings):
         key = _key(section, field.name)
@@ -122,11 +124,11 @@ def _require(rule: Rule, key: str, value: Any) -> None:
 
 
 def changed(settings: "DataclassInstance") -> dict[str, Any]:
-    """The settings that differ from their defaults, by name."""
+    """The settings that differ from their defaults and are used, by name."""
     return {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)
-        if getattr(settings, field.name) != default_of(field)
+        if rule_of(field).used(settings) and getattr(settings, field.name) != default_of(field)
     }
 
 

@@ -172,9 +172,10 @@ MISTAKES = {
         1,
         "quantizer.lambda_list=[0.2, 0.1]: must rise from value to value",
     ),
-    "quantize quantizer.lambda_list=0.1": (1, "quantizer.lambda_list=0.1: must be a list, such as [a,b]"),
+    "quantize quantizer.lambda_list=0.1": (1, "quantizer.lambda_list=0.1: must be a list of numbers, such as [1,2]"),
+    "quantize quantizer.lambda_list=[a]": (1, "quantizer.lambda_list=[a]: must be a list of numbers, such as [1,2]"),
     "quantize quantizer.batch_size=0": (1, "quantizer.batch_size=0: must be at least 1"),
-    "quantize quantizer.heldout_share=1": (1, "quantizer.heldout_share=1.0: must be between 0 and 1"),
+    "quantize quantizer.heldout_share=1": (1, "quantizer.heldout_share=1.0: must be above 0 and below 1"),
     "quantize quantizer.gptq.damping=-1": (1, "quantizer.gptq.damping=-1.0: must be at least 0"),
     "quantize quantizer.gptq.block=3": (
         1,
@@ -188,11 +189,16 @@ MISTAKES = {
     ),
     "quantize quantizer.lambda_mode=best": (
         1,
-        "quantizer.lambda_mode=best: must be fixed_lambda or incremental_lambda or heldout",
+        "quantizer.lambda_mode=best: must be one of fixed_lambda, incremental_lambda, heldout",
     ),
     "quantize quantizer.regularization_lambda=-1": (
         1,
         "quantizer.regularization_lambda=-1.0: must be at least 0 and finite",
+    ),
+    "quantize activations.layer_bits=3": (1, "activations.layer_bits=3: must be a dictionary, such as {a:1}"),
+    "quantize activations.layer_bits.o_proj=8": (
+        1,
+        "no entry activations.layer_bits.o_proj yet; add it with a plus: +activations.layer_bits.o_proj=VALUE",
     ),
     "quantize model.path=[1,2]": (1, "model.path=[1,2]: must be text"),
     "quantize layers.exclude_layer_names=lm_head": (
@@ -363,6 +369,69 @@ def test_an_error_of_the_task_is_raised_as_it_is() -> None:
     with pytest.raises(NumericsError) as caught:
         launch("quantize", [], task)
     assert caught.value is error
+
+
+# --- renamed keys
+
+OLD, NEW = "runtime.waiting_gb", "runtime.suspended_activations_gb"
+ANNOUNCED = f"{OLD} is now {NEW}; the old name still works\n"
+
+
+def test_an_old_key_on_the_command_line_sets_the_new_one_and_says_so_once(
+    jobs: list[tuple[Any, Job]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"quantize {OLD}=1 ++{OLD}=2", jobs) == 0
+    assert capsys.readouterr().err == ANNOUNCED
+    [(recipe, job)] = jobs
+    assert recipe.runtime.suspended_activations_gb == 2
+    assert job.overrides == [f"{NEW}=1", f"++{NEW}=2"]
+
+
+def test_an_old_key_in_a_recipe_sets_the_new_one_and_the_command_line_still_comes_last(
+    jobs: list[tuple[Any, Job]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path, "mine", "runtime:\n  waiting_gb: 1.5\n")
+    for words in ("", f" {NEW}=3"):
+        assert run(f"quantize --config-dir {tmp_path} recipe=mine{words}", jobs) == 0
+        assert capsys.readouterr().err == ANNOUNCED
+    assert [recipe.runtime.suspended_activations_gb for recipe, _ in jobs] == [1.5, 3]
+    assert not any("waiting_gb" in job.config for _, job in jobs)
+
+
+def test_an_option_of_ones_own_may_have_old_keys(
+    jobs: list[tuple[Any, Job]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my" / "runtime").mkdir(parents=True)
+    own = config_files.options("runtime")["default"].read_text(encoding="utf-8")
+    (tmp_path / "my" / "runtime" / "old.yaml").write_text(own.replace("suspended_activations_gb: 4.0", "waiting_gb: 7"))
+    assert run("quantize --config-dir my runtime=old", jobs) == 0
+    assert capsys.readouterr().err == ANNOUNCED
+    assert jobs[0][0].runtime.suspended_activations_gb == 7
+
+
+@pytest.mark.parametrize("words", [f"{OLD}=1,2", "+sweep=mine"])
+def test_a_sweep_may_run_over_an_old_key(
+    words: str, jobs: list[tuple[Any, Job]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my" / "sweep").mkdir(parents=True)
+    text = f"# @package _global_\nhydra:\n  sweeper:\n    params:\n      {OLD}: 1,2\n"
+    (tmp_path / "my" / "sweep" / "mine.yaml").write_text(text)
+    assert run(f"quantize --config-dir my -m {words}", jobs) == 0
+    assert [recipe.runtime.suspended_activations_gb for recipe, _ in jobs] == [1, 2]
+    assert capsys.readouterr().err == ANNOUNCED
+
+
+def test_a_key_by_both_names_is_refused(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
+    write_recipe(tmp_path, "mine", "runtime:\n  waiting_gb: 1\n  suspended_activations_gb: 2\n")
+    with pytest.raises(ConfigError, match=f"^{OLD}: is the old name of {NEW}, which has a value too"):
+        run(f"quantize --config-dir {tmp_path} recipe=mine", jobs)
+
+
+def test_nothing_is_said_of_old_keys_that_are_not_used(
+    jobs: list[tuple[Any, Job]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"quantize {NEW}=2", jobs) == 0
+    assert capsys.readouterr().err == ""
 
 
 # --- sweeps

@@ -617,6 +617,19 @@ def test_a_replay_computes_where_the_run_did_unless_told_otherwise(
     assert (recipe.runtime.device, recipe.runtime.num_threads, recipe.model.path) == ("cpu", 1, "./tests")
 
 
+def test_a_replay_reads_old_keys_silently_and_takes_them_as_overrides(
+    run: Evidence, tmp_path: Path, at_the_root: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "  waiting_gb: 4.0" in (PUBLISHED / "recipe.yaml").read_text(encoding="utf-8")
+    assert run.settings["runtime.suspended_activations_gb"] == "4.0"
+    recipe, _ = asked_again(run, tmp_path / "a")
+    assert capsys.readouterr().err == ""
+    assert recipe.runtime.suspended_activations_gb == 4
+    recipe, _ = asked_again(run, tmp_path / "b", "runtime.waiting_gb=1")
+    assert capsys.readouterr().err.startswith("runtime.waiting_gb is now ")
+    assert recipe.runtime.suspended_activations_gb == 1
+
+
 def test_an_interrupted_replay_does_not_promise_to_continue(run: Evidence, tmp_path: Path, at_the_root: None) -> None:
     def stopped(recipe: Recipe, job: Job) -> None:
         raise Interrupted("the same command continues here")

@@ -28,7 +28,14 @@ from jointq_cli.cli import config_files
 from jointq_cli.errors import ConfigError, JointqError, ResourceError
 
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # option: extra
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_KINDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, such as [a,b]",
+    dict: "a dictionary, such as {a:1}",
+}
 
 
 class UsageError(ConfigError):
@@ -91,6 +98,8 @@ class ConfigErrorFormatter:
         owner = error.object_type.__name__ if error.object_type else ""
         if isinstance(error, MissingMandatoryValue):
             return f"{key}: has no value; give one with {key}=..."
+        if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.object_type is dict:
+            return f"no entry {key} yet; add it with a plus: +{key}=VALUE"
         if isinstance(error, ConfigKeyError | ConfigAttributeError):
             unknown = re.search(r"Could not override '([^']+)'", context)
             return self.unknown_key(unknown.group(1) if unknown else key, key[: key.rfind(".") + 1], owner)
@@ -98,21 +107,22 @@ class ConfigErrorFormatter:
             return f"{typed}: cannot be removed from a recipe"
         if isinstance(error, InterpolationResolutionError):
             return f"{key}: {_first_line(error)}"
-        kind = self._kind(owner, str(error.key))
+        kind = self._kind(owner, key.rpartition(".")[2])
         if isinstance(error, ValidationError | ConfigValueError | ConfigTypeError) and kind:
             return f"{typed}: must be {kind}"
         return f"{typed}: {_first_line(error)}"
 
     def _kind(self, owner: str, name: str) -> str:
-        """The type of a field in words; "" where it is not known."""
-        schema = self._schemas.get(owner)
-        hint = typing.get_type_hints(schema).get(name) if schema else None
+        """The type of a field, or of the list that NAME[0] is in, in words; "" where it is not known."""
+        name, item, _ = name.partition("[")
+        owners = [owner] if owner in self._schemas else self._owners(name) if item else []
+        hint = typing.get_type_hints(self._schemas[owners[0]]).get(name) if owners else None
         if isinstance(hint, types.UnionType):
             parts = [_KINDS.get(part, "null") for part in typing.get_args(hint)]
             return " or ".join(parts)
-        if typing.get_origin(hint) is list:
-            return "a list, such as [a,b]"
-        return _KINDS.get(hint, "") if isinstance(hint, type) else ""
+        if hint == list[float]:
+            return "a list of numbers, such as [1,2]"
+        return _KINDS.get(typing.get_origin(hint) or hint, "")
 
     def _unknown_option(self, error: MissingConfigException) -> str:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")

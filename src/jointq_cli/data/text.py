@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from jointq_cli.data import pydoc as pydoc_text
 from jointq_cli.errors import ConfigError, TextError
-from jointq_cli.setting_rules import check, setting
+from jointq_cli.setting_rules import check_settings, setting
 
 COLUMN: Final = "text"
 
@@ -62,7 +62,7 @@ class TextSource:
     revision: str | None = setting(None, decides=False)  # the hash of the tokens decides
 
     def __post_init__(self) -> None:
-        check(self, self.section)
+        check_settings(self, self.section)
         if self.dataset == "text" and not self.path:
             raise ConfigError(f"{self.section}.dataset=text: needs {self.section}.path=FILE")
         if self.dataset == "pydoc" and self.path:

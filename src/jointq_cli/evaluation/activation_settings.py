@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.uniform import Grid
-from jointq_cli.setting_rules import check, setting
+from jointq_cli.setting_rules import check_settings, setting
 
 UNQUANTIZED = 16  # bits from which on a tensor is left as it is
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # what a search chooses from
@@ -30,7 +30,7 @@ class Activations:
     r3: bool = setting(False)
 
     def __post_init__(self) -> None:
-        check(self, "activations")
+        check_settings(self, "activations")
 
     @property
     def simulates(self) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.setting_rules import check, setting
+from jointq_cli.setting_rules import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerSelection:
     num_layers: int | None = setting(None, least=1, null="for all")
 
     def __post_init__(self) -> None:
-        check(self, "layers")
+        check_settings(self, "layers")
 
     def select(self, names: list[str], known: list[str]) -> list[str]:
         """The names to quantise, in the order of `names`.

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
-from jointq_cli.setting_rules import check, setting
+from jointq_cli.setting_rules import check_settings, setting
 from jointq_cli.system.files import file_hash
 from jointq_cli.system.store import Store
 
@@ -42,7 +42,7 @@ class ModelSource:
     trust_remote_code: bool = setting(False)
 
     def __post_init__(self) -> None:
-        check(self, "model")
+        check_settings(self, "model")
 
 
 def fetch(

@@ -30,7 +30,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.quantization.quantizers.statistics import Statistics
-from jointq_cli.setting_rules import check, setting
+from jointq_cli.setting_rules import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Qep(QepSettings):
     exclude_layer_keywords: list[str] = setting([])
 
     def __post_init__(self) -> None:
-        check(self, "qep")
+        check_settings(self, "qep")
         if "" in self.exclude_layer_keywords:
             raise ConfigError("qep.exclude_layer_keywords=['']: every name contains an empty keyword; use qep=none")
 

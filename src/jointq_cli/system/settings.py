@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from jointq_cli.errors import ResourceError
-from jointq_cli.setting_rules import check, setting
+from jointq_cli.setting_rules import check_settings, setting
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.machine import cpu_count
 
@@ -30,7 +30,7 @@ class Runtime:
     hessians_gb: float = setting(16.0, least=0, infinite=True, decides=False)
 
     def __post_init__(self) -> None:
-        check(self, "runtime")
+        check_settings(self, "runtime")
 
     def torch_device(self, team: Team = SINGLE_PROCESS) -> torch.device:
         """The device of this process: with several processes each has its own CUDA device, or all use the CPU. Raises

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.setting_rules import check, setting
+from jointq_cli.setting_rules import check_settings, setting
 
 INITS = ("random_hadamard", "hadamard", "orthogonal", "identity", "dc_aligned")
 OBJECTIVES = ("whip", "l8", "range2")
@@ -54,7 +54,7 @@ class HadamardRotation(Rotation):
     seed: int = setting(0, least=0, most=2**63 - 1)
 
     def __post_init__(self) -> None:
-        check(self, "rotation")
+        check_settings(self, "rotation")
         _check_something(self.parts)
 
     @property
@@ -94,7 +94,7 @@ class LearnedRotation(Rotation):
     stop_bits: int = setting(4, least=2, most=4)  # on finer grids the clip ratio of the error measure would decide
 
     def __post_init__(self) -> None:
-        check(self, "rotation")
+        check_settings(self, "rotation")
         _check_something(self.parts)
         if not (self.r1 or self.r2):
             raise ConfigError("rotation.r1=false: with r2=false nothing is learned; use rotation=hadamard")
@@ -149,7 +149,7 @@ class SmoothQuant(Smoothing):
     down_proj: bool = setting(True)
 
     def __post_init__(self) -> None:
-        check(self, "smoothing")
+        check_settings(self, "smoothing")
         if not (self.o_proj or self.down_proj):
             raise ConfigError("smoothing.down_proj=false: with o_proj=false nothing is left; use smoothing=none")
 
