@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Time GPTQ on one layer against the matrix products that it cannot do without.
+"""Time GPTQ on one layer against the matrix products that it needs.
 
     python scripts/bench_gptq_layer.py                     # 4096 x 4096, W4 g128 asymmetric mse act_order
     python scripts/bench_gptq_layer.py --size 2048 --bits 3 --threads 1 --repeats 5
 
 The products: a Cholesky factorisation and a triangular inverse in float64, and the float32 products of the
-lazy batch updates, at the shapes that GPTQ gives them. Products and GPTQ take turns in one process, and the
-least time of each counts, so that a busy machine slows both alike. The layer is synthetic: correlated inputs
+lazy batch updates, at the shapes that GPTQ uses. Products and GPTQ are timed alternately in one process, and the
+minimum of each counts, so that a busy machine slows both alike. The layer is synthetic: correlated inputs
 with a few loud channels.
 """
 
@@ -36,14 +36,14 @@ def make_layer(size: int) -> tuple[Tensor, Tensor]:
 
 
 def propagate(weight: Tensor, upper: Tensor, block: int) -> None:
-    """The products of the lazy batch updates and nothing else."""
+    """The products of the lazy batch updates only."""
     for stop in range(block, weight.shape[1], block):
         errors = weight[:, stop - block : stop].contiguous()
         weight[:, stop:].addmm_(errors, upper[stop - block : stop, stop:], alpha=-1e-6)
 
 
 class Stopwatch:
-    """The least wall and CPU seconds of each named step."""
+    """The minimum of wall and CPU seconds of each named step."""
 
     def __init__(self) -> None:
         self.wall: dict[str, float] = {}
@@ -63,7 +63,7 @@ SOLVE = ("GPTQ.prepare", "GPTQ.quantize")
 
 
 def measure(quantizer: GPTQ, size: int, repeats: int) -> Stopwatch:
-    """Time the products and the quantizer in turns."""
+    """Time the products and the quantizer alternately."""
     weight, hessian = make_layer(size)
     warm = make_layer(256)  # compiles, or loads, the kernels
     quantizer.quantize(warm[0], quantizer.prepare(warm[1]), torch.bfloat16)
@@ -81,7 +81,7 @@ def measure(quantizer: GPTQ, size: int, repeats: int) -> Stopwatch:
 
 
 def table(watch: Stopwatch) -> list[str]:
-    """The figures as lines; the last says how many times the products' time the whole took."""
+    """The figures as lines; the last is the ratio of the total time to that of the products."""
     lines = [f"{'':30s}{'wall s':>9s}{'CPU s':>9s}"]
     totals = {}
     for title, steps in (("products", PRODUCTS), ("GPTQ", SOLVE)):

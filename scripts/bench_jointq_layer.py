@@ -5,10 +5,10 @@
     python scripts/bench_jointq_layer.py --sizes 2048 --bits 4 --only ours
     python scripts/bench_jointq_layer.py --sizes 512,1024,2048,4096 --output layers.jsonl   # half an hour or more
 
-Prints output errors on the calibration tokens and on held-out ones, CPU seconds, and for JointQ how many times the
-matrix products that it needs that is; products are timed in the same process, at the shapes that JointQ gives them.
+Prints output errors on the calibration tokens and on held-out ones, CPU seconds, and for JointQ the ratio of these to
+the CPU seconds of the matrix products that it needs, timed in the same process at the same shapes.
 
-OneComp's rows appear where it can be imported. It wants libraries that a layer does not need, so give it a virtual
+OneComp's rows appear where it can be imported. It needs libraries that a layer does not need, so give it a virtual
 environment of its own, with this project beside it:
 
     pip install torch==2.13.0 && pip install --no-deps --ignore-requires-python onecomp==1.4.0
@@ -101,7 +101,7 @@ def ours(bits: int) -> dict[str, Solve]:
 
 
 def shipped_settings() -> dict[str, Any]:
-    """The quantizer's own config, so that what is measured is what ships."""
+    """The quantizer's own config, so that the benchmark measures the released defaults."""
     path = Path(__file__).parent.parent / "configs" / "quantizer" / "jointq.yaml"
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     del settings["defaults"]

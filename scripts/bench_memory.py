@@ -5,7 +5,7 @@
     python scripts/bench_memory.py --llama1b       # and one of exactly Llama-3.2-1B's shape (2.5 GB on disk)
 
 Each model is quantised by `jointq quantize` in a process of its own, 8 x 512 calibration tokens, 2 x 512 evaluated.
-Peak memory is the largest resident set of that process, Python and PyTorch included.
+Peak memory is the maximum resident set size of that process, Python and PyTorch included.
 """
 
 import argparse

@@ -3,12 +3,12 @@
 
     python bench_onecomp_model.py --model DIR --tokens FILE --bits 3 --group-size 64 --lambdas 0.1,0.2 --output DIR
 
-FILE is what `jointq calibrate` writes, so that both see the very same windows. Each setting becomes a plain
+FILE is written by `jointq calibrate`, so that both use the same windows. Each setting becomes a plain
 checkpoint in the model's own dtype, OUTPUT/jointq-w3-g64-lambda0.1, for `jointq evaluate model.path=...`; a line
-of JSON on stdout and in OUTPUT/results.jsonl says what it took. A checkpoint that is there is not made again, so a
-run that was stopped can be started again. Several bits in one run share the calibration: --bits 3,2,4.
+of JSON on stdout and in OUTPUT/results.jsonl reports time and memory. An existing checkpoint is not computed again,
+so a run that was stopped can be started again. Several bits in one run share the calibration: --bits 3,2,4.
 
-OneComp wants other packages than jointq, hence a virtual environment of its own, whose python runs this script:
+OneComp needs other packages than jointq, hence a virtual environment of its own, whose python runs this script:
 
     pip install torch numpy
     pip install --no-deps --ignore-requires-python onecomp==1.4.0
@@ -46,7 +46,7 @@ ALL_LAYERS = 1_000_000
 
 
 def stub_lm_eval() -> None:
-    """An lm_eval that can be imported, where there is none."""
+    """An empty lm_eval to import, where it is not installed."""
     if importlib.util.find_spec("lm_eval"):
         return
     for name in ("lm_eval", "lm_eval.evaluator", "lm_eval.models", "lm_eval.models.huggingface"):
@@ -151,7 +151,7 @@ quantize_group = chunked_quantization.quantize_group
 
 
 def reset_peak_memory() -> None:
-    """Forget the peak so far, where the system can (Linux)."""
+    """Reset the peak, where the system can (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -167,7 +167,7 @@ def peak_memory() -> int:
 
 
 def quantizers(arguments: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The name of each checkpoint that is not there yet: its quantizer and what it is set to."""
+    """Quantizer and settings of each checkpoint that does not exist yet, by name."""
     group = arguments.group_size
     made: dict[str, tuple[Any, dict[str, Any]]] = {}
     for bits in arguments.bits:

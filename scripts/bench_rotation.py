@@ -55,14 +55,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--objectives", nargs="+", default=["range2"], choices=OBJECTIVES)
     parser.add_argument("--parametrizations", nargs="+", default=["lie"], choices=PARAMETRIZATIONS)
-    asked = parser.parse_args()
-    residual = activations(asked.hidden)
-    start = random_hadamard(asked.hidden, torch.Generator().manual_seed(0))
+    arguments = parser.parse_args()
+    residual = activations(arguments.hidden)
+    start = random_hadamard(arguments.hidden, torch.Generator().manual_seed(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     table = Table("objective", "descent", "steps", "s", "CPU s", "dB before", "after", "more MB")
-    for objective in asked.objectives:
-        for parametrization in asked.parametrizations:
-            wanted = settings(objective, parametrization, asked.steps, asked.batch)
+    for objective in arguments.objectives:
+        for parametrization in arguments.parametrizations:
+            wanted = settings(objective, parametrization, arguments.steps, arguments.batch)
             wall, cpu = time.perf_counter(), time.process_time()
             with torch.no_grad():
                 _, course = learn_r1(residual, start, wanted, torch.device("cpu"), Watch(quiet, lambda: None))

@@ -1,4 +1,4 @@
-"""What a sweep of lambda costs against separate runs: seconds of wall time and of CPU, by stage.
+"""A sweep of lambda compared with separate runs: seconds of wall time and of CPU, by stage.
 
 python scripts/bench_sweep.py                                      # the bundled model, as in docs/sweeps.md
 python scripts/bench_sweep.py --lambdas 0.03 0.3 recipe=smollm2_135m_w3g64 ...
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 LAMBDAS = ("0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1.0", "2.0")
-PER_JOB = ("quantize", "evaluate quantized")  # what depends on lambda: solving, and evaluating what was solved
+PER_JOB = ("quantize", "evaluate quantized")  # the stages that depend on lambda
 KEY = "quantizer.regularization_lambda"
 SHARED = ["calibration.inputs=original", "qep=none"]
 
@@ -41,16 +41,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of both: recipe=..., runtime.num_threads=...")
     parser.add_argument("--lambdas", nargs="+", default=LAMBDAS)
     parser.add_argument("--separate", type=int, help="how many of them to run separately as well (all)")
-    asked = parser.parse_args()
-    words = [*asked.overrides, *SHARED]
+    arguments = parser.parse_args()
+    words = [*arguments.overrides, *SHARED]
     with tempfile.TemporaryDirectory() as place:
         swept = Path(place, "sweep")
         sweep = timed(
-            ["-m", *words, f"output_dir={place}", f"hydra.sweep.dir={swept}", f"{KEY}={','.join(asked.lambdas)}"]
+            ["-m", *words, f"output_dir={place}", f"hydra.sweep.dir={swept}", f"{KEY}={','.join(arguments.lambdas)}"]
         )
-        jobs = [stages(swept / str(number)) for number in range(len(asked.lambdas))]
+        jobs = [stages(swept / str(number)) for number in range(len(arguments.lambdas))]
         alone = []
-        for number, value in enumerate(asked.lambdas[: asked.separate]):
+        for number, value in enumerate(arguments.lambdas[: arguments.separate]):
             folder = Path(place, f"alone{number}")
             cost = timed([*words, f"{KEY}={value}", f"output_dir={folder}", f"hydra.run.dir={folder}/run"])
             alone.append((*cost, stages(folder / "run")))
@@ -78,7 +78,7 @@ def tell(
     console.print(f"stages / (one calibration + {len(jobs)} x (solve + evaluate)): {in_stages / needed:.3f}")
     console.print(f"whole sweep / the same: {sweep[0] / needed:.3f}; separate runs / sweep: {wall / sweep[0]:.2f}")
     if len(alone) < len(jobs):
-        console.print(f"{len(alone)} separate runs were made, and scaled")
+        console.print(f"{len(alone)} separate runs were timed, and scaled")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Train "pocket", the model that the package carries, from text that a Python installation carries.
+"""Train "pocket", the model bundled with the package, on the text in a Python installation.
 
     python scripts/train_pocket.py --prepare .pocket              # text -> tokenizer and tokens
     python scripts/train_pocket.py --train .pocket --stop 1500    # all text, at a high learning rate
     python scripts/train_pocket.py --train .pocket --mix even --start .pocket/running \\
-        --steps 900 --lr 3e-3 --warmup 50 --short 0.4 --seed 10   # little repetition, down to zero
-    python scripts/train_pocket.py --score .pocket                # held-out perplexity of what was saved
+        --steps 900 --lr 3e-3 --warmup 50 --short 0.4 --seed 10   # little repetition, learning rate to zero
+    python scripts/train_pocket.py --score .pocket                # held-out perplexity of the saved model
 
 The steps are separate because they may run on different machines: preparing needs the packages whose
 docstrings are read, training needs only torch, transformers and the prepared folder.

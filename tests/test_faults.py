@@ -253,7 +253,7 @@ KILLS = {
         for function in ("write_contents", "sync_tree")  # the work is done; the list is written
     },
     "links of the run": AT.format(module="system.files", function="_link_or_copy", number=4),
-    "audit": AT.format(module="pipeline", function="audit", number=1),
+    "audit": AT.format(module="stages.report", function="audit", number=1),
     "report": AT.format(module="system.run_directory", function="write_text_atomically", number=5),
 }
 
@@ -293,7 +293,7 @@ def make(scratch):
 {kill}
 {step}
 with store.Store(Path(sys.argv[1])) as opened:
-    opened.reuse("stage", {{}}, [], make)
+    opened.reuse("stage", "0" * 64, make)
 """
 
 
@@ -305,13 +305,13 @@ def test_kill_9_at_any_step_of_the_store_leaves_a_whole_artifact_or_none(step: s
 
     if "damaged" in step:
         with Store(tmp_path) as store:
-            (store.reuse("stage", {}, [], make).path / "a").write_text("x")
+            (store.reuse("stage", "0" * 64, make).path / "a").write_text("x")
     script = STEP.format(kill=KILL, step=STEPS[step])
     killed = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     told: list[str] = []
     with Store(tmp_path, log=told.append) as store:
-        artifact = store.reuse("stage", {}, [], make)
+        artifact = store.reuse("stage", "0" * 64, make)
     assert {file.name: file.read_text() for file in artifact.path.iterdir() if file.name != CONTENTS} == {
         "a": "1",
         "b": "2",

@@ -34,7 +34,7 @@ class LayerRecord:
     weight_error: float
     damping: float | None  # fraction of the Hessian's mean diagonal that was added, None where none is used
     seconds: float
-    verdict: str  # "ok", "damped" (the ladder was climbed), "fallback" (RTN instead of a failed solve)
+    verdict: str  # "ok", "damped" (damping had to be raised), "fallback" (RTN instead of a failed solve)
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer has to say: dead columns, condition
     label: str = ""  # how it is stored, such as "W4 g128 asymmetric"; older reports lack it
 

@@ -16,6 +16,7 @@ from jointq_cli.system.inventory import entries
 from jointq_cli.system.store import Artifact, Store
 
 DAY = 86400.0
+KEY = "0" * 64
 
 
 def make_of(size: int) -> Callable[[Path], None]:
@@ -37,7 +38,7 @@ class Shelf:
     def make(self, stage: str, *, size: int = 1000, days: float = 0.0) -> Artifact:
         """days: since it was used."""
         with Store(self.root) as store:
-            artifact = store.reuse(stage, {}, [], make_of(size))
+            artifact = store.reuse(stage, KEY, make_of(size))
         moment = time.time() - days * DAY
         os.utime(artifact.path / CONTENTS, (moment, moment))
         return artifact
@@ -48,7 +49,7 @@ class Shelf:
             raise KeyboardInterrupt
 
         with Store(self.root) as store, pytest.raises(KeyboardInterrupt):
-            store.reuse(stage, {}, [], fail)
+            store.reuse(stage, KEY, fail)
 
     def __call__(self, *words: str) -> int:
         return main(["store", *words, "--store", str(self.root)])
@@ -78,7 +79,7 @@ def test_ls_has_a_row_for_everything_with_its_state(shelf: Shelf, capsys: pytest
     shelf.make("loose")
     shelf.leave_partial("broken_off")
     with Store(shelf.root) as store:
-        store.reuse("held", {}, [], make_of(10))
+        store.reuse("held", KEY, make_of(10))
         assert shelf("ls") == 0
     rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "ago" in line}
     assert set(rows) == {"idle", "loose", "broken_off", "held"}
@@ -169,7 +170,7 @@ def test_a_dry_run_tells_the_same_and_removes_nothing(shelf: Shelf, capsys: pyte
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_what_is_in_use_is_left_and_named(dry: list[str], shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
     with Store(shelf.root) as store:
-        artifact = store.reuse("held", {}, [], make_of(10))
+        artifact = store.reuse("held", KEY, make_of(10))
         assert shelf("prune", "--all", *dry) == 0
         assert f"in use, and left: {artifact.path.name}" in capsys.readouterr().out
         assert artifact.path.is_dir()
@@ -181,7 +182,7 @@ def test_what_is_being_made_is_left(shelf: Shelf) -> None:
         make_of(10)(scratch)
 
     with Store(shelf.root) as store:
-        assert (store.reuse("held", {}, [], make).path / "checkpoint").is_dir()
+        assert (store.reuse("held", KEY, make).path / "checkpoint").is_dir()
 
 
 def test_nothing_that_has_not_the_form_of_an_artifact_is_touched(shelf: Shelf, outside: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from jointq_cli.errors import ModelError
 from jointq_cli.formats import StoredWeight, UniformWeight
 from jointq_cli.formats.audit import audit
-from jointq_cli.formats.base import Difference
+from jointq_cli.formats.base import TensorDifference
 from jointq_cli.formats.layer_file import load_layer, save_layer
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.quantization.quantizers import RTN, Prepared, Quantizer, Solution
@@ -179,6 +179,14 @@ def test_an_unknown_kind_is_an_error_in_one_line_that_names_file_and_kind(tmp_pa
     assert "\n" not in str(caught.value)
 
 
+def test_a_missing_tensor_is_an_error_that_names_file_and_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    save_tensors(path, {name: tensor for name, tensor in uniform().to_tensors().items() if name != "scale"})
+    with pytest.raises(ModelError) as caught:
+        load_layer(path)
+    assert str(caught.value) == f"{path}: tensor scale is missing"
+
+
 def test_moving_to_a_device_keeps_the_form() -> None:
     for weight in (uniform(), Quantiles(5).quantize(torch.eye(6), Prepared(), torch.float16).quantized):
         moved = weight.to("cpu")
@@ -193,14 +201,14 @@ def test_differences_are_counted_by_tensor_and_those_of_numbers_measured() -> No
     ours = LevelTable(torch.zeros(2, 3, dtype=torch.uint8), torch.tensor([[1.0, 2.0], [0.0, 4.0]]))
     theirs = LevelTable(torch.eye(2, 3).to(torch.uint8), torch.tensor([[1.0, 2.5], [0.0, 4.0]]))
     assert ours.difference(ours) == []
-    assert ours.difference(theirs) == [Difference("2 of 6 codes"), Difference("1 of 4 levels", 0.25)]
+    assert ours.difference(theirs) == [TensorDifference("2 of 6 codes"), TensorDifference("1 of 4 levels", 0.25)]
     zero = LevelTable(ours.codes, torch.tensor([[1.0, 2.0], [1.0, 4.0]]))
-    assert ours.difference(zero) == [Difference("1 of 4 levels", torch.inf)]
+    assert ours.difference(zero) == [TensorDifference("1 of 4 levels", torch.inf)]
 
 
-def test_weights_of_other_forms_are_told_by_their_labels() -> None:
+def test_weights_of_other_forms_are_described_by_their_labels() -> None:
     table = Quantiles(5).quantize(torch.ones(4, 16), Prepared(), torch.bfloat16).quantized
     assert uniform(4).difference(uniform(3)) == [
-        Difference("W4 g8 asymmetric [4, 16] → W3 g8 asymmetric [4, 16]"),
+        TensorDifference("W4 g8 asymmetric [4, 16] → W3 g8 asymmetric [4, 16]"),
     ]
-    assert uniform().difference(table) == [Difference("W4 g8 asymmetric [4, 16] → 5 levels per row [4, 16]")]
+    assert uniform().difference(table) == [TensorDifference("W4 g8 asymmetric [4, 16] → 5 levels per row [4, 16]")]

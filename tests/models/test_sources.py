@@ -1,5 +1,6 @@
 """Where checkpoints come from: each source ends at a directory, or at one line that says what to do."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -9,13 +10,25 @@ import torch
 
 from jointq_cli.errors import ConfigError, ModelError, ResourceError
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.models.sources import BUNDLED, ModelSource, fetch, provenance
+from jointq_cli.models.sources import BUNDLED, ModelSource, convert_gguf, fetch, provenance
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.system.store import Store
 
 
 def source(path: str, revision: str | None = None) -> ModelSource:
     return ModelSource(path, revision, trust_remote_code=False)
+
+
+def refuse(file: Path) -> Path:
+    raise AssertionError(f"{file} is no GGUF file")
+
+
+def converter(directory: Path) -> Callable[[Path], Path]:
+    def converted(file: Path) -> Path:
+        directory.mkdir()
+        convert_gguf(file, directory)
+        return directory
+
+    return converted
 
 
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
@@ -60,8 +73,8 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def test_the_bundled_model_needs_no_store_and_no_network(tmp_path: Path) -> None:
-    checkpoint = fetch(source("pocket"), Store(tmp_path))
+def test_the_bundled_model_needs_no_store_and_no_network() -> None:
+    checkpoint = fetch(source("pocket"), refuse)
     assert checkpoint.directory == BUNDLED
     assert checkpoint.dtype == torch.bfloat16
 
@@ -74,37 +87,35 @@ def test_where_a_model_came_from_is_told_with_the_hubs_commit(tmp_path: Path) ->
     assert provenance(source("org/name"), tmp_path / "elsewhere") == {"from": "hub"}
 
 
-def test_a_gguf_file_is_unpacked_once_into_a_directory(tmp_path: Path) -> None:
+def test_a_gguf_file_is_converted_into_a_directory(tmp_path: Path) -> None:
     tensors = write_gguf(tmp_path / "tiny.gguf")
-    store = Store(tmp_path / "store")
-    checkpoint = fetch(source(str(tmp_path / "tiny.gguf")), store)
+    checkpoint = fetch(source(str(tmp_path / "tiny.gguf")), converter(tmp_path / "converted"))
     name = "model.layers.1.mlp.down_proj.weight"
     expected = torch.from_numpy(tensors["blk.1.ffn_down"]).bfloat16()
     assert torch.equal(checkpoint.read([name])[name], expected)
     assert len(StreamedModel(checkpoint, torch.device("cpu"), torch.bfloat16)) == 2
     assert (checkpoint.directory / "tokenizer.json").exists()
-    assert fetch(source(str(tmp_path / "tiny.gguf")), store).directory == checkpoint.directory
 
 
 def test_a_broken_gguf_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF and no more")
     with pytest.raises(ModelError, match=r"x\.gguf: transformers cannot read this GGUF file"):
-        fetch(source(str(tmp_path / "x.gguf")), Store(tmp_path / "store"))
+        fetch(source(str(tmp_path / "x.gguf")), converter(tmp_path / "converted"))
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere", "a/b/c", "nowhere.gguf"])
-def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path) -> None:
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(ModelError, match=r"no such (directory|file)"):
-        fetch(source(path), Store(tmp_path))
+        fetch(source(path), refuse)
 
 
-def test_a_hub_out_of_reach_says_how_to_go_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_says_how_to_go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ResourceError, match=r"model\.path=some/model: no such directory here.*model\.path=DIR"):
-        fetch(source("some/model"), Store(tmp_path))
+        fetch(source("some/model"), refuse)
 
 
-def test_a_download_takes_the_checkpoint_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_takes_the_checkpoint_and_nothing_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, object] = {}
 
     def download(repository: str, **options: object) -> str:
@@ -112,7 +123,7 @@ def test_a_download_takes_the_checkpoint_and_nothing_beside_it(tmp_path: Path, m
         return str(BUNDLED)
 
     monkeypatch.setattr("jointq_cli.models.sources.snapshot_download", download)
-    assert isinstance(fetch(source("some/model", "v1"), Store(tmp_path)), Checkpoint)
+    assert isinstance(fetch(source("some/model", "v1"), refuse), Checkpoint)
     assert (asked["repository"], asked["revision"]) == ("some/model", "v1")
     assert "*.py" not in asked["allow_patterns"]  # type: ignore[operator]
     assert "consolidated*" in asked["ignore_patterns"]  # type: ignore[operator]

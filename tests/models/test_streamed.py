@@ -60,8 +60,8 @@ def test_a_head_that_differs_from_the_embeddings_it_is_said_to_be_tied_to_is_bel
 def test_code_that_a_model_brings_is_a_part_of_it_only_where_it_is_run(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
 
-    def identity(trust: bool) -> list[str]:
-        return StreamedModel(Checkpoint(directory), torch.device("cpu"), torch.float32, trust).identity
+    def identity(trust: bool) -> list[str | None]:
+        return StreamedModel(Checkpoint(directory, "hash"), torch.device("cpu"), torch.float32, trust).identity
 
     (directory / "mine.py").write_text("scale = 1.0")
     alone, trusted = identity(False), identity(True)

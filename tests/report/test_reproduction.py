@@ -693,7 +693,7 @@ def test_the_store_of_a_replay_is_gone_however_it_ends(
     error: Exception | None, run: Evidence, tmp_path: Path, at_the_root: None
 ) -> None:
     def task(recipe: Recipe, job: Job) -> None:
-        Store(Path(recipe.store)).reuse("stage", {}, [], lambda scratch: None)
+        Store(Path(recipe.store)).reuse("stage", "0" * 64, lambda scratch: None)
         (job.directory / "log.txt").touch()
         if error is not None:
             raise error

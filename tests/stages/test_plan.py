@@ -26,9 +26,11 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
-from jointq_cli.stages import base as stages
-from jointq_cli.stages.plan import dry_run as planning
+from jointq_cli.stages import model as model_stage
+from jointq_cli.stages import quantize as quantize_stage
+from jointq_cli.stages.plan import estimate
 from jointq_cli.stages.plan.costs import Windows, Workload, total
+from jointq_cli.stages.plan.dry_run import dry_run, find_inputs
 from jointq_cli.stages.plan.preflight import LEAST_SCORED
 from jointq_cli.system import machine
 from jointq_cli.system.files import nearest_existing
@@ -41,6 +43,11 @@ TINY = [
 ]  # fmt: skip
 RUN = "hydra.run.dir=out/run"
 MADE = ("quantize", "evaluate original", "evaluate quantized")
+KINDS = {
+    "activations": "activations", "rotate": "rotated", "quantize": "quantize", "evaluate original": "hidden",
+    "evaluate quantized": "scores",
+}  # fmt: skip
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +134,7 @@ def _unreadable_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         return "0" * 64
 
     monkeypatch.setattr(Checkpoint, "_read_one", refuse)
-    for module in (checkpoint, stages):
+    for module in (checkpoint, model_stage):
         monkeypatch.setattr(module, "file_hash", hash_of)
 
 
@@ -226,7 +233,7 @@ def test_a_rotated_run_that_was_stopped_is_known_too(words: list[str], monkeypat
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "assemble", stop)
+        patched.setattr(quantize_stage, "assemble", stop)
         assert main(["quantize", *words, RUN]) == Interrupted.exit_code
     stage = {stage.name: stage for stage in planned(words).stages}["quantize"]
     assert stage.state == "continues after all blocks"
@@ -341,9 +348,8 @@ def load(model: Path) -> Workload:
 
 
 def _load_of(recipe: Any) -> Workload:
-    survey = planning.Survey(recipe)
-    original = survey.model(survey.source(recipe.model), recipe.model)
-    return planning._load(recipe, original, None, None)
+    inputs = find_inputs(recipe, CPU)
+    return estimate.workload(recipe, inputs, dry_run(recipe, inputs))
 
 
 def stages_of(load: Workload) -> Iterator[Any]:
@@ -418,10 +424,8 @@ def test_disk_is_what_a_run_leaves_in_the_store(words: list[str]) -> None:
     words = [*words, "rotation=hadamard"]
     estimates = {stage.name: stage.disk for stage in planned(words).stages}
     quantized(words)
-    for name, stage in planning.ARTIFACTS.items():
-        if name not in estimates:  # without original inputs there are no Hessians to keep
-            continue
-        (directory,) = Path("out/store").glob(f"{stage}-*")
+    for name, kind in KINDS.items():
+        (directory,) = Path("out/store").glob(f"{kind}-*")
         kept = sum(path.stat().st_size for path in directory.rglob("*.safetensors") if "scores" not in path.name)
         # Headers of so small files are as large as what they hold.
         assert estimates[name] == pytest.approx(kept, rel=0.7, abs=60_000), name
@@ -450,7 +454,7 @@ def test_a_short_text_is_not_said_to_be_cut(words: list[str], tmp_path: Path) ->
 
 
 def test_run_directories_on_another_disk_have_their_own_room(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_one_disk", lambda recipe: False)
+    monkeypatch.setattr(estimate, "_one_disk", lambda recipe: False)
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**9 if "store" in str(path) else 10**5)
     [warning] = [text for text in planned(words).warnings if "GB there" in text]
     assert warning.startswith("output_dir=out: ")

@@ -127,8 +127,8 @@ def removing(folder: Path) -> None:
     class Emptied(Store):
         made = 0
 
-        def _make(self, *given: Any) -> bool:
-            done = super()._make(*given)
+        def _compute(self, *given: Any) -> bool:
+            done = super()._compute(*given)
             self.made += 1
             if self.made == 1:
                 assert remove(self.root, entries(self.root)[0])
@@ -140,7 +140,7 @@ def removing(folder: Path) -> None:
             ranks = team.gather(team.rank)
             team.on_rank0(lambda: (scratch / "ranks").write_text(str(ranks)))
 
-        artifact = store.reuse("stage", {}, [], make, together=True)
+        artifact = store.reuse("stage", "0" * 64, make, together=True)
         assert (artifact.path / "ranks").read_text() == "[0, 1, 2]"
         assert team.gather(store.made) == [2, 0, 0]  # only rank 0 writes
 

@@ -74,6 +74,11 @@ class TextSource:
             )
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether the text has to be downloaded."""
+        return self.dataset in HUB and not self.path
+
+    @property
     def section(self) -> str:
         """The recipe's group that this is, for messages; groups have the names of their dataclasses."""
         return type(self).__name__.lower()

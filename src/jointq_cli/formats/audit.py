@@ -1,8 +1,4 @@
-"""The quantised checkpoint: an ordinary Hugging Face directory, put together from finished blocks and audited.
-
-One shard holds what belongs to no block, then one shard per block, as the engine finished them: no weight is copied
-twice and none is held in memory beside its block.
-"""
+"""The audit of a quantised checkpoint: its tensors against those of the source and against the stored layers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,9 +17,9 @@ def audit(
     layers: Iterable[LayerRecord],
     codes: Path,
 ) -> Audit:
-    """Compares every tensor of `result` with the source's, and every quantised one with what its codes say.
+    """Compares every tensor of `result` with the source's, and every quantised one with its dequantised layer file.
 
-    stored_names: layer name -> name of its weight in the checkpoint. codes: directory of the layers' safetensors.
+    stored_names: layer name -> name of its weight in the checkpoint. codes: directory of the layer files.
     """
     by_tensor = {stored_names[layer.name]: layer for layer in layers}
     common = [name for name in source.tensors if name in result.tensors]
@@ -31,7 +27,7 @@ def audit(
         name
         for name in common
         if not (
-            _says_its_codes(result, name, codes / f"{by_tensor[name].name}.safetensors")
+            _is_dequantized(result, name, codes / f"{by_tensor[name].name}.safetensors")
             if name in by_tensor
             else source.same_bytes(result, name)
         )
@@ -49,12 +45,12 @@ def audit(
     )
 
 
-def _says_its_codes(result: Checkpoint, name: str, codes: Path) -> bool:
-    found = result.read([name])[name]
-    return torch.equal(found, load_layer(codes).dequantize(found.dtype))
+def _is_dequantized(result: Checkpoint, name: str, codes: Path) -> bool:
+    weight = result.read([name])[name]
+    return torch.equal(weight, load_layer(codes).dequantize(weight.dtype))
 
 
 def _packed_bytes(result: Checkpoint, plain: list[str], layers: Iterable[LayerRecord]) -> int:
-    kept = sum(result.tensors[name].nbytes for name in plain)
+    unchanged = sum(result.tensors[name].nbytes for name in plain)
     packed = sum(layer.bits_per_weight * layer.out_features * layer.in_features / 8 for layer in layers)
-    return kept + round(packed)
+    return unchanged + round(packed)

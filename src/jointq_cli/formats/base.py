@@ -1,6 +1,6 @@
 """The contract of a stored weight: what a quantizer returns, and what the loop, files, audit and reports use.
 
-A new kind is a subclass with its own `kind`, imported in formats/__init__.py; nothing else changes.
+A new kind is a direct subclass with its own `kind`, imported in formats/__init__.py; nothing else changes.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """One respect in which two stored weights differ, such as "3 of 64 scales", and the largest relative difference."""
 
     text: str
@@ -74,21 +74,21 @@ class StoredWeight(ABC):
     def to(self, device: torch.device | str) -> Self:
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.to_tensors().items()})
 
-    def difference(self, other: "StoredWeight") -> list[Difference]:
+    def difference(self, other: "StoredWeight") -> list[TensorDifference]:
         """How the tensors of two weights differ; empty where they are equal."""
         ours, theirs = self.to_tensors(), other.to_tensors()
         shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (ours, theirs)]
         if self.label != other.label or shapes[0] != shapes[1]:
-            return [Difference(f"{self.label} {list(self.shape)} → {other.label} {list(other.shape)}")]
+            return [TensorDifference(f"{self.label} {list(self.shape)} → {other.label} {list(other.shape)}")]
         pairs = [(name, tensor, theirs[name]) for name, tensor in ours.items()]
-        return [_tensor_difference(*pair) for pair in pairs if bool((pair[1] != pair[2]).any())]
+        return [_difference(*pair) for pair in pairs if bool((pair[1] != pair[2]).any())]
 
 
-def _tensor_difference(name: str, ours: Tensor, theirs: Tensor) -> Difference:
+def _difference(name: str, ours: Tensor, theirs: Tensor) -> TensorDifference:
     noun = name.replace("_", "-").removesuffix("s") + "s"
     text = f"{int((ours != theirs).sum())} of {ours.numel()} {noun}"
     if not ours.is_floating_point():
-        return Difference(text)
+        return TensorDifference(text)
     first, second = ours.double(), theirs.double()
     relative = ((second - first).abs() / first.abs()).nan_to_num(nan=0.0, posinf=torch.inf)  # nan: both are 0
-    return Difference(text, relative.max().item())
+    return TensorDifference(text, relative.max().item())

@@ -11,15 +11,21 @@ from jointq_cli.system.tensor_files import save_tensors
 
 def save_layer(path: Path, weight: StoredWeight) -> None:
     """Raises OSError."""
-    uniform = weight.kind == UniformWeight.kind  # written without a kind, as before there were others: equal bytes
+    uniform = (
+        weight.kind == UniformWeight.kind
+    )  # written without a kind, with the same bytes as before there were others
     save_tensors(path, weight.to_tensors(), None if uniform else {"kind": weight.kind})
 
 
 def load_layer(path: Path) -> StoredWeight:
-    """Raises ModelError where the kind is unknown or a tensor is missing."""
+    """Raises ModelError, naming the file, where the kind is unknown or a tensor is missing."""
     with safe_open(path, framework="pt") as file:
         kind = (file.metadata() or {}).get("kind", UniformWeight.kind)
         known = {form.kind: form for form in StoredWeight.__subclasses__()}
         if kind not in known:
             raise ModelError(f"{path}: a stored weight of kind {kind}; known are {', '.join(known)}")
-        return known[kind].from_tensors({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    try:
+        return known[kind].from_tensors(tensors)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error

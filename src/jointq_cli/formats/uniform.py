@@ -1,13 +1,10 @@
-"""The integer grid that weights are rounded to: its levels, the fit of scale and zero-point, the result.
-
-Knows bits, groups and how scales are rounded to the dtype they are stored in. Knows nothing of Hessians, of
-files, or of which quantizer asks.
+"""Weights on a uniform integer grid: the levels of the grid, and the stored form.
 
 A weight w is stored as a code a with w ~ (a - zero_point) * scale. Asymmetric: a in [0, 2^bits - 1] and
 zero_point an integer of that range. Symmetric: a in [-2^(bits-1), 2^(bits-1) - 1] and zero_point 0. One scale
 and zero-point per row and group of columns. Scales are rounded to the checkpoint's dtype *before* codes are
-chosen, so codes are the nearest ones for the scale that is stored. Nothing here depends on the absolute size
-of the weights: where the dtype's exponent allows, a layer times a power of two has the same codes to the bit.
+chosen, so codes are the nearest ones for the stored scale. Nothing here depends on the absolute size of the
+weights: where the dtype's exponent allows, a layer times a power of two has the same codes to the bit.
 """
 
 import math
@@ -22,12 +19,12 @@ from jointq_cli import kernels
 from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.formats.base import StoredWeight
 
-MOST_NAMED = 3  # layers in an error's line
+MOST_NAMED = 3  # layers in an error message
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels that one code can take."""
+    """The codes of one grid: 2^bits consecutive integers."""
 
     bits: int
     symmetric: bool
@@ -42,7 +39,7 @@ class Grid:
 
     @property
     def box(self) -> kernels.Box:
-        """What code - zero_point may be, whichever the zero-point."""
+        """The values that code - zero_point can have, over all zero-points."""
         return kernels.Box(self.lowest - (0 if self.symmetric else self.highest), self.highest, (1 << self.bits) - 1)
 
     @property
@@ -50,18 +47,18 @@ class Grid:
         return torch.int8 if self.symmetric else torch.uint8
 
     def covering_scale(self, low: Tensor, high: Tensor) -> Tensor:
-        """The least scale whose levels reach `low` <= 0 and `high` >= 0 within half a step, or 1."""
+        """The smallest scale whose levels cover `low` <= 0 to `high` >= 0 within half a step; 1 where both are 0."""
         steps = float((1 << self.bits) - 1)
         if not self.symmetric:
             scale = (high - low) / steps
-        elif self.bits == 1:  # levels -1 and 0: the formula below would put -1 at twice the extreme value
+        elif self.bits == 1:  # levels -1 and 0: with the formula below, -1 would be twice the extreme value
             scale = torch.maximum(high, -low)
         else:
             scale = 2.0 * torch.maximum(high, -low) / steps
         return torch.where(scale == 0, 1.0, scale)
 
     def zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
-        """The code of the value 0 where the lowest code stands for about `low`; float32 holding integers."""
+        """The code of the value 0 if the lowest code represents about `low`; integers as float32."""
         if self.symmetric:
             return torch.zeros_like(scale)
         return torch.round(-low / scale).clamp_(0, self.highest)
@@ -73,12 +70,12 @@ class Grid:
 
 
 def group_columns(group_size: int | None, in_features: int) -> int:
-    """Columns that share a scale; null and -1 mean the whole row."""
+    """Columns that share a scale; null and -1: all of the row."""
     return in_features if group_size in (None, -1) else int(group_size or in_features)
 
 
 def check_group_size(group_size: int | None, in_features: Mapping[str, int]) -> None:
-    """Raises ConfigError, naming offending layers, unless `group_size` divides every in_features."""
+    """in_features by layer name. Raises ConfigError, naming layers, unless `group_size` divides all of them."""
     if group_size in (None, -1):
         return
     key = f"quantizer.group_size={group_size}"
@@ -183,7 +180,7 @@ class UniformWeight(StoredWeight):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "UniformWeight":
         missing = [name for name in ("codes", "scale", "zero_point", "format") if name not in tensors]
         if missing:
-            raise ModelError(f"quantised layer: tensor {', '.join(missing)} is missing")
+            raise ModelError(f"tensor {', '.join(missing)} is missing")
         bits, symmetric = tensors["format"].tolist()
         return cls(
             codes=tensors["codes"],

@@ -64,8 +64,11 @@ class Checkpoint:
     incomplete or damaged, and for a quantised checkpoint.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, content_hash: str | None = None) -> None:
+        """content_hash: where it is known already; otherwise the property of that name reads every weight."""
         self.directory = directory
+        if content_hash is not None:
+            self.content_hash = content_hash
         self.config = _read_config(directory)
         if "quantization_config" in self.config:
             raise ModelError(f"{directory}: is quantised already (its config.json has a quantization_config)")
@@ -100,6 +103,11 @@ class Checkpoint:
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(file_hash, self.hashed_files))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def known_hash(self) -> str | None:
+        """`content_hash`, or None before its first computation. Reads no weight."""
+        return vars(self).get("content_hash")
 
     @property
     def hashed_files(self) -> list[Path]:

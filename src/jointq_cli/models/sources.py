@@ -22,8 +22,6 @@ from transformers.utils import logging
 from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
 from jointq_cli.setting_rules import check_settings, setting
-from jointq_cli.system.files import file_hash
-from jointq_cli.system.store import Store
 
 BUNDLED = Path(__file__).parents[1] / "pocket"
 GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight
@@ -45,19 +43,20 @@ class ModelSource:
         check_settings(self, "model")
 
 
-def fetch(
-    source: ModelSource, store: Store, hash_of: Callable[[Path], str] = file_hash, *, offline: bool = False
-) -> Checkpoint:
+def fetch(source: ModelSource, converted: Callable[[Path], Path], *, offline: bool = False) -> Checkpoint:
     """The checkpoint that `source` names, as a local directory of safetensors.
 
-    offline: download nothing. hash_of: computes the sha256 of a GGUF file. Raises ModelError when the checkpoint does
-    not exist or cannot be used, ResourceError when the hub cannot be reached.
+    converted: the directory into which a GGUF file is, or has been, converted (`convert_gguf`). offline: download
+    nothing. Raises ModelError when the checkpoint does not exist or cannot be used, ResourceError when the hub cannot
+    be reached.
     """
     if source.path == "pocket":
         return Checkpoint(BUNDLED)
     local = Path(source.path).expanduser()
     if local.suffix == ".gguf":
-        return Checkpoint(_converted_gguf(local, store, hash_of))
+        if not local.is_file():
+            raise ModelError(f"model.path={local}: no such file")
+        return Checkpoint(converted(local))
     if local.exists():
         return Checkpoint(local)
     if looks_local(source.path):
@@ -85,16 +84,6 @@ def provenance(source: ModelSource, directory: Path) -> dict[str, str]:
 def looks_local(path: str) -> bool:
     """Whether `path` can only be a local path; hub ids are `name` or `org/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def _converted_gguf(file: Path, store: Store, hash_of: Callable[[Path], str]) -> Path:
-    if not file.is_file():
-        raise ModelError(f"model.path={file}: no such file")
-
-    def convert(scratch: Path) -> None:
-        convert_gguf(file, scratch)
-
-    return store.reuse("convert", {"dtype": str(GGUF_DTYPE)}, [hash_of(file)], convert).path
 
 
 def convert_gguf(file: Path, target: Path) -> None:

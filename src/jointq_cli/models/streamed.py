@@ -53,7 +53,7 @@ class StreamedModel:
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
-        self._runs_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code
         self.device = device
         self.dtype = dtype
         self.module = build_skeleton(checkpoint, dtype, trust_remote_code)
@@ -69,10 +69,11 @@ class StreamedModel:
         check_tensors(self.module, checkpoint, self._stored_names)
 
     @property
-    def identity(self) -> list[str]:
-        """Hashes of what decides the model's outputs: config, weights, and its remote code if that is trusted."""
-        code = [self.checkpoint.code_hash] if self._runs_code else []
-        return [self.checkpoint.content_hash, *code]
+    def identity(self) -> list[str | None]:
+        """Hashes of what decides the model's outputs: config and weights (None if not known, see
+        `Checkpoint.known_hash`), and its remote code if that is trusted."""
+        code = [self.checkpoint.code_hash] if self.trust_remote_code else []
+        return [self.checkpoint.known_hash, *code]
 
     def __len__(self) -> int:
         return len(self.blocks)

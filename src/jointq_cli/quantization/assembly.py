@@ -1,4 +1,8 @@
-"""assemble: from assembly.py."""
+"""Writes the quantised checkpoint, an ordinary Hugging Face directory.
+
+One shard holds what belongs to no block, then follows one shard per block, moved from the workspace: no weight is
+copied, and none is in memory with another block's.
+"""
 
 import os
 from pathlib import Path
@@ -10,7 +14,10 @@ from jointq_cli.system.tensor_files import save_tensors
 
 
 def assemble(model: StreamedModel, workspace: Workspace, target: Path, *, code: bool) -> None:
-    """Fills `target` with shards, index, config and tokenizer. May be called again after a kill at any point."""
+    """Fills `target` with shards, index, config and tokenizer; with `code` also with the model's Python files.
+
+    Can be repeated after an interruption at any point.
+    """
     target.mkdir(exist_ok=True)
     count = len(model) + 1
     shards = [target / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

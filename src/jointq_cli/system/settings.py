@@ -14,12 +14,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Runtime:
-    """The machine's share of a recipe.
+    """The group `runtime` of a recipe.
 
-    `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods state theirs where they
-    accumulate. `batch_tokens` bounds the tokens of one forward pass and so the activations in memory,
-    `suspended_activations_gb` those of suspended forward passes (quantization.resumable_forward), `hessians_gb` what
-    quantization.hessian_cache may take on disk.
+    `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods have dtypes of their own.
+    `batch_tokens` bounds the tokens of one forward pass and so the activations in memory, `suspended_activations_gb`
+    those of suspended forward passes (see `resumable_forward`), `hessians_gb` the Hessians on the disk.
     """
 
     device: str = setting("auto", pattern=r"auto|cpu|cuda(:\d+)?", form="be auto, cpu, cuda or cuda:N", decides=False)

@@ -1,23 +1,16 @@
 """A content-addressed store of artifacts: an artifact that exists is complete, and is never computed twice.
 
-An artifact is a directory named by its stage and the sha256 of everything that decides its content: the stage, the
-types and values of its settings, the keys of its inputs, and the versions of the code that computes it. Device, output
-directory and verbosity of a run are not part of a key.
+An artifact is a directory named by its kind and its key. Knows nothing of what decides a key: that is `artifact_key`'s.
 """
 
 import contextlib
-import dataclasses
-import functools
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from jointq_cli.errors import ResourceError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
@@ -38,7 +31,6 @@ from jointq_cli.system.inventory import (
 )
 from jointq_cli.system.locks import Kind, Lock, try_lock
 
-LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
 ATTEMPTS = 20  # to get a lock, per second
 
 
@@ -71,7 +63,7 @@ class Store:
         self._team = team
         self._pause = pause
         self._log = log
-        self._held: dict[str, Lock] = {}  # shared locks by name of the artifact
+        self._locks: dict[str, Lock] = {}  # shared locks by name of the artifact
         with translated_disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             check_inside(root)
@@ -88,53 +80,49 @@ class Store:
 
     def close(self) -> None:
         """Releases all artifacts: from now on they may be removed."""
-        while self._held:
-            self._held.popitem()[1].release()
+        while self._locks:
+            self._locks.popitem()[1].release()
 
     def reuse(
         self,
-        stage: str,
-        spec: object,
-        inputs: list[str],
+        kind: str,
+        key: str,
         make: Callable[[Path], None],
         *,
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact:
-        """The artifact of `stage` for these settings and inputs; computed by `make(scratch directory)` if it does not
-        exist yet.
+        """The artifact of this kind and key; computed by `make(scratch directory)` if it does not exist yet.
 
-        inputs: keys or hashes of what it is computed from. A `resumable` stage finds in its scratch directory what it
-        wrote before it was stopped; any other starts with an empty one. Two runs that need the same artifact take
-        turns. An artifact whose files have changed since it was written is removed and computed again.
+        resumable: `make` finds in its scratch directory what it wrote before it was stopped; otherwise it starts with
+        an empty one. Two runs that need the same artifact take turns. An artifact whose files have changed since it
+        was written is removed and computed again.
         together: all processes of the group call `make`, which may write on rank 0 only; otherwise only rank 0 calls
         it while the others wait.
         """
-        key = artifact_key(stage, spec, inputs)
-        name = _name(stage, key)
+        name = artifact_name(kind, key)
         if self._team.rank > 0:
             self._assist(name, make, together)
             return Artifact(artifact_path(self.root, name), key, reused=False)
-        made = False
+        computed = False
 
-        def make_together(scratch: Path) -> None:
+        def compute_together(scratch: Path) -> None:
             if together:
                 self._team.broadcast(True)
             make(scratch)
 
         with translated_disk_errors(self.root):
-            while not self._hold(name, is_new=made):  # another process may have removed it in between
-                made = self._make(name, make_together, resumable) or made
+            while not self._acquire(name, is_new=computed):  # another process may have removed it in between
+                computed = self._compute(name, compute_together, resumable) or computed
         if together:
             self._team.broadcast(False)
         self._team.barrier()
-        return Artifact(artifact_path(self.root, name), key, reused=not made)
+        return Artifact(artifact_path(self.root, name), key, reused=not computed)
 
     def reuse_within(
         self,
-        stage: str,
-        spec: object,
-        inputs: list[str],
+        kind: str,
+        key: str,
         make: Callable[[Path], None],
         *,
         budget: int,
@@ -142,37 +130,37 @@ class Store:
         resumable: bool = False,
         together: bool = False,
     ) -> Artifact | None:
-        """As `reuse`, for large artifacts: all artifacts of `stage` together may take `budget` bytes.
+        """As `reuse`, for large artifacts: all artifacts of this kind together may take `budget` bytes.
 
-        size: the expected bytes of this one. Before it is computed, least recently used artifacts of its stage are
+        size: the expected bytes of this one. Before it is computed, least recently used artifacts of its kind are
         removed. Returns None, and removes nothing, if that cannot free enough because the others are in use.
         """
-        name = _name(stage, artifact_key(stage, spec, inputs))
+        name = artifact_name(kind, key)
         fits = False
         if self._team.rank == 0:
             with translated_disk_errors(self.root):
-                fits = self._hold(name) or self._make_room(stage, name, budget - size)
+                fits = self._acquire(name) or self._make_room(kind, name, budget - size)
         if not self._team.broadcast(fits):
             return None
-        return self.reuse(stage, spec, inputs, make, resumable=resumable, together=together)
+        return self.reuse(kind, key, make, resumable=resumable, together=together)
 
     def _assist(self, name: str, make: Callable[[Path], None], together: bool) -> None:
         """What `reuse` does on ranks other than 0."""
         while together and self._team.broadcast(True):  # more than once if another run removes it immediately
             make(partial_path(self.root, name))
         self._team.barrier()
-        if not self._hold(name, is_new=True):
+        if not self._acquire(name, is_new=True):
             place = artifact_path(self.root, name)
             raise ResourceError(f"{place}: does not exist for process {self._team.rank}; all must see the same disk")
 
-    def holds(self, stage: str, spec: object, inputs: list[str]) -> bool:
-        """Whether `reuse` would find this artifact."""
-        return artifact_path(self.root, _name(stage, artifact_key(stage, spec, inputs))).is_dir()
+    def path(self, kind: str, key: str) -> Path:
+        """The directory of an artifact, which need not exist."""
+        return artifact_path(self.root, artifact_name(kind, key))
 
-    def _hold(self, name: str, *, is_new: bool = False) -> bool:
+    def _acquire(self, name: str, *, is_new: bool = False) -> bool:
         """Whether the artifact exists and is intact; if so, keeps a shared lock, so that it cannot be removed."""
         final = artifact_path(self.root, name)
-        lock = self._held.pop(name, None) or self._lock(name, Kind.SHARED)
+        lock = self._locks.pop(name, None) or self._lock(name, Kind.SHARED)
         try:
             intact = final.is_dir() and (is_new or find_damage(final) is None)
         except BaseException:
@@ -181,12 +169,12 @@ class Store:
         if not intact:
             lock.release()
             return False
-        self._held[name] = lock
+        self._locks[name] = lock
         with contextlib.suppress(OSError):  # a read-only store
             os.utime(final / CONTENTS)
         return True
 
-    def _make(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
+    def _compute(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
         """Computes an artifact and renames it into the store; False where another process has done so first."""
         final, scratch = artifact_path(self.root, name), partial_path(self.root, name)
         with self._lock(name, Kind.EXCLUSIVE):
@@ -207,10 +195,10 @@ class Store:
             sync(self.root)
         return True
 
-    def _make_room(self, stage: str, name: str, room: int) -> bool:
-        """Whether the other artifacts of `stage` take at most `room` bytes, if necessary after least recently used ones
-        have been removed. Removes none if that would not be enough."""
-        others = [entry for entry in entries(self.root) if entry.stage == stage and entry.name != name]
+    def _make_room(self, kind: str, name: str, room: int) -> bool:
+        """Whether the other artifacts of this kind take at most `room` bytes, if necessary after least recently used
+        ones have been removed. Removes none if that would not be enough."""
+        others = [entry for entry in entries(self.root) if entry.stage == kind and entry.name != name]
         with contextlib.ExitStack() as locks:
 
             def take(entry: Entry) -> bool:
@@ -241,37 +229,6 @@ class Store:
             self._pause()
 
 
-def _name(stage: str, key: str) -> str:
-    return f"{stage}-{key[:16]}"
-
-
-def artifact_key(stage: str, spec: object, inputs: list[str]) -> str:
-    """sha256 over the canonical JSON of everything that decides an artifact's content."""
-    identity = {"stage": stage, "spec": _canonical(spec), "inputs": inputs, "code": code_version()}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def code_version() -> str:
-    """Digest of this package's sources and of the libraries that compute: other code makes other artifacts."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
-    for library in LIBRARIES:
-        digest.update(f"{library}={version(library)}".encode())
-    return digest.hexdigest()
-
-
-def _canonical(value: object) -> Any:
-    """JSON that tells apart what may compute differently: the type of a dataclass is part of it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
-    if isinstance(value, dict):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a store key cannot hold a {type(value).__name__}")
+def artifact_name(kind: str, key: str) -> str:
+    """The name of an artifact's directory."""
+    return f"{kind}-{key[:16]}"

@@ -8,6 +8,7 @@ from jointq_cli.transforms.settings import (
     Rotation,
     Smoothing,
     SmoothQuant,
+    changes_basis,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "Rotation",
     "SmoothQuant",
     "Smoothing",
+    "changes_basis",
 ]

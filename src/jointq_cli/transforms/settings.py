@@ -13,6 +13,14 @@ SAMPLED_TOKENS = 512  # per site, where a rotation does not say
 
 
 @dataclass(frozen=True)
+class LearningCost:
+    """operations: floating point operations in float32. elements: of the activations that are in memory together."""
+
+    operations: float = 0.0
+    elements: float = 0.0
+
+
+@dataclass(frozen=True)
 class Rotation(ABC):
     """Base of the rotations: changes of basis of the residual stream (R1), of every head's values (R2) and, online, of
     what enters down_proj (R4)."""
@@ -26,6 +34,15 @@ class Rotation(ABC):
     def sampled_tokens(self) -> int:
         """Tokens per site of which activations are kept, to learn from and to measure with."""
         return SAMPLED_TOKENS
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """The seeds of all random choices, by the key of the recipe."""
+        return {}
+
+    def learning_cost(self, hidden: int, heads: int, blocks: int, tokens: int) -> LearningCost:
+        """What learning costs for a model of these sizes; tokens: of calibration that there are."""
+        return LearningCost()
 
     @abstractmethod
     def describe(self) -> str:
@@ -60,6 +77,10 @@ class HadamardRotation(Rotation):
     @property
     def parts(self) -> list[str]:
         return _parts(self.r1, self.r2, self.r4)
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        return {"rotation.seed": self.seed}
 
     def describe(self) -> str:
         return f"{'+'.join(self.parts)} random Hadamard seed={self.seed}"
@@ -106,6 +127,23 @@ class LearnedRotation(Rotation):
     @property
     def sampled_tokens(self) -> int:
         return self.reservoir_tokens
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        return {"rotation.seed": self.seed}
+
+    def learning_cost(self, hidden: int, heads: int, blocks: int, tokens: int) -> LearningCost:
+        """The constants were fitted to measured runs (docs/plan.md)."""
+        tokens = min(self.reservoir_tokens, tokens)
+        kept = 2 * blocks * tokens
+        steps = self.r1_epochs * max(1, kept // self.batch_tokens)
+        step = 6 * self.batch_tokens * hidden**2 + 30 * hidden**3
+        validation = kept / 8 * (2 * hidden**2) / 10
+        width = hidden / heads
+        per_head = self.r2_epochs * blocks * (6 * tokens * hidden * width + 30 * hidden * width**2)
+        return LearningCost(
+            operations=self.r1 * steps * (step + validation) + self.r2 * per_head, elements=self.r1 * 3 * kept * hidden
+        )
 
     def describe(self) -> str:
         how = f"{self.objective} {self.parametrization} from {self.init} seed={self.seed}"
@@ -159,6 +197,11 @@ class SmoothQuant(Smoothing):
 
     def describe(self) -> str:
         return f"SmoothQuant alpha={self.alpha:g} {'+'.join(self.places)}"
+
+
+def changes_basis(rotation: Rotation, smoothing: Smoothing) -> bool:
+    """Whether the two change anything at all."""
+    return bool(rotation.parts or smoothing.places)
 
 
 def _parts(r1: bool, r2: bool, r4: bool) -> list[str]:

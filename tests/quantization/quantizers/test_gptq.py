@@ -228,7 +228,7 @@ def test_fewer_tokens_than_columns_are_solved_with_damping() -> None:
     assert float(error.sum()) < 0.1 * float(plain.sum())
 
 
-def test_a_singular_hessian_climbs_the_ladder_and_says_so() -> None:
+def test_a_singular_hessian_is_damped_and_the_verdict_says_so() -> None:
     weight, hessian = layer(16, 64, tokens=8)
     quantizer = gptq(damping=0.0)
     solution = quantizer.quantize(weight, quantizer.prepare(hessian), torch.float32)
@@ -238,7 +238,7 @@ def test_a_singular_hessian_climbs_the_ladder_and_says_so() -> None:
 
 
 def indefinite(size: int) -> Tensor:
-    """A symmetric matrix that no damping of the ladder can mend."""
+    """A symmetric matrix that stays indefinite with every damping that is tried."""
     hessian = torch.full((size, size), -1e9, dtype=torch.float64)
     return hessian.fill_diagonal_(1.0)
 

@@ -1,7 +1,5 @@
 """The upper Cholesky factor U of an inverse Hessian, H^-1 = U^T U, which drives GPTQ's error propagation.
 
-Knows float64 linear algebra. Knows no weights and no grid.
-
 With J the reversal of rows and of columns and J H J = L L^T, H = (J L J)(J L^T J), so U = (J L J)^-1 = J L^-1
 J: one Cholesky factorisation and one triangular inverse, 2/3 n^3 flops, where the textbook's Cholesky,
 inverse, Cholesky take 4/3 n^3 and lose accuracy twice. Peak memory beyond `hessian`: two (n, n) float64.
@@ -15,19 +13,19 @@ from torch import Tensor
 
 from jointq_cli.errors import NumericsError
 
-LADDER = 5  # how often damping is multiplied by ten before the layer is given up
-_LOWEST_RUNG = 1e-7  # where the ladder starts if no damping was asked for
-_LEAF = 128  # columns below which a triangular inverse is left to LAPACK
+DAMPING_RETRIES = 5  # each with ten times the damping
+_LEAST_DAMPING = 1e-7  # of which the retries are multiples if the damping is smaller
+_LEAF = 128  # columns up to which LAPACK inverts a triangle
 
 
 @dataclass(frozen=True)
 class Factor:
     """U (n, n) upper triangular with H^-1 = U^T U, H damped and with rows and columns in `order`.
 
-    damping is the fraction of the mean live diagonal that it took, rungs how often it was raised. condition
-    is the largest norm of a row of the damped Hessian times the mean diagonal of its inverse: a lower bound of
-    its condition number, and near what float32 loses. The factor's own diagonal misses a loud direction that is
-    spread over many columns.
+    damping is the fraction of the mean nonzero diagonal that was added, damping_retries how often it was raised.
+    condition is the largest norm of a row of the damped Hessian times the mean diagonal of its inverse: a lower bound
+    of the condition number, and near the relative error that float32 adds. (The ratio of the factor's own diagonal
+    entries would miss a large eigenvalue whose eigenvector is spread over many columns.)
     """
 
     upper: Tensor
@@ -44,15 +42,14 @@ def factorize(
     dtype: torch.dtype = torch.float32,
     key: str = "quantizer.damping",
 ) -> Factor:
-    """Factorise `hessian` (n, n) float64 with rows and columns taken in `order` (n,) int64; U comes as `dtype`.
+    """Factorise `hessian` (n, n) float64 with rows and columns taken in `order` (n,) int64; U is returned as `dtype`.
 
-    `penalty` (n,) float64, in the original order, is added to the diagonal, before the mean is taken and besides any
-    damping.
+    damping: the fraction of the mean nonzero diagonal to add; raised where the Hessian is singular. penalty (n,)
+    float64, in the original order: added to the diagonal before that mean is taken. key: the config key of the damping,
+    for errors.
 
-    key: what the damping is called in an error.
-
-    Dead columns (H_ii = 0) get the mean of the live diagonal, which changes nothing for the others.
-    Raises NumericsError where the Hessian is empty, not finite, or singular at the top of the damping ladder.
+    Dead columns (H_ii = 0) get the mean nonzero diagonal, which does not affect the other columns.
+    Raises NumericsError where the Hessian is zero, not finite, or singular after all retries.
     """
     diagonal = hessian.diagonal() if penalty is None else hessian.diagonal() + penalty
     if not bool(torch.isfinite(hessian.sum())) and not bool(torch.isfinite(hessian).all()):
@@ -60,30 +57,30 @@ def factorize(
     if not bool((hessian.diagonal() > 0).any()):
         raise NumericsError("the Hessian is zero: no calibration token reached this layer")
     mean = float(diagonal[diagonal > 0].mean())
-    for rung, fraction in enumerate(_ladder(damping)):
+    for retries, fraction in enumerate(_dampings(damping)):
         lower = _cholesky(_reversed(hessian, order, diagonal, fraction * mean, mean))
         if lower is not None:
             invert_lower(lower)
             damped = torch.where(diagonal == 0, mean, diagonal) + fraction * mean
-            return Factor(_upper(lower, dtype), fraction, rung, _condition(hessian, damped, lower))
+            return Factor(_upper(lower, dtype), fraction, retries, _condition(hessian, damped, lower))
     raise NumericsError(f"{key}={damping:g}: the Hessian is singular even with {fraction:g} of its mean diagonal added")
 
 
-def _ladder(damping: float) -> Iterator[float]:
+def _dampings(damping: float) -> Iterator[float]:
     yield damping
-    for rung in range(1, LADDER + 1):
-        yield max(damping, _LOWEST_RUNG) * 10**rung
+    for retry in range(1, DAMPING_RETRIES + 1):
+        yield max(damping, _LEAST_DAMPING) * 10**retry
 
 
 def _reversed(hessian: Tensor, order: Tensor, diagonal: Tensor, damping: float, dead: float) -> Tensor:
-    """The Hessian with this diagonal, damped, rows and columns in the reverse of `order`; as new memory."""
-    backwards = order.flip(0)
-    result = hessian.index_select(0, backwards)
-    for start in range(0, len(result), 256):  # in place, for a second full copy would be a third matrix
+    """A copy of the Hessian with this diagonal, damped, and with rows and columns in the reverse of `order`."""
+    reverse = order.flip(0)
+    result = hessian.index_select(0, reverse)
+    for start in range(0, len(result), 256):  # in place: a second full copy would be a third matrix
         rows = result[start : start + 256]
-        rows.copy_(rows.index_select(1, backwards))
-    live = torch.where(diagonal == 0, dead, diagonal)
-    result.diagonal().copy_(live[backwards] + damping)
+        rows.copy_(rows.index_select(1, reverse))
+    filled = torch.where(diagonal == 0, dead, diagonal)
+    result.diagonal().copy_(filled[reverse] + damping)
     return result
 
 
@@ -91,25 +88,25 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     """The lower factor, or None where `matrix` is not positive definite beyond rounding."""
     lower, info = torch.linalg.cholesky_ex(matrix)
     pivots = lower.diagonal()
-    # A singular matrix can pass by luck of rounding, with pivots that are noise.
+    # By chance of rounding, LAPACK can factorise a singular matrix; then some pivots are noise.
     noise = torch.finfo(matrix.dtype).eps * len(matrix) * matrix.diagonal().max()
-    sound = int(info) == 0 and bool((pivots.square() > noise).all())
-    return lower if sound else None
+    positive = int(info) == 0 and bool((pivots.square() > noise).all())
+    return lower if positive else None
 
 
 def _upper(inverse: Tensor, dtype: torch.dtype) -> Tensor:
-    """J L^-1 J as `dtype`, row-major for the kernels; L^-1 is column-major as LAPACK left it."""
+    """J L^-1 J as `dtype`, row-major for the kernels; LAPACK returns L^-1 column-major."""
     return inverse.to(dtype, memory_format=torch.contiguous_format).flip(0, 1)
 
 
 def _condition(hessian: Tensor, diagonal: Tensor, inverse: Tensor) -> float:
-    """See `Factor`; of `hessian` with this diagonal, whose inverse has the trace |L^-1|^2."""
+    """`Factor.condition` of `hessian` with this diagonal, whose inverse has the trace |L^-1|^2."""
     rows = torch.linalg.vector_norm(hessian, dim=1).square() - hessian.diagonal().square() + diagonal.square()
     return float(rows.max().sqrt() * torch.linalg.vector_norm(inverse).square() / len(inverse))
 
 
 def invert_lower(lower: Tensor) -> None:
-    """Invert a lower triangular matrix in place, by halves: almost all of it is matrix products."""
+    """Invert a lower triangular matrix in place, recursively by halves: almost all the work is matrix products."""
     n = len(lower)
     if n <= _LEAF:
         identity = torch.eye(n, dtype=lower.dtype, device=lower.device)

@@ -1,17 +1,16 @@
-"""GPTQ: round column by column, and let the columns not yet rounded make up for each error.
+"""GPTQ: round column by column, and update the columns not yet rounded to compensate each error.
 
-Knows one layer: weight, Hessian, grid. Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ", ICLR 2023,
-algorithm 1.
+Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ", ICLR 2023, algorithm 1.
 
-Blocks of columns whose error reaches the columns after them by one matrix product (lazy batch updates);
-inside a block spans of the columns of one group, whose scale is fitted to the weights as updated so far;
-inside a span the compiled column loop of `kernels`.
+The error of a block of columns is applied to all later columns by one matrix product (lazy batch updates). A block
+consists of spans of columns of one group, whose scale is fitted to the weights as updated so far. Inside a span runs
+the compiled column loop of `kernels`.
 
-The Hessian is factorised in float64; the factor is then kept, and the errors are pushed on, in float32.
-Measured on 768 columns with power-law spectra and massive activations (condition 1e10 to 1e16; damping 1e-2
-to 0; 3 bits, g64): e H e^T of the result is within 2e-7 relative of an all-float64 solve in 31 of 32 cases,
-and 1.3e-4 less in the other, where a tie between two levels fell the other way. Rows do not depend on each
-other except through the blocking that the BLAS chooses for the products.
+The Hessian is factorised in float64; the factor is stored, and errors are propagated, in float32. Measured on 768
+columns with power-law spectra and massive activations (condition 1e10 to 1e16; damping 1e-2 to 0; 3 bits, g64):
+e H e^T of the result is within 2e-7 relative of an all-float64 solve in 31 of 32 cases, and 1.3e-4 less in the other,
+where a tie between two levels was resolved differently. Rows are independent of each other except for the blocking that
+the BLAS chooses for the products.
 """
 
 from collections.abc import Iterator
@@ -35,8 +34,8 @@ Notes = dict[str, float | int | str | bool]
 
 @dataclass(frozen=True)
 class GptqPrepared(Prepared):
-    """How errors travel: order (in,) int64 of the columns, dead (in,) bool, upper (in, in) float32 in that
-    order."""
+    """How errors propagate: order (in,) int64 of the columns, dead (in,) bool, upper (in, in) float32: the Cholesky
+    factor of the inverse Hessian in that order."""
 
     order: Tensor
     dead: Tensor
@@ -52,7 +51,7 @@ class GPTQ(UniformQuantizer):
 
     mse: bool = setting(True)
     act_order: bool = setting(True)  # columns in order of falling activation energy, groups too unless static_groups
-    static_groups: bool = setting(False)  # groups are the original neighbours, scales from the original weights
+    static_groups: bool = setting(False)  # groups of neighbouring columns, with scales fitted to the original weights
     damping: float = setting(0.01, least=0)
     block_size: int = setting(128, least=1)
     on_failure: str = setting("error", choices=("error", "rtn"))
@@ -133,7 +132,7 @@ class GPTQ(UniformQuantizer):
     def _groups(
         self, work: Tensor, order: Tensor, columns: int, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """scale, zero_point (out, groups), filled in if static; and the group of each column of `work`."""
+        """scale and zero_point (out, groups), filled if static_groups; and the group (in,) of each column of `work`."""
         if self.static_groups:
             original = torch.empty_like(work).index_copy_(1, order, work)
             scale, zero_point = fit(original.view(len(work), -1, columns), self.grid, self.mse, scale_dtype)
@@ -144,17 +143,18 @@ class GPTQ(UniformQuantizer):
         return scale, zero_point, torch.arange(work.shape[1], device=work.device) // columns
 
     def _blocks(self, in_features: int, columns: int) -> Iterator[range]:
-        """Blocks are whole groups or parts of one, so a group is up to date all over where it starts."""
-        stretch, step = in_features, self.block_size
+        """Ranges of columns, each several complete groups or a part of one, so that no column of a group is out of date
+        when its scale is fitted."""
+        section, step = in_features, self.block_size
         if not self.static_groups:
-            stretch = in_features if columns <= step else columns
+            section = in_features if columns <= step else columns
             step = step // columns * columns or step
-        for first in range(0, in_features, stretch):
-            for start in range(first, first + stretch, step):
-                yield range(start, min(start + step, first + stretch))
+        for first in range(0, in_features, section):
+            for start in range(first, first + section, step):
+                yield range(start, min(start + step, first + section))
 
     def _spans(self, block: range, columns: int) -> Iterator[range]:
-        """The parts of `block` between starts of groups."""
+        """`block` cut where groups start."""
         step = len(block) if self.static_groups else min(columns, len(block))
         for start in range(block.start, block.stop, step):
             yield range(start, min(start + step, block.stop))

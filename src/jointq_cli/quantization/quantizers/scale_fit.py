@@ -1,4 +1,4 @@
-"""SHRINK_STEPS, round_scale, scale_rounding, fit: from grid.py."""
+"""Scales and zero-points fitted to groups of weights, and the rounding of scales to the dtype they are stored in."""
 
 import math
 
@@ -10,19 +10,15 @@ from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.uniform import Grid
 
 SHRINK_STEPS = 80  # GPTQ's clip search: maxshrink 0.8 on a grid of 100, that is factors 1.00, 0.99 .. 0.21
-
-
-_MANTISSA = {torch.bfloat16: (7, -126), torch.float16: (10, -14), torch.float32: (23, -126)}  # digits, least exponent
-
-
+_MANTISSA = {torch.bfloat16: (7, -126), torch.float16: (10, -14), torch.float32: (23, -126)}  # bits, least exponent
 _GROUPS_AT_ONCE = 1 << 15  # bounds the memory of the clip search's tables, 10 MiB each
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` (float32, positive) as `dtype` will hold it, as float32 again; never 0, inf or nan.
+    """`scale` (float32, positive) rounded to `dtype`, returned as float32; never 0, inf or nan.
 
-    A scale below the dtype's range becomes its smallest: in float16 that step, 2^-24, is the resolution of
-    the checkpoint itself, so nothing is lost that the checkpoint could have held.
+    A scale below the range of `dtype` becomes its smallest number: in float16 that is 2^-24, the resolution of the
+    checkpoint's own weights, so no precision is lost that the checkpoint had.
 
     Raises NumericsError where a scale is too large for `dtype` or not finite.
     """
@@ -33,7 +29,10 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_rounding(dtype: torch.dtype, exponent: int = 0) -> kernels.Rounding:
-    """How `round_scale` rounds, for kernels that work on weights divided by 2^exponent."""
+    """The rounding of `round_scale` for kernels that work on weights divided by 2^exponent.
+
+    Raises ConfigError for a dtype that scales cannot be stored as.
+    """
     if dtype not in _MANTISSA:
         raise ConfigError(f"the checkpoint's dtype {dtype}: scales can be stored as {', '.join(map(str, _MANTISSA))}")
     digits, least_normal = _MANTISSA[dtype]
@@ -46,11 +45,11 @@ def _smallest_scale(dtype: torch.dtype) -> float:
 
 
 def fit(values: Tensor, grid: Grid, mse: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point of each group from its own values.
+    """Scale and zero-point of each group of weights.
 
-    `values` (..., columns) float32, one group per leading index. Min/max with zero inside the range; with
-    `mse` the range is shrunk by the factor of SHRINK_STEPS whose rounding has the least sum of |error|^2.4
-    (GPTQ, Frantar et al. 2023, `quant.py`).
+    `values` (..., columns) float32, one group per leading index. Min/max with zero inside the range; with `mse` the
+    range is multiplied by the one of SHRINK_STEPS factors with the least sum of |error|^2.4 (GPTQ, Frantar et al.
+    2023, `quant.py`).
 
     Returns scale (...) float32, exactly representable in `scale_dtype`, and zero_point (...) uint8.
     Raises NumericsError where a scale does not fit in `scale_dtype`.
@@ -67,15 +66,15 @@ def fit(values: Tensor, grid: Grid, mse: bool, scale_dtype: torch.dtype) -> tupl
 
 
 def _clipped(groups: Tensor, low: Tensor, widest: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The best of the shrunken ranges of each group: scale and low end, both (groups,) float32."""
+    """The best of the shrunk ranges of each group: scale and lower end, both (groups,) float32."""
     search = kernels.for_device(groups.device).clip_search
     shrink = 1.0 - torch.arange(SHRINK_STEPS, dtype=torch.float32, device=groups.device) / 100
-    anchor = torch.zeros_like(low) if grid.symmetric else low
+    kernel_low = torch.zeros_like(low) if grid.symmetric else low
     scale, factor = torch.empty_like(low), torch.empty_like(low)
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
         rows = slice(start, start + _GROUPS_AT_ONCE)
         scales = (widest[rows, None] * shrink).to(dtype).to(torch.float32).clamp_min_(_smallest_scale(dtype))
-        best = search(groups[rows], anchor[rows], shrink, scales, grid.lowest, grid.highest)
+        best = search(groups[rows], kernel_low[rows], shrink, scales, grid.lowest, grid.highest)
         scale[rows] = scales.gather(1, best[:, None])[:, 0]
         factor[rows] = shrink[best]
     return scale, low * factor

@@ -1,10 +1,10 @@
-"""What a layer's inputs look like: the moments that decide its output error, streamed. States the conventions once.
+"""Second moments of a layer's inputs, and errors measured with them. The conventions for all quantizers:
 
 For inputs X (tokens, in) of a linear layer the Hessian is H = X^T X / tokens (in, in): the mean squared change of a
-row's output under a weight change e is e H e^T. Where the layer is given X while the original model gave it X_o, the
-cross term is C = (X_o - X)^T X / tokens (in, in). Where the layer's output is added to a residual stream that has lost
-R = S_o - S (tokens, out) by then, the drift is D = R^T X / tokens (out, in). Tokens may have weights: then each counts
-as often as it weighs, in sums and in `tokens`. Layers that share an input share its moments.
+row's output under a weight change e is e H e^T. If the layer's inputs are X, and X_o in the original model, the cross
+term is C = (X_o - X)^T X / tokens (in, in). If the layer's output is added to a residual stream S (tokens, out), S_o in
+the original model, the drift is D = (S_o - S)^T X / tokens (out, in). With token weights, each token counts with its
+weight in sums and in `tokens`. Layers that share an input share its moments.
 """
 
 from dataclasses import astuple, dataclass
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 # Products in float32, sums over batches in float64: a bf16 product would round H to 8 bits and lose its small
-# eigenvalues, which is where quantisation errors are pushed to.
+# eigenvalues, in whose directions quantizers put their errors.
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The moments of a part of the calibration tokens, and its share of all of them (of their weight)."""
+    """The moments of the held-out calibration tokens, and their share of all of them (of their weight)."""
 
     hessian: Tensor
     share: float
@@ -26,22 +26,22 @@ class HeldOut:
     drift: Tensor | None = None
 
     def complement(self, everything: Tensor) -> Tensor:
-        """The Hessian of the other tokens, given that of all; new memory."""
+        """The Hessian (in, in) of the other tokens, from that of all tokens; new memory."""
         rest = (everything - self.share * self.hessian).div_(1.0 - self.share)
-        # Columns that no other token reaches hold what rounding left, of either sign.
+        # Columns that are zero for all other tokens contain rounding errors of either sign.
         unreached = rest.diagonal() <= 1e-12 * everything.diagonal()
         rest[unreached] = 0.0
         rest[:, unreached] = 0.0
         return rest
 
     def without(self, everything: Tensor, held: Tensor) -> Tensor:
-        """The cross term or drift of the other tokens, given that of all and that of these; new memory."""
+        """The cross term or drift of the other tokens, from that of all tokens and the held-out ones; new memory."""
         return (everything - self.share * held).div_(1.0 - self.share)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was collected of one input: (in, in) float64 each."""
+    """The moments of one input: (in, in) float64 each."""
 
     hessian: Tensor
     cross: Tensor | None = None
@@ -51,7 +51,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Energies:
-    """What the relative errors of some rows of a layer are made of, to be added up over all its rows."""
+    """Numerators and denominators of the relative errors of some rows of a layer, to be summed over all rows."""
 
     output_error: float  # tr(E H E^T), E = W - W_quantised
     output: float  # tr(W H W^T)
@@ -60,7 +60,7 @@ class Energies:
 
     @classmethod
     def of(cls, weight: Tensor, quantized: Tensor, hessian: Tensor) -> "Energies":
-        """weight, quantized (rows, in) float32."""
+        """weight, quantized (rows, in) float32; hessian (in, in)."""
         error = weight - quantized
         squares = (rows.double().square().sum().item() for rows in (weight.double() - quantized.double(), weight))
         return cls(_energy(error, hessian), _energy(weight, hessian), *squares)
@@ -69,7 +69,7 @@ class Energies:
         return Energies(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     def relative(self) -> tuple[float, float]:
-        """The relative errors of output and weight, 0 where there is nothing to be relative to."""
+        """The relative errors of output and weight; 0 where the denominator is 0."""
         return _ratio(self.output_error, self.output), _ratio(self.weight_error, self.weight)
 
 
@@ -89,6 +89,6 @@ def _ratio(error: float, signal: float) -> float:
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> float:
-    """tr(R H R^T) in float32 products: a figure for people, not one that anything is solved with."""
+    """tr(R H R^T) with float32 products: precise enough for reports; nothing is solved with it."""
     product = rows @ hessian.to(rows.dtype)
     return torch.sum(product * rows, dtype=torch.float64).item()

@@ -23,7 +23,7 @@ from jointq_cli.report.tables.table import Sheet
 from jointq_cli.system.machine import peak_memory
 
 
-class Stage:
+class StageTimer:
     """One step of the road, while it is taken and after."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
@@ -92,9 +92,9 @@ class Console:
         self._screen.header(pairs)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str) -> Iterator[StageTimer]:
         """Announces a stage, and tells at its end how long it took or how else it ended."""
-        stage = Stage(name, self._clock)
+        stage = StageTimer(name, self._clock)
         self._write(f"{name} ...")
         self._rows = 0
         self._screen.stage_starts(name)

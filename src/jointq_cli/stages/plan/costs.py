@@ -16,7 +16,7 @@ from jointq_cli.quantization.accumulator import packed_size
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
-from jointq_cli.transforms import LearnedRotation
+from jointq_cli.transforms import changes_basis
 
 FLOAT, DOUBLE = 4, 8  # bytes
 KERNELS = 200e6  # bytes of the compiler and of what it compiles
@@ -71,6 +71,7 @@ class Workload:
     recipe: Recipe
     calibration: Windows
     evaluation: Windows
+    shares_hessians: bool
     element: int
     dtype: torch.dtype
     speeds: Speeds
@@ -98,19 +99,14 @@ class Workload:
         size = self.rotated_bytes
         outside = (FLOAT + self.stored) * 2 * shapes.embedding
         merged = 2 * shapes.hidden * (shapes.in_blocks + 2 * shapes.embedding) / self.speeds.double
-        learned, residual = self._learning()
+        tokens = self.calibration.tokens
+        learning = self.recipe.rotation.learning_cost(shapes.hidden, shapes.heads, shapes.blocks, tokens)
+        learned = learning.operations / self.speeds.single
         return Cost(
             seconds=3 * merged + size / READ + 8 * BLOCK_SECONDS * shapes.blocks + learned,
-            memory=max(outside + (FLOAT + DOUBLE) * shapes.largest_block, residual),
+            memory=max(outside + (FLOAT + DOUBLE) * shapes.largest_block, learning.elements * self.element),
             disk=size,
         )
-
-    @property
-    def collects_ahead(self) -> bool:
-        """Whether Hessians are a stage of their own, which `quantize` is then spared."""
-        alone = self.recipe.calibration.inputs == "original" and not self.recipe.qep.describe()
-        most = sum(len(one.out_features) * self._packed(one) for one in self.shapes.inputs)  # as the run counts
-        return alone and most <= self.recipe.runtime.hessians_gb * 1e9
 
     def _packed(self, one: InputGroup) -> float:
         """Bytes of a Hessian in float64, and of that of held-out tokens as well."""
@@ -129,7 +125,7 @@ class Workload:
 
     def quantize(self) -> Cost:
         streams = self._streams * self._stream(self.calibration)
-        if self.collects_ahead:
+        if self.shares_hessians:
             streams = 2 * self._first_stream
         in_block = 2 * self._block + self._waiting + max(map(self._group_memory, self.shapes.inputs))
         return Cost(
@@ -194,7 +190,7 @@ class Workload:
 
     @property
     def _quantized_bytes(self) -> float:
-        rotates = self.recipe.rotation.parts or self.recipe.smoothing.places
+        rotates = changes_basis(self.recipe.rotation, self.recipe.smoothing)
         return self.rotated_bytes if rotates else self._source_bytes
 
     @property
@@ -287,7 +283,7 @@ class Workload:
 
     def _collecting(self) -> float:
         """Seconds of what quantising needs to know of the tokens."""
-        if self.collects_ahead:
+        if self.shares_hessians:
             return 2 * self._first_batch()
         moments = sum(map(self._moments_seconds, self.shapes.inputs))
         return self._streams * self._forward(self.calibration) + moments
@@ -310,22 +306,6 @@ class Workload:
         seconds += 8 * weights * width / self.speeds.single  # the errors that are told of a layer
         seconds += CODED * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
         return seconds + self.recipe.quantizer.cost(rows, width, self.calibration.tokens) / self.speeds.single
-
-    def _learning(self) -> tuple[float, float]:
-        """Seconds of learning R1 and R2, and the memory that R1's activations take."""
-        rotation, shapes = self.recipe.rotation, self.shapes
-        if not isinstance(rotation, LearnedRotation):
-            return 0.0, 0.0
-        tokens = min(rotation.reservoir_tokens, self.calibration.tokens)
-        kept = 2 * shapes.blocks * tokens
-        steps = rotation.r1_epochs * max(1, kept // rotation.batch_tokens)
-        step = 6 * rotation.batch_tokens * shapes.hidden**2 + 30 * shapes.hidden**3
-        measured = kept / 8 * (2 * shapes.hidden**2) / 10
-        seconds = rotation.r1 * steps * (step + measured) / self.speeds.single
-        head = shapes.hidden / shapes.heads
-        heads = rotation.r2_epochs * shapes.blocks * (6 * tokens * shapes.hidden * head + 30 * shapes.hidden * head**2)
-        seconds += rotation.r2 * heads / self.speeds.single
-        return seconds, rotation.r1 * 3 * kept * shapes.hidden * self.element
 
 
 def total(costs: Sequence[Cost]) -> Cost:

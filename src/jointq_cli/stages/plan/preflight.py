@@ -14,7 +14,7 @@ LEAST_TOKENS_PER_COLUMN = 4  # of calibration: with fewer than one the Hessian i
 LEAST_SCORED = 4000  # tokens: with fewer, perplexities are known to some ten percent
 
 
-def caveats(
+def preflight_warnings(
     recipe: Recipe, model: StreamedModel, shapes: Shapes, calibrated: int, scored: int | None = None
 ) -> list[str]:
     """calibrated, scored: tokens that there are; scored is None where the text has not been seen yet."""

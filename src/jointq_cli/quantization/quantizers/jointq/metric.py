@@ -1,8 +1,6 @@
-"""What JointQ measures errors with: the regularised Hessian of one input, and what its Cholesky factor says of later
-groups.
+"""The metric in which JointQ measures errors: the regularised Hessian of one input, H_l = H + lambda R.
 
-Knows float64 linear algebra, groups of columns and the penalty; no weights, no grid. A row with error e costs
-e H_l e' with H_l = H + lambda R.
+A row with error e costs e H_l e'.
 """
 
 from dataclasses import dataclass
@@ -12,18 +10,19 @@ from torch import Tensor
 
 from jointq_cli.quantization.quantizers.cholesky import factorize
 
-_DEAD = 1e-6  # curvature of a dead column, as a share of the mean: it rounds to nearest and sways no scale
-_WELL_CONDITIONED = 1e6  # above it float32 loses too much of e H_l e' (test_jointq_numerics.py)
+_DEAD = 1e-6  # H_ii of a dead column, relative to the mean: it is rounded to nearest and does not affect scales
+_WELL_CONDITIONED = 1e6  # above it e H_l e' needs float64 (test_jointq_numerics.py)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """H_l of one input with columns in the order in which they are solved, divided by its mean diagonal.
+    """H_l of one input, with its columns in the order in which they are solved, divided by its mean diagonal.
 
-    order (in,) int64, whole groups of `columns`; full (in, in) = H_l. schur (in, in), with U the upper Cholesky factor
-    of H_l^-1 (H_l^-1 = U' U): its diagonal blocks are S_t = (U_tt' U_tt)^-1, the cost of errors in group t once all
-    later groups are solved for again, and the blocks right of them U_tt^-1 U_t,later, which carry the errors there.
-    Both float32, or float64 where the condition asks for it.
+    order (in,) int64, whose consecutive runs of `columns` are the groups; full (in, in) = H_l. schur (in, in), with U
+    the upper Cholesky factor of H_l^-1 (H_l^-1 = U' U): its diagonal blocks are the Schur complements S_t =
+    (U_tt' U_tt)^-1, the cost of errors in group t if all later groups are re-optimised for them; the blocks right of
+    them are U_tt^-1 U_t,later, which propagate the errors to later groups. Both are float32, or float64 where the
+    condition number is large.
     """
 
     order: Tensor
@@ -43,36 +42,36 @@ class Metric:
 
 
 def penalty(hessian: Tensor, strength: float, mode: str, gamma: float, floor: float, reference: str) -> Tensor:
-    """The diagonal of lambda R (in,) float64, floored for dead columns.
+    """The diagonal of lambda R (in,) float64, with a lower bound for dead columns.
 
     R_ii = 1 (mode identity) or max((H_ii / mean diag H)^gamma, floor) (diagonal), times mean diag H where reference
     is mean_diagonal and not absolute.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
-    shape = torch.ones_like(diagonal)
+    profile = torch.ones_like(diagonal)
     if mode == "diagonal" and bool(mean > 0):
-        shape = (diagonal / mean).pow(gamma).clamp_min(floor)
-    result = strength * shape * (mean if reference == "mean_diagonal" else 1.0)
+        profile = (diagonal / mean).pow(gamma).clamp_min(floor)
+    result = strength * profile * (mean if reference == "mean_diagonal" else 1.0)
     return torch.where(diagonal > 0, result, result.clamp_min(_DEAD * mean))
 
 
 def natural_order(hessian: Tensor, columns: int) -> Tensor:
-    """Groups of neighbouring columns, those with most activation energy first: the later ones make up for them."""
+    """Groups of neighbouring columns, those with the largest activations first, as later groups compensate."""
     energy = hessian.diagonal().view(-1, columns).mean(dim=1)
     groups = torch.argsort(energy, descending=True, stable=True)
     return torch.arange(len(hessian), device=hessian.device).view(-1, columns)[groups].flatten()
 
 
 def activation_order(hessian: Tensor) -> Tensor:
-    """Columns by falling energy: groups are made of columns alike, and a permutation must be kept."""
+    """Columns by falling H_ii: columns of a group are alike, but a permutation must be stored."""
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
 def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metric:
     """The metric of `hessian` (in, in) float64 with `extra` (in,) float64 added to its diagonal.
 
-    Raises NumericsError as `factorize` does; where it has to damp, only `schur` is damped.
+    Raises NumericsError as `factorize` does; where that adds damping, only `schur` is damped.
     """
     factor = factorize(hessian, order, 0.0, extra, torch.float64)
     kind = torch.float32 if factor.condition < _WELL_CONDITIONED else torch.float64
@@ -100,7 +99,7 @@ def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metr
 
 def _ordered(hessian: Tensor, order: Tensor, extra: Tensor, mean: float, kind: torch.dtype) -> Tensor:
     result = torch.empty(hessian.shape, dtype=kind, device=hessian.device)
-    for start in range(0, len(order), 256):  # by rows: a whole copy in float64 would be a Hessian more
+    for start in range(0, len(order), 256):  # by rows: a full copy in float64 would be one more Hessian in memory
         rows = order[start : start + 256]
         result[start : start + 256] = hessian.index_select(0, rows).index_select(1, order).div_(mean)
     result.diagonal().copy_((hessian.diagonal() + extra)[order] / mean)

@@ -1,10 +1,9 @@
-"""JointQ: the codes and the scales of a layer chosen together, so that its output error is least.
+"""JointQ: codes and scales of a layer optimised together for the least output error.
 
 Minimises e H_l e' per output row with e = w - w_quantised and H_l = H + lambda R, over codes, scales and zero-points,
-by local search (Fujitsu's OneComp has the method; `search` says what is done differently). Knows the parameters, the
-choice of lambda and of the start; the metric is made in `metric`, the search is in `search`.
-
-docs/jointq.md has the measurements behind the defaults, and what was tried and did not pay.
+by local search. The method is that of Fujitsu's OneComp, called the reference below; docs/jointq.md says what is
+different here, and has the measurements behind the defaults. This module chooses lambda and the start; `metric` has
+H_l, `search` the local search.
 """
 
 import math
@@ -30,7 +29,7 @@ from jointq_cli.setting_rules import changed, check_settings, setting
 
 @dataclass(frozen=True)
 class GptqStart:
-    """GPTQ's own settings where it makes a start; bits, groups and symmetry are JointQ's."""
+    """Settings of GPTQ as a start of the search; bits, groups and symmetry are JointQ's."""
 
     mse: bool = setting(True)
     damping: float = setting(0.01, least=0)
@@ -55,8 +54,8 @@ def _iterates(jointq: "JointQ") -> bool:
 
 @dataclass(frozen=True)
 class JointQPrepared(Prepared):
-    """What layers with the same input share. `hessian` is that of the tokens which are solved for while lambda is not
-    yet chosen, `metric` the one of the first lambda."""
+    """What layers with the same input share. everything (in, in) float64: the Hessian of all tokens; hessian: that of
+    all but the held-out tokens, with which lambda is chosen; metric: that of `hessian` and the first lambda."""
 
     everything: Tensor
     heldout: HeldOut | None
@@ -123,8 +122,6 @@ class JointQ(UniformQuantizer):
         if (self.ils_enabled or self.annealing_sweeps) and self.annealing_temperature == 0:
             yield "annealing_temperature=0: must be above 0 where ils_enabled or annealing_sweeps ask for random steps"
 
-    # what layers with the same input share
-
     @property
     def heldout(self) -> float:
         return self.heldout_share if self.lambda_mode == "heldout" else 0.0
@@ -144,7 +141,7 @@ class JointQ(UniformQuantizer):
         gptq = None
         if self.enable_gptq:
             ordered = hessian.index_select(0, order).index_select(1, order)
-            ordered.diagonal().add_(extra[order])  # the reference's GPTQ sees H alone, and its start is worse for it
+            ordered.diagonal().add_(extra[order])  # the reference's GPTQ uses H alone, which gives a worse start
             gptq = self._gptq()._prepare(ordered, None)
         return JointQPrepared(everything, heldout, hessian, columns, metric, gptq)
 
@@ -160,28 +157,28 @@ class JointQ(UniformQuantizer):
 
     @property
     def row_separable(self) -> bool:
-        # Else lambda is chosen for the whole layer, its worst rows are looked for, or random steps depend on the tile.
+        # Otherwise lambda or the worst rows are chosen over all rows of a layer, or random steps depend on the tile.
         return self.lambda_mode == "fixed_lambda" and not self.ils_enabled and not self.annealing_sweeps
 
     def join(self, parts: Sequence[Solution]) -> Solution:
-        whole = super().join(parts)
-        if whole.verdict == "fallback":
-            return whole
+        joined = super().join(parts)
+        if joined.verdict == "fallback":
+            return joined
         signals = [part.signal for part in parts]
         rows = [float(part.quantized.shape[0]) for part in parts]
 
         def mean(name: str, weights: list[float]) -> float:
             total = math.fsum(weights)
-            parted = zip(parts, weights, strict=True)
-            return math.fsum(float(part.notes[name]) * weight for part, weight in parted) / total if total else 0.0
+            weighted = (float(part.notes[name]) * weight for part, weight in zip(parts, weights, strict=True))
+            return math.fsum(weighted) / total if total else 0.0
 
-        joined = {
+        notes = {
             "start_error": mean("start_error", signals),
             "final_error": mean("final_error", signals),
             "sweeps": max(int(part.notes["sweeps"]) for part in parts),
             "flips_per_weight": mean("flips_per_weight", rows),
         }
-        return replace(whole, notes={**whole.notes, **joined}, signal=math.fsum(signals))
+        return replace(joined, notes={**joined.notes, **notes}, signal=math.fsum(signals))
 
     def ridge(self, hessian: Tensor) -> Tensor | None:
         return self._penalty(hessian, self.regularization_lambda) if self.lambda_mode == "fixed_lambda" else None
@@ -192,14 +189,12 @@ class JointQ(UniformQuantizer):
             group_size=self.group_size,
             symmetric=self.symmetric,
             mse=self.gptq.mse,
-            act_order=False,  # the columns come in JointQ's order, and so do the groups
+            act_order=False,  # columns and groups are in JointQ's order already
             static_groups=False,
             damping=self.gptq.damping,
             block_size=self.gptq.block_size,
             on_failure="error",
         )
-
-    # one layer
 
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
         lambdas = len(self.lambda_list) if self.lambda_mode != "fixed_lambda" else 1
@@ -238,21 +233,20 @@ class JointQ(UniformQuantizer):
                 "dead_columns": int((prepared.everything.diagonal() == 0).sum()),
                 "min_condition": metric.condition,
             },
-            signal=math.ldexp(signal, 2 * layer.exponent),  # parts of a layer may be divided by other powers of two
+            signal=math.ldexp(signal, 2 * layer.exponent),  # parts of a layer may have different exponents
         )
 
-    def _fixed(self, layer: ScaledLayer, given: JointQPrepared) -> tuple[float, Metric, SearchResult]:
-        return self.regularization_lambda, given.metric, self._from_starts(layer, given.metric, given.gptq)
+    def _fixed(self, layer: ScaledLayer, prepared: JointQPrepared) -> tuple[float, Metric, SearchResult]:
+        return self.regularization_lambda, prepared.metric, self._from_starts(layer, prepared.metric, prepared.gptq)
 
-    def _incremental(self, layer: ScaledLayer, given: JointQPrepared) -> tuple[float, Metric, SearchResult]:
-        """The reference's rule: larger and larger lambda, while the weight error falls and the output error hardly
-        rises."""
+    def _incremental(self, layer: ScaledLayer, prepared: JointQPrepared) -> tuple[float, Metric, SearchResult]:
+        """The reference's rule: increase lambda as long as the weight error falls and the output error hardly rises."""
         skip = self.incremental_initial_skip_ew_threshold
         accepted: tuple[float, Metric, SearchResult] | None = None
         e_y = e_w = math.inf
         for strength in self.lambda_list:
-            metric, solved = self._next(layer, given, strength, accepted[2] if accepted else None)
-            new_y = layer.output_error(metric, solved.state, given.hessian)
+            metric, solved = self._next(layer, prepared, strength, accepted[2] if accepted else None)
+            new_y = layer.output_error(metric, solved.state, prepared.hessian)
             new_w = layer.weight_error(metric, solved.state)
             if accepted is None and strength == 0 and skip is not None and new_w > skip:
                 continue
@@ -273,39 +267,40 @@ class JointQ(UniformQuantizer):
         traded = new_y <= e_y * (1 + self.incremental_eps_y) and new_w <= e_w * (1 - self.incremental_eps_w)
         return both_fell or traded
 
-    def _heldout(self, layer: ScaledLayer, given: JointQPrepared) -> tuple[float, Metric, SearchResult]:
-        """The lambda whose solution on a share of the tokens errs least on the rest; then that one on all tokens.
+    def _heldout(self, layer: ScaledLayer, prepared: JointQPrepared) -> tuple[float, Metric, SearchResult]:
+        """The lambda whose solution has the least output error on the held-out tokens; then solved with all tokens.
 
-        Each is solved from the starts, as the last one is: going on from a smaller lambda's solution favours large
-        ones, which have been searched for longer.
+        Each lambda is solved from the starts, as the final one is: continuing from the solution of a smaller lambda
+        would favour large ones, which would have had more sweeps.
         """
-        assert given.heldout is not None  # _prepare sees to it
+        assert prepared.heldout is not None  # checked by _prepare
         best, least = self.lambda_list[0], math.inf
         for strength in self.lambda_list:
-            metric, solved = self._next(layer, given, strength, None)
-            error = layer.output_error(metric, solved.state, given.heldout.hessian)
+            metric, solved = self._next(layer, prepared, strength, None)
+            error = layer.output_error(metric, solved.state, prepared.heldout.hessian)
             if error < least:
                 best, least = strength, error
-        metric = measure(given.everything, given.metric.order, given.columns, self._penalty(given.everything, best))
-        return best, metric, self._from_starts(layer, metric, given.gptq)
+        everything = prepared.everything
+        metric = measure(everything, prepared.metric.order, prepared.columns, self._penalty(everything, best))
+        return best, metric, self._from_starts(layer, metric, prepared.gptq)
 
     def _next(
-        self, layer: ScaledLayer, given: JointQPrepared, strength: float, known: SearchResult | None
+        self, layer: ScaledLayer, prepared: JointQPrepared, strength: float, previous: SearchResult | None
     ) -> tuple[Metric, SearchResult]:
-        """The solution for one of several lambda: from what is known for a smaller one, else from the starts."""
+        """The solution for one of several lambda: continued from `previous`, or from the starts if that is None."""
         first = strength == self.lambda_list[0]
-        extra = self._penalty(given.hessian, strength)
-        metric = given.metric if first else measure(given.hessian, given.metric.order, given.columns, extra)
-        if known is not None:
-            return metric, layer.solve(metric, self._go_on, known.state)
-        return metric, self._from_starts(layer, metric, given.gptq)
+        extra = self._penalty(prepared.hessian, strength)
+        metric = prepared.metric if first else measure(prepared.hessian, prepared.metric.order, prepared.columns, extra)
+        if previous is not None:
+            return metric, layer.solve(metric, self._continue, previous.state)
+        return metric, self._from_starts(layer, metric, prepared.gptq)
 
-    def _go_on(self, search: Search, target: Tensor, state: State | None) -> SearchResult:
+    def _continue(self, search: Search, target: Tensor, state: State | None) -> SearchResult:
         assert state is not None
         return search.descend(target, state, self.max_sweeps)
 
     def _from_starts(self, layer: ScaledLayer, metric: Metric, gptq: GptqPrepared | None) -> SearchResult:
-        """Every row from its best start, judged by where the search ended."""
+        """For every row the best of the searches from all starts."""
         state = None if gptq is None else layer.gptq_start(self._gptq(), gptq, metric)
 
         def solve(search: Search, target: Tensor, gptq_start: State | None) -> SearchResult:
@@ -313,7 +308,7 @@ class JointQ(UniformQuantizer):
             for start in self._starts(search, target, gptq_start):
                 found = search.descend(target, start, self.max_sweeps)
                 best = found if best is None else best.or_better(found)
-            assert best is not None  # __post_init__ sees to it
+            assert best is not None  # __post_init__ requires a start
             return self._anneal(search, target, best)
 
         return layer.solve(metric, solve, state)
@@ -331,12 +326,12 @@ class JointQ(UniformQuantizer):
     def _anneal(self, search: Search, target: Tensor, found: SearchResult) -> SearchResult:
         if not self.annealing_sweeps:
             return found
-        warm = search.anneal(target, found.state, self.annealing_sweeps, self.annealing_temperature, seed=0)
-        cooled = search.descend(target, warm, max(1, self.max_sweeps))
-        return found.or_better(replace(cooled, start_cost=found.start_cost))
+        annealed = search.anneal(target, found.state, self.annealing_sweeps, self.annealing_temperature, seed=0)
+        result = search.descend(target, annealed, max(1, self.max_sweeps))
+        return found.or_better(replace(result, start_cost=found.start_cost))
 
     def _iterate(self, layer: ScaledLayer, metric: Metric, solved: SearchResult) -> SearchResult:
-        """Iterated local search on the worst rows: kicks of random steps, a descent from each, the best is kept."""
+        """Iterated local search on the worst rows: random steps, a descent from there, and the best result is kept."""
         count = min(self.ils_num_channels or len(solved.cost), len(solved.cost))
         worst = torch.argsort(solved.cost, descending=True, stable=True)[:count].sort().values
 
@@ -346,18 +341,18 @@ class JointQ(UniformQuantizer):
             for kick in range(self.ils_num_iterations * self.ils_num_clones):
                 if kick % self.ils_num_clones == 0:
                     origin = best.state
-                shaken = search.anneal(target, origin, 1, self.annealing_temperature, seed=1 + kick)
-                best = best.or_better(search.descend(target, shaken, self.max_sweeps))
+                perturbed = search.anneal(target, origin, 1, self.annealing_temperature, seed=1 + kick)
+                best = best.or_better(search.descend(target, perturbed, self.max_sweeps))
             return best
 
         better = layer.rows(worst).solve(metric, solve, solved.state.take(worst))
-        whole = replace(
+        total = replace(
             better,
             start_cost=solved.start_cost[worst],
             sweeps=solved.sweeps[worst] + better.sweeps,
             steps=solved.steps[worst] + better.steps,
         )
-        return solved.with_rows(worst, whole)
+        return solved.with_rows(worst, total)
 
     def _describe_options(self) -> list[str]:
         """Lambda or how it is chosen, and all else that differs from the defaults."""

@@ -1,7 +1,6 @@
-"""A layer's rows in tiles that are solved one by one, in parallel on a CPU.
+"""A layer's rows in tiles, which a CPU solves in parallel.
 
-Knows rows and threads; knows nothing of what is done to a tile. On a CPU each tile is one thread's: torch's own threads
-would make a product's bits depend on how many there are.
+On a CPU each tile is solved by one thread: with torch's own threads the bits of a product would depend on their number.
 """
 
 from collections.abc import Callable
@@ -12,11 +11,11 @@ import torch
 
 T = TypeVar("T")
 
-_CPU_ROWS = 256  # errors of a tile stay in cache
+_CPU_ROWS = 256  # the errors of a tile fit in cache
 
 
 def over_tiles(rows: int, batch_size: int | None, device: torch.device, solve: Callable[[slice], T]) -> list[T]:
-    """What `solve` gives for slices of at most `batch_size` rows that cover them all, in order.
+    """The results of `solve` on consecutive slices of at most `batch_size` rows.
 
     batch_size None: all rows at once on a GPU, tiles of 256 on a CPU.
     """
@@ -29,4 +28,4 @@ def over_tiles(rows: int, batch_size: int | None, device: torch.device, solve: C
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(solve, tiles))
     finally:
-        torch.set_num_threads(threads)  # what a pool's thread sets, all threads that are yet to come inherit
+        torch.set_num_threads(threads)  # new threads inherit what the pool's threads have set

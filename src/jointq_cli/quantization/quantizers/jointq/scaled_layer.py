@@ -1,7 +1,7 @@
-"""One layer on its way through JointQ: weights in, tiles solved, codes out.
+"""One layer inside JointQ: from its weight to targets for the search, and from the search's result to codes.
 
-Knows the order of columns, the padding of tiles and the power of two that all weights are divided by, so that the
-search sees numbers of ordinary size and a layer scaled by 2^k is solved with the same bits.
+Handles the order of columns, the padding of tiles and a power of two by which all weights are divided, so that the
+search computes with numbers near 1 and a layer scaled by 2^k is solved with the same bits.
 """
 
 import math
@@ -25,7 +25,7 @@ Solve = Callable[[Search, Tensor, State | None], SearchResult]
 
 @dataclass(frozen=True)
 class ScaledLayer:
-    """`weight` (out, in) float32 as it was given; `exponent` of the power of two that it is divided by."""
+    """`weight` (out, in) float32, not yet scaled; `exponent` of the power of two by which it is divided."""
 
     weight: Tensor
     exponent: int
@@ -38,11 +38,11 @@ class ScaledLayer:
         return cls(weight, math.frexp(float(weight.abs().max()))[1], grid, scale_dtype, batch_size)
 
     def rows(self, rows: Tensor) -> "ScaledLayer":
-        """The layer of these rows alone."""
+        """The same with these rows only."""
         return replace(self, weight=self.weight[rows])
 
     def solve(self, metric: Metric, solve: Solve, state: State | None) -> SearchResult:
-        """`solve` on every tile: it gets a search, targets (rows, in) and the tile's part of `state`."""
+        """Calls `solve` for every tile with a search, targets (rows, in) and the tile's part of `state`."""
         search = Search(metric, self.grid, self._rounding())
 
         def one(tile: slice) -> SearchResult:
@@ -53,7 +53,7 @@ class ScaledLayer:
         return SearchResult.joined(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
 
     def signal(self, metric: Metric) -> float:
-        """tr(W H_l W') in the units of a search's costs."""
+        """tr(W H_l W') in the unit of the search's costs."""
 
         def one(tile: slice) -> float:
             target = self._target(self.weight[tile], metric)
@@ -62,7 +62,7 @@ class ScaledLayer:
         return math.fsum(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
 
     def gptq_start(self, gptq: GPTQ, prepared: GptqPrepared, metric: Metric) -> State:
-        """GPTQ's solution, in JointQ's order of columns and groups."""
+        """GPTQ's solution as a start, in JointQ's order of columns and groups."""
         ordered = self.weight.index_select(1, metric.order)
         found = gptq.uniform(ordered, prepared, self.scale_dtype)
         levels = found.codes.to(metric.full.dtype)
@@ -70,7 +70,7 @@ class ScaledLayer:
         return State(levels, torch.ldexp(found.scale.to(levels.dtype), torch.tensor(-self.exponent)))
 
     def values(self, metric: Metric, state: State) -> Tensor:
-        """The weights that `state` stands for, (out, in) float32 in the original order."""
+        """The dequantised weights of `state`, (out, in) float32 in the original order."""
         values = torch.ldexp(state.values(metric).float(), torch.tensor(self.exponent))
         return torch.empty_like(values).index_copy_(1, metric.order, values)
 
@@ -81,13 +81,13 @@ class ScaledLayer:
         return weight_error(self.weight, self.values(metric, state))
 
     def quantized(self, metric: Metric, state: State, permuted: bool) -> UniformWeight:
-        """The result. Raises NumericsError where a scale does not fit in the checkpoint's dtype."""
+        """The result in its stored form. Raises NumericsError where a scale does not fit in the checkpoint's dtype."""
         groups = state.levels.view(len(state.levels), -1, metric.columns)
         lowest = groups.amin(dim=2).clamp_max_(0.0) if not self.grid.symmetric else torch.zeros_like(state.scale)
         codes = (groups - lowest[:, :, None]).flatten(1).to(self.grid.code_dtype)
         scale = round_scale(torch.ldexp(state.scale.float(), torch.tensor(self.exponent)), self.scale_dtype)
         zero_point = lowest.neg_().to(torch.uint8)
-        if not permuted:  # groups were solved in another order than they are stored in
+        if not permuted:  # groups are stored in the original order
             stored = metric.order.view(-1, metric.columns)[:, 0] // metric.columns
             scale = torch.empty_like(scale).index_copy_(1, stored, scale)
             zero_point = torch.empty_like(zero_point).index_copy_(1, stored, zero_point)
@@ -109,7 +109,7 @@ class ScaledLayer:
 
 
 def _padded(state: State, tile: slice, target: Tensor) -> State:
-    """The tile's part, with as many rows as `target` and of its dtype, which may differ from lambda to lambda."""
+    """The tile's part with as many rows as `target` and its dtype, which may differ between values of lambda."""
     levels, scale = state.levels[tile].to(target.dtype), state.scale[tile].to(target.dtype)
     return State(_with_rows(levels, len(target), 0.0), _with_rows(scale, len(target), 1.0))
 

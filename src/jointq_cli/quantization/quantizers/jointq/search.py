@@ -1,14 +1,15 @@
 """JointQ's search for the levels and scales of a tile of rows: starts, sweeps, annealing.
 
-Knows the metric of the layer's input, the grid and the kernels; knows no config, no files, no threads. A row of levels
-z (in,) and scales s (groups,) stands for the weights s z. Its cost is e H_l e' with e = w - s z. Rows never meet: what
-becomes of a row depends on nothing but its weights and the metric.
+A row of levels z (in,) and scales s (groups,) represents the weights s z. Its cost is e H_l e' with e = w - s z. Rows
+are independent: a row's result depends on its weights and the metric only.
 
-A matrix product gives a row the same bits whatever its neighbours are only if the number of rows is a multiple of
-PADDING (measured with MKL on AVX-512, and asserted in the tests), so tiles are padded with rows of zeros.
+In a matrix product the bits of a row are independent of the other rows only if their number is a multiple of PADDING
+(measured with MKL on AVX-512, and asserted in the tests), so tiles are padded with rows of zeros.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,13 @@ from jointq_cli.kernels import Rounding
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 
 PADDING = 16
-CLIP_STEPS = 40  # shrink factors 1.00, 0.98 .. 0.22 of a group's range: the flips that follow do the fine work
-ANNEAL_SHARE = 4  # random steps per group and sweep: one for so many columns
+CLIP_STEPS = 40  # shrink factors 1.00, 0.98 .. 0.22 of a group's range; coarse, since flips follow
+ANNEAL_SHARE = 4  # columns per random step of a group in each sweep
 
 
 @dataclass(frozen=True)
 class State:
-    """Solutions of a tile: levels (rows, in) and scale (rows, groups) > 0, floating, in the metric's order."""
+    """A solution of a tile: levels (rows, in) and scale (rows, groups) > 0, floating point, in the metric's order."""
 
     levels: Tensor
     scale: Tensor
@@ -43,51 +44,44 @@ class State:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Where descents ended, and how, one entry per row; costs are e H_l e' in units of the metric, float64."""
+    """The end of a search, one entry per row; costs are e H_l e' in the unit of the metric, float64."""
 
     state: State
     start_cost: Tensor
     cost: Tensor
-    sweeps: Tensor  # in which the row moved
-    steps: Tensor
+    sweeps: Tensor  # in which the row changed
+    steps: Tensor  # of `flip_search`
 
     def head(self, rows: int) -> "SearchResult":
-        """The first so many rows."""
-        rest = {field.name: getattr(self, field.name)[:rows] for field in fields(self) if field.name != "state"}
-        return SearchResult(State(self.state.levels[:rows], self.state.scale[:rows]), **rest)
+        """The first `rows` rows."""
+        return _combined(lambda tensor: tensor[:rows], self)
 
     @classmethod
     def joined(cls, parts: list["SearchResult"]) -> "SearchResult":
-        """Tiles one below the other."""
-        rest = {
-            field.name: torch.cat([getattr(part, field.name) for part in parts])
-            for field in fields(cls)
-            if field.name != "state"
-        }
-        levels = torch.cat([part.state.levels for part in parts])
-        return cls(State(levels, torch.cat([part.state.scale for part in parts])), **rest)
+        """Tiles concatenated."""
+        return _combined(lambda *tensors: torch.cat(tensors), *parts)
 
     def with_rows(self, rows: Tensor, other: "SearchResult") -> "SearchResult":
-        """`other` in place of these rows."""
-        rest = {
-            field.name: getattr(self, field.name).index_copy(0, rows, getattr(other, field.name))
-            for field in fields(self)
-            if field.name != "state"
-        }
-        levels = self.state.levels.index_copy(0, rows, other.state.levels)
-        return SearchResult(State(levels, self.state.scale.index_copy(0, rows, other.state.scale)), **rest)
+        """With `other` in place of these rows."""
+        return _combined(lambda mine, theirs: mine.index_copy(0, rows, theirs), self, other)
 
     def or_better(self, other: "SearchResult") -> "SearchResult":
-        """Row by row the one that costs less, this one where they are equal."""
+        """For each row the result that costs less; this one where both cost the same."""
         wins = other.cost < self.cost
-        picked = {
-            field.name: torch.where(wins, getattr(other, field.name), getattr(self, field.name))
-            for field in fields(self)
-            if field.name != "state"
-        }
-        column = wins[:, None]
-        levels = torch.where(column, other.state.levels, self.state.levels)
-        return SearchResult(State(levels, torch.where(column, other.state.scale, self.state.scale)), **picked)
+        return _combined(
+            lambda mine, theirs: torch.where(wins if mine.dim() == 1 else wins[:, None], theirs, mine), self, other
+        )
+
+
+def _combined(function: Callable[..., Tensor], *results: SearchResult) -> SearchResult:
+    """`function` applied to the corresponding tensors of `results`, which are (rows,) or (rows, columns)."""
+
+    def combine(name: str, owners: Sequence[Any]) -> Tensor:
+        return function(*(getattr(owner, name) for owner in owners))
+
+    states = [result.state for result in results]
+    rest = {field.name: combine(field.name, results) for field in fields(SearchResult) if field.name != "state"}
+    return SearchResult(State(combine("levels", states), combine("scale", states)), **rest)
 
 
 @dataclass(frozen=True)
@@ -101,10 +95,10 @@ class Search:
     # starts
 
     def schur_start(self, target: Tensor) -> State:
-        """Group after group in the metric S_t, which knows that all later groups will make up for its error.
+        """Group after group in the metric S_t, in which all later groups compensate its error.
 
-        GPTQ (Frantar et al. 2023) with a whole group as its unit: after each group the targets of the later ones move
-        by the error times U_tt^-1 U_t,later.
+        GPTQ (Frantar et al. 2023) with groups in place of columns: after each group, the error times U_tt^-1 U_t,later
+        is subtracted from the targets of the later ones.
         """
         work = target.clone()
         state = self._empty(target)
@@ -118,8 +112,8 @@ class Search:
         return state
 
     def clip_start(self, target: Tensor, *, propagate: bool) -> State:
-        """Group after group in the metric H_tt, each for itself (the reference's clip-optimize); with `propagate` so
-        that it makes up for the groups before it as well (clip-optimize-EP)."""
+        """Group after group in the metric H_tt, independently of each other (OneComp's clip-optimize); with `propagate`
+        each compensates the errors of the groups before it (clip-optimize-EP)."""
         state = self._empty(target)
         error = torch.zeros_like(target)
         for t in range(self.metric.groups):
@@ -134,7 +128,7 @@ class Search:
         return state
 
     def _solve_group(self, state: State, t: int, wanted: Tensor, correlation: Tensor, metric: Tensor) -> None:
-        """Fills in group t of `state`: clip search weighted by the metric's diagonal, then flips."""
+        """Solves group t and writes it to `state`: clip search weighted by the metric's diagonal, then flips."""
         levels, scale = self._clip(wanted, metric.diagonal().contiguous())
         self._kernels(target=wanted).flip_search(
             correlation, metric, levels @ metric, levels, scale, self.grid.box, self.rounding, guarded=False
@@ -145,7 +139,7 @@ class Search:
     def _clip(self, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(wanted, dim=1)
         low, high = low.clamp_max_(0.0), high.clamp_min_(0.0)
-        widest = self.grid.covering_scale(low, high).clamp_min_(2.0**-100)  # weights are near 1: below it all is 0
+        widest = self.grid.covering_scale(low, high).clamp_min_(2.0**-100)  # weights are near 1: below it, all are 0
         levels = torch.empty_like(wanted)
         scale = torch.empty_like(widest)
         self._kernels(target=wanted).weighted_clip(
@@ -156,30 +150,30 @@ class Search:
     # descent
 
     def descend(self, target: Tensor, start: State, sweeps: int) -> SearchResult:
-        """Sweeps over all groups with the full metric, until a row stands still or has had `sweeps` of them."""
+        """Sweeps over all groups with the full metric; a row is done after `sweeps`, or when one does not change it."""
         rows = torch.arange(len(target), device=target.device)
         state, result = start.copy(), start.copy()
-        steps, moves = torch.zeros_like(rows), torch.zeros_like(rows)
-        fall = torch.zeros(len(rows), dtype=torch.float64, device=target.device)
-        moving = target
+        steps, moved = torch.zeros_like(rows), torch.zeros_like(rows)
+        decrease = torch.zeros(len(rows), dtype=torch.float64, device=target.device)
+        active = target
         for _ in range(sweeps):
-            taken, gained = self._sweep(moving, state)
+            taken, gained = self._sweep(active, state)
             result.levels[rows], result.scale[rows] = state.levels, state.scale
             steps[rows] += taken
-            moves[rows] += taken > 0
-            fall[rows] += gained
+            moved[rows] += taken > 0
+            decrease[rows] += gained
             if not bool(taken.any()):
                 break
             keep = _padded(torch.nonzero(taken)[:, 0], len(taken))
-            rows, moving, state = rows[keep], moving[keep], state.take(keep)
+            rows, active, state = rows[keep], active[keep], state.take(keep)
         cost = self.cost(target, result)
-        return SearchResult(result, cost + fall, cost, moves, steps)
+        return SearchResult(result, cost + decrease, cost, moved, steps)
 
     def _sweep(self, target: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """One sweep, in place; no row costs more than before. Returns steps taken and what the cost fell by."""
+        """One sweep, in place, which raises no row's cost. Returns steps and decrease of the cost, both (rows,)."""
         error = target - state.values(self.metric)
         steps = torch.zeros(len(target), dtype=torch.int64, device=target.device)
-        fall = torch.zeros(len(target), dtype=torch.float64, device=target.device)
+        decrease = torch.zeros(len(target), dtype=torch.float64, device=target.device)
         flip_search = self._kernels(target).flip_search
         for t in range(self.metric.groups):
             correlation, metric, products, levels, scale = self._group(error, state, t)
@@ -188,29 +182,29 @@ class Search:
             )
             self._put(target, error, state, t, levels, scale)
             steps += taken
-            fall += gained
-        return steps, fall
+            decrease += gained
+        return steps, decrease
 
     def anneal(self, target: Tensor, state: State, sweeps: int, temperature: float, seed: int) -> State:
-        """Sweeps of random steps at a falling temperature. The result may cost more than `state`: descend from it."""
+        """Sweeps of random steps at a falling temperature; the result may cost more than `state`."""
         state = state.copy()
         error = target - state.values(self.metric)
         generator = torch.Generator().manual_seed(seed)
         shape = (max(1, self.metric.columns // ANNEAL_SHARE), self.metric.columns)
         for sweep in range(sweeps):
-            warmth = temperature * (1.0 - sweep / sweeps) ** 1.5
+            current = temperature * (1.0 - sweep / sweeps) ** 1.5
             for t in range(self.metric.groups):
                 noise = torch.empty(shape, dtype=target.dtype).exponential_(generator=generator).to(target.device)
                 correlation, metric, products, levels, scale = self._group(error, state, t)
                 self._kernels(target).anneal(
                     correlation, metric, products, levels, scale, self.grid.box, self.rounding,
-                    temperature=warmth, noise=noise,
+                    temperature=current, noise=noise,
                 )  # fmt: skip
                 self._put(target, error, state, t, levels, scale)
         return state
 
     def _group(self, error: Tensor, state: State, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the kernels want to know of group t with all other groups as they are."""
+        """What the kernels need of group t, all other groups fixed: correlation, metric, products, levels, scale."""
         span = self.metric.span(t)
         metric = self.metric.full[span, span].contiguous()
         levels = state.levels[:, span].contiguous()
@@ -225,10 +219,8 @@ class Search:
         state.scale[:, t] = scale
         error[:, span] = torch.addcmul(target[:, span], levels, scale[:, None], value=-1.0)
 
-    # judgement
-
     def cost(self, target: Tensor, state: State) -> Tensor:
-        """e H_l e' of each row, (rows,) float64, in units of the metric."""
+        """e H_l e' of each row, (rows,) float64, in the unit of the metric."""
         error = target - state.values(self.metric)
         return torch.sum((error @ self.metric.full).mul_(error), dim=1, dtype=torch.float64)
 
@@ -240,7 +232,7 @@ class Search:
 
 
 def _padded(rows: Tensor, available: int) -> Tensor:
-    """`rows` of a tile and as many others of it as make their number a multiple of PADDING."""
+    """`rows` (indices) of a tile, and other rows of it up to a multiple of PADDING."""
     missing = -len(rows) % PADDING
     if not missing:
         return rows

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """One process against several, one thread each: calibration and solve of the bundled model.
 
-    python scripts/bench_team.py                           # the default recipe, 192 x 512 calibration tokens
-    python scripts/bench_team.py --rounds 3 quantizer=gptq
+    python scripts/bench_distributed.py                           # the default recipe, 192 x 512 calibration tokens
+    python scripts/bench_distributed.py --rounds 3 quantizer=gptq
 
-Rounds take turns, so that other work on the machine falls on both. Wall time is that of the stage quantize. CPU seconds
-are the busiest process's, less those of the same command when everything is in the store: start, imports and report.
-Where cores are shared with other work, their ratio says what the wall time would be on idle ones.
+Rounds alternate, so that other work on the machine affects both. Wall time is that of the stage quantize. CPU seconds
+are the busiest process's, minus those of the same command when everything is in the store: start, imports and report.
+Where cores are shared with other work, the ratio of CPU seconds estimates that of wall time on idle cores.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def main() -> None:
         together = measure(arguments.processes, settings)
         print(f"| {number} | 1 | {alone[0]:.1f} | {alone[1]:.1f} | | |")
         ratios = [one / other for one, other in zip(alone, together, strict=True)]
-        told = f"{together[0]:.1f} | {together[1]:.1f} | {ratios[0]:.2f} x | {ratios[1]:.2f} x"
-        print(f"| {number} | {arguments.processes} | {told} |", flush=True)
+        line = f"{together[0]:.1f} | {together[1]:.1f} | {ratios[0]:.2f} x | {ratios[1]:.2f} x"
+        print(f"| {number} | {arguments.processes} | {line} |", flush=True)
 
 
 def measure(size: int, settings: list[str]) -> tuple[float, float]:
@@ -53,7 +53,7 @@ def measure(size: int, settings: list[str]) -> tuple[float, float]:
 
 
 def cpu_seconds(size: int, folder: str, settings: list[str]) -> list[float]:
-    """Of each process that did the command together with the others."""
+    """Of each of the processes that run the command together."""
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
         port = listening.getsockname()[1]

@@ -1,0 +1,72 @@
+"""The Hessians of a model, collected once for all quantizers that need the same ones."""
+
+from pathlib import Path
+
+from jointq_cli.data.token_file import Tokens
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.hessian_cache import Hessians, bytes_needed, collect_hessians
+from jointq_cli.quantization.settings import LoopSettings
+from jointq_cli.quantization.workspace import finished_blocks
+from jointq_cli.stages.base import Context, Stage
+from jointq_cli.stages.plan.costs import Workload
+
+
+def share_hessians(context: Context, model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Hessians | None:
+    """The Hessians in the store, collected if they are missing. None where this quantizer's depend on what it has
+    quantised before, and where `runtime.hessians_gb` has no room for them."""
+    size, budget = bytes_needed(model, loop), round(context.runtime.hessians_gb * 1e9)
+    if not loop.ahead or not budget:
+        return None
+    if not can_share(model, loop, budget):
+        _note_no_room(context, f"they take up to {size / 1e9:.3g} GB")
+        return None
+    artifact = context.run_within(hessians_stage(model, tokens, loop), budget, size)
+    if artifact is None:
+        _note_no_room(context, "those of runs that are under way take the rest")
+        return None
+    return Hessians(artifact.path)
+
+
+def can_share(model: StreamedModel, loop: LoopSettings, budget: float) -> bool:
+    """Whether all quantizers with these settings need the same Hessians, and these fit into a budget of bytes."""
+    return loop.ahead and bytes_needed(model, loop) <= budget
+
+
+def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Stage:
+    """Those of the inputs of all layers to quantise."""
+
+    def make(scratch: Path, context: Context) -> None:
+        hessians = Hessians(scratch)
+        with context.console.bar("hessians", total=len(model)) as bar:
+            bar.advance(hessians.position())
+            collect_hessians(model, tokens.windows, loop, hessians, bar.advance, context.pause, context.team)
+
+    return Stage(
+        name="hessians",
+        kind="hessians",
+        module=__name__,
+        spec={
+            "layers": layers_in(model, loop),
+            "weights": loop.weights.canonical,
+            "held_from": loop.held_from(len(tokens.windows.split(loop.batch))),
+            "batch": loop.batch,
+            "dtype": str(model.dtype),
+            "device": model.device.type,
+        },
+        inputs=(*model.identity, tokens.hash),
+        make=make,
+        cost=Workload.hessians,
+        resumable=True,
+        together=True,
+        finished_blocks=finished_blocks,
+    )
+
+
+def layers_in(model: StreamedModel, loop: LoopSettings) -> list[str]:
+    """Names of the layers to quantise, in the order of the model."""
+    return [name for name in model.linear_layers() if name in loop.layers]
+
+
+def _note_no_room(context: Context, reason: str) -> None:
+    budget = f"runtime.hessians_gb={context.runtime.hessians_gb:g}"
+    context.console.note(f"Hessians are not kept for other runs: {reason}, and {budget}")

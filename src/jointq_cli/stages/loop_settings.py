@@ -1,0 +1,47 @@
+"""What the quantisation loop is asked to do, from the parts of a recipe: all of it becomes part of the stages' keys."""
+
+from jointq_cli.data.calibration import Calibration
+from jointq_cli.data.token_file import Tokens
+from jointq_cli.evaluation.activation_settings import Activations
+from jointq_cli.models.layer_selection import LayerSelection
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.qep import QepSettings
+from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.settings import LoopSettings
+from jointq_cli.stages.base import windows_per_pass
+from jointq_cli.system.settings import Runtime
+
+
+def loop_settings(
+    layers: list[str],
+    quantizer: Quantizer,
+    qep: QepSettings,
+    calibration: Calibration,
+    runtime: Runtime,
+    tokens: Tokens,
+) -> LoopSettings:
+    """What the loop does to these layers. Raises ConfigError where the settings do not go together."""
+    loop = LoopSettings(
+        quantizer=quantizer,
+        qep=qep,
+        layers=frozenset(layers),
+        inputs=calibration.inputs,
+        weights=calibration.weights,
+        batch=windows_per_pass(runtime, tokens.windows),
+        waiting=runtime.suspended_activations_gb * 1e9,
+    )
+    loop.check(len(tokens.windows))
+    return loop
+
+
+def selected_layers(
+    model: StreamedModel, layers: LayerSelection, quantizer: Quantizer, activations: Activations
+) -> list[str]:
+    """Names of the layers to quantise, in the order of the model. Raises ConfigError before any computing, also for
+    layers of `activations` that the model does not have."""
+    linear = model.linear_layers()
+    in_blocks = [name for name in linear if model.block_of(name) is not None]
+    activations.check_layers(in_blocks)
+    names = layers.select(in_blocks, list(linear))
+    quantizer.check({name: linear[name].in_features for name in names})
+    return names

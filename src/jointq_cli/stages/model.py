@@ -1,0 +1,48 @@
+"""The model that a command starts from: downloaded or converted where needed, hashed, and free of NaN and Inf."""
+
+from pathlib import Path
+
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.sources import GGUF_DTYPE, ModelSource, convert_gguf, fetch
+from jointq_cli.stages.base import Context, Stage
+from jointq_cli.system.files import file_hash
+
+
+def fetch_model(context: Context, source: ModelSource) -> Checkpoint:
+    """The checkpoint that a recipe names. Reads every byte: raises NumericsError for the first NaN or Inf."""
+
+    def converted(file: Path) -> Path:
+        digest = file_hash(file)
+        context.note_hash(file, [file], digest)
+        return context.reuse(conversion(file, digest)).path
+
+    with context.timed("model"):
+        checkpoint = fetch(source, converted)
+        # Before any computing: a NaN in the last shard should not be found hours later.
+        context.reuse(_verification(checkpoint))
+        context.note_hash(checkpoint.directory, checkpoint.hashed_files, checkpoint.content_hash)
+    return checkpoint
+
+
+def conversion(file: Path, digest: str) -> Stage:
+    """A GGUF file, of this sha256, as a directory of safetensors."""
+    return Stage(
+        name="model",
+        kind="convert",
+        module=__name__,
+        spec={"dtype": str(GGUF_DTYPE)},
+        inputs=(digest,),
+        make=lambda scratch, context: convert_gguf(file, scratch),
+    )
+
+
+def _verification(checkpoint: Checkpoint) -> Stage:
+    """That a checkpoint holds no NaN or Inf: an empty artifact."""
+    return Stage(
+        name="model",
+        kind="verified",
+        module=__name__,
+        spec={},
+        inputs=(checkpoint.content_hash,),
+        make=lambda scratch, context: checkpoint.check_finite(),
+    )

@@ -1,0 +1,174 @@
+"""What a run shows before it begins and leaves when it has ended: header, report and manifest."""
+
+import sys
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+
+from jointq_cli.data.token_file import Tokens
+from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
+from jointq_cli.evaluation.windows import ScoredWindows
+from jointq_cli.formats.audit import audit
+from jointq_cli.models.sources import provenance
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.recipe import Recipe
+from jointq_cli.records import Audit, RunReport
+from jointq_cli.report import write_report
+from jointq_cli.stages.base import Context
+from jointq_cli.stages.quantize import Quantized
+from jointq_cli.stages.quantized_scores import QuantizedScores
+from jointq_cli.stages.rotate import Rotated
+from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.files import file_hashes, link_files
+from jointq_cli.system.machine import peak_memory, versions
+from jointq_cli.system.run_directory import RunDirectory, build_manifest, result_files
+
+Header = list[tuple[str, str]]  # (label, value)
+
+
+def header(
+    recipe: Recipe, model: StreamedModel, tokens: Tokens | None, further: Header, team: Team = SINGLE_PROCESS
+) -> Header:
+    """What is computed, from what and on what; further: lines between calibration and device."""
+    parameters = f"{model.checkpoint.parameters / 1e6:,.1f} M"
+    basis = "; ".join(filter(None, [recipe.smoothing.describe(), recipe.rotation.describe()]))
+    threads = f"{torch.get_num_threads()} threads"
+    processes = threads if team.size == 1 else f"{team.size} processes of {threads}"
+    lines = [
+        ("recipe", recipe.name),
+        ("model", f"{recipe.model.path} ({type(model.module).__name__}, {parameters})"),
+        ("rotation", basis),
+        ("calibration", _calibration(recipe, tokens)),
+        *further,
+        ("device", f"{model.device} {str(model.dtype).removeprefix('torch.')}, {processes}"),
+    ]
+    return [(label, value) for label, value in lines if value]
+
+
+def quantization_lines(recipe: Recipe, model: StreamedModel, windows: ScoredWindows | None) -> Header:
+    """How the model is quantised and evaluated, for `header`."""
+    return [
+        ("quantizer", _quantizer(recipe)),
+        ("simulated", recipe.activations.describe()),
+        ("protocol", "" if windows is None else protocol(recipe.evaluation, windows, model.dtype).line()),
+    ]
+
+
+def finish_run(
+    context: Context,
+    run: RunDirectory,
+    recipe: Recipe,
+    original: StreamedModel,
+    tokens: Tokens,
+    windows: ScoredWindows,
+    rotated: Rotated,
+    quantized: Quantized,
+    measured: QuantizedScores,
+) -> RunReport:
+    """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
+    files = hash_results(context, run)
+    audited = _audit(context, original, rotated, quantized)
+    scores = measured.scores
+    report = RunReport(
+        recipe=recipe.name,
+        model=recipe.model.path,
+        model_hash=original.checkpoint.content_hash,
+        architecture=type(original.module).__name__,
+        parameters=original.checkpoint.parameters,
+        quantizer=_quantizer(recipe),
+        rotation=rotated.record,
+        simulation=measured.simulation,
+        calibration=_calibration(recipe, tokens),
+        protocol=protocol(recipe.evaluation, windows, original.dtype),
+        original=perplexity(scores.original_nll, scores.tokens),
+        quantized=perplexity(scores.quantized_nll, scores.tokens),
+        comparison=compare(scores),
+        reload_check=measured.reload_check,
+        audit=audited,
+        bits_per_weight=_bits_per_weight(quantized),
+        layers=quantized.layers,
+        blocks=quantized.blocks,
+        stages=context.records,
+        peak_memory=peak_memory(),
+        versions=versions(),
+        device=str(context.device),
+        warnings=list(context.console.warnings),
+    )
+    write_manifest(context, run, recipe, original, tokens, files, windows)
+    write_report(report, run)
+    context.console.closing(report, run.path)
+    return report
+
+
+def hash_results(context: Context, run: RunDirectory) -> dict[str, str]:
+    """The sha256 of what a replay must reproduce, so that it can be compared even after the files are gone."""
+    with context.timed("file hashes"):
+        return file_hashes(run.path, result_files(run.path))
+
+
+def write_manifest(
+    context: Context,
+    run: RunDirectory,
+    recipe: Recipe,
+    model: StreamedModel,
+    tokens: Tokens,
+    files: dict[str, str],
+    windows: ScoredWindows | None = None,
+) -> None:
+    """files: of `hash_results`. windows: where the run has evaluated anything."""
+    hashes = {"model": model.checkpoint.content_hash, "calibration tokens": tokens.hash}
+    texts = {"calibration": tokens.provenance}
+    if windows is not None:
+        hashes["evaluation windows"] = windows.hash
+        texts["evaluation"] = windows.provenance
+    on_gpu = context.device.type == "cuda"
+    manifest = build_manifest(
+        command=sys.argv,
+        device=str(context.device),
+        threads=torch.get_num_threads(),
+        processes=context.team.size,
+        seeds={"calibration.seed": recipe.calibration.seed, **recipe.rotation.seeds},
+        hashes=hashes,
+        texts=texts,
+        files=files,
+        gpu=torch.cuda.get_device_name(context.device) if on_gpu else None,
+        recipe_sha256=run.recipe_hash,
+        model=provenance(recipe.model, model.checkpoint.directory),
+    )
+    run.write_manifest(manifest)
+
+
+def link_rotation(rotated: Rotated, run: RunDirectory) -> None:
+    """Puts the change of basis beside the model that was quantised in it."""
+    if rotated.directory is not None:
+        link_files(rotated.directory, run.rotation, "rotation.*")
+        return
+    for old in run.rotation.glob("rotation.*"):  # an earlier run into this directory may have left a rotation
+        old.unlink()
+    with suppress(OSError):  # missing, or not empty: then it holds files that are not ours
+        run.rotation.rmdir()
+
+
+def _audit(context: Context, original: StreamedModel, rotated: Rotated, quantized: Quantized) -> Audit:
+    """Of the checkpoint against the model that was quantised; sizes are compared with the original's, since a rotated
+    model with untied embeddings is larger."""
+    model = rotated.model
+    with context.timed("audit"):
+        names = {layer.name: model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
+        audited = audit(model.checkpoint, quantized.checkpoint, names, quantized.layers, quantized.codes)
+        return replace(audited, source_bytes=original.checkpoint.weight_bytes)
+
+
+def _bits_per_weight(quantized: Quantized) -> float:
+    sizes = [layer.out_features * layer.in_features for layer in quantized.layers]
+    bits = sum(layer.bits_per_weight * size for layer, size in zip(quantized.layers, sizes, strict=True))
+    return bits / sum(sizes)
+
+
+def _calibration(recipe: Recipe, tokens: Tokens | None) -> str:
+    return f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_statistics()}"
+
+
+def _quantizer(recipe: Recipe) -> str:
+    return " + ".join(filter(None, [recipe.quantizer.describe(), recipe.qep.describe()]))
