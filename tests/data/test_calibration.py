@@ -22,6 +22,7 @@ from jointq_cli.data.text import Corpus, TextSource
 from jointq_cli.data.token_file import Tokens, load_tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer, tokenizer_hash
 from jointq_cli.errors import ConfigError, ModelError, ResourceError, TextError
+from jointq_cli.setting_rules import rule_of
 
 WORDS = [f"w{number}" for number in range(200)]
 BLANK, PAD, BOS, EOS = range(4)  # a blank line is a token of its own, the words begin at 4
@@ -81,6 +82,11 @@ def three_documents(tmp_path: Path) -> str:
 
 
 # --- laws
+
+
+def test_every_strategy_that_a_recipe_may_name_exists() -> None:
+    [field] = [field for field in dataclasses.fields(Calibration) if field.name == "strategy"]
+    assert rule_of(field).choices == tuple(STRATEGIES)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -33,10 +33,7 @@ GRIDS = [(bits, symmetric, clip) for bits in (2, 4, 8) for symmetric in (False, 
 
 def activations(**changes: object) -> Activations:
     """Nothing is quantised but by `changes`."""
-    values: dict[str, object] = {
-        "bits": 16, "symmetric": False, "clip_ratio": 1.0, "layer_bits": {}, "kv_bits": 16, "r3": False,
-    }  # fmt: skip
-    return Activations(**{**values, **changes})  # type: ignore[arg-type]
+    return Activations(**changes)  # type: ignore[arg-type]
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:

@@ -14,21 +14,15 @@ from jointq_cli.transforms.settings import SAMPLED_TOKENS
 
 
 def hadamard(**changes: object) -> HadamardRotation:
-    values: dict[str, object] = {"r1": True, "r2": True, "r4": False, "seed": 0}
-    return HadamardRotation(**{**values, **changes})  # type: ignore[arg-type]
+    return HadamardRotation(**changes)  # type: ignore[arg-type]
 
 
 def learned(**changes: object) -> LearnedRotation:
-    values: dict[str, object] = {
-        "r1": True, "r2": True, "r4": False, "seed": 0, "init": "random_hadamard", "objective": "range2",
-        "parametrization": "lie", "r1_lr": 0.01, "r1_epochs": 20, "r2_lr": 0.01, "r2_epochs": 20, "cos_lr": True,
-        "momentum": 0.9, "batch_tokens": 256, "reservoir_tokens": 256, "early_stop": True, "stop_bits": 4,
-    }  # fmt: skip
-    return LearnedRotation(**{**values, **changes})  # type: ignore[arg-type]
+    return LearnedRotation(**changes)  # type: ignore[arg-type]
 
 
 def smoothquant(**changes: object) -> SmoothQuant:
-    return SmoothQuant(**{"alpha": 0.5, "o_proj": True, "down_proj": True, **changes})  # type: ignore[arg-type]
+    return SmoothQuant(**changes)  # type: ignore[arg-type]
 
 
 NOTHING = {"r1": False, "r2": False, "r4": False}
