@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jointq_cli.kernels.hadamard import random_hadamard
-from jointq_cli.transforms.activation_samples import normalised
-from jointq_cli.transforms.learning import Watch, decibels, learn_r1
+from jointq_cli.transforms.activation_samples import rms_normalize
+from jointq_cli.transforms.learning import Progress, learn_r1, sqnr_db
 from jointq_cli.transforms.settings import OBJECTIVES, PARAMETRIZATIONS, LearnedRotation
 
 SITES, TOKENS = 32, 512  # those of a model of 16 blocks
@@ -35,7 +35,7 @@ def activations(hidden: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     scales = torch.randn(hidden, generator=generator).exp()
     rows = torch.randn(SITES, TOKENS, hidden, generator=generator) * scales
-    return normalised(rows).bfloat16()
+    return rms_normalize(rows).bfloat16()
 
 
 def settings(objective: str, parametrization: str, steps: int, batch: int) -> LearnedRotation:
@@ -65,10 +65,10 @@ def main() -> None:
             wanted = settings(objective, parametrization, arguments.steps, arguments.batch)
             wall, cpu = time.perf_counter(), time.process_time()
             with torch.no_grad():
-                _, course = learn_r1(residual, start, wanted, torch.device("cpu"), Watch(quiet, lambda: None))
+                _, course = learn_r1(residual, start, wanted, torch.device("cpu"), Progress(quiet, lambda: None))
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            sqnr = (f"{decibels(error):.2f}" for error in (course.error_before, course.error_after))
+            sqnr = (f"{sqnr_db(error):.2f}" for error in (course.error_before, course.error_after))
             table.add_row(
                 objective, parametrization, str(course.steps), f"{wall:.0f}", f"{cpu:.0f}", *sqnr, f"{grown:.0f}"
             )

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
-from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.transforms.architectures import Anatomy, examine
-from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
+from jointq_cli.models.streamed import BlockwiseModel, StreamedModel
+from jointq_cli.models.tensor_source import TensorSource
+from jointq_cli.transforms.architectures import ArchitectureLayout, layout_of
+from jointq_cli.transforms.basis import Basis, RotatedTensors
 
 CPU = torch.device("cpu")
 ADMITS_R1 = ["llama", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen2_tied", "qwen3", "gemma", "phi3"]
@@ -31,8 +32,8 @@ def original(root: Path, family: str = "llama", dtype: torch.dtype = torch.float
     return StreamedModel(Checkpoint(directory), CPU, dtype)
 
 
-def anatomy_of(model: StreamedModel) -> Anatomy:
-    return examine(model, r1=False)
+def tiny_layout(model: StreamedModel) -> ArchitectureLayout:
+    return layout_of(model, r1=False)
 
 
 def parts_of(family: str) -> list[str]:
@@ -47,32 +48,34 @@ def haar(size: int, generator: torch.Generator) -> Tensor:
 
 def random_basis(model: StreamedModel, parts: list[str]) -> Basis:
     """Scales and rotations that differ from block to block and from head to head."""
-    anatomy, blocks = anatomy_of(model), len(model)
-    heads = (blocks, anatomy.kv_heads, anatomy.head_dim)
+    layout, blocks = tiny_layout(model), len(model)
+    heads = (blocks, layout.num_kv_heads, layout.head_dim)
     generator = torch.Generator().manual_seed(2)
 
     def scales(*shape: int) -> Tensor:
         return 4.0 ** (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
 
-    turns = [haar(anatomy.head_dim, generator) for _ in range(blocks * anatomy.kv_heads)]
+    turns = [haar(layout.head_dim, generator) for _ in range(blocks * layout.num_kv_heads)]
     made: dict[str, Any] = {
-        "r1": haar(anatomy.hidden, generator),
-        "r2": torch.stack(turns).reshape(*heads, anatomy.head_dim),
+        "r1": haar(layout.hidden_size, generator),
+        "r2": torch.stack(turns).reshape(*heads, layout.head_dim),
         "value_scales": scales(*heads),
-        "mlp_scales": scales(blocks, anatomy.width),
+        "mlp_scales": scales(blocks, layout.intermediate_size),
         "r4": True,
     }
     return Basis(**{part: made[part] for part in parts})
 
 
-def in_basis(model: StreamedModel, basis: Basis, directory: Path) -> RotatedCheckpoint:
+def in_basis(model: StreamedModel, basis: Basis, directory: Path) -> RotatedTensors:
     directory.mkdir()
-    return RotatedCheckpoint(model, anatomy_of(model), basis, directory, code=False)
+    rotated = RotatedTensors(model, tiny_layout(model), basis, directory)
+    rotated.write_companions()
+    return rotated
 
 
-def logits_of(checkpoint: Checkpoint, ids: Tensor = PROBE) -> Tensor:
+def logits_of(source: TensorSource, ids: Tensor = PROBE) -> Tensor:
     """(windows, tokens, vocabulary) float32."""
-    model = StreamedModel(checkpoint, CPU, torch.float32)
+    model = BlockwiseModel(source, CPU, torch.float32)
     hidden = final_hidden(model, ids, batch=len(ids))
     with model.outer():
         return model.logits(hidden)

@@ -1,4 +1,4 @@
-"""Quantizers, corrections and windows that tests of the block loop share."""
+"""Quantizers, corrections and windows shared by tests of the quantising loop."""
 
 import hashlib
 from collections.abc import Callable
@@ -60,15 +60,16 @@ def quantize(
     batch: int = 4,
     qep: QepSettings = NO_QEP,
     weights: TokenWeights = EQUAL,
-    waiting: float = 1e9,
+    suspended: float = 1e9,
 ) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
     scratch.mkdir(exist_ok=True)
     workspace, records = Workspace(scratch), []
     with torch.no_grad():
-        plan = LoopSettings(quantizer, qep, names, inputs, weights, batch, waiting)
-        quantize_blocks(model, windows() if tokens is None else tokens, plan, workspace, records.append, pause)
+        tokens = windows() if tokens is None else tokens
+        settings = LoopSettings(quantizer, qep, names, inputs, weights, len(tokens), batch, suspended)
+        quantize_blocks(model, tokens, settings, workspace, records.append, pause)
         assemble(model, workspace, scratch / "checkpoint", code=False)
     return model, workspace, records
 
@@ -78,7 +79,7 @@ def file_hashes(directory: Path) -> dict[str, str]:
 
 
 def granite(directory: Path) -> Path:
-    """Adds a quarter of what its layers put out."""
+    """A model that adds a quarter of its layers' outputs to the residual stream."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(transformers.GraniteConfig(**GROUPED, residual_multiplier=0.25))

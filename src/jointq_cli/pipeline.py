@@ -18,7 +18,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.records import EvaluationReport, RotationRecord, RunEstimate, RunReport
 from jointq_cli.report import Console, encode
-from jointq_cli.report.tables.plan import plan_sheet
+from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
@@ -86,7 +86,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         team.on_rank0(link_files, rotated.model.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_rotation, rotated, run)
         team.on_rank0(lambda: write_manifest(context, run, recipe, original, tokens, hash_results(context, run)))
-        console.rotated(rotated.record, run.path)
+        console.show_rotation(rotated.record, run.path)
         return rotated.record
 
 
@@ -116,7 +116,7 @@ def evaluate(
             versions=versions(),
         )
         run.write(run.path / "evaluation.json", encode(report))
-        console.measured(report, run.path)
+        console.show_evaluation(report, run.path)
         return report
 
 
@@ -138,7 +138,7 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
         lines = quantization_lines(recipe, inputs.original, inputs.windows)
         console.header(header(recipe, inputs.original, inputs.tokens, lines))
         estimate = estimate_run(recipe, inputs)
-        console.side_by_side(plan_sheet(estimate))
+        console.show_tables(plan_document(estimate))
         return estimate
 
 

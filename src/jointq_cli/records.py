@@ -1,25 +1,25 @@
-"""What a run found out, as plain values: one row per layer, the measurements, the whole report.
+"""The results of a run as plain values: a record per layer, the measurements, the complete report.
 
-Knows no torch, no files and no terminal. The engine fills these in, `report` renders them, and their JSON form
-(`dataclasses.asdict`) is `report.json`.
+Knows no torch, no files and no terminal. The pipeline creates these records and `report` renders them. Their JSON form
+(`dataclasses.asdict`) is a published format, report.json among others: a field keeps its name.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-IDENTICAL = "identical"  # what a reload check says that found no difference, and a replay that is the same run
+IDENTICAL = "identical"  # the verdict of a reload check without a difference, and of a replay that is the same run
 WITHIN_TOLERANCE = "within the tolerance"
 DIFFERENT = "different"
-ASKED, MADE, MEASURED = "asked", "made", "measured"  # what a step of a replay is about
+REQUESTED, COMPUTED, MEASURED = "asked", "made", "measured"  # the parts of a run that a replay compares
 
 
 @dataclass(frozen=True)
 class LayerRecord:
     """One quantised linear layer.
 
-    `output_error` is tr(E H E^T) / tr(W H W^T) on the calibration tokens, with E = W - W_quantised and H the Hessian
-    X^T X / tokens of the layer's inputs; `weight_error` is |E|^2 / |W|^2. W_quantised is the weight as it is stored, W
-    what it was made from: the original weight, or with QEP the corrected one.
+    `output_error` is tr(E H E^T) / tr(W H W^T) on the calibration tokens, with E = W - W_quantised and the Hessian
+    H = X^T X / tokens of the layer's inputs X (tokens, in_features); `weight_error` is |E|^2 / |W|^2. W_quantised is
+    the weight as it is stored, W the weight that was quantised: the original one, or with QEP the corrected one.
     """
 
     name: str
@@ -32,17 +32,17 @@ class LayerRecord:
     bits_per_weight: float  # everything that is stored
     output_error: float
     weight_error: float
-    damping: float | None  # fraction of the Hessian's mean diagonal that was added, None where none is used
+    damping: float | None  # fraction of the Hessian's mean diagonal that was added to its diagonal, None if unused
     seconds: float
-    verdict: str  # "ok", "damped" (damping had to be raised), "fallback" (RTN instead of a failed solve)
-    notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer has to say: dead columns, condition
-    label: str = ""  # how it is stored, such as "W4 g128 asymmetric"; older reports lack it
+    verdict: str  # "ok", "damped" (solved after damping retries), "fallback" (RTN, as the solver failed)
+    notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer reports: dead columns, condition
+    label: str = ""  # how the weight is stored, such as "W4 g128 asymmetric"; older reports lack it
 
 
 @dataclass(frozen=True)
 class BlockRecord:
     """One decoder block. `output_error` is |quantised - original|^2 / |original|^2 of its output on the first batch of
-    calibration windows: the error of all blocks up to it, as it has accumulated."""
+    calibration windows, with all blocks up to it quantised: the accumulated error."""
 
     block: int
     output_error: float
@@ -50,7 +50,7 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class ValidationPoint:
-    """The error on the grid after so many steps of learning a rotation."""
+    """The quantisation error on the validation tokens after `step` steps of learning a rotation."""
 
     step: int
     error: float
@@ -58,12 +58,12 @@ class ValidationPoint:
 
 @dataclass(frozen=True)
 class RotationTraining:
-    """How one rotation was learned. Losses and errors are means over sites of tokens that were not learned from; an
-    error is |x - q(x)|^2 / |x|^2 of the rotated activations on a grid of few bits per token."""
+    """How one rotation was learned. Losses and errors are means over sites on validation tokens; an error is
+    |x - q(x)|^2 / |x|^2 of the rotated activations x, with q rounding to few bits per token."""
 
     name: str  # R1, or R2 and its block
-    steps: int  # that the optimiser took
-    best_step: int  # whose rotation was kept
+    steps: int  # of the optimiser
+    best_step: int  # the step whose rotation was kept
     loss_before: float
     loss_after: float
     error_before: float
@@ -74,8 +74,7 @@ class RotationTraining:
 
 @dataclass(frozen=True)
 class Site:
-    """What quantised layers of one block are given, before and after smoothing and rotation, on a few tokens that
-    nothing was learned from.
+    """The inputs of quantised layers of one block, before and after smoothing and rotation, on a few validation tokens.
 
     sqnr: 10 log10 of |x|^2 / |x - q(x)|^2 at 4 bits per token (asymmetric, clip .9), dB. peak: mean over tokens of
     max|x| / rms. kurtosis: mean over tokens, 3 for a Gaussian.
@@ -93,28 +92,27 @@ class Site:
 
 @dataclass(frozen=True)
 class Invariance:
-    """The rotated model's logits against the original's on a few calibration tokens, |difference| / |original|, all
-    relative to the original in float32: of the merge itself, of the rotated model as stored, and of the original as
-    stored, whose rounding is the measure for it. The latter two run in the run's own dtype."""
+    """How far logits are from those of the original model in float32 on a few calibration tokens:
+    |difference| / |original logits|."""
 
-    merge: float
-    stored: float
-    rounding: float
-    dtype: str
+    merge: float  # of the rotated model in float32: the error of merging the rotation into the weights
+    stored: float  # of the rotated model in `dtype`
+    rounding: float  # of the original model in `dtype`: what `stored` is to be compared with
+    dtype: str  # of the run
     tokens: int
 
 
 @dataclass(frozen=True)
 class RotationRecord:
-    """A change of basis: what was asked, how it was found, and what it does. Written to rotation.json as it is."""
+    """A change of basis: its settings, how it was constructed, and its effect. Written to rotation.json as it is."""
 
     rotation: str  # a line such as "R1+R2 random Hadamard seed=0"
     smoothing: str
-    constructions: list[str]  # the Hadamard matrices that were used, and for what
+    constructions: list[str]  # the Hadamard matrices that were used: "R2: Hadamard 64"
     orthogonality_error: float  # the largest |R R^T - I|
     hash: str  # sha256 of rotation.safetensors
-    online: list[str]  # rotations that a checkpoint in this basis needs while it runs
-    courses: list[RotationTraining]
+    online: list[str]  # rotations that a model in this basis must apply at run time
+    courses: list[RotationTraining]  # one per learned rotation
     sites: list[Site]
     invariance: Invariance
     source_bytes: int  # of the weights
@@ -123,7 +121,7 @@ class RotationRecord:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What was not stored but simulated while the quantised model was evaluated."""
+    """What was simulated while the quantised model was evaluated, and is not stored in the checkpoint."""
 
     activations: str  # a line such as "A4 asymmetric per token clip=searched down_proj=A8"
     clip_ratios: dict[str, float]  # by layer
@@ -131,11 +129,11 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The identity of a perplexity: two figures compare only where these agree."""
+    """How a perplexity was measured: two perplexities are comparable only if their protocols are equal."""
 
     dataset: str
     split: str
-    text_hash: str  # sha256 of the evaluated token windows and of what is scored in them, first 16 digits
+    text_hash: str  # sha256 of the token windows and of which tokens are scored, first 16 digits
     window: int  # tokens
     stride: int  # tokens
     bos: str  # none | first | each
@@ -165,10 +163,10 @@ class Comparison:
     """The quantised model against the original on the same tokens."""
 
     nll_increase: float  # nats per token
-    nll_increase_standard_error: float  # paired over windows, so much smaller than either perplexity's own
+    nll_increase_standard_error: float  # paired over windows, so much smaller than that of either perplexity
     kl_divergence: float  # KL(original || quantised), nats per token
     kl_divergence_standard_error: float
-    top1_agreement: float  # share of tokens where both models put the same token first
+    top1_agreement: float  # fraction of tokens for which both models rank the same token first
 
 
 @dataclass(frozen=True)
@@ -179,10 +177,10 @@ class Audit:
     quantized: int
     missing: list[str]
     unexpected: list[str]
-    changed: list[str]  # tensors that nobody selected and whose bytes differ all the same
+    changed: list[str]  # tensors that were not to be quantised but whose bytes differ
     source_bytes: int  # of the original model's weights
     checkpoint_bytes: int
-    packed_bytes: int  # what the model takes with codes packed at their bit-width
+    packed_bytes: int  # size of the model with codes packed at their bit width
 
     @property
     def passed(self) -> bool:
@@ -191,7 +189,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One step of the road. `reused` stages were found in the store and cost nothing this time."""
+    """One stage of the pipeline. The result of a `reused` stage came from the store."""
 
     name: str
     seconds: float
@@ -201,35 +199,33 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One step of a road that is not taken yet. Of what is left of it: seconds, the process's peak of memory, and bytes
-    that will stay on the disk."""
+    """The estimated cost of one stage, without the part that the store already has."""
 
     name: str
-    state: str  # "to make", "reused", "continues at block 3 of 4" and the like
+    state: str  # such as "to make", "reused" or "continues at block 3 of 4"
     seconds: float
-    memory: float
-    disk: float
+    memory: float  # bytes, the peak of the process
+    disk: float  # bytes that stay
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run would take, and what there is, in seconds and bytes. scratch: on the disk while it runs, beside what
-    stays."""
+    """The estimated cost of a run. Sizes are in bytes."""
 
     stages: list[StageEstimate]
     seconds: float
-    memory: float
-    memory_there: float
-    disk: float
-    scratch: float
-    disk_there: float
+    memory: float  # peak
+    memory_there: float  # available
+    disk: float  # that stay
+    scratch: float  # on the disk during the run only, in addition to `disk`
+    disk_there: float  # free
     warnings: list[str]
     notes: list[str]
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything a run proves. Written to report.json as it is."""
+    """The complete result of a run of `jointq quantize`. Written to report.json as it is."""
 
     recipe: str
     model: str
@@ -238,13 +234,13 @@ class RunReport:
     parameters: int
     quantizer: str  # a line such as "GPTQ W4 g128 asymmetric mse act_order"
     rotation: RotationRecord | None
-    simulation: Simulation | None  # while `quantized` and `comparison` were measured
+    simulation: Simulation | None  # active while `quantized` and `comparison` were measured
     calibration: str  # a line such as "pydoc/calibration 128 x 512 tokens concat_chunk seed 0 text=..."
     protocol: Protocol
     original: Perplexity
     quantized: Perplexity
     comparison: Comparison
-    reload_check: str  # IDENTICAL, or by how much the reloaded checkpoint differs from the in-memory model
+    reload_check: str  # IDENTICAL, or by how much the reloaded checkpoint differs from the model in memory
     audit: Audit
     bits_per_weight: float  # over the quantised layers
     layers: list[LayerRecord]
@@ -265,7 +261,7 @@ class EvaluationReport:
     reference: str | None
     protocol: Protocol
     perplexity: Perplexity
-    comparison: Comparison | None  # with the reference, where one was given
+    comparison: Comparison | None  # with the reference, if there is one
     stages: list[StageRecord]
     versions: dict[str, str]
 
@@ -275,15 +271,15 @@ class ComparedStep:
     """One comparison of a replay with the original run."""
 
     name: str
-    part: str  # ASKED, MADE or MEASURED
+    part: str  # REQUESTED, COMPUTED or MEASURED
     same: bool
     detail: str
-    at: int | None = None  # where in the order of the model the difference begins, None where it is not about a part
+    at: int | None = None  # position of the first differing layer or block, None for other differences
 
 
 @dataclass(frozen=True)
-class ReplayedFigure:
-    """A measurement that a tolerance is for."""
+class ReplayedMetric:
+    """A measurement to which a tolerance applies."""
 
     name: str
     original: float
@@ -293,22 +289,22 @@ class ReplayedFigure:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How a replay compares with the original run, in the order of the road. Written to reproduction.json as it is."""
+    """The comparison of a replay with the original run, in the order of the pipeline. Written to reproduction.json."""
 
     original: str  # directories
     replay: str
     verdict: str  # IDENTICAL, WITHIN_TOLERANCE or DIFFERENT
     steps: list[ComparedStep]
-    surroundings: list[str]  # in which machine, libraries and code differ, such as "torch 2.9.0 → 2.13.0"
-    figures: list[ReplayedFigure]
-    tolerance: float | None  # relative, None where only identical runs will do
-    rounding: list[str] = field(default_factory=list)  # those of the surroundings that can round otherwise
-    unknown: list[str] = field(default_factory=list)  # what may differ and would not be seen
-    problems: list[str] = field(default_factory=list)  # that the replay itself has, whatever the original
+    surroundings: list[str]  # differences of machine, libraries and code, such as "torch 2.9.0 → 2.13.0"
+    figures: list[ReplayedMetric]
+    tolerance: float | None  # relative, None if the runs must be identical
+    rounding: list[str] = field(default_factory=list)  # those of `surroundings` that can change rounding
+    unknown: list[str] = field(default_factory=list)  # what may differ unnoticed, because it is not recorded
+    problems: list[str] = field(default_factory=list)  # of the replay itself, whatever the original
 
     @property
     def first_difference(self) -> ComparedStep | None:
-        """Layers and blocks take turns: of steps about them, the one that begins earliest in the model."""
+        """The first step that differs; of those about layers and blocks, the one that differs earliest in the model."""
         differing = [step for step in self.steps if not step.same]
         if not differing or differing[0].at is None:
             return differing[0] if differing else None

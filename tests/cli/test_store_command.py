@@ -83,7 +83,7 @@ def test_ls_has_a_row_for_everything_with_its_state(shelf: Shelf, capsys: pytest
         assert shelf("ls") == 0
     rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "ago" in line}
     assert set(rows) == {"idle", "loose", "broken_off", "held"}
-    assert [rows[stage].split()[-1] for stage in ("idle", "loose")] == ["whole", "whole"]
+    assert [rows[stage].split()[-1] for stage in ("idle", "loose")] == ["complete", "complete"]
     assert "3 d ago" in rows["idle"]
     assert rows["held"].endswith("in use")
     assert rows["broken_off"].endswith("partial")

@@ -64,10 +64,10 @@ def write(folder: Path, *texts: str) -> str:
 
 
 def config(path: str | None, **changes: object) -> Calibration:
-    given = Calibration(
+    base = Calibration(
         "text", path, None, "all", None, None, 4, 5, 0, "concat_chunk", None, "original", "uniform", 2.0, 1.0
     )
-    return dataclasses.replace(given, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
 def is_slice(window: Tensor, ids: Tensor) -> bool:
@@ -81,7 +81,7 @@ def three_documents(tmp_path: Path) -> str:
     return write(tmp_path, text(0, 30), text(40, 3), text(50, 20))
 
 
-# --- laws
+# --- properties
 
 
 def test_every_strategy_that_a_recipe_may_name_exists() -> None:
@@ -91,11 +91,13 @@ def test_every_strategy_that_a_recipe_may_name_exists() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("bos", [False, True])
-def test_every_window_is_whole_consecutive_and_without_padding(three_documents: str, strategy: str, bos: bool) -> None:
+def test_every_window_is_complete_consecutive_and_without_padding(
+    three_documents: str, strategy: str, bos: bool
+) -> None:
     ours = tokenizer(bos)
     windows = calibration_tokens(config(three_documents, strategy=strategy), ours).windows
-    whole = [list(range(4, 34)), list(range(44, 47)), list(range(54, 74))]
-    documents = [torch.tensor([BOS, *ids] if bos else [*ids, EOS]) for ids in whole]
+    complete = [list(range(4, 34)), list(range(44, 47)), list(range(54, 74))]
+    documents = [torch.tensor([BOS, *ids] if bos else [*ids, EOS]) for ids in complete]
     sources = [torch.cat(documents)] if strategy.startswith("concat") else documents
     assert windows.shape[1] == 5
     assert windows.dtype == torch.int64
@@ -111,7 +113,7 @@ def test_every_window_is_whole_consecutive_and_without_padding(three_documents: 
     seed=st.integers(0, 2**63 - 1),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_text_gives_as_many_windows_as_it_holds_and_no_more_than_asked(
+def test_a_text_gives_as_many_windows_as_fit_up_to_the_requested_number(
     lengths: list[int], seqlen: int, num_samples: int, strategy: str, seed: int
 ) -> None:
     texts = [text(5 * number, length) for number, length in enumerate(lengths)]
@@ -123,13 +125,13 @@ def test_a_text_gives_as_many_windows_as_it_holds_and_no_more_than_asked(
         "drop_rand": sum(length >= seqlen for length in lengths),
     }[strategy]
     reading = TokenizedCorpus(Corpus(iter(texts), {}), tokenizer())
-    asked = config("*.txt", num_samples=num_samples, seqlen=seqlen, strategy=strategy, seed=seed)
+    requested = config("*.txt", num_samples=num_samples, seqlen=seqlen, strategy=strategy, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     if not held:
         with pytest.raises(TextError, match=f"calibration.seqlen={seqlen}: "):
-            STRATEGIES[strategy](reading, asked, generator)
+            STRATEGIES[strategy](reading, requested, generator)
         return
-    windows = STRATEGIES[strategy](reading, asked, generator)
+    windows = STRATEGIES[strategy](reading, requested, generator)
     assert windows.shape == (min(held, num_samples), seqlen)
 
 
@@ -154,8 +156,8 @@ def test_another_seed_moves_random_windows_and_no_others(
 
 def test_random_windows_start_at_distinct_places(three_documents: str, plain: PreTrainedTokenizerFast) -> None:
     # 53 words and three EOS have 52 windows of five tokens, each with ids of its own.
-    asked = config(three_documents, strategy="concat_rand", num_samples=100)
-    windows = calibration_tokens(asked, plain).windows
+    requested = config(three_documents, strategy="concat_rand", num_samples=100)
+    windows = calibration_tokens(requested, plain).windows
     assert len(windows) == len(windows.unique(dim=0)) == 52
 
 
@@ -184,8 +186,8 @@ def test_short_documents_are_dropped(three_documents: str, plain: PreTrainedToke
 def test_documents_are_separated_as_the_tokenizer_does(
     tmp_path: Path, ours: PreTrainedTokenizerFast, between: int
 ) -> None:
-    asked = config(write(tmp_path, text(0, 3), text(10, 3)), num_samples=1, seqlen=7)
-    [window] = calibration_tokens(asked, ours).windows.tolist()
+    requested = config(write(tmp_path, text(0, 3), text(10, 3)), num_samples=1, seqlen=7)
+    [window] = calibration_tokens(requested, ours).windows.tolist()
     words = [4, 5, 6, between, 14, 15, 16]
     assert window == ([BOS, *words[:-1]] if between == BOS else words)
 
@@ -194,11 +196,11 @@ def test_the_rows_of_wikitext_are_joined_by_a_blank_line_and_encoded_at_once(tmp
     # The rows are "w0 \n", "" and " w1 w2": their own newline and two blank lines stand between the words.
     (tmp_path / "wiki.raw").write_text("w0 \n \n w1 w2")
     path, ours = str(tmp_path / "wiki.raw"), tokenizer(bos=True)
-    asked = config(path, dataset="wikitext2", split="test", num_samples=1, seqlen=5)
-    ids, provenance = evaluation_ids(asked, ours)
+    requested = config(path, dataset="wikitext2", split="test", num_samples=1, seqlen=5)
+    ids, provenance = evaluation_ids(requested, ours)
     assert ids.tolist() == [4, FIVE_NEWLINES, 5, 6]
     assert provenance["documents"] == "3"
-    assert calibration_tokens(asked, ours).windows.tolist() == [[BOS, *ids.tolist()]]
+    assert calibration_tokens(requested, ours).windows.tolist() == [[BOS, *ids.tolist()]]
 
 
 # --- how much is read
@@ -213,8 +215,8 @@ def test_a_stream_is_read_as_far_as_is_needed(plain: PreTrainedTokenizerFast) ->
     read = {}
     for strategy in STRATEGIES:
         reading = TokenizedCorpus(Corpus(endless(), {}, streamed=True), plain)
-        asked = config("*.txt", strategy=strategy, num_samples=10, seqlen=5)
-        windows = STRATEGIES[strategy](reading, asked, torch.Generator().manual_seed(0))
+        requested = config("*.txt", strategy=strategy, num_samples=10, seqlen=5)
+        windows = STRATEGIES[strategy](reading, requested, torch.Generator().manual_seed(0))
         assert windows.shape == (10, 5)
         read[strategy] = len(reading.documents_read)
     assert read == {"concat_chunk": 5, "concat_rand": 20, "drop_head": 10, "drop_rand": 10}
@@ -222,9 +224,9 @@ def test_a_stream_is_read_as_far_as_is_needed(plain: PreTrainedTokenizerFast) ->
 
 def test_the_search_for_long_documents_in_a_stream_ends(plain: PreTrainedTokenizerFast) -> None:
     reading = TokenizedCorpus(Corpus(endless(), {}, streamed=True), plain)
-    asked = config("*.txt", strategy="drop_head", num_samples=2, seqlen=10)
+    requested = config("*.txt", strategy="drop_head", num_samples=2, seqlen=10)
     with pytest.raises(TextError, match="the longest of 143 documents of text/all has 9 tokens"):
-        STRATEGIES["drop_head"](reading, asked, torch.Generator())
+        STRATEGIES["drop_head"](reading, requested, torch.Generator())
 
 
 def test_an_evaluation_text_of_c4_is_its_first_documents_joined_by_a_space(
@@ -261,7 +263,7 @@ def test_a_text_longer_than_the_context_is_not_warned_about(
     assert not caplog.records
 
 
-# --- what a person is told
+# --- messages and provenance
 
 
 def test_too_few_windows_are_a_warning_that_is_kept(three_documents: str, plain: PreTrainedTokenizerFast) -> None:
@@ -291,17 +293,17 @@ def test_a_text_too_short_for_one_window_says_what_there_is_and_what_to_change(
 
 def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: PreTrainedTokenizerFast) -> None:
     tokens = calibration_tokens(config(three_documents), plain)
-    told = tokens.provenance
-    assert told["files"] == "00.txt 01.txt 02.txt"
-    assert (told["dataset"], told["split"], told["revision"]) == ("text", "all", "local")
-    assert (told["strategy"], told["seed"], told["num_samples"], told["seqlen"]) == (
+    provenance = tokens.provenance
+    assert provenance["files"] == "00.txt 01.txt 02.txt"
+    assert (provenance["dataset"], provenance["split"], provenance["revision"]) == ("text", "all", "local")
+    assert (provenance["strategy"], provenance["seed"], provenance["num_samples"], provenance["seqlen"]) == (
         "concat_chunk",
         "0",
         "4",
         "5",
     )
-    assert told["documents"] == "1"  # of three: no more were needed
-    assert told["tokenizer_sha256"] == tokenizer_hash(plain)
+    assert provenance["documents"] == "1"  # of three: no more were needed
+    assert provenance["tokenizer_sha256"] == tokenizer_hash(plain)
     assert tokens.describe() == f"text/all 4 x 5 tokens concat_chunk seed 0 tokens={tokens.hash[:16]}"
 
 
@@ -354,12 +356,12 @@ def test_frozen_tokens_are_the_same_bytes_each_time(frozen: Path, plain: PreTrai
 
 
 def test_a_run_takes_frozen_tokens_instead_of_the_text(frozen: Path, plain: PreTrainedTokenizerFast) -> None:
-    whole = load_tokens(frozen, plain)
+    complete = load_tokens(frozen, plain)
     few = calibration_tokens(config("nowhere.txt", tokens=str(frozen), num_samples=2), plain)
     many = calibration_tokens(config("nowhere.txt", tokens=str(frozen), num_samples=9), plain)
-    assert torch.equal(few.windows, whole.windows[:2])
+    assert torch.equal(few.windows, complete.windows[:2])
     assert few.warning == ""
-    assert torch.equal(many.windows, whole.windows)
+    assert torch.equal(many.windows, complete.windows)
     assert many.warning == "calibration.num_samples=9: tokens.safetensors has only 4 windows"
     with pytest.raises(TextError, match=r"calibration\.seqlen=6: the windows of .* have 5 tokens"):
         calibration_tokens(config("nowhere.txt", tokens=str(frozen), seqlen=6), plain)
@@ -381,7 +383,7 @@ def test_ids_that_the_tokenizer_lacks_are_refused(tmp_path: Path, plain: PreTrai
         load_tokens(tmp_path / "tokens", plain)
 
 
-def test_a_file_that_holds_no_frozen_tokens_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_file_without_frozen_tokens_is_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "tokens.safetensors"
     with pytest.raises(TextError, match=r"calibration\.tokens=.*: no such file"):
         load_tokens(file, None)
@@ -410,7 +412,7 @@ def test_an_unwritable_place_is_a_resource_error(tmp_path: Path) -> None:
 # --- tokenizers
 
 
-def test_a_tokenizer_has_the_same_hash_wherever_it_lies(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+def test_the_hash_of_a_tokenizer_does_not_depend_on_its_path(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
     plain.save_pretrained(tmp_path / "here")
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     hashes = {tokenizer_hash(load_tokenizer(tmp_path / place, False)) for place in ("here", "there")}
@@ -448,7 +450,7 @@ def test_a_directory_without_a_usable_tokenizer_is_a_model_error(tmp_path: Path)
 def test_the_hub_gives_windows_whose_commit_is_recorded(
     plain: PreTrainedTokenizerFast, dataset: str, split: str
 ) -> None:
-    asked = Calibration(dataset, None, None, split, None, None, 2, 64, 0, "concat_rand", None, "original")
-    tokens = calibration_tokens(asked, plain)
+    requested = Calibration(dataset, None, None, split, None, None, 2, 64, 0, "concat_rand", None, "original")
+    tokens = calibration_tokens(requested, plain)
     assert tokens.windows.shape == (2, 64)
     assert len(tokens.provenance["revision"]) == 40

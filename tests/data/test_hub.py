@@ -48,19 +48,21 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_hub_is_read_at_the_commit_that_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, object] = {}
+    requested: dict[str, object] = {}
 
     def load(*names: str, **options: object) -> list[dict[str, str]]:
-        asked.update(options, names=names)
+        requested.update(options, names=names)
         return [{"text": ""}, {"text": " = Title = \n"}]
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
     monkeypatch.setattr(datasets, "load_dataset", load)
+    settings = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     corpus = open_corpus(source("wikitext2", split="test"))
     assert list(corpus.documents) == ["", " = Title = \n"]
-    assert corpus.provenance["revision"] == asked["revision"] == COMMIT
-    assert asked["names"] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-    assert asked["split"] == "test"
+    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == settings
+    assert corpus.provenance["revision"] == requested["revision"] == COMMIT
+    assert requested["names"] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert requested["split"] == "test"
 
 
 class Cached(list[dict[str, str]]):

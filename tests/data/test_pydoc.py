@@ -71,7 +71,7 @@ def test_the_shares_have_about_the_promised_sizes() -> None:
     assert parts["train"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_evaluation_topics_are_whole() -> None:
+def test_evaluation_topics_are_complete() -> None:
     served = normalised(" ".join(pydoc_text.topics("evaluation")))
     names = sorted(name for name in raw_topics if pydoc_text.split_of(name) == "evaluation")
     assert served == normalised(" ".join(raw_topics[name] for name in names))

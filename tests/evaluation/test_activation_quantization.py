@@ -456,12 +456,12 @@ def test_a_model_whose_attention_is_not_in_the_registry_is_refused(tmp_path: Pat
 
 
 def test_r3_helps_keys_with_a_few_large_channels() -> None:
-    from jointq_cli.evaluation.activation_quantization import _given_to_attention
+    from jointq_cli.evaluation.activation_quantization import _attention_inputs
 
     query, key, value = tokens(1, 2, 50, 64), tokens(1, 2, 50, 64, seed=1), tokens(1, 2, 50, 64, seed=2)
     exact = query @ key.transpose(-1, -2)
     errors = []
     for r3 in (False, True):
-        rotated, quantized, _ = _given_to_attention(activations(kv_bits=4, r3=r3), query, key, value)
+        rotated, quantized, _ = _attention_inputs(activations(kv_bits=4, r3=r3), query, key, value)
         errors.append(distance(rotated @ quantized.transpose(-1, -2), exact))
     assert errors[1] < 0.7 * errors[0]

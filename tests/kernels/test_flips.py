@@ -630,7 +630,7 @@ def test_groups_too_wide_for_a_program_are_left_to_plain_torch(monkeypatch: pyte
 
     given = problem(Grid(2, False), f64, 4, 20)
     wanted = outcomes(REFERENCE, given)
-    monkeypatch.setattr(cuda, "_WIDEST", 19)
+    monkeypatch.setattr(cuda, "_MAX_COLUMNS", 19)
     monkeypatch.setattr(cuda, "_launch", None)
     for mine, plain in zip(outcomes(TRITON, given), wanted, strict=True):
         assert torch.equal(mine, plain)

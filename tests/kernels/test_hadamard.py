@@ -9,7 +9,7 @@ from torch import Tensor
 from jointq_cli.kernels.hadamard import (
     construction,
     hadamard,
-    orthogonal,
+    orthogonal_hadamard,
     primitive_powers,
     quadratic_character,
     random_hadamard,
@@ -93,18 +93,18 @@ def test_two_of_paleys_reach_a_size_that_one_does_not() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 9, 12, 92, 100, 156, 576, 1024, 1100])
 def test_every_size_has_an_orthogonal_matrix(size: int) -> None:
-    for matrix in (orthogonal(size), random_hadamard(size, seeded(0))):
+    for matrix in (orthogonal_hadamard(size), random_hadamard(size, seeded(0))):
         assert (matrix.shape, matrix.dtype) == ((size, size), torch.float64)
         assert (matrix @ matrix.T - torch.eye(size, dtype=torch.float64)).abs().max() < 1e-13
 
 
 def test_an_exact_size_is_the_hadamard_matrix_over_its_root() -> None:
-    torch.testing.assert_close(orthogonal(12) * math.sqrt(12), hadamard(12).double(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(orthogonal_hadamard(12) * math.sqrt(12), hadamard(12).double(), rtol=0, atol=1e-14)
 
 
 def test_other_sizes_have_the_largest_blocks_on_the_diagonal() -> None:
-    block = orthogonal(52)
-    assert torch.equal(orthogonal(156), torch.block_diag(*[block] * 3))
+    block = orthogonal_hadamard(52)
+    assert torch.equal(orthogonal_hadamard(156), torch.block_diag(*[block] * 3))
 
 
 @pytest.mark.parametrize("size", [92, 6, 9])
@@ -115,7 +115,7 @@ def test_no_matrix_passes_for_hadamard_that_is_none(size: int) -> None:
 
 @pytest.mark.parametrize("size", [0, -4])
 def test_a_size_is_positive(size: int) -> None:
-    for build in (construction, hadamard, orthogonal):
+    for build in (construction, hadamard, orthogonal_hadamard):
         with pytest.raises(ValueError, match=f"size {size}: must be at least 1"):
             build(size)
 
@@ -129,7 +129,7 @@ def test_the_generator_decides() -> None:
 
 @pytest.mark.parametrize("size", [576, 92])
 def test_signs_are_on_the_rows_about_half_of_each(size: int) -> None:
-    plain, found = orthogonal(size), random_hadamard(size, seeded(0))
+    plain, found = orthogonal_hadamard(size), random_hadamard(size, seeded(0))
     signs = (found * plain).sum(dim=1).round()  # rows have length 1
     assert torch.equal(found, signs[:, None] * plain)
     assert abs(float(signs.mean())) < 4 / math.sqrt(size)

@@ -1,18 +1,22 @@
-"""Checkpoint directories: what is read is what lies there, and what is damaged is named in one line."""
+"""Checkpoint directories: tensors are read as stored, and damage is reported in one line."""
 
 import errno
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_models import write_checkpoint
+from tiny_models import edit_config, write_checkpoint
+from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models.checkpoint import INDEX, SINGLE, Checkpoint, copy_companions, write_index
+from jointq_cli.models.skeleton import check_finite
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.system.tensor_files import save_tensors
 
 
@@ -43,6 +47,21 @@ def test_shards_and_a_single_file_hold_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(one.read([name])[name], many.read([name])[name]) for name in names)
 
 
+def test_a_single_file_is_read_before_an_index_as_transformers_does(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, shard="100KB")
+    assert Checkpoint(directory).warnings == []
+    tensors = load_file(write_checkpoint(tmp_path / "newer") / SINGLE)
+    tensors["model.norm.weight"] += 1
+    save_tensors(directory / SINGLE, tensors)
+    expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).get_parameter("model.norm.weight")
+    checkpoint = Checkpoint(directory)
+    assert torch.equal(checkpoint.read(["model.norm.weight"])["model.norm.weight"], expected)
+    assert checkpoint.hashed_files == [directory / "config.json", directory / SINGLE]
+    assert [warning.removeprefix(str(directory)) for warning in checkpoint.warnings] == [
+        ": has both model.safetensors and model.safetensors.index.json; model.safetensors is read, as transformers does"
+    ]
+
+
 def test_the_content_hash_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "one")
     before = Checkpoint(directory).content_hash
@@ -65,7 +84,7 @@ def test_written_shards_and_index_read_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"] == 28
 
 
-def test_companions_leave_the_old_index_and_readme_behind(tmp_path: Path) -> None:
+def test_companions_exclude_the_old_index_and_readme(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", shard="100KB")
     (source / "README.md").write_text("the original's card")
     (source / "modeling_x.py").write_text("")
@@ -79,7 +98,7 @@ def test_companions_leave_the_old_index_and_readme_behind(tmp_path: Path) -> Non
     assert (target / "modeling_x.py").exists()
 
 
-def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere").endswith("nowhere: no such directory")
 
 
@@ -125,6 +144,38 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     assert "pickle only, which is never loaded" in refusal(directory)
 
 
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {}}, "quantization_config"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "text_config.quantization_config"),
+    ],
+)
+def test_a_model_that_is_quantised_already_is_refused_with_the_key(
+    values: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, **values)
+    assert refusal(directory) == f"{directory}: is quantised already (its config.json has a {key})"
+
+
+def test_a_weight_with_a_scale_beside_it_is_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    tensors = load_file(directory / SINGLE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_tensors(directory / SINGLE, tensors)
+    assert refusal(directory) == f"{directory}: is quantised already (it holds a {name}_scale_inv beside a weight)"
+
+
+def test_a_quantization_config_of_null_is_that_of_a_plain_model(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, quantization_config=None, vision={"quantization_config": None})
+    assert len(StreamedModel(Checkpoint(directory), torch.device("cpu"), torch.float32)) == 3
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     directory = write_checkpoint(tmp_path)
@@ -132,10 +183,27 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, directory / SINGLE, {"format": "pt"})
     checkpoint = Checkpoint(directory)
-    with pytest.raises(
-        NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"
-    ):
-        checkpoint.read(checkpoint.tensors)
+    model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+    message = r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 values that are NaN or Inf"
+    with pytest.raises(NumericsError, match=message):
+        check_finite(checkpoint, trust_remote_code=False)
+    with pytest.raises(NumericsError, match=message), model.block(1, model.block_tensors(1)):
+        pass
+
+
+def test_tensors_that_the_model_does_not_use_may_hold_anything(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path, "gpt_neox")
+    unused = {
+        "gpt_neox.layers.1.attention.masked_bias": torch.tensor(float("-inf"), dtype=torch.float16),
+        "counter": torch.tensor([1, 2**31], dtype=torch.uint32),
+    }
+    save_tensors(directory / SINGLE, load_file(directory / SINGLE) | unused)
+    checkpoint = Checkpoint(directory)
+    check_finite(checkpoint, trust_remote_code=False)
+    model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+    with model.block(1, model.block_tensors(1)), model.outer():
+        copied = model.block_tensors(1) | model.outer_tensors()
+    assert all(torch.equal(copied[name], tensor) for name, tensor in unused.items())
 
 
 def test_a_full_disk_is_an_os_error_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

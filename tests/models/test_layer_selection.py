@@ -22,7 +22,7 @@ def test_no_rules_select_every_layer_of_the_blocks() -> None:
     assert select(exclude_layer_names=["lm_head"]) == NAMES
 
 
-def test_a_name_matches_whole_parts_only() -> None:
+def test_a_name_matches_complete_components_only() -> None:
     assert select(include_layer_names=["mlp.down_proj"]) == [name for name in NAMES if name.endswith("mlp.down_proj")]
     assert select(include_layer_names=["model.layers.1.self_attn.q_proj"]) == ["model.layers.1.self_attn.q_proj"]
     with pytest.raises(ConfigError, match="'own_proj' matches none"):

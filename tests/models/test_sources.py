@@ -1,4 +1,4 @@
-"""Where checkpoints come from: each source ends at a directory, or at one line that says what to do."""
+"""Sources of checkpoints: each gives a directory, or an error that says what to do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_the_bundled_model_needs_no_store_and_no_network() -> None:
     assert checkpoint.dtype == torch.bfloat16
 
 
-def test_where_a_model_came_from_is_told_with_the_hubs_commit(tmp_path: Path) -> None:
+def test_provenance_has_the_commit_of_the_hub(tmp_path: Path) -> None:
     assert provenance(source("pocket"), BUNDLED) == {"from": "jointq"}
     assert provenance(source(str(tmp_path)), tmp_path) == {"from": "disk"}
     fetched = tmp_path / "models--org--name" / "snapshots" / "c0ffee"
@@ -116,17 +116,17 @@ def test_a_hub_out_of_reach_says_how_to_go_offline(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_download_takes_the_checkpoint_and_nothing_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, object] = {}
+    requested: dict[str, object] = {}
 
     def download(repository: str, **options: object) -> str:
-        asked.update(options, repository=repository)
+        requested.update(options, repository=repository)
         return str(BUNDLED)
 
     monkeypatch.setattr("jointq_cli.models.sources.snapshot_download", download)
     assert isinstance(fetch(source("some/model", "v1"), refuse), Checkpoint)
-    assert (asked["repository"], asked["revision"]) == ("some/model", "v1")
-    assert "*.py" not in asked["allow_patterns"]  # type: ignore[operator]
-    assert "consolidated*" in asked["ignore_patterns"]  # type: ignore[operator]
+    assert (requested["repository"], requested["revision"]) == ("some/model", "v1")
+    assert "*.py" not in requested["allow_patterns"]  # type: ignore[operator]
+    assert "consolidated*" in requested["ignore_patterns"]  # type: ignore[operator]
 
 
 def test_an_empty_path_is_refused() -> None:

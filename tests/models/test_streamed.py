@@ -29,7 +29,7 @@ def walk(model: StreamedModel, ids: torch.Tensor, batch: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_walking_block_by_block_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+def test_running_block_by_block_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, family)
     expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(windows()).logits
     streamed = StreamedModel(Checkpoint(directory), CPU, torch.float32)
@@ -38,7 +38,7 @@ def test_walking_block_by_block_gives_the_logits_of_transformers(family: str, tm
 
 @pytest.mark.parametrize("family", ["llama", "falcon"])
 @torch.no_grad()
-def test_logits_need_no_walk_before_them(family: str, tmp_path: Path) -> None:
+def test_logits_need_no_forward_pass_before_them(family: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_checkpoint(tmp_path, family))
     hidden = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
     walked, fresh = (StreamedModel(checkpoint, CPU, torch.float32) for _ in range(2))
@@ -48,7 +48,7 @@ def test_logits_need_no_walk_before_them(family: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_head_that_differs_from_the_embeddings_it_is_said_to_be_tied_to_is_believed(tmp_path: Path) -> None:
+def test_a_head_that_differs_from_its_tied_embeddings_is_loaded(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     edit_config(directory, tie_word_embeddings=True)
     expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(windows()).logits
@@ -57,7 +57,7 @@ def test_a_head_that_differs_from_the_embeddings_it_is_said_to_be_tied_to_is_bel
         torch.testing.assert_close(walk(model, windows(), batch=5), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_code_that_a_model_brings_is_a_part_of_it_only_where_it_is_run(tmp_path: Path) -> None:
+def test_remote_code_is_part_of_the_identity_only_if_it_is_trusted(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
 
     def identity(trust: bool) -> list[str | None]:
@@ -70,7 +70,7 @@ def test_code_that_a_model_brings_is_a_part_of_it_only_where_it_is_run(tmp_path:
     assert identity(True) != trusted
 
 
-def test_ids_that_the_model_does_not_know_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_ids_beyond_the_vocabulary_are_refused_in_one_line(tmp_path: Path) -> None:
     model = StreamedModel(Checkpoint(write_checkpoint(tmp_path)), CPU, torch.float32)
     with pytest.raises(ModelError, match="ids up to 999"):
         model.embed_all(torch.full((1, 4), 999), batch=1)
@@ -119,10 +119,3 @@ def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
         StreamedModel(Checkpoint(directory), CPU, torch.float32)
     assert "\n" not in str(error.value)
     assert "nonesuch" in str(error.value)
-
-
-def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path)
-    edit_config(directory, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ModelError, match="quantised already"):
-        Checkpoint(directory)

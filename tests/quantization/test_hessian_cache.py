@@ -1,4 +1,4 @@
-"""Hessians that were collected ahead: the bits of those that the loop collects itself, packed, resumed and shared."""
+"""Cached Hessians: the bits of those that the loop collects itself, packed, resumed and shared."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ class Stop(Exception):
 
 
 class Countdown:
-    """A pause that raises the time it is called for the `left`-th time."""
+    """A pause that raises when it is called for the `left`-th time."""
 
     def __init__(self, left: int) -> None:
         self.left = left
@@ -50,20 +50,20 @@ class Countdown:
             raise Stop
 
 
-def planned(
+def prepared(
     directory: Path, quantizer: Quantizer, weights: TokenWeights = EQUAL, batch: int = 4
 ) -> tuple[StreamedModel, LoopSettings]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
-    return model, LoopSettings(quantizer, NO_QEP, names, "original", weights, batch, 1e9)
+    return model, LoopSettings(quantizer, NO_QEP, names, "original", weights, len(windows()), batch, 1e9)
 
 
-def ahead(directory: Path, scratch: Path, quantizer: Quantizer, pause: object = None, **how: object) -> Hessians:
+def collected(directory: Path, scratch: Path, quantizer: Quantizer, pause: object = None, **how: object) -> Hessians:
     scratch.mkdir(exist_ok=True)
-    model, plan = planned(directory, quantizer, **how)  # type: ignore[arg-type]
+    model, settings = prepared(directory, quantizer, **how)  # type: ignore[arg-type]
     hessians = Hessians(scratch)
     with torch.no_grad():
-        collect_hessians(model, windows(), plan, hessians, lambda: None, pause or (lambda: None))  # type: ignore[arg-type]
+        collect_hessians(model, windows(), settings, hessians, lambda: None, pause or (lambda: None))  # type: ignore[arg-type]
     return hessians
 
 
@@ -76,19 +76,19 @@ def solved(
     **how: object,
 ) -> Workspace:
     scratch.mkdir(exist_ok=True)
-    model, plan = planned(directory, quantizer, **how)  # type: ignore[arg-type]
+    model, settings = prepared(directory, quantizer, **how)  # type: ignore[arg-type]
     workspace = Workspace(scratch)
     with torch.no_grad():
         quantize_blocks(
-            model, windows(), plan, workspace, lambda record: None, pause or (lambda: None), hessians  # type: ignore[arg-type]
+            model, windows(), settings, workspace, lambda record: None, pause or (lambda: None), hessians  # type: ignore[arg-type]
         )  # fmt: skip
     return workspace
 
 
 def everything(workspace: Workspace) -> list[object]:
-    streams = workspace.streams()
+    hidden = [workspace.hidden.read(weights).tolist() for weights in ("original", "quantized")]
     folders = [file_hashes(workspace.directory / name) for name in ("layers", "shards")]
-    return [*folders, streams.original.tolist(), streams.quantized.tolist(), workspace.blocks()]
+    return [*folders, *hidden, workspace.blocks()]
 
 
 @pytest.mark.parametrize("size", [1, 5, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 7])
@@ -102,19 +102,19 @@ def test_a_symmetric_matrix_is_packed_and_unpacked_without_loss(size: int) -> No
 MODELS = {
     "llama": lambda place: write_checkpoint(place, dtype=torch.bfloat16),
     "gpt_neox": lambda place: write_checkpoint(place, "gpt_neox"),
-    "granite": granite,  # how often its layers write is fitted, to a value of many digits
+    "granite": granite,  # the factor of its writers is fitted, to a value of many digits
 }
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", [EQUAL, WEIGHED])
 @pytest.mark.parametrize("quantizer", [SOLVE, JOINT, replace(JOINT, lambda_mode="heldout")])
-def test_hessians_collected_ahead_give_the_bits_of_the_loop_that_collects(
+def test_cached_hessians_give_the_bits_of_the_loop_that_collects(
     quantizer: Quantizer, weights: TokenWeights, family: str, tmp_path: Path
 ) -> None:
     directory = MODELS[family](tmp_path / "model")
     how = {"weights": weights, "batch": 2}
-    hessians = ahead(directory, tmp_path / "hessians", quantizer, **how)
+    hessians = collected(directory, tmp_path / "hessians", quantizer, **how)
     shared = solved(directory, tmp_path / "shared", quantizer, hessians, **how)
     alone = solved(directory, tmp_path / "alone", quantizer, None, **how)
     assert everything(shared) == everything(alone)
@@ -122,7 +122,7 @@ def test_hessians_collected_ahead_give_the_bits_of_the_loop_that_collects(
 
 def test_with_hessians_only_the_first_batch_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    hessians = ahead(directory, tmp_path / "hessians", SOLVE, batch=1)
+    hessians = collected(directory, tmp_path / "hessians", SOLVE, batch=1)
     runs: list[Tensor] = []
     run = StreamedModel.run
     monkeypatch.setattr(
@@ -135,18 +135,18 @@ def test_with_hessians_only_the_first_batch_runs(tmp_path: Path, monkeypatch: py
 
 def test_a_walk_stopped_anywhere_ends_with_the_same_hessians(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    whole = file_hashes(ahead(directory, tmp_path / "whole", SOLVE).directory)
+    whole = file_hashes(collected(directory, tmp_path / "whole", SOLVE).directory)
     assert len(whole) == 3 * 4 + 1
     for stop in (1, 5, 9, 14, 20, 29, 30):  # 30 pauses: 3 blocks of 4 groups and the end of a pass, 2 batches each
         with pytest.raises(Stop):
-            ahead(directory, tmp_path / str(stop), SOLVE, Countdown(stop))
-        assert file_hashes(ahead(directory, tmp_path / str(stop), SOLVE).directory) == whole
+            collected(directory, tmp_path / str(stop), SOLVE, Countdown(stop))
+        assert file_hashes(collected(directory, tmp_path / str(stop), SOLVE).directory) == whole
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_begun_with_hessians_goes_on_without_them_and_the_other_way_round(first: bool, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    hessians = ahead(directory, tmp_path / "hessians", SOLVE)
+    hessians = collected(directory, tmp_path / "hessians", SOLVE)
     expected = everything(solved(directory, tmp_path / "whole", SOLVE, None))
     for stop in (3, 12, 20):
         scratch = tmp_path / str(stop)
@@ -158,18 +158,18 @@ def test_a_run_begun_with_hessians_goes_on_without_them_and_the_other_way_round(
 def test_the_estimate_is_enough_and_not_much_more(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", intermediate_size=512)
     for quantizer in (SOLVE, replace(JOINT, lambda_mode="heldout")):
-        model, plan = planned(directory, quantizer, batch=2)
-        hessians = ahead(directory, tmp_path / str(plan.heldout), quantizer, batch=2)
+        model, settings = prepared(directory, quantizer, batch=2)
+        hessians = collected(directory, tmp_path / str(settings.heldout), quantizer, batch=2)
         files = list(hessians.directory.glob("0*.safetensors"))
         taken = sum(file.stat().st_size for file in files) - 400 * len(files)  # their heads
-        assert taken < bytes_needed(model, plan) < 2 * taken
+        assert taken < bytes_needed(model, settings) < 2 * taken
 
 
-def test_only_statistics_that_no_quantizer_changes_are_collected_ahead() -> None:
+def test_only_statistics_that_no_quantizer_changes_are_cached() -> None:
     names = frozenset({"mlp.up_proj"})
-    assert LoopSettings(ROUND, NO_QEP, names, "original", EQUAL, 4, 1e9).ahead
-    assert not LoopSettings(ROUND, NO_QEP, names, "quantized", EQUAL, 4, 1e9).ahead
-    assert not LoopSettings(ROUND, QEP, names, "quantized", EQUAL, 4, 1e9).ahead
+    assert LoopSettings(ROUND, NO_QEP, names, "original", EQUAL, 6, 4, 1e9).hessians_cacheable
+    assert not LoopSettings(ROUND, NO_QEP, names, "quantized", EQUAL, 6, 4, 1e9).hessians_cacheable
+    assert not LoopSettings(ROUND, QEP, names, "quantized", EQUAL, 6, 4, 1e9).hessians_cacheable
 
 
 # through the command
@@ -202,18 +202,18 @@ def test_a_sweep_collects_its_hessians_once_and_shares_their_bits(
     assert "hessians" not in stages(Path("again/0"))  # what is quantised already needs none
 
 
-def test_a_power_that_weighs_nothing_is_no_part_of_what_is_shared() -> None:
+def test_the_power_of_uniform_weights_does_not_decide_what_is_shared() -> None:
     one, other = (TokenWeights("uniform", power, first_token=0.5) for power in (1.0, 2.0))
     assert one.canonical == other.canonical
     assert replace(one, weighting="input").canonical != replace(other, weighting="input").canonical
 
 
-def test_hessians_beyond_the_budget_are_not_kept_and_that_is_told(
+def test_hessians_beyond_the_budget_are_not_kept_and_that_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*SWEEP, "runtime.hessians_gb=0.001", "hydra.sweep.dir=run", "quantizer=rtn"]) == 0
-    told = Path("run/0/log.txt").read_text()
-    assert "Hessians are not kept for other runs: they take up to" in told
-    assert "runtime.hessians_gb=0.001" in told
+    log = Path("run/0/log.txt").read_text()
+    assert "Hessians are not kept for other runs: they take up to" in log
+    assert "runtime.hessians_gb=0.001" in log
     assert not list(Path("runs/store").glob("hessians-*"))

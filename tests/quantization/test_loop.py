@@ -1,4 +1,4 @@
-"""The inner loop: right statistics, right order, and the same bits however often it was stopped."""
+"""The quantising loop: its statistics, its order, and the same bits however often it was stopped."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 
 @dataclass(frozen=True)
 class Spy(RTN):
-    """Rounds to nearest and keeps the Hessians it was given."""
+    """Rounds to nearest and keeps the Hessians it receives."""
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         SEEN.append(hessian.clone())
@@ -72,7 +72,7 @@ def test_with_original_inputs_every_hessian_is_that_of_the_whole_original_model(
 def test_with_quantised_inputs_every_hessian_is_that_of_the_model_quantised_so_far(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
     quantize(directory, tmp_path / "work", Spy(**vars(ROUND)), inputs="quantized")
-    # Only layers before a layer decide its input, so the finished checkpoint shows each what it saw.
+    # A layer's input depends on the layers before it alone, so the finished checkpoint computes it again.
     expected = [
         hessian_by_hooks(tmp_path / "work" / "checkpoint", windows(), f"model.layers.{block}.{kind}")
         for block in range(3)
@@ -100,13 +100,13 @@ def test_layers_that_share_an_input_share_their_preparation(
 
 @pytest.mark.parametrize("inputs", ["original", "quantized"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_checkpoint_is_what_the_engine_had_in_memory(family: str, inputs: str, tmp_path: Path) -> None:
+def test_the_checkpoint_computes_what_the_loop_computed(family: str, inputs: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", family)
     model, workspace, records = quantize(directory, tmp_path / "work", inputs=inputs)
     reloaded = Checkpoint(tmp_path / "work" / "checkpoint")
     with torch.no_grad():
         hidden = final_hidden(StreamedModel(reloaded, CPU, torch.float32), windows()[:4], batch=4)
-    assert torch.equal(hidden, workspace.streams().quantized)
+    assert torch.equal(hidden, workspace.hidden.read("quantized"))
     names = {record.name: model.stored_name(f"{record.name}.weight") for record in records}
     audited = audit(model.checkpoint, reloaded, names, records, tmp_path / "work" / "layers")
     assert audited.passed
@@ -219,8 +219,8 @@ def test_solving_beats_rounding_on_the_outputs(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Curious(RTN):
-    """Rounds to nearest, asks for held-out tokens and keeps what it was given."""
+class HeldOutSpy(RTN):
+    """Rounds to nearest, requests held-out tokens and keeps their statistics."""
 
     share: float = 0.25
 
@@ -237,7 +237,7 @@ class Curious(RTN):
 APART: list[tuple[Tensor, HeldOut]] = []
 
 
-# windows, windows per pass, share asked for: how many of the last windows are held out
+# windows, windows per forward pass, requested share: how many of the last windows are held out
 PASSES = [
     (6, 4, 0.25, 2),
     (6, 1, 0.25, 2),
@@ -257,7 +257,7 @@ def test_the_last_passes_are_held_out_and_some_are_left(
     directory = write_checkpoint(tmp_path / "model")
     tokens = windows(count)
     APART.clear()
-    quantizer = Curious(**vars(ROUND), share=share)
+    quantizer = HeldOutSpy(**vars(ROUND), share=share)
     quantize(
         directory, tmp_path / "work", quantizer, inputs, lambda name: "layers.0" in name, tokens=tokens, batch=batch
     )
@@ -304,20 +304,20 @@ def test_the_source_of_a_linear_layer_keeps_its_bias(tmp_path: Path) -> None:
     assert torch.equal(result.read([name])[name], model.checkpoint.read([name])[name])
 
 
-# QEP: both streams
+# QEP: hidden states of the original and of the quantised model
 
 
 @dataclass(frozen=True)
 class SpyQep(Qep):
-    """Corrects, and keeps the cross terms it was given."""
+    """Corrects, and keeps the cross terms it receives."""
 
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
         assert statistics.cross is not None
-        CROSSED.append(statistics.cross.clone())
+        CROSS_TERMS.append(statistics.cross.clone())
         return super().correction(statistics, ridge)
 
 
-CROSSED: list[Tensor] = []
+CROSS_TERMS: list[Tensor] = []
 
 
 def inputs_by_hooks(directory: Path, name: str) -> Tensor:
@@ -329,14 +329,14 @@ def inputs_by_hooks(directory: Path, name: str) -> Tensor:
     return seen[0].double()
 
 
-@pytest.mark.parametrize("waiting", [0.0, 1e9])
-def test_cross_terms_pair_the_original_model_with_the_one_quantised_so_far(waiting: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suspended", [0.0, 1e9])
+def test_cross_terms_pair_the_original_model_with_the_one_quantised_so_far(suspended: float, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    CROSSED.clear()
-    quantize(directory, tmp_path / "work", ROUND, qep=SpyQep(**vars(QEP)), waiting=waiting)
+    CROSS_TERMS.clear()
+    quantize(directory, tmp_path / "work", ROUND, qep=SpyQep(**vars(QEP)), suspended=suspended)
     names = [f"model.layers.{block}.{kind}" for block in range(3) for kind in LLAMA_GROUPS[:3]]  # not down_proj
-    assert len(CROSSED) == len(names)
-    for found, name in zip(CROSSED, names, strict=True):
+    assert len(CROSS_TERMS) == len(names)
+    for found, name in zip(CROSS_TERMS, names, strict=True):
         original, given = inputs_by_hooks(directory, name), inputs_by_hooks(tmp_path / "work" / "checkpoint", name)
         torch.testing.assert_close(found, (original - given).T @ given / len(given), rtol=1e-3, atol=1e-5)
 
@@ -360,18 +360,18 @@ def test_qep_brings_every_quantizer_closer_to_the_original_model(family: str, tm
         assert drift[1][-1].output_error < drift[0][-1].output_error
 
 
-def test_the_same_bits_whether_passes_wait_or_start_anew(tmp_path: Path) -> None:
+def test_the_same_bits_whether_passes_are_suspended_or_restarted(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     one_pass = 4 * 16 * (4 * 64 + 128) * 2  # bytes: windows, tokens, features of a pass of this model, in float32
     hashes = []
-    for number, waiting in enumerate((0.0, 2.5 * one_pass, 1e9)):
-        quantize(directory, tmp_path / str(number), SOLVE, qep=FULL, waiting=waiting, batch=1, weights=WEIGHED)
+    for number, suspended in enumerate((0.0, 2.5 * one_pass, 1e9)):
+        quantize(directory, tmp_path / str(number), SOLVE, qep=FULL, suspended=suspended, batch=1, weights=WEIGHED)
         hashes.append(file_hashes(tmp_path / str(number) / "checkpoint"))
     assert hashes[0] == hashes[1] == hashes[2]
 
 
-# inputs, qep, what waits -> forward passes per block: 5 batches in each stream that is solved for, 1 in the other,
-# 1 to find the groups. Started anew, a stream that shows the inputs of g groups takes g passes more.
+# inputs, qep, bytes of suspended passes -> forward passes per block: 5 batches with each set of weights that statistics
+# depend on, 1 with the other, 1 to find the groups. Restarted passes run once more for each of the groups they stop at.
 COUNTS = [
     ("original", NO_QEP, 1e9, 5 + 1 + 1),
     ("quantized", NO_QEP, 1e9, 5 + 1 + 1),
@@ -381,9 +381,9 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(("inputs", "qep", "waiting", "expected"), COUNTS)
+@pytest.mark.parametrize(("inputs", "qep", "suspended", "expected"), COUNTS)
 def test_no_more_forward_passes_than_needed(
-    inputs: str, qep: QepSettings, waiting: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: str, qep: QepSettings, suspended: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = write_checkpoint(tmp_path / "model")
     runs = Counter[int]()
@@ -394,7 +394,7 @@ def test_no_more_forward_passes_than_needed(
         return run(self, index, hidden)
 
     monkeypatch.setattr(StreamedModel, "run", counting)
-    quantize(directory, tmp_path / "work", inputs=inputs, qep=qep, waiting=waiting, tokens=windows(5), batch=1)
+    quantize(directory, tmp_path / "work", inputs=inputs, qep=qep, suspended=suspended, tokens=windows(5), batch=1)
     assert runs == {0: expected, 1: expected, 2: expected}
 
 
@@ -404,7 +404,7 @@ def test_qep_needs_quantised_inputs(tmp_path: Path) -> None:
         quantize(directory, tmp_path / "work", inputs="original", qep=QEP)
 
 
-def test_two_opinions_on_what_is_held_out_are_an_error(tmp_path: Path) -> None:
+def test_different_heldout_shares_are_an_error(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
     qep = replace(QEP, perccorr_mode="heldout", heldout_share=0.5)
     with pytest.raises(ConfigError, match=r"^qep\.heldout_share=0\.5: must be the quantizer's 0\.25"):
@@ -428,7 +428,7 @@ def test_the_error_of_a_block_is_that_of_the_whole_model_up_to_it(
 ) -> None:
     directory = write_checkpoint(tmp_path / "model")
     _, workspace, _ = quantize(directory, tmp_path / "work", inputs=inputs, qep=qep)
-    for record in workspace.blocks()[:2]:  # the model's own last hidden state is behind a norm
+    for record in workspace.blocks()[:2]:  # the model's own last hidden state has passed its final norm
         original, quantized = (
             AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
             .eval()(windows()[:4], output_hidden_states=True)
@@ -458,17 +458,17 @@ WRITERS = {
     "mistral": ["self_attn.o_proj", "mlp.down_proj"],
     "qwen3": ["self_attn.o_proj", "mlp.down_proj"],
     "phi3": ["self_attn.o_proj", "mlp.down_proj"],
-    "gpt_neox": ["attention.dense", "mlp.dense_4h_to_h"],  # both read the stream that enters the block
-    "gemma3": [],  # a norm stands between its layers and the stream
+    "gpt_neox": ["attention.dense", "mlp.dense_4h_to_h"],  # both read the hidden states that enter the block
+    "gemma3": [],  # a norm between its layers and the residual stream
     "olmo2": [],
 }
 
 
-def surveyed(directory: Path, dtype: torch.dtype, loudness: float = 1.0) -> dict[str, float]:
-    """Names of the writers of the first block, and how many times each is added."""
+def writers_of(directory: Path, dtype: torch.dtype, scale: float = 1.0) -> dict[str, float]:
+    """Names and factors of the writers of the first block."""
     model = StreamedModel(Checkpoint(directory), CPU, dtype)
     with torch.no_grad():
-        hidden = model.embed_all(windows(), 4) * loudness
+        hidden = model.embed_all(windows(), 4) * scale
         tensors = model.block_tensors(0)
         with model.block(0, tensors) as module:
             structure = Block(model, 0, tensors, frozenset()).structure(hidden[:4])
@@ -476,47 +476,49 @@ def surveyed(directory: Path, dtype: torch.dtype, loudness: float = 1.0) -> dict
     return {names[layer]: factor for layer, factor in structure.writers.items()}
 
 
-@pytest.mark.parametrize("loudness", [1.0, 1000.0])  # massive activations, in whose rounding bf16 loses what is added
+@pytest.mark.parametrize(
+    "scale", [1.0, 1000.0]
+)  # 1000: massive activations, whose rounding in bf16 exceeds what is added
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", WRITERS)
 def test_layers_that_write_into_the_residual_stream_are_found_by_what_they_add(
-    family: str, dtype: torch.dtype, loudness: float, tmp_path: Path
+    family: str, dtype: torch.dtype, scale: float, tmp_path: Path
 ) -> None:
     directory = write_checkpoint(tmp_path / "model", family, dtype=dtype)
-    assert surveyed(directory, dtype, loudness) == dict.fromkeys(WRITERS[family], 1.0)
+    assert writers_of(directory, dtype, scale) == dict.fromkeys(WRITERS[family], 1.0)
 
 
-def test_a_stream_that_is_written_into_at_a_fraction_is_understood(tmp_path: Path) -> None:
-    found = surveyed(granite(tmp_path / "model"), torch.float32)
+def test_the_factor_of_the_writers_is_found(tmp_path: Path) -> None:
+    found = writers_of(granite(tmp_path / "model"), torch.float32)
     assert found == pytest.approx({"self_attn.o_proj": 0.25, "mlp.down_proj": 0.25}, rel=1e-3)
 
 
 @dataclass(frozen=True)
 class SpyDrift(Qep):
-    """Corrects, and keeps the drifts it was given."""
+    """Corrects, and keeps the drifts it receives."""
 
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
-        DRIFTED.append(None if statistics.drift is None else statistics.drift.clone())
+        DRIFTS.append(None if statistics.drift is None else statistics.drift.clone())
         return super().correction(statistics, ridge)
 
 
-DRIFTED: list[Tensor | None] = []
+DRIFTS: list[Tensor | None] = []
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])
-def test_the_drift_is_what_the_stream_has_lost_when_a_layer_writes(family: str, tmp_path: Path) -> None:
+def test_the_drift_is_the_error_of_the_residual_stream_before_a_layer_writes(family: str, tmp_path: Path) -> None:
     make = granite if family == "granite" else write_checkpoint
     directory, factor = make(tmp_path / "model"), 0.25 if family == "granite" else 1.0
-    DRIFTED.clear()
+    DRIFTS.clear()
     quantize(directory, tmp_path / "work", ROUND, qep=SpyDrift(**vars(FULL)))
     result = tmp_path / "work" / "checkpoint"
     for block in range(2):
-        asked = DRIFTED[4 * block : 4 * block + 4]  # q k v | o | gate up | down
-        assert asked[0] is None
-        assert asked[2] is None
+        found = DRIFTS[4 * block : 4 * block + 4]  # q k v | o | gate up | down
+        assert found[0] is None
+        assert found[2] is None
         for drift, norm, layer in (
-            (asked[1], "input_layernorm", "self_attn.o_proj"),
-            (asked[3], "post_attention_layernorm", "mlp.down_proj"),
+            (found[1], "input_layernorm", "self_attn.o_proj"),
+            (found[3], "post_attention_layernorm", "mlp.down_proj"),
         ):
             place = f"model.layers.{block}."
             lost = inputs_by_hooks(directory, place + norm) - inputs_by_hooks(result, place + norm)
@@ -524,7 +526,7 @@ def test_the_drift_is_what_the_stream_has_lost_when_a_layer_writes(family: str, 
             torch.testing.assert_close(drift, lost.T @ given / len(given) / factor, rtol=1e-2, atol=1e-4)
 
 
-def test_tokens_are_weighed_by_the_stream_behind_a_layer_that_writes(tmp_path: Path) -> None:
+def test_tokens_are_weighed_by_the_residual_stream_after_a_layer_that_writes(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")
     weights = TokenWeights("residual", power=2.0, first_token=1.0)
     quantize(directory, tmp_path / "work", Spy(**vars(ROUND)), inputs="original", weights=weights)
@@ -539,8 +541,10 @@ RESIDUAL = replace(QEP, perccorr=1.0, residual=1.0, percdamp=0.0, pull="correcte
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("waiting", [0.0, 1e9])
-def test_what_the_stream_has_lost_is_what_its_writers_make_up_for(family: str, waiting: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suspended", [0.0, 1e9])
+def test_what_the_stream_has_lost_is_what_its_writers_make_up_for(
+    family: str, suspended: float, tmp_path: Path
+) -> None:
     directory = write_checkpoint(tmp_path / "model", family)
     tokens = windows(40)
     kept = lambda name: "layers.0." in name or "layers.1." in name  # noqa: E731
@@ -548,7 +552,7 @@ def test_what_the_stream_has_lost_is_what_its_writers_make_up_for(family: str, w
     for qep in (NO_QEP, replace(RESIDUAL, residual=0.0), RESIDUAL):
         scratch = tmp_path / f"{qep.describe()}"
         coarse = replace(ROUND, bits=3)
-        _, workspace, _ = quantize(directory, scratch, coarse, keep=kept, tokens=tokens, qep=qep, waiting=waiting)
+        _, workspace, _ = quantize(directory, scratch, coarse, keep=kept, tokens=tokens, qep=qep, suspended=suspended)
         errors[qep.describe()] = [block.output_error for block in workspace.blocks()]
     none, plain, residual = errors.values()
     assert residual[0] < plain[0] < none[0]

@@ -174,7 +174,7 @@ def rotated(report: RunReport) -> RunReport:
 
 
 class Clock:
-    """Time that passes when told to."""
+    """Time that advances by `sleep` only."""
 
     def __init__(self) -> None:
         self.now = 100.0

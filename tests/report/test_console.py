@@ -1,4 +1,4 @@
-"""The console's promises to a terminal, to a pipe and to the log."""
+"""What the console writes to a terminal, to a pipe and to the log."""
 
 import io
 import logging
@@ -21,8 +21,8 @@ class FakeTerminal(io.StringIO):
         return True
 
 
-def tell(console: Console, report: RunReport, clock) -> None:
-    """A whole run, one second per layer."""
+def report_run(console: Console, report: RunReport, clock) -> None:
+    """A complete run, one second per layer."""
     with console:
         console.header([("recipe", report.recipe), ("protocol", report.protocol.line())])
         with console.stage("tokens") as stage:
@@ -34,7 +34,7 @@ def tell(console: Console, report: RunReport, clock) -> None:
                 bar.advance()
         console.note("a note with [brackets]")
         console.warn("a warning")
-        console.closing(report, Path("outputs/run"))
+        console.show_run(report, Path("outputs/run"))
 
 
 def without_styles(text: str) -> str:
@@ -43,22 +43,22 @@ def without_styles(text: str) -> str:
 
 def test_a_pipe_gets_no_control_codes_and_no_carriage_returns(report, clock):
     stream = io.StringIO()
-    tell(Console(stream=stream, clock=clock), report, clock)
+    report_run(Console(stream=stream, clock=clock), report, clock)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", stream.getvalue())
 
 
 def test_a_pipe_stays_plain_when_colours_are_forced(report, clock, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
-    tell(Console(stream=stream, clock=clock), report, clock)
+    report_run(Console(stream=stream, clock=clock), report, clock)
     assert "\x1b" not in stream.getvalue()
 
 
 def test_a_pipe_gets_a_progress_line_per_tenth_of_the_way(report, clock):
     stream = io.StringIO()
-    tell(Console(stream=stream, clock=clock), report, clock)
-    told = re.findall(r"^\[progress\] quantising layers (\d+)/210", stream.getvalue(), re.MULTILINE)
-    assert told == [str(21 * step) for step in range(1, 11)]
+    report_run(Console(stream=stream, clock=clock), report, clock)
+    lines = re.findall(r"^\[progress\] quantising layers (\d+)/210", stream.getvalue(), re.MULTILINE)
+    assert lines == [str(21 * step) for step in range(1, 11)]
 
 
 def test_a_quick_phase_gets_one_line_and_a_slow_one_a_line_per_half_minute(clock):
@@ -88,7 +88,7 @@ def test_what_an_earlier_run_has_finished_does_not_count_as_speed(clock):
 
 def test_every_layer_is_a_row_with_its_verdict(troubled, clock):
     stream = io.StringIO()
-    tell(Console(stream=stream, clock=clock), troubled, clock)
+    report_run(Console(stream=stream, clock=clock), troubled, clock)
     rows = [line for line in stream.getvalue().splitlines() if line.startswith("model.layers.")]
     assert len(rows) == len(troubled.layers)
     assert "fallback" in rows[7]
@@ -96,7 +96,7 @@ def test_every_layer_is_a_row_with_its_verdict(troubled, clock):
     assert "damped" in rows[20]
 
 
-def test_a_stage_tells_its_seconds_or_that_it_was_reused(clock):
+def test_a_stage_reports_its_seconds_or_that_it_was_reused(clock):
     stream = io.StringIO()
     with Console(stream=stream, clock=clock) as console:
         with console.stage("tokens") as reused:
@@ -127,26 +127,26 @@ def test_a_stage_that_does_not_end_well_says_so(clock, error, word):
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_no_line_is_wider_than_the_terminal(troubled, clock, width):
     terminal = FakeTerminal()
-    tell(Console(stream=terminal, width=width, clock=clock), troubled, clock)
+    report_run(Console(stream=terminal, width=width, clock=clock), troubled, clock)
     assert max(map(len, re.split(r"[\r\n]", without_styles(terminal.getvalue())))) <= width
 
 
-def test_eighty_columns_hold_a_whole_row_with_the_block_in_its_name(troubled, clock):
+def test_eighty_columns_hold_a_complete_row_with_the_block_in_its_name(troubled, clock):
     terminal = FakeTerminal()
-    tell(Console(stream=terminal, width=80, clock=clock), troubled, clock)
+    report_run(Console(stream=terminal, width=80, clock=clock), troubled, clock)
     text = without_styles(terminal.getvalue())
     assert re.search(r"…12\.self_attn\.q_proj +576x576 +\S+e-\d +\S+e-\d +0\.01 +0\.\d\d  ok", text)
 
 
 def test_a_name_is_never_cut_when_there_is_room(report, clock):
     terminal = FakeTerminal()
-    tell(Console(stream=terminal, width=140, clock=clock), report, clock)
+    report_run(Console(stream=terminal, width=140, clock=clock), report, clock)
     assert "model.layers.12.self_attn.q_proj " in without_styles(terminal.getvalue())
 
 
 def test_a_fallback_is_red_and_a_damped_layer_yellow(troubled, clock):
     terminal = FakeTerminal()
-    tell(Console(stream=terminal, width=80, clock=clock), troubled, clock)
+    report_run(Console(stream=terminal, width=80, clock=clock), troubled, clock)
     assert re.search(r"\x1b\[1;31m…1\.self_attn\.q_proj[^\x1b]*fallback", terminal.getvalue())
     assert re.search(r"\x1b\[33m…2\.mlp\.down_proj[^\x1b]*damped", terminal.getvalue())
 
@@ -154,7 +154,7 @@ def test_a_fallback_is_red_and_a_damped_layer_yellow(troubled, clock):
 def test_no_color_is_obeyed(troubled, clock, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     terminal = FakeTerminal()
-    tell(Console(stream=terminal, width=80, clock=clock), troubled, clock)
+    report_run(Console(stream=terminal, width=80, clock=clock), troubled, clock)
     assert "fallback" in terminal.getvalue()
     assert not re.search(r"\x1b\[(\d+;)*[349][0-7]", terminal.getvalue())
 
@@ -162,7 +162,7 @@ def test_no_color_is_obeyed(troubled, clock, monkeypatch):
 def test_a_dumb_terminal_is_treated_as_a_pipe(report, clock, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     terminal = FakeTerminal()
-    tell(Console(stream=terminal, clock=clock), report, clock)
+    report_run(Console(stream=terminal, clock=clock), report, clock)
     assert "\x1b" not in terminal.getvalue()
 
 
@@ -181,14 +181,14 @@ def test_the_terminals_cursor_comes_back_after_an_error(clock):
 
 def test_brackets_are_text_and_no_markup(report, clock):
     terminal = FakeTerminal()
-    tell(Console(stream=terminal, width=80, clock=clock), report, clock)
+    report_run(Console(stream=terminal, width=80, clock=clock), report, clock)
     assert "a note with [brackets]" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [io.StringIO, FakeTerminal])
 def test_the_closing_shows_every_figure_and_what_is_wrong(troubled, clock, terminal):
     stream = terminal()
-    tell(Console(stream=stream, width=110, clock=clock), troubled, clock)
+    report_run(Console(stream=stream, width=110, clock=clock), troubled, clock)
     text = without_styles(stream.getvalue())
     for expected in (
         "19.34 ± 0.55",
@@ -224,25 +224,25 @@ def test_an_evaluation_ends_with_its_perplexity_and_its_distance_from_a_referenc
     )
     stream = io.StringIO()
     with Console(stream=stream, clock=clock) as console:
-        console.measured(measured, Path("runs/y"))
+        console.show_evaluation(measured, Path("runs/y"))
     assert "perplexity 19.34 ± 0.55" in stream.getvalue()
     assert report.protocol.line() in stream.getvalue()
     assert ("KL divergence" in stream.getvalue()) is (reference is not None)
 
 
 def test_a_quiet_console_says_nothing_and_still_counts(report, clock, capsys):
-    tell(Console(quiet=True, clock=clock), report, clock)
+    report_run(Console(quiet=True, clock=clock), report, clock)
     assert capsys.readouterr() == ("", "")
 
 
 def test_warnings_are_kept_for_the_report(report, clock):
     console = Console(quiet=True, clock=clock)
-    tell(console, report, clock)
+    report_run(console, report, clock)
     assert console.warnings == ["a warning"]
 
 
 def test_the_log_has_everything_with_its_time(troubled, clock, tmp_path):
-    tell(Console(tmp_path / "log.txt", quiet=True, clock=clock), troubled, clock)
+    report_run(Console(tmp_path / "log.txt", quiet=True, clock=clock), troubled, clock)
     entries = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  ", entry) for entry in entries)
     assert sum("model.layers." in entry and re.search(r"x(576|1536) ", entry) is not None for entry in entries) >= len(
@@ -271,7 +271,7 @@ def test_the_log_hears_libraries_once_and_only_while_it_is_open(tmp_path):
     assert "too late" not in text
 
 
-def test_pythons_warnings_are_given_back(tmp_path):
+def test_pythons_warnings_are_restored(tmp_path):
     before = warnings.showwarning
     with Console(tmp_path / "log.txt", quiet=True):
         pass
@@ -330,7 +330,7 @@ def test_a_reader_that_leaves_does_not_end_the_run():
 def test_a_stream_that_knows_only_ascii_gets_question_marks(report, clock):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    tell(Console(stream=stream, clock=clock), report, clock)
+    report_run(Console(stream=stream, clock=clock), report, clock)
     assert b"19.34 ? 0.55" in raw.getvalue()
 
 
@@ -352,12 +352,12 @@ def test_layers_of_an_unknown_naming_keep_the_end_of_their_names(report, clock):
     assert "…o_dots_at_all_in_it_q" in without_styles(terminal.getvalue())
 
 
-def test_a_path_is_never_folded_and_is_told_from_here(report, clock, tmp_path, monkeypatch):
+def test_a_path_is_never_folded_and_is_relative_to_the_working_directory(report, clock, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     long = tmp_path / ("a directory with " + "a long name " * 9)
     terminal = FakeTerminal()
     with Console(stream=terminal, width=80, clock=clock) as console:
-        console.closing(report, long)
+        console.show_run(report, long)
     text = without_styles(terminal.getvalue())
     assert f"jointq evaluate 'model.path={long.name}/checkpoint'\n" in text
     assert f"  {long.name}/report.html\n" in text

@@ -29,9 +29,9 @@ from jointq_cli.formats.layer_file import save_layer
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.recipe import Recipe, keys, setting_roles
 from jointq_cli.records import (
-    ASKED,
     DIFFERENT,
     IDENTICAL,
+    REQUESTED,
     WITHIN_TOLERANCE,
     BlockRecord,
     Invariance,
@@ -41,9 +41,9 @@ from jointq_cli.records import (
 )
 from jointq_cli.report import encode, load_record, reproduction
 from jointq_cli.report.compare.run_files import parse_settings
-from jointq_cli.report.reproduction.finished_run import Evidence, codes_file, read_evidence
+from jointq_cli.report.reproduction.finished_run import FinishedRun, codes_file, read_finished_run
 from jointq_cli.report.reproduction.metrics import ROUNDING
-from jointq_cli.report.tables.reproduction import conclusion, render_lines, render_reproduction
+from jointq_cli.report.tables.reproduction import conclusion, render_markdown, render_text
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import save_tensors
 
@@ -53,7 +53,7 @@ ROLES = setting_roles()
 INVARIANCE = Invariance(merge=0.0, stored=0.0, rounding=0.0, dtype="float32", tokens=1)
 
 
-def compare(original: Evidence, replay: Evidence, tolerance: float | None = None) -> Reproduction:
+def compare(original: FinishedRun, replay: FinishedRun, tolerance: float | None = None) -> Reproduction:
     return reproduction.compare(original, replay, ROLES, tolerance)
 
 
@@ -62,13 +62,13 @@ def deciding_differences(ours: dict[str, str], theirs: dict[str, str]) -> list[s
 
 
 @pytest.fixture(scope="module")
-def run() -> Evidence:
-    return read_evidence(PUBLISHED)
+def run() -> FinishedRun:
+    return read_finished_run(PUBLISHED)
 
 
 # --- what is a difference
 
-Change = Callable[[Evidence], Evidence]
+Change = Callable[[FinishedRun], FinishedRun]
 
 
 def with_setting(key: str, value: str) -> Change:
@@ -83,21 +83,23 @@ def with_file(name: str) -> Change:
     return lambda run: replace(run, files=run.files | {name: "0" * 64})
 
 
-def with_manifest(run: Evidence, **changes: Any) -> Evidence:
+def with_manifest(run: FinishedRun, **changes: Any) -> FinishedRun:
     return replace(run, manifest=replace(run.manifest, **changes))
 
 
-def with_report(run: Evidence, **changes: Any) -> Evidence:
+def with_report(run: FinishedRun, **changes: Any) -> FinishedRun:
     return replace(run, report=replace(run.report, **changes))
 
 
-def with_layer(run: Evidence, index: int, **changes: Any) -> Evidence:
+def with_layer(run: FinishedRun, index: int, **changes: Any) -> FinishedRun:
     layers = list(run.report.layers)
     layers[index] = replace(layers[index], **changes)
     return with_report(run, layers=layers)
 
 
-def with_figures(run: Evidence, original: float = 1.0, quantized: float = 1.0, divergence: float = 1.0) -> Evidence:
+def with_figures(
+    run: FinishedRun, original: float = 1.0, quantized: float = 1.0, divergence: float = 1.0
+) -> FinishedRun:
     """Each times a factor."""
     report = run.report
     return with_report(
@@ -128,26 +130,26 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def test_a_run_is_identical_to_itself(run: Evidence) -> None:
+def test_a_run_is_identical_to_itself(run: FinishedRun) -> None:
     found = compare(run, run)
     assert found.verdict == IDENTICAL
     assert found.first_difference is None
     assert found.surroundings == []
 
 
-def test_every_step_is_reached_by_a_change_but_for_the_rotation(run: Evidence) -> None:
+def test_every_step_is_reached_by_a_change_but_for_the_rotation(run: FinishedRun) -> None:
     assert [step.name for step in compare(run, run).steps if step.name != "rotation"] == list(CHANGES)
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_one_change_is_one_difference_and_is_found_from_either_side(name: str, run: Evidence) -> None:
+def test_one_change_is_one_difference_and_is_found_from_either_side(name: str, run: FinishedRun) -> None:
     changed = CHANGES[name](run)
     for found in (compare(run, changed), compare(changed, run)):
         assert found.verdict == DIFFERENT
         assert [step.name for step in found.steps if not step.same] == [name]
 
 
-def test_the_first_of_all_differences_is_told(run: Evidence) -> None:
+def test_the_first_of_all_differences_is_told(run: FinishedRun) -> None:
     changed = run
     for name in reversed(CHANGES):
         changed = CHANGES[name](changed)
@@ -156,14 +158,14 @@ def test_the_first_of_all_differences_is_told(run: Evidence) -> None:
         assert found.first_difference.name == name
 
 
-def test_layers_come_in_the_order_of_the_model_and_not_of_their_names(run: Evidence) -> None:
+def test_layers_come_in_the_order_of_the_model_and_not_of_their_names(run: FinishedRun) -> None:
     changed = with_file(codes_file("model.layers.0.mlp.down_proj"))(run)
     changed = with_file(codes_file("model.layers.0.self_attn.v_proj"))(changed)
     [_, _, _, _, _, codes, *_] = compare(run, changed).steps
     assert codes.detail == "first in model.layers.0.self_attn.v_proj (block 0 of 4), and in 2 of 28 layers"
 
 
-def test_codes_that_one_run_lacks_differ(run: Evidence) -> None:
+def test_codes_that_one_run_lacks_differ(run: FinishedRun) -> None:
     name = codes_file(run.report.layers[-1].name)
     lacking = replace(run, files={path: digest for path, digest in run.files.items() if path != name})
     first = compare(run, lacking).first_difference
@@ -171,11 +173,11 @@ def test_codes_that_one_run_lacks_differ(run: Evidence) -> None:
     assert first.name == "codes"
 
 
-def without(kind: str, run: Evidence) -> Evidence:
+def without(kind: str, run: FinishedRun) -> FinishedRun:
     return replace(run, files={name: digest for name, digest in run.files.items() if not name.startswith(kind)})
 
 
-def test_what_has_no_hash_on_either_side_is_not_identical(run: Evidence) -> None:
+def test_what_has_no_hash_on_either_side_is_not_identical(run: FinishedRun) -> None:
     for kind, name, said in (
         ("codes/model.layers.2.mlp.up_proj", "codes", "(no hash)"),
         ("codes/", "codes", "(no hash)"),
@@ -188,7 +190,7 @@ def test_what_has_no_hash_on_either_side_is_not_identical(run: Evidence) -> None
     assert lines[-1] == "not known to be the same: the codes (hashes are missing)"
 
 
-def test_codes_that_no_report_names_are_compared_all_the_same(run: Evidence) -> None:
+def test_codes_that_no_report_names_are_compared_all_the_same(run: FinishedRun) -> None:
     silent = with_report(run, layers=[], blocks=[])
     first = compare(silent, CHANGES["codes"](silent)).first_difference
     assert first is not None
@@ -197,13 +199,13 @@ def test_codes_that_no_report_names_are_compared_all_the_same(run: Evidence) -> 
     assert compare(nothing, nothing).verdict == DIFFERENT
 
 
-def test_hashes_that_nothing_was_read_for_are_told_as_the_manifests(run: Evidence) -> None:
+def test_hashes_that_nothing_was_read_for_are_told_as_the_manifests(run: FinishedRun) -> None:
     told = {step.name: step.detail for step in compare(run, run).steps}
     assert told["codes"] == "28 layers (by the manifest; files not there)"
     assert told["checkpoint"] == "10 files (by the manifest; files not there)"
 
 
-def test_the_last_digits_of_sums_are_no_difference_and_the_others_are(run: Evidence) -> None:
+def test_the_last_digits_of_sums_are_no_difference_and_the_others_are(run: FinishedRun) -> None:
     layer = run.report.layers[3]
     for factor, same in ((1 + ROUNDING / 2, True), (1 - ROUNDING / 2, True), (1 + 2 * ROUNDING, False)):
         notes = layer.notes | {"min_condition": layer.notes["min_condition"] * factor}
@@ -215,20 +217,20 @@ def test_the_last_digits_of_sums_are_no_difference_and_the_others_are(run: Evide
             assert (compare(run, changed).verdict == IDENTICAL) is same
 
 
-def test_counts_and_words_have_no_last_digits(run: Evidence) -> None:
+def test_counts_and_words_have_no_last_digits(run: FinishedRun) -> None:
     assert compare(run, with_layer(run, 3, verdict="damped")).verdict == DIFFERENT
     notes = run.report.layers[3].notes
     assert compare(run, with_layer(run, 3, notes=notes | {"sweeps": notes["sweeps"] + 1})).verdict == DIFFERENT
     assert compare(run, with_layer(run, 3, notes=notes | {"other": None})).verdict == IDENTICAL
 
 
-def test_time_and_memory_are_no_part_of_a_result(run: Evidence) -> None:
+def test_time_and_memory_are_no_part_of_a_result(run: FinishedRun) -> None:
     slower = with_layer(run, 0, seconds=1000.0)
     slower = with_report(slower, stages=[], peak_memory=1, warnings=["slow"])
     assert compare(run, with_manifest(slower, created="yesterday", command=["jointq", "quantize"])).verdict == IDENTICAL
 
 
-def test_what_a_run_is_called_and_where_it_lies_decides_nothing(run: Evidence) -> None:
+def test_what_a_run_is_called_and_where_it_lies_decides_nothing(run: FinishedRun) -> None:
     for key in ("name", "output_dir", "store", "runtime.device", "runtime.num_threads", "model.path", "model"):
         assert compare(run, with_setting(key, "other")(run)).verdict == IDENTICAL
 
@@ -247,14 +249,14 @@ def test_settings_of_other_versions_decide_unless_they_are_the_machines() -> Non
     assert not ROLES.decides("runtime.invented")
 
 
-def test_a_setting_that_one_side_alone_knows_is_no_difference_where_nothing_else_is(run: Evidence) -> None:
+def test_a_setting_that_one_side_alone_knows_is_no_difference_where_nothing_else_is(run: FinishedRun) -> None:
     later = with_setting("quantizer.invented", "7")(run)
     for found, whose in ((compare(run, later), "the replay"), (compare(later, run), "the original")):
         assert found.verdict == IDENTICAL
         assert found.steps[0].detail == f"only {whose} has quantizer.invented=7"
 
 
-def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_else_differs(run: Evidence) -> None:
+def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_else_differs(run: FinishedRun) -> None:
     later = elsewhere(with_setting("quantizer.invented", "7")(run))
     for name in list(CHANGES)[1:]:
         for found in (compare(run, CHANGES[name](later), 0.99), compare(CHANGES[name](later), run, 0.99)):
@@ -263,7 +265,7 @@ def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_e
             assert found.steps[0].detail.startswith("not known to be the same: only the")
 
 
-def test_an_entry_of_a_dictionary_is_no_setting_that_came_with_later_code(run: Evidence) -> None:
+def test_an_entry_of_a_dictionary_is_no_setting_that_came_with_later_code(run: FinishedRun) -> None:
     (name,) = ROLES.dictionaries
     assert compare(run, with_setting(f"{name}.down_proj", "8")(run)).verdict == DIFFERENT
     assert compare(with_setting(f"{name}.down_proj", "8")(run), run).verdict == DIFFERENT
@@ -292,7 +294,7 @@ def test_the_page_on_reproducing_names_all_that_a_replay_may_change() -> None:
     assert [key for key in ROLES.replayable if not {key, key.removeprefix("runtime.")} & words] == []
 
 
-def test_another_basis_is_told_with_how_far_it_is(run: Evidence, tmp_path: Path) -> None:
+def test_another_basis_is_told_with_how_far_it_is(run: FinishedRun, tmp_path: Path) -> None:
     runs = []
     for name, angle in (("ours", 0.0), ("theirs", 0.25)):
         (tmp_path / name / "rotation").mkdir(parents=True)
@@ -307,7 +309,7 @@ def test_another_basis_is_told_with_how_far_it_is(run: Evidence, tmp_path: Path)
     assert (first.name, first.detail) == ("rotation", "sha256 not there → ours")
 
 
-def test_a_difference_begins_where_it_is_first_in_the_model_be_it_measured_or_made(run: Evidence) -> None:
+def test_a_difference_begins_where_it_is_first_in_the_model_be_it_measured_or_made(run: FinishedRun) -> None:
     late = with_file(codes_file("model.layers.3.mlp.down_proj"))(run)
     names = [layer.name for layer in run.report.layers]
     for changed, said in (
@@ -334,7 +336,7 @@ def quantised(codes: list[list[int]], scale: list[float], zero_point: list[int])
     )
 
 
-def test_codes_are_counted_where_both_files_are_there(run: Evidence, tmp_path: Path) -> None:
+def test_codes_are_counted_where_both_files_are_there(run: FinishedRun, tmp_path: Path) -> None:
     layer = run.report.layers[4].name
     ours = quantised([[1, 2, 3], [4, 5, 6]], [1.0, 2.0], [7, 7])
     theirs = quantised([[1, 0, 15], [4, 5, 6]], [1.0, 2.1], [7, 8])
@@ -354,7 +356,9 @@ def test_codes_are_counted_where_both_files_are_there(run: Evidence, tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", b"\xff" * 500])
-def test_a_file_that_cannot_be_read_costs_its_own_detail_alone(content: bytes, run: Evidence, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_costs_its_own_detail_alone(
+    content: bytes, run: FinishedRun, tmp_path: Path
+) -> None:
     turned = RotationRecord("R1", "", [], 0.0, "ours", [], [], [], INVARIANCE, 0, 0)
     for path in (codes_file(run.report.layers[0].name), "rotation/rotation.safetensors"):
         (tmp_path / path).parent.mkdir()
@@ -372,16 +376,16 @@ def test_a_file_that_cannot_be_read_costs_its_own_detail_alone(content: bytes, r
 
 @pytest.mark.parametrize("figure", ["original", "quantized", "divergence"])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_each_figure_has_to_keep_to_the_tolerance(figure: str, sign: int, run: Evidence) -> None:
+def test_each_figure_has_to_keep_to_the_tolerance(figure: str, sign: int, run: FinishedRun) -> None:
     rounded = elsewhere(CHANGES["codes"](run))
     for share, verdict in ((0.049, WITHIN_TOLERANCE), (0.051, DIFFERENT)):
         assert compare(run, with_figures(rounded, **{figure: 1 + sign * share}), 0.05).verdict == verdict
         assert compare(run, with_figures(rounded, **{figure: 1 + sign * share})).verdict == DIFFERENT
 
 
-def test_no_tolerance_makes_another_question_the_same(run: Evidence) -> None:
+def test_no_tolerance_makes_another_question_the_same(run: FinishedRun) -> None:
     for step in compare(run, run).steps:
-        if step.part == ASKED:
+        if step.part == REQUESTED:
             assert compare(run, elsewhere(CHANGES[step.name](run)), 0.99).verdict == DIFFERENT
     assert compare(run, run, 0.0).verdict == IDENTICAL
 
@@ -403,7 +407,7 @@ CAN_ROUND_OTHERWISE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CANNOT_ROUND_OTHERWISE)
-def test_a_tolerance_does_not_excuse_what_no_hardware_or_library_explains(case: str, run: Evidence) -> None:
+def test_a_tolerance_does_not_excuse_what_no_hardware_or_library_explains(case: str, run: FinishedRun) -> None:
     other = with_manifest(CHANGES["codes"](run), **CANNOT_ROUND_OTHERWISE[case])
     found = compare(run, other, 0.05)
     assert (found.verdict, found.rounding) == (DIFFERENT, [])
@@ -411,13 +415,13 @@ def test_a_tolerance_does_not_excuse_what_no_hardware_or_library_explains(case: 
 
 
 @pytest.mark.parametrize("library", ["jointq", "python"])
-def test_a_version_of_what_does_not_round_is_no_reason_for_a_tolerance(library: str, run: Evidence) -> None:
+def test_a_version_of_what_does_not_round_is_no_reason_for_a_tolerance(library: str, run: FinishedRun) -> None:
     other = with_manifest(CHANGES["codes"](run), versions=run.manifest.versions | {library: "9.9"})
     assert compare(run, other, 0.05).verdict == DIFFERENT
 
 
 @pytest.mark.parametrize("name", [*CAN_ROUND_OTHERWISE, "torch"])
-def test_a_tolerance_names_the_hardware_or_library_that_it_is_for(name: str, run: Evidence) -> None:
+def test_a_tolerance_names_the_hardware_or_library_that_it_is_for(name: str, run: FinishedRun) -> None:
     changes = CAN_ROUND_OTHERWISE.get(name, {"versions": run.manifest.versions | {name: "9.9"}})
     found = compare(run, with_manifest(CHANGES["codes"](run), **changes), 0.05)
     assert found.verdict == WITHIN_TOLERANCE
@@ -426,30 +430,30 @@ def test_a_tolerance_names_the_hardware_or_library_that_it_is_for(name: str, run
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_figure_that_is_no_number_is_within_no_tolerance(value: float, run: Evidence) -> None:
+def test_a_figure_that_is_no_number_is_within_no_tolerance(value: float, run: FinishedRun) -> None:
     broken = with_figures(run, divergence=value)
     for ours, theirs in ((run, broken), (broken, run), (broken, CHANGES["codes"](broken))):
         found = compare(ours, elsewhere(theirs), 0.99)
         assert found.verdict == DIFFERENT
-        assert conclusion(found)[0] == "different: KL divergence is no number, which no tolerance admits"
+        assert conclusion(found)[0] == "different: KL divergence is not a finite number, which no tolerance admits"
     assert compare(broken, broken).verdict == IDENTICAL
 
 
 # --- why
 
 
-def elsewhere(run: Evidence) -> Evidence:
+def elsewhere(run: FinishedRun) -> FinishedRun:
     versions = run.manifest.versions | {"torch": "9.9"}
     return with_manifest(run, versions=versions, threads=64, cpu="Z80", gpu="H100", commit="1" * 40)
 
 
-def test_every_difference_of_the_surroundings_is_named(run: Evidence) -> None:
+def test_every_difference_of_the_surroundings_is_named(run: FinishedRun) -> None:
     told = compare(run, elsewhere(run)).surroundings
     assert [line.split()[0] for line in told] == ["torch", "commit", "gpu", "cpu", "threads"]
     assert told[0] == f"torch {run.manifest.versions['torch']} → 9.9"
 
 
-def test_the_surroundings_are_the_probable_reason_of_other_bits_but_not_of_another_config(run: Evidence) -> None:
+def test_the_surroundings_are_the_probable_reason_of_other_bits_but_not_of_another_config(run: FinishedRun) -> None:
     assert conclusion(compare(run, elsewhere(run)))[-1].startswith("although these differ: torch")
     assert conclusion(compare(run, elsewhere(CHANGES["codes"](run))))[-1].startswith("probable reason: torch")
     assert conclusion(compare(run, elsewhere(CHANGES["config"](run))))[-1].startswith("these differ besides: torch")
@@ -458,7 +462,7 @@ def test_the_surroundings_are_the_probable_reason_of_other_bits_but_not_of_anoth
 
 
 @pytest.mark.parametrize("commit", ["1" * 40 + "-dirty", None])
-def test_code_that_no_commit_tells_is_not_known_to_be_the_same(commit: str | None, run: Evidence) -> None:
+def test_code_that_no_commit_tells_is_not_known_to_be_the_same(commit: str | None, run: FinishedRun) -> None:
     ours = with_manifest(run, commit=commit)
     theirs = CHANGES["codes"](ours)
     assert conclusion(compare(ours, ours))[1:] == []
@@ -471,14 +475,14 @@ def test_code_that_no_commit_tells_is_not_known_to_be_the_same(commit: str | Non
     ]
 
 
-def test_what_is_wrong_with_the_replay_is_told_beside_the_verdict(run: Evidence) -> None:
+def test_what_is_wrong_with_the_replay_is_told_beside_the_verdict(run: FinishedRun) -> None:
     broken = CHANGES["reload check"](run)
     found = compare(broken, broken)
     assert found.verdict == IDENTICAL
     assert conclusion(found)[-1].startswith("the replay itself: the checkpoint reloaded from disk differs")
 
 
-def test_pydoc_of_another_python_is_named_as_such(run: Evidence) -> None:
+def test_pydoc_of_another_python_is_named_as_such(run: FinishedRun) -> None:
     texts = run.manifest.texts | {"calibration": run.manifest.texts["calibration"] | {"revision": "python 3.12.1"}}
     other = with_manifest(with_hash("calibration tokens")(run), texts=texts)
     first = compare(run, other).first_difference
@@ -487,9 +491,9 @@ def test_pydoc_of_another_python_is_named_as_such(run: Evidence) -> None:
     assert f"revision {revision} → python 3.12.1; the text pydoc is the documentation of the Python" in first.detail
 
 
-def test_lines_and_markdown_have_every_step_and_the_json_comes_back(run: Evidence, tmp_path: Path) -> None:
+def test_lines_and_markdown_have_every_step_and_the_json_comes_back(run: FinishedRun, tmp_path: Path) -> None:
     found = compare(run, elsewhere(CHANGES["codes"](run)), 0.05)
-    for text in (render_lines(found), render_reproduction(found)):
+    for text in (render_text(found), render_markdown(found)):
         assert all(step.name in text for step in found.steps)
         assert "first in model.layers.2.mlp.up_proj (block 2 of 4); everything before it is identical" in text
         assert all(line in text for line in found.surroundings)
@@ -513,7 +517,7 @@ def change_manifest(directory: Path, **changes: Any) -> None:
 def test_only_a_finished_run_of_quantize_is_evidence(tmp_path: Path) -> None:
     def refused(directory: Path, said: str) -> None:
         with pytest.raises(JointqError, match=said) as caught:
-            read_evidence(directory)
+            read_finished_run(directory)
         assert "\n" not in str(caught.value)
 
     refused(tmp_path / "nowhere", "no such directory")
@@ -527,13 +531,13 @@ def test_only_a_finished_run_of_quantize_is_evidence(tmp_path: Path) -> None:
     refused(run, "is a run of jointq evaluate")
 
 
-def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: Evidence, tmp_path: Path) -> None:
+def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: FinishedRun, tmp_path: Path) -> None:
     directory = copied(tmp_path)
     change_manifest(directory, files=None, cpu=None)
 
     def refused(said: str) -> None:
         with pytest.raises(JointqError, match=said):
-            read_evidence(directory)
+            read_finished_run(directory)
 
     refused(r"has no hashes of files, and checkpoint/config\.json is not there")
     for name in ["checkpoint/config.json", *(codes_file(layer.name) for layer in run.report.layers)]:
@@ -541,7 +545,7 @@ def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: Evidence, tm
         (directory / name).write_text('{"model_type": "llama"}')
     refused("has neither model.safetensors nor")
     save_tensors(directory / "checkpoint" / "model.safetensors", {"x": torch.ones(2)})
-    found = read_evidence(directory)
+    found = read_finished_run(directory)
     assert len(found.files) == 30
     assert compare(found, found).verdict == IDENTICAL
 
@@ -549,25 +553,25 @@ def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: Evidence, tm
 @pytest.mark.parametrize(
     "name", ["checkpoint/model-00001-of-00005.safetensors", codes_file("model.layers.0.mlp.up_proj")]
 )
-def test_a_file_that_was_changed_after_the_run_is_no_evidence(name: str, run: Evidence, tmp_path: Path) -> None:
+def test_a_file_that_was_changed_after_the_run_is_no_evidence(name: str, run: FinishedRun, tmp_path: Path) -> None:
     directory = copied(tmp_path)
     (directory / name).parent.mkdir()
     (directory / name).write_bytes(b"weights")
     change_manifest(directory, files=run.files | {name: hashlib.sha256(b"weights").hexdigest()})
-    assert read_evidence(directory).files[name] != run.files[name]
+    assert read_finished_run(directory).files[name] != run.files[name]
     (directory / name).write_bytes(b"Weights")
     with pytest.raises(JointqError, match=f"{name}: was changed after the run; its sha256 is"):
-        read_evidence(directory)
+        read_finished_run(directory)
 
 
 def test_a_recipe_that_is_not_the_manifests_is_no_evidence(tmp_path: Path) -> None:
     directory = copied(tmp_path)
     change_manifest(directory, recipe_sha256=hashlib.sha256((directory / "recipe.yaml").read_bytes()).hexdigest())
-    read_evidence(directory)
+    read_finished_run(directory)
     with (directory / "recipe.yaml").open("a") as recipe:
         recipe.write("# another run has begun here\n")
     with pytest.raises(JointqError, match=r"recipe\.yaml: is not the recipe of manifest\.json"):
-        read_evidence(directory)
+        read_finished_run(directory)
 
 
 def test_the_published_run_tells_nothing_of_where_it_was_made() -> None:
@@ -586,7 +590,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def asked_again(run: Evidence, fresh: Path, *overrides: str) -> tuple[Recipe, Job]:
+def asked_again(run: FinishedRun, fresh: Path, *overrides: str) -> tuple[Recipe, Job]:
     jobs: list[tuple[Recipe, Job]] = []
     replay(run, fresh, list(overrides), ["reproduce"], lambda recipe, job: jobs.append((recipe, job)))
     [job] = jobs
@@ -595,7 +599,7 @@ def asked_again(run: Evidence, fresh: Path, *overrides: str) -> tuple[Recipe, Jo
 
 @pytest.mark.parametrize("name", ["fresh", "a b", "it's, here", "x=1", "[a]{b}"])
 def test_a_replay_asks_for_the_same_in_its_own_directory(
-    name: str, run: Evidence, tmp_path: Path, at_the_root: None
+    name: str, run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     recipe, job = asked_again(run, tmp_path / name)
     assert job.directory == tmp_path / name
@@ -604,11 +608,11 @@ def test_a_replay_asks_for_the_same_in_its_own_directory(
     for file in ("manifest.json", "report.json"):
         shutil.copyfile(PUBLISHED / file, tmp_path / file)
     change_manifest(tmp_path, commit="0" * 40)  # by whose code there may be further settings
-    assert compare(run, read_evidence(tmp_path)).verdict == IDENTICAL
+    assert compare(run, read_finished_run(tmp_path)).verdict == IDENTICAL
 
 
 def test_a_replay_computes_where_the_run_did_unless_told_otherwise(
-    run: Evidence, tmp_path: Path, at_the_root: None
+    run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     recipe, _ = asked_again(run, tmp_path / "a")
     assert (recipe.runtime.device, recipe.runtime.num_threads) == ("cpu", run.manifest.threads)
@@ -618,7 +622,7 @@ def test_a_replay_computes_where_the_run_did_unless_told_otherwise(
 
 
 def test_a_replay_reads_old_keys_silently_and_takes_them_as_overrides(
-    run: Evidence, tmp_path: Path, at_the_root: None, capsys: pytest.CaptureFixture[str]
+    run: FinishedRun, tmp_path: Path, at_the_root: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "  waiting_gb: 4.0" in (PUBLISHED / "recipe.yaml").read_text(encoding="utf-8")
     assert run.settings["runtime.suspended_activations_gb"] == "4.0"
@@ -630,7 +634,9 @@ def test_a_replay_reads_old_keys_silently_and_takes_them_as_overrides(
     assert recipe.runtime.suspended_activations_gb == 1
 
 
-def test_an_interrupted_replay_does_not_promise_to_continue(run: Evidence, tmp_path: Path, at_the_root: None) -> None:
+def test_an_interrupted_replay_does_not_promise_to_continue(
+    run: FinishedRun, tmp_path: Path, at_the_root: None
+) -> None:
     def stopped(recipe: Recipe, job: Job) -> None:
         raise Interrupted("the same command continues here")
 
@@ -639,14 +645,14 @@ def test_an_interrupted_replay_does_not_promise_to_continue(run: Evidence, tmp_p
     assert "continues" not in str(caught.value)
 
 
-def recorded(place: Path, *words: str) -> Evidence:
+def recorded(place: Path, *words: str) -> FinishedRun:
     """A run with this config, everything else being the published one's."""
     jobs: list[Job] = []
     made = ["recipe=ci_smoke", *words, f"output_dir={place}", f"hydra.run.dir={place}/made"]
     launch("quantize", made, lambda recipe, job: jobs.append(job))
     directory = copied(place)
     (directory / "recipe.yaml").write_text(jobs[0].config, encoding="utf-8")
-    return read_evidence(directory)
+    return read_finished_run(directory)
 
 
 def own_activations(place: Path, layer_bits: str) -> list[str]:
@@ -676,21 +682,21 @@ def test_an_option_that_is_bundled_stays_the_one_that_is_named(tmp_path: Path) -
 
 
 def test_a_recipe_that_does_not_give_its_config_again_is_refused_before_anything_is_computed(
-    run: Evidence, tmp_path: Path, at_the_root: None
+    run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     directory = copied(tmp_path)
     text = (directory / "recipe.yaml").read_text(encoding="utf-8")
     older = text.replace("override /activations: none", "override /activations: a4")  # whose entries are added
     (directory / "recipe.yaml").write_text(older, encoding="utf-8")
     with pytest.raises(JointqError, match=r"again: .*activations\.layer_bits\.down_proj not there → 8") as caught:
-        asked_again(read_evidence(directory), tmp_path / "fresh")
+        asked_again(read_finished_run(directory), tmp_path / "fresh")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "fresh").exists()
 
 
 @pytest.mark.parametrize("error", [None, UntrustedResult("NaN"), NumericsError("layer x"), KeyError("a bug")])
 def test_the_store_of_a_replay_is_gone_however_it_ends(
-    error: Exception | None, run: Evidence, tmp_path: Path, at_the_root: None
+    error: Exception | None, run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     def task(recipe: Recipe, job: Job) -> None:
         Store(Path(recipe.store)).reuse("stage", "0" * 64, lambda scratch: None)
@@ -706,7 +712,7 @@ def test_the_store_of_a_replay_is_gone_however_it_ends(
 
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_replay_that_fails_before_its_first_stage_leaves_nothing(
-    existed: bool, run: Evidence, tmp_path: Path, at_the_root: None
+    existed: bool, run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     def task(recipe: Recipe, job: Job) -> None:
         Store(Path(recipe.store))
@@ -721,7 +727,7 @@ def test_a_replay_that_fails_before_its_first_stage_leaves_nothing(
     assert list(tmp_path.rglob("*")) == [fresh] * existed
 
 
-def test_a_replay_is_recorded_as_it_was_typed(run: Evidence, tmp_path: Path, at_the_root: None) -> None:
+def test_a_replay_is_recorded_as_it_was_typed(run: FinishedRun, tmp_path: Path, at_the_root: None) -> None:
     seen: list[list[str]] = []
     typed = ["reproduce", "run", "--tolerance", "0.05"]
     replay(run, tmp_path / "fresh", [], typed, lambda recipe, job: seen.append(sys.argv))
@@ -729,7 +735,7 @@ def test_a_replay_is_recorded_as_it_was_typed(run: Evidence, tmp_path: Path, at_
 
 
 def test_what_the_recipe_left_to_the_hub_is_replayed_at_the_commits_that_were_read(
-    run: Evidence, tmp_path: Path, at_the_root: None
+    run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     commits = [digit * 40 for digit in "123"]  # which would be numbers
     texts = {
@@ -750,7 +756,7 @@ def test_what_the_recipe_left_to_the_hub_is_replayed_at_the_commits_that_were_re
 
 
 def test_a_commit_that_was_read_is_not_looked_for_in_another_place(
-    run: Evidence, tmp_path: Path, at_the_root: None
+    run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     known = with_manifest(run, model={"from": "hub", "revision": "1" * 40})
     recipe, _ = asked_again(known, tmp_path / "a", "model.path=org/copy")
@@ -759,7 +765,7 @@ def test_a_commit_that_was_read_is_not_looked_for_in_another_place(
 
 @pytest.mark.parametrize("pattern", ["nowhere.txt", "nowhere/*.txt"])
 def test_a_text_that_is_not_there_is_told_before_anything_is_computed(
-    pattern: str, run: Evidence, tmp_path: Path, at_the_root: None
+    pattern: str, run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     with pytest.raises(TextError, match=f"evaluation.path={re.escape(pattern)}: not there, seen from"):
         asked_again(run, tmp_path / "fresh", f"evaluation.path={pattern}")
@@ -767,15 +773,15 @@ def test_a_text_that_is_not_there_is_told_before_anything_is_computed(
 
 
 def test_a_model_that_lay_on_the_disk_is_not_looked_for_on_the_hub(
-    run: Evidence, tmp_path: Path, at_the_root: None
+    run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
     directory = copied(tmp_path)
     text = (directory / "recipe.yaml").read_text(encoding="utf-8")
     (directory / "recipe.yaml").write_text(text.replace("path: pocket", "path: models/mine"), encoding="utf-8")
-    assert asked_again(read_evidence(directory), tmp_path / "a")  # of before that was recorded: perhaps the hub's
+    assert asked_again(read_finished_run(directory), tmp_path / "a")  # of before that was recorded: perhaps the hub's
     change_manifest(directory, model={"from": "disk"})
     with pytest.raises(JointqError, match=r"model\.path=models/mine: the model of .* is not there, seen from"):
-        asked_again(read_evidence(directory), tmp_path / "b")
+        asked_again(read_finished_run(directory), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -795,7 +801,7 @@ def test_a_replay_does_not_go_into_the_run_that_it_checks(
     directory = copied(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(JointqError, match=r"--directory=.*: lies in the run that it would be compared with"):
-        asked_again(read_evidence(directory), Path("run") / place)
+        asked_again(read_finished_run(directory), Path("run") / place)
     assert {path.name for path in directory.iterdir()} == {path.name for path in PUBLISHED.iterdir()}
 
 
@@ -860,8 +866,8 @@ def test_two_runs_are_compared_without_running_anything(
 ) -> None:
     other = copied(tmp_path)
     assert main(["reproduce", str(PUBLISHED), "--against", str(other)]) == 0
-    assert "identical: the same bits were made" in capsys.readouterr().out
-    files = read_evidence(PUBLISHED).files
+    assert "identical: the same bits were computed" in capsys.readouterr().out
+    files = read_finished_run(PUBLISHED).files
     change_manifest(other, files={**files, codes_file("model.layers.1.mlp.up_proj"): "0"})
     assert main(["reproduce", str(PUBLISHED), "--against", str(other)]) == 1
     assert "it begins with: codes: first in model.layers.1.mlp.up_proj" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A sweep as rows, sheets, files and pictures, from records as jobs leave them. No model is touched."""
+"""A sweep as rows, tables, files and figures, from records as jobs write them. No model is loaded."""
 
 import csv
 import json
@@ -16,9 +16,9 @@ from jointq_cli.records import Comparison, EvaluationReport, RunReport
 from jointq_cli.report import encode
 from jointq_cli.report.compare.run_files import find_runs
 from jointq_cli.report.compare.sweep import best, load_jobs
-from jointq_cli.report.figures.sweep import draw_sweep
+from jointq_cli.report.figures.sweep import sweep_figures
 from jointq_cli.report.pages.sweep import write_summary
-from jointq_cli.report.tables.sweep import Rows, make_sweep_sheet
+from jointq_cli.report.tables.sweep import SweepRows, sweep_document
 from jointq_cli.system.sweep_directory import (
     DONE,
     FAILED,
@@ -76,8 +76,8 @@ def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_c
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
     jobs = load_jobs(sweep_of(tmp_path, report, [None, math.inf], [{}, {}]))
     assert best(jobs) is None
-    assert "No perplexity to compare" in make_sweep_sheet("mine", jobs).headline
-    assert draw_sweep(jobs) == []
+    assert "No perplexity to compare" in sweep_document("mine", jobs).headline
+    assert sweep_figures(jobs) == []
 
 
 def test_a_job_measured_otherwise_is_not_compared(tmp_path: Path, report: RunReport) -> None:
@@ -86,11 +86,11 @@ def test_a_job_measured_otherwise_is_not_compared(tmp_path: Path, report: RunRep
     (directory.run(1) / "report.json").write_text(encode(other), encoding="utf-8")
     jobs = load_jobs(directory)
     assert best(jobs) is jobs[0]
-    assert any("not all measured alike" in note for note in make_sweep_sheet("mine", jobs).notes)
+    assert any("not all measured alike" in note for note in sweep_document("mine", jobs).notes)
 
 
 def test_every_row_has_its_settings_under_their_heading(half_done: SweepDirectory) -> None:
-    rows = Rows(half_done.plan().settings)
+    rows = SweepRows(half_done.plan().settings)
     lines = [rows.row(job) for job in load_jobs(half_done)]
     at = rows.heading.index("regularization_lambda")
     assert [line[at:].split()[0] for line in lines] == list(LAMBDAS)
@@ -121,13 +121,13 @@ def test_a_curve_has_the_swept_values_below_and_a_line_for_every_mix_of_the_othe
     tmp_path: Path, report: RunReport
 ) -> None:
     settings = [{"quantizer.bits": bits, KEY: value} for bits in "43" for value in LAMBDAS]
-    pictures = draw_sweep(load_jobs(sweep_of(tmp_path, report, [14, 13, 12, 13, 24, 23, 22, 23], settings)))
-    assert [picture.title for picture in pictures] == [
+    figures = sweep_figures(load_jobs(sweep_of(tmp_path, report, [14, 13, 12, 13, 24, 23, 22, 23], settings)))
+    assert [figure.title for figure in figures] == [
         "Perplexity over regularization_lambda",
         "KL divergence over regularization_lambda",
     ]
-    for picture in pictures:
-        texts = ["".join(element.itertext()) for element in ElementTree.fromstring(picture.svg).iter("text")]
+    for figure in figures:
+        texts = ["".join(element.itertext()) for element in ElementTree.fromstring(figure.svg).iter("text")]
         assert {"0.01", "0.1", "1", "10", "bits=4", "bits=3"} <= set(texts)
 
 
@@ -158,15 +158,15 @@ def test_a_sweep_of_evaluations_has_figures_and_no_recipe(
     table = json.loads((tmp_path / "summary.json").read_text())
     assert [row["perplexity"] for row in table] == [14.0, 12.0, 13.0]
     assert table[0]["original_perplexity"] == (pytest.approx(14 / 1.5) if with_reference else None)
-    sheet = make_sweep_sheet("mine", load_jobs(directory))
-    assert "job 1 (path=2)" in sheet.headline
-    assert ("+50.0" in sheet.headline) == with_reference
-    assert len(draw_sweep(load_jobs(directory))) == (2 if with_reference else 1)
+    document = sweep_document("mine", load_jobs(directory))
+    assert "job 1 (path=2)" in document.headline
+    assert ("+50.0" in document.headline) == with_reference
+    assert len(sweep_figures(load_jobs(directory))) == (2 if with_reference else 1)
     assert not (tmp_path / "recipe" / "best.yaml").exists()
 
 
 def test_two_values_make_no_curve(tmp_path: Path, report: RunReport) -> None:
-    assert draw_sweep(load_jobs(sweep_of(tmp_path, report, [14, 13], [{KEY: "1"}, {KEY: "2"}]))) == []
+    assert sweep_figures(load_jobs(sweep_of(tmp_path, report, [14, 13], [{KEY: "1"}, {KEY: "2"}]))) == []
 
 
 def test_a_half_done_sweep_can_be_reported(half_done: SweepDirectory, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +176,7 @@ def test_a_half_done_sweep_can_be_reported(half_done: SweepDirectory, capsys: py
     assert Path(capsys.readouterr().out.strip()).is_file()
 
 
-def test_a_plan_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_damaged_plan_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(JointqError, match=r"sweep\.json: not the plan of a sweep"):
         SweepDirectory(tmp_path).plan()
@@ -192,7 +192,7 @@ def failing(error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("error", "state"), [(NumericsError("x"), FAILED), (Interrupted("stop"), INTERRUPTED), (ValueError("x"), FAILED)]
 )
-def test_an_attempt_that_fails_is_noted_and_made_again(tmp_path: Path, error: Exception, state: str) -> None:
+def test_an_attempt_that_fails_is_recorded_and_repeated(tmp_path: Path, error: Exception, state: str) -> None:
     with pytest.raises(type(error)):
         attempt(tmp_path, "key", lambda: failing(error))
     assert load_job(tmp_path).state == state

@@ -14,8 +14,8 @@ import pytest
 from jointq_cli.errors import JointqError, ResourceError
 from jointq_cli.records import LayerRecord, Perplexity
 from jointq_cli.report import load_report, write_report
-from jointq_cli.report.pages.markdown import render_markdown
-from jointq_cli.report.pages.run import render_page
+from jointq_cli.report.pages.html import run_html
+from jointq_cli.report.pages.markdown import run_markdown
 from jointq_cli.system.run_directory import RunDirectory
 
 
@@ -26,8 +26,8 @@ def directory(tmp_path):
 
 @pytest.fixture(scope="session")
 def page(troubled):
-    """The page of the troubled run; to draw it takes a second."""
-    return render_page(troubled)
+    """The page of the troubled run; drawing takes a second."""
+    return run_html(troubled)
 
 
 def test_a_report_comes_back_from_its_json_as_it_was(troubled, directory):
@@ -67,7 +67,7 @@ def break_key(value, path, change):
         (["audit"], lambda at, key: at.update({key: []}), "audit must be dict, not list"),
     ],
 )
-def test_a_key_that_does_not_belong_is_told_in_one_line(report, directory, path, change, message):
+def test_a_key_that_does_not_belong_is_reported_in_one_line(report, directory, path, change, message):
     write_report(report, directory)
     value = json.loads(directory.report_json.read_text(encoding="utf-8"))
     break_key(value, path, change)
@@ -79,13 +79,13 @@ def test_a_key_that_does_not_belong_is_told_in_one_line(report, directory, path,
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
-def test_a_damaged_report_is_told_in_one_line(tmp_path, content):
+def test_a_damaged_report_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "report.json").write_bytes(content)
     with pytest.raises(JointqError, match="not valid JSON"):
         load_report(tmp_path / "report.json")
 
 
-def test_a_missing_report_is_told_in_one_line(tmp_path):
+def test_a_missing_report_is_reported_in_one_line(tmp_path):
     with pytest.raises(JointqError, match=r"report\.json: cannot be read"):
         load_report(tmp_path / "report.json")
 
@@ -101,7 +101,7 @@ def test_the_csv_has_a_row_per_layer_at_full_precision(troubled, directory):
 
 
 def test_the_same_report_gives_the_same_bytes(troubled, page):
-    assert render_page(troubled) == page
+    assert run_html(troubled) == page
 
 
 def test_the_markdown_has_the_verdict_the_worst_layer_and_what_is_wrong(troubled, directory):
@@ -161,8 +161,8 @@ def test_the_pictures_take_their_colours_from_the_page(page):
         assert "var(--ink)" in svg
 
 
-def test_every_point_over_depth_tells_its_layers_name(report):
-    page = render_page(report)
+def test_every_point_over_depth_has_its_layers_name_as_tooltip(report):
+    page = run_html(report)
     assert "not drawn" not in page
     for layer in (report.layers[0], report.layers[100], report.layers[-1]):
         assert f"<title>{layer.name}: E_y " in page
@@ -170,15 +170,15 @@ def test_every_point_over_depth_tells_its_layers_name(report):
 
 
 def test_the_error_that_accumulates_is_drawn_block_by_block(report):
-    assert render_page(report).count("<title>block ") == len(report.blocks)
+    assert run_html(report).count("<title>block ") == len(report.blocks)
 
 
 def test_markdown_shows_some_blocks_and_the_last_one(report):
-    text = render_markdown(report)
+    text = run_markdown(report)
     section = text.split("## Accumulated error over depth")[1].split("##")[0]
     assert 3 <= section.count("\n| ") <= 12
     assert f"\n| {report.blocks[-1].block} |" in section
-    assert "## Accumulated" not in render_markdown(replace(report, blocks=[]))
+    assert "## Accumulated" not in run_markdown(replace(report, blocks=[]))
 
 
 def test_a_layer_without_error_is_left_off_the_logarithmic_axis_and_the_caption_says_so(page):
@@ -189,31 +189,37 @@ def test_a_layer_without_error_is_left_off_the_logarithmic_axis_and_the_caption_
 def test_a_page_without_any_error_that_can_be_drawn_is_still_a_page(report, error):
     layers = [replace(layer, output_error=error, weight_error=error) for layer in report.layers]
     blocks = [replace(block, output_error=error) for block in report.blocks]
-    page = render_page(replace(report, layers=layers, blocks=blocks))
+    page = run_html(replace(report, layers=layers, blocks=blocks))
     assert len(re.findall("<svg ", page)) == 2
 
 
 def test_a_run_of_one_layer_one_window_and_a_broken_model_is_still_a_page(report):
     broken = Perplexity(math.nan, math.nan, math.nan, math.nan)
-    page = render_page(replace(report, layers=report.layers[:1], quantized=broken, stages=[]))
+    page = run_html(replace(report, layers=report.layers[:1], quantized=broken, stages=[]))
     ElementTree.fromstring(page)
     assert "perplexity is nan" in page
 
 
 def test_a_perplexity_that_explodes_is_drawn_on_a_logarithmic_axis(report):
-    page = render_page(replace(report, quantized=Perplexity(43_211.0, 2_000.0, 10.67, 0.05)))
+    page = run_html(replace(report, quantized=Perplexity(43_211.0, 2_000.0, 10.67, 0.05)))
     assert "43211 ± 2000" in page
     assert ">10000<" in page
 
 
 def test_more_kinds_than_colours_are_drawn_all_the_same(report):
     layers = [replace(layer, kind=f"kind_{index % 21}") for index, layer in enumerate(report.layers)]
-    page = render_page(replace(report, layers=layers))
+    page = run_html(replace(report, layers=layers))
     assert all(f"kind_{index}<" in page for index in range(21))
 
 
+def test_a_weight_without_one_bit_width_and_group_size_has_a_dash_for_both(report):
+    layers = [replace(report.layers[0], bits=None, group_size=None), *report.layers[1:]]
+    rows = ElementTree.fromstring(run_html(replace(report, layers=layers))).findall(".//table[@id='layers']/tbody/tr")
+    assert [[cell.text for cell in row][2:4] for row in rows[:2]] == [["-", "-"], ["4", "64"]]
+
+
 def test_names_from_outside_cannot_become_markup(report):
-    page = render_page(replace(report, model="<script>alert(1)</script>", warnings=["<b>"]))
+    page = run_html(replace(report, model="<script>alert(1)</script>", warnings=["<b>"]))
     assert "<script>alert" not in page
     assert "<b>" not in page
 

@@ -23,7 +23,7 @@ from jointq_cli.cli.main import USAGE_ERROR, main
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.models import checkpoint
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.quantization.workspace import Workspace
+from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
 from jointq_cli.stages import model as model_stage
@@ -55,7 +55,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jointq_cli.stages.plan.throughput.PATIENCE", 0.001)
     monkeypatch.setattr(
-        "jointq_cli.report.pages.run.render_page", lambda report: ""
+        "jointq_cli.report.pages.html.run_html", lambda report: ""
     )  # pictures take longer than the rest
 
 
@@ -197,15 +197,15 @@ def test_a_rotated_run_is_found_again_and_its_rotation_shared(words: list[str]) 
 
 
 def test_an_interrupted_run_continues_at_its_block(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = Workspace.finish_block
+    finish = HiddenStateFile.write
 
-    def stop(self: Workspace, *given: Any) -> None:
+    def stop(self: HiddenStateFile, *given: Any) -> None:
         finish(self, *given)
         raise Interrupted("stopped")
 
     whole = planned(words)
     with monkeypatch.context() as patched:
-        patched.setattr(Workspace, "finish_block", stop)
+        patched.setattr(HiddenStateFile, "write", stop)
         assert main(["quantize", *words, RUN]) == Interrupted.exit_code
     left = planned(words)
     stage = {stage.name: stage for stage in left.stages}["quantize"]
@@ -518,7 +518,7 @@ def test_a_rotation_that_the_architecture_does_not_admit_is_refused(
     neox = write_checkpoint(tmp_path / "neox", "gpt_neox")
     assert main(["plan", *words, f"model.path={neox}"]) == 0
     assert main(["plan", *words, f"model.path={neox}", "rotation=hadamard"]) == 1
-    assert "rotation: nobody has told jointq" in capsys.readouterr().err
+    assert "rotation: jointq does not know which tensors" in capsys.readouterr().err
 
 
 def test_a_quantised_checkpoint_is_refused(
@@ -535,7 +535,7 @@ def test_a_rotation_is_refused_also_where_texts_are_yet_to_be_fetched(
 ) -> None:
     neox = write_checkpoint(tmp_path / "neox", "gpt_neox")
     assert main(["plan", *words, f"model.path={neox}", "rotation=hadamard", "calibration=c4"]) == 1
-    assert "rotation: nobody has told jointq" in capsys.readouterr().err
+    assert "rotation: jointq does not know which tensors" in capsys.readouterr().err
 
 
 def test_a_part_of_a_model_of_the_hub_is_not_a_model(
@@ -617,3 +617,9 @@ def test_hessians_of_original_inputs_are_a_stage_and_spare_the_next_run_their_co
         capsys.readouterr()
     assert states[0] == "to make"
     assert states[1].startswith("reused")
+
+
+def test_a_plan_warns_of_two_sets_of_weights(words: list[str], tmp_path: Path) -> None:
+    both = write_checkpoint(tmp_path / "both", shard="100KB")
+    (write_checkpoint(tmp_path / "one") / "model.safetensors").rename(both / "model.safetensors")
+    assert any("has both" in warning for warning in planned([*words, f"model.path={both}"]).warnings)

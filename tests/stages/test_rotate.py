@@ -22,9 +22,8 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import EvaluationReport, RotationRecord, RunReport
-from jointq_cli.report import load_record, load_report
-from jointq_cli.report.compare import rotation_summary
-from jointq_cli.report.compare.summary import problems
+from jointq_cli.report import load_record, load_report, rotation_summary
+from jointq_cli.report.summary import problems
 from jointq_cli.stages import rotate as rotation_stages
 from jointq_cli.system.interrupts import Interrupts
 
@@ -75,7 +74,7 @@ class Place:
 def _without_pictures() -> Iterator[None]:
     """The page of a report is tested elsewhere, and takes a second to draw."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jointq_cli.report.pages.run.render_page", lambda report: "")
+        patch.setattr("jointq_cli.report.pages.html.run_html", lambda report: "")
         yield
 
 
@@ -340,7 +339,7 @@ def test_a_stopped_run_goes_on_to_the_bits_of_an_undisturbed_one(
     assert "rotated" not in stopped.artifacts()
     assert not (stopped.out("run") / "report.json").exists()
     if where is in_merging:  # what was learned is not learned again
-        monkeypatch.setattr(rotation_stages, "find_basis", None)
+        monkeypatch.setattr(rotation_stages, "solve_basis", None)
     assert stopped("run", *ALL) == 0
     for part in ("rotation", "checkpoint", "codes"):
         assert hashes(stopped.out("run") / part) == hashes(place.out("whole") / part)
@@ -398,7 +397,7 @@ def test_rotate_writes_a_model_that_computes_the_same(place: Place, capsys: pyte
 def test_rotate_fails_where_nothing_was_learned(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jointq_cli.report.compare.rotation_summary.LEAST_MOVE", 10.0)
+    monkeypatch.setattr("jointq_cli.report.rotation_summary.LEAST_MOVE", 10.0)
     assert place("idle", *LEARNED, command="rotate") == 1
     assert "error: nothing was learned for R1" in capsys.readouterr().err
     assert (place.out("idle") / "rotation" / "rotation.json").exists()
@@ -452,9 +451,14 @@ REFUSED = {
         "quantize",
         "gpt_neox",
         ["rotation=hadamard"],
-        "rotation: nobody has told jointq which tensors of GPTNeoXForCausalLM (gpt_neox) read and write",
+        "rotation: jointq does not know which tensors of GPTNeoXForCausalLM (gpt_neox) read and write",
     ),
-    "an unknown family to be smoothed": ("rotate", "gpt_neox", ["smoothing=smoothquant"], "nobody has told jointq"),
+    "an unknown family to be smoothed": (
+        "rotate",
+        "gpt_neox",
+        ["smoothing=smoothquant"],
+        "jointq does not know which tensors",
+    ),
     "R1 where norms stand behind": (
         "quantize",
         "gemma3",

@@ -68,7 +68,7 @@ def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lam
     team.barrier()
     model = StreamedModel(Checkpoint(folder.parent / "model"), CPU, torch.float32)
     names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
-    plan = LoopSettings(run.quantizer, run.qep, names, run.inputs, run.weights, 2, 1e9)
+    plan = LoopSettings(run.quantizer, run.qep, names, run.inputs, run.weights, run.count, 2, 1e9)
     workspace, hessians = Workspace(folder), None
     with torch.no_grad():
         if run.ahead:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_cases import ADMITS_R1, CPU, anatomy_of, in_basis, original, parts_of, random_basis
+from basis_cases import ADMITS_R1, CPU, in_basis, original, parts_of, random_basis, tiny_layout
 from torch import Tensor
 
-from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.models.streamed import BlockwiseModel
 from jointq_cli.records import Site
 from jointq_cli.transforms.activation_metrics import measure_sites
-from jointq_cli.transforms.activation_samples import Reservoir, collect
+from jointq_cli.transforms.activation_samples import ActivationSamples, collect_samples
 from jointq_cli.transforms.basis import Basis
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -19,11 +19,11 @@ WINDOWS = torch.randint(3, 256, (4, 24), generator=torch.Generator().manual_seed
 EVERY = 8  # the held-out token
 
 
-def sampled(model: StreamedModel, directory: Path) -> Reservoir:
+def sampled(model: BlockwiseModel, directory: Path) -> ActivationSamples:
     directory.mkdir()
-    reservoir = Reservoir(directory, len(model))
-    collect(model, anatomy_of(model), WINDOWS, 4, 64, reservoir, lambda: None, lambda: None)
-    return reservoir
+    samples = ActivationSamples(directory, len(model))
+    collect_samples(model, tiny_layout(model), WINDOWS, 4, 64, samples, lambda: None, lambda: None)
+    return samples
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "gemma2", "olmo2"])
@@ -33,8 +33,8 @@ def test_what_it_says_of_afterwards_is_what_the_rotated_model_shows(family: str,
     rotated = in_basis(model, basis, tmp_path / "rotated")
     told = measure_sites(basis, sampled(model, tmp_path / "before"), rotated.gains)
     neutral = [torch.ones(64)] * 2 if family in ADMITS_R1 else None
-    reservoir = sampled(StreamedModel(rotated, CPU, torch.float32), tmp_path / "after")
-    shown = measure_sites(Basis(), reservoir, lambda block: neutral or rotated.gains(block))
+    samples = sampled(BlockwiseModel(rotated, CPU, torch.float32), tmp_path / "after")
+    shown = measure_sites(Basis(), samples, lambda block: neutral or rotated.gains(block))
     assert [(site.block, site.name) for site in told] == [(site.block, site.name) for site in shown]
     for before, after in zip(told, shown, strict=True):
         assert before.sqnr_after == pytest.approx(after.sqnr_before, abs=0.05)
@@ -65,10 +65,10 @@ def by_hand(rows: Tensor) -> tuple[float, float, float]:
 
 def test_each_number_is_that_of_a_loop_over_the_held_out_tokens(root: Path, tmp_path: Path) -> None:
     model = original(root)
-    reservoir = sampled(model, tmp_path / "before")
+    samples = sampled(model, tmp_path / "before")
     gains = in_basis(model, Basis(), tmp_path / "rotated").gains
-    told: dict[str, Site] = {site.name: site for site in measure_sites(Basis(), reservoir, gains) if site.block == 1}
-    kept = {name: rows[EVERY - 1 :: EVERY] for name, rows in reservoir.read(1).items()}
+    told: dict[str, Site] = {site.name: site for site in measure_sites(Basis(), samples, gains) if site.block == 1}
+    kept = {name: rows[EVERY - 1 :: EVERY] for name, rows in samples.read(1).items()}
     kept["attention"], kept["mlp"] = (kept[n] * gain for n, gain in zip(("attention", "mlp"), gains(1), strict=True))
     for name, site in told.items():
         sqnr, peak, kurtosis = by_hand(kept[name])

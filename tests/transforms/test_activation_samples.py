@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_cases import anatomy_of, original
+from basis_cases import original, tiny_layout
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.transforms.activation_samples import Reservoir, collect, normalised
+from jointq_cli.transforms.activation_samples import ActivationSamples, collect_samples, rms_normalize
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -28,9 +28,9 @@ def sampled(
     model: StreamedModel, directory: Path, tokens: int, batch: int = 5, windows: Tensor = WINDOWS
 ) -> list[dict[str, Tensor]]:
     directory.mkdir()
-    reservoir = Reservoir(directory, len(model))
-    collect(model, anatomy_of(model), windows, batch, tokens, reservoir, lambda: None, lambda: None)
-    return [reservoir.read(block) for block in range(len(model))]
+    samples = ActivationSamples(directory, len(model))
+    collect_samples(model, tiny_layout(model), windows, batch, tokens, samples, lambda: None, lambda: None)
+    return [samples.read(block) for block in range(len(model))]
 
 
 def given(model: StreamedModel, names: dict[str, str]) -> list[dict[str, Tensor]]:
@@ -148,7 +148,7 @@ def test_norms_after_the_layers_are_no_sites(root: Path, tmp_path: Path) -> None
 def test_what_r1_learns_from_are_both_norms_of_all_blocks(root: Path, tmp_path: Path) -> None:
     model = original(root)
     kept = sampled(model, tmp_path / "kept", 30)
-    residual = Reservoir(tmp_path / "kept", len(model)).residual()
+    residual = ActivationSamples(tmp_path / "kept", len(model)).residual()
     assert residual.shape == (2 * len(model), 30, 64)
     for block, rows in enumerate(kept):
         assert torch.equal(residual[2 * block], rows["attention"])
@@ -176,7 +176,16 @@ def test_the_walk_tells_of_its_blocks_and_batches_and_leaves_no_hook_when_it_is_
             if len(told) == stop_after:
                 raise KeyboardInterrupt
 
-        collect(model, anatomy_of(model), WINDOWS, 2, 4, Reservoir(tmp_path, 3), lambda: told.append("block"), pause)
+        collect_samples(
+            model,
+            tiny_layout(model),
+            WINDOWS,
+            2,
+            4,
+            ActivationSamples(tmp_path, 3),
+            lambda: told.append("block"),
+            pause,
+        )
 
     walk(stop_after=0)
     assert told == 3 * ["batch", "batch", "batch", "block"]
@@ -191,7 +200,7 @@ def test_the_walk_tells_of_its_blocks_and_batches_and_leaves_no_hook_when_it_is_
 def test_a_token_of_any_size_has_rms_one_and_one_of_zeros_stays_so(dtype: torch.dtype) -> None:
     rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows *= torch.tensor([1e-2, 1.0, 1e4], dtype=dtype)[:, None]
-    found = normalised(torch.cat([rows, torch.zeros(1, 64, dtype=dtype)]))
+    found = rms_normalize(torch.cat([rows, torch.zeros(1, 64, dtype=dtype)]))
     assert found.dtype == dtype
     torch.testing.assert_close(found[:3].float().square().mean(dim=1), torch.ones(3), rtol=1e-2, atol=0)
     assert bool((found[3] == 0).all())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jointq_cli.errors import ModelError
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.transforms.architectures import FAMILIES, examine
+from jointq_cli.transforms.architectures import FAMILIES, layout_of
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -31,7 +31,7 @@ def unread(root: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> Streamed
 
 def refusal(model: StreamedModel, *, r1: bool = False, key: str = "rotation") -> str:
     with pytest.raises(ModelError) as error:
-        examine(model, r1=r1, key=key)
+        layout_of(model, r1=r1, key=key)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -46,7 +46,7 @@ def test_a_family_whose_norms_stand_before_the_layers_admits_everything(
     family: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = unread(root, family, monkeypatch)
-    assert examine(model, r1=True) == examine(model, r1=False)
+    assert layout_of(model, r1=True) == layout_of(model, r1=False)
 
 
 @pytest.mark.parametrize("family", HAS_POST_NORMS)
@@ -59,7 +59,7 @@ def test_a_family_with_norms_after_the_layers_admits_everything_but_r1(
     assert told.startswith(f"rotation.r1=true: {name} cannot have it: a norm with a gain per channel stands between")
     assert told.endswith("use rotation.r1=false")
     assert "sweep.r1=true" in refusal(model, r1=True, key="sweep")
-    assert examine(model, r1=False).kv_heads == 2
+    assert layout_of(model, r1=False).num_kv_heads == 2
 
 
 @pytest.mark.parametrize("family", NOT_LISTED)
@@ -77,7 +77,7 @@ def test_a_family_that_is_not_listed_is_refused_by_its_name_before_a_weight_is_r
 def test_every_tensor_of_the_model_has_a_place_in_the_list(family: str, root: Path) -> None:
     """Each module is taken away in turn, and unknown ones are added: both must be noticed."""
     model = original(root, family)
-    examine(model, r1=False)
+    layout_of(model, r1=False)
     block = model.blocks[1]
     for name in sorted({tensor.rpartition(".")[0] for tensor, _ in block.named_parameters()}):
         parent, _, child = name.rpartition(".")
@@ -90,10 +90,10 @@ def test_every_tensor_of_the_model_has_a_place_in_the_list(family: str, root: Pa
         name = ".".join(filter(None, (parent, "adapter")))
         assert f"has a module model.layers.1.{name}," in refusal(model)
         del block.get_submodule(parent).adapter
-    examine(model, r1=False)
+    layout_of(model, r1=False)
 
 
-def test_a_parameter_beside_the_layers_is_a_stranger_too(root: Path) -> None:
+def test_a_parameter_beside_the_layers_is_unknown_too(root: Path) -> None:
     """As the sinks of gpt-oss: no module of its own."""
     model = original(root)
     model.blocks[2].get_submodule("self_attn").register_parameter("sinks", nn.Parameter(torch.zeros(4)))
@@ -109,30 +109,30 @@ def test_a_tensor_outside_the_blocks_that_has_no_place_is_refused(name: str, roo
 
 
 def test_sizes_are_those_of_the_config(root: Path) -> None:
-    anatomy = examine(original(root, "qwen3"), r1=True)
-    sizes = (anatomy.hidden, anatomy.heads, anatomy.kv_heads, anatomy.head_dim, anatomy.width)
+    layout = layout_of(original(root, "qwen3"), r1=True)
+    sizes = (layout.hidden_size, layout.num_heads, layout.num_kv_heads, layout.head_dim, layout.intermediate_size)
     assert sizes == (64, 4, 2, 16, 128)
-    assert (anatomy.embedding, anatomy.final_norm, anatomy.head) == ("model.embed_tokens", "model.norm", "lm_head")
+    assert (layout.embedding, layout.final_norm, layout.lm_head) == ("model.embed_tokens", "model.norm", "lm_head")
 
 
 def test_a_head_need_not_be_its_share_of_the_hidden_size(tmp_path: Path) -> None:
     """As in Gemma and Qwen3."""
     model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "qwen3", head_dim=32)), CPU, torch.float32)
-    anatomy = examine(model, r1=True)
-    assert anatomy.head_dim == 32
-    assert anatomy.value_rows == slice(0, 64)
-    o_proj = model.blocks[0].get_submodule(anatomy.family.o_proj)
-    assert o_proj.weight.shape == (anatomy.hidden, anatomy.heads * anatomy.head_dim)
+    layout = layout_of(model, r1=True)
+    assert layout.head_dim == 32
+    assert layout.value_rows == slice(0, 64)
+    o_proj = model.blocks[0].get_submodule(layout.family.o_proj)
+    assert o_proj.weight.shape == (layout.hidden_size, layout.num_heads * layout.head_dim)
 
 
 @pytest.mark.parametrize("family", ADMITS_R1 + HAS_POST_NORMS)
 def test_only_what_reads_the_residual_stream_has_a_norm_before_it(family: str, root: Path) -> None:
-    anatomy = examine(original(root, family), r1=False)
-    readers = [layer for layers in anatomy.family.readers.values() for layer in layers]
-    assert anatomy.value_layer in readers
-    assert anatomy.up_layer in readers
-    assert all((anatomy.norm_of(layer) is None) == (family == "olmo2") for layer in readers)
-    assert all(anatomy.norm_of(layer) is None for layer in (anatomy.family.o_proj, anatomy.family.down_proj))
+    layout = layout_of(original(root, family), r1=False)
+    readers = [layer for layers in layout.family.readers.values() for layer in layers]
+    assert layout.value_layer in readers
+    assert layout.up_layer in readers
+    assert all((layout.norm_before(layer) is None) == (family == "olmo2") for layer in readers)
+    assert all(layout.norm_before(layer) is None for layer in (layout.family.o_proj, layout.family.down_proj))
 
 
 def given_on_one_token(model: StreamedModel, modules: list[str]) -> dict[str, Tensor]:
@@ -157,16 +157,16 @@ def given_on_one_token(model: StreamedModel, modules: list[str]) -> dict[str, Te
 def test_the_rows_of_the_values_are_those_that_reach_o_proj(family: str, root: Path) -> None:
     """transformers' own splitting is asked: a single token attends to itself, so o_proj is given its values."""
     model = original(root, family)
-    anatomy = examine(model, r1=False)
-    seen = given_on_one_token(model, [anatomy.value_layer, anatomy.family.o_proj])
-    values = seen[f"{anatomy.value_layer}()"][anatomy.value_rows].reshape(2, 1, 16).expand(2, 2, 16)
-    torch.testing.assert_close(seen[anatomy.family.o_proj], values.flatten())
+    layout = layout_of(model, r1=False)
+    seen = given_on_one_token(model, [layout.value_layer, layout.family.o_proj])
+    values = seen[f"{layout.value_layer}()"][layout.value_rows].reshape(2, 1, 16).expand(2, 2, 16)
+    torch.testing.assert_close(seen[layout.family.o_proj], values.flatten())
 
 
 def test_the_rows_of_up_are_those_that_the_activated_gate_multiplies(root: Path) -> None:
     model = original(root, "phi3")
-    anatomy = examine(model, r1=False)
-    seen = given_on_one_token(model, [anatomy.up_layer, anatomy.family.down_proj])
-    made = seen[f"{anatomy.up_layer}()"]
-    gate = made[: anatomy.up_rows.start]
-    torch.testing.assert_close(seen[anatomy.family.down_proj], nn.functional.silu(gate) * made[anatomy.up_rows])
+    layout = layout_of(model, r1=False)
+    seen = given_on_one_token(model, [layout.up_layer, layout.family.down_proj])
+    made = seen[f"{layout.up_layer}()"]
+    gate = made[: layout.up_rows.start]
+    torch.testing.assert_close(seen[layout.family.down_proj], nn.functional.silu(gate) * made[layout.up_rows])

@@ -13,27 +13,28 @@ from basis_cases import (
     PARTS,
     PROBE,
     TIED,
-    anatomy_of,
     distance,
     in_basis,
     logits_of,
     original,
     parts_of,
     random_basis,
+    tiny_layout,
 )
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from jointq_cli.kernels.hadamard import random_hadamard, turned
+from jointq_cli.kernels.hadamard import hadamard_transform, random_hadamard
 from jointq_cli.models.checkpoint import SINGLE, Checkpoint
-from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.models.streamed import BlockwiseModel, StreamedModel
+from jointq_cli.models.tensor_source import TensorSource
 from jointq_cli.records import Invariance
 from jointq_cli.system.tensor_files import save_tensors
 from jointq_cli.transforms import basis as basis_module
 from jointq_cli.transforms.basis import Basis
-from jointq_cli.transforms.learning import turn_heads
-from jointq_cli.transforms.merge_check import check, write_rotated
+from jointq_cli.transforms.learning import rotate_heads
+from jointq_cli.transforms.merge_check import check_invariance, write_rotated
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -42,8 +43,8 @@ EXACT = 5e-6  # of |logits| in float32, which itself makes some 1e-6
 
 def written(model: StreamedModel, basis: Basis, directory: Path) -> Invariance:
     """What `check` says of the model in `basis`, which lies in `directory` then."""
-    merged = write_rotated(in_basis(model, basis, directory), PROBE, False, lambda: None)
-    return check(model, directory, merged, PROBE, False)
+    merged = write_rotated(in_basis(model, basis, directory), PROBE, lambda: None)
+    return check_invariance(model, directory, merged, PROBE)
 
 
 def changed_tensors(model: StreamedModel, rotated: Path) -> set[str]:
@@ -88,7 +89,7 @@ def test_plain_transformers_computes_the_same_before_and_after_it_saves_the_mode
     model = original(root, family)
     truth = AutoModelForCausalLM.from_pretrained(model.checkpoint.directory)(PROBE).logits
     absorbed = [part for part in parts_of(family) if part in ABSORBED]
-    write_rotated(in_basis(model, random_basis(model, absorbed), tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, random_basis(model, absorbed), tmp_path / "rotated"), PROBE, lambda: None)
     for saved, following in (("rotated", "again"), ("again", "and again")):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / saved)
         assert distance(loaded(PROBE).logits, truth) <= EXACT, saved
@@ -99,7 +100,7 @@ def test_plain_transformers_computes_the_same_before_and_after_it_saves_the_mode
 def test_with_r1_tied_embeddings_are_two_tensors_for_good(family: str, root: Path, tmp_path: Path) -> None:
     model = original(root, family)
     assert "lm_head.weight" not in model.checkpoint.tensors
-    write_rotated(in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, lambda: None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "rotated")
     loaded.save_pretrained(tmp_path / "again")
     assert set(Checkpoint(tmp_path / "again").tensors) == {*model.checkpoint.tensors, "lm_head.weight"}
@@ -125,10 +126,10 @@ def test_all_but_r1_touch_only_the_layers_around_their_place(
 ) -> None:
     model = original(root, family, torch.bfloat16)
     rotated = in_basis(model, random_basis(model, [part]), tmp_path / "rotated")
-    write_rotated(rotated, PROBE, False, lambda: None)
-    anatomy = anatomy_of(model)
-    values = {f"{anatomy.value_layer}.weight", "self_attn.o_proj.weight"}
-    inner = {f"{anatomy.up_layer}.weight", "mlp.down_proj.weight"}
+    write_rotated(rotated, PROBE, lambda: None)
+    layout = tiny_layout(model)
+    values = {f"{layout.value_layer}.weight", "self_attn.o_proj.weight"}
+    inner = {f"{layout.up_layer}.weight", "mlp.down_proj.weight"}
     expected = {"r2": values, "value_scales": values, "mlp_scales": inner, "r4": {"mlp.down_proj.weight"}}[part]
     if family == "llama_bias" and part != "r4":
         expected |= {name.replace(".weight", ".bias") for name in expected if "o_proj" not in name}
@@ -145,7 +146,7 @@ def test_the_norms_before_the_layers_become_exactly_neutral_and_those_of_heads_s
 ) -> None:
     model = original(root, family)
     rotated = in_basis(model, random_basis(model, PARTS), tmp_path / "rotated")
-    norms = [name for name in rotated.tensors if name.endswith("norm.weight")]
+    norms = [name for name in rotated.shapes if name.endswith("norm.weight")]
     before, after = model.checkpoint.read(norms), rotated.read(norms)
     for name in norms:
         assert before[name].std() > 0.1, name  # or fusing it would prove nothing
@@ -159,14 +160,14 @@ def test_the_rows_of_a_fused_layer_that_are_no_values_and_no_up_stay(root: Path,
     rotated = in_basis(model, random_basis(model, ["r2", "value_scales", "mlp_scales"]), tmp_path / "rotated")
     for layer, stay in (("self_attn.qkv_proj", 64 + 32), ("mlp.gate_up_proj", 128)):
         name = f"model.layers.1.{layer}.weight"
-        before, after = (checkpoint.read([name])[name] for checkpoint in (model.checkpoint, rotated))
+        before, after = (source.read([name])[name] for source in (model.checkpoint, rotated))
         assert torch.equal(after[:stay], before[:stay])
         assert bool((after[stay:] != before[stay:]).any(dim=1).all())
 
 
-def seen(checkpoint: Checkpoint, block: int) -> dict[str, Tensor]:
+def seen(source: TensorSource, block: int) -> dict[str, Tensor]:
     """What the block, its o_proj and its down_proj are given on the probe."""
-    model = StreamedModel(checkpoint, CPU, torch.float32)
+    model = BlockwiseModel(source, CPU, torch.float32)
     found: dict[str, Tensor] = {}
     hidden = model.embed_all(PROBE, batch=1)
     for index in range(block):
@@ -195,8 +196,8 @@ def test_activations_are_turned_by_what_was_learned_and_not_by_its_transpose(
     assert basis.mlp_scales is not None
     before = seen(model.checkpoint, 1)
     after = seen(in_basis(model, basis, tmp_path / "rotated"), 1)
-    values = turn_heads(basis.smoothed_values(before["self_attn.o_proj"], 1), basis.r2[1].float())
-    inner = turned(before["mlp.down_proj"] / basis.mlp_scales[1].float())
+    values = rotate_heads(basis.smooth_values(before["self_attn.o_proj"], 1), basis.r2[1].float())
+    inner = hadamard_transform(before["mlp.down_proj"] / basis.mlp_scales[1].float())
     assert distance(after["residual"], before["residual"] @ basis.r1.float()) < EXACT
     assert distance(after["self_attn.o_proj"], values) < EXACT
     assert distance(after["mlp.down_proj"], inner) < EXACT
@@ -208,7 +209,7 @@ def test_heads_of_a_group_share_scales_and_rotation(root: Path) -> None:
     assert basis.r2 is not None
     assert basis.value_scales is not None
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    found = turn_heads(basis.smoothed_values(rows, 2), basis.r2[2].float())
+    found = rotate_heads(basis.smooth_values(rows, 2), basis.r2[2].float())
     for head in range(4):
         mine = slice(16 * head, 16 * head + 16)
         expected = rows[:, mine] / basis.value_scales[2, head // 2] @ basis.r2[2, head // 2]
@@ -242,7 +243,7 @@ def test_an_embedding_is_turned_a_few_rows_at_a_time(
     rotated = in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated")
     names = ["model.embed_tokens.weight", "lm_head.weight"]
     whole = rotated.read(names)
-    monkeypatch.setattr(basis_module, "ROWS", rows)
+    monkeypatch.setattr(basis_module, "EMBEDDING_ROWS", rows)
     torch.testing.assert_close(rotated.read(names), whole, rtol=1e-6, atol=1e-7)
 
 
@@ -252,7 +253,7 @@ def test_tensors_that_the_model_does_not_use_are_carried_over(tmp_path: Path) ->
     stranger = "model.layers.0.self_attn.rotary_emb.inv_freq"  # in checkpoints of old
     save_tensors(path, {**load_file(path), stranger: torch.arange(8.0), "counter": torch.arange(3)})
     model = StreamedModel(Checkpoint(path.parent), CPU, torch.float32)
-    write_rotated(in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated"), PROBE, lambda: None)
     after = Checkpoint(tmp_path / "rotated")
     assert all(model.checkpoint.same_bytes(after, name) for name in (stranger, "counter"))
 

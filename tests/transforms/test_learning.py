@@ -10,18 +10,18 @@ from torch import Tensor
 
 from jointq_cli.errors import Interrupted, NumericsError
 from jointq_cli.records import RotationTraining
-from jointq_cli.transforms.activation_samples import normalised
+from jointq_cli.transforms.activation_samples import rms_normalize
 from jointq_cli.transforms.learning import (
-    CHECK_EVERY,
-    HELD_OUT,
     PATIENCE,
-    Watch,
-    decibels,
-    initial,
+    VALIDATE_EVERY,
+    VALIDATION_STRIDE,
+    Progress,
+    initial_rotation,
     learn_r1,
     learn_r2,
     relative_error,
-    turn_heads,
+    rotate_heads,
+    sqnr_db,
 )
 from jointq_cli.transforms.objectives import OBJECTIVES
 from jointq_cli.transforms.settings import INITS, PARAMETRIZATIONS, LearnedRotation
@@ -55,7 +55,7 @@ class Seen:
     def __init__(self, stop_at: int = -1) -> None:
         self.pauses, self.stop_at = 0, stop_at
         self.bars: dict[str, tuple[int, SilentBar]] = {}
-        self.watch = Watch(self.bar, self.pause)
+        self.progress = Progress(self.bar, self.pause)
 
     @contextmanager
     def bar(self, name: str, steps: int) -> Iterator[SilentBar]:
@@ -76,7 +76,7 @@ def uneven_channels(seed: int = 0, sites: int = 4, tokens: int = 256, size: int 
     """Gaussian tokens (sites, tokens, size) of rms 1 whose channels have scales of their own, from a lognormal."""
     generator = seeded(seed)
     rows = torch.randn(sites, tokens, size, generator=generator)
-    return normalised(rows * torch.randn(size, generator=generator).exp())
+    return rms_normalize(rows * torch.randn(size, generator=generator).exp())
 
 
 def heavy_tails(seed: int = 0) -> Tensor:
@@ -84,15 +84,15 @@ def heavy_tails(seed: int = 0) -> Tensor:
     generator = seeded(seed)
     spread = torch.randn(4, 256, SIZE, 3, generator=generator).square().mean(dim=-1).sqrt()
     basis = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator))[0]
-    return normalised(uneven_channels(seed) / spread @ basis)
+    return rms_normalize(uneven_channels(seed) / spread @ basis)
 
 
 def start(seed: int = 0, size: int = SIZE) -> Tensor:
-    return initial(size, "random_hadamard", seeded(seed))
+    return initial_rotation(size, "random_hadamard", seeded(seed))
 
 
 def learn(rows: Tensor, settings: LearnedRotation, at: Tensor | None = None) -> tuple[Tensor, RotationTraining]:
-    return learn_r1(rows, start() if at is None else at, settings, CPU, Seen().watch)
+    return learn_r1(rows, start() if at is None else at, settings, CPU, Seen().progress)
 
 
 def gram_error(rotation: Tensor) -> float:
@@ -149,7 +149,7 @@ def test_r2_lowers_the_error_of_what_o_proj_is_given(parametrization: str) -> No
     assert course.name == "R2 of block 3"
     assert course.error_after < course.error_before
     held = inputs[7::8]
-    assert course.error_after == pytest.approx(relative_error(turn_heads(held, rotation.float()), 4), rel=1e-4)
+    assert course.error_after == pytest.approx(relative_error(rotate_heads(held, rotation.float()), 4), rel=1e-4)
 
 
 # --- it steps
@@ -159,10 +159,10 @@ def test_r2_lowers_the_error_of_what_o_proj_is_given(parametrization: str) -> No
 def test_every_step_is_taken_and_counted(batch: int, steps: int) -> None:
     """4 sites of 224 tokens to learn from. DartQuant's released settings never step R2's optimiser."""
     seen = Seen()
-    _, course = learn_r1(uneven_channels(), start(), learned(batch_tokens=batch, early_stop=False), CPU, seen.watch)
+    _, course = learn_r1(uneven_channels(), start(), learned(batch_tokens=batch, early_stop=False), CPU, seen.progress)
     assert course.steps == course.best_step == seen.pauses == steps
     assert {name: (total, bar.position) for name, (total, bar) in seen.bars.items()} == {"learn R1": (steps, steps)}
-    assert [checkup.step for checkup in course.errors] == list(range(0, steps + 1, CHECK_EVERY))
+    assert [checkup.step for checkup in course.errors] == list(range(0, steps + 1, VALIDATE_EVERY))
 
 
 def test_r2_steps_with_fewer_tokens_than_a_batch_has() -> None:
@@ -189,7 +189,8 @@ def test_held_out_tokens_are_never_learned_from(parametrization: str) -> None:
     settings = learned(parametrization=parametrization, r1_epochs=3, early_stop=False)
     rows = uneven_channels()
     other = rows.clone()
-    other[:, HELD_OUT - 1 :: HELD_OUT] = uneven_channels(seed=5)[:, HELD_OUT - 1 :: HELD_OUT]
+    held_out = slice(VALIDATION_STRIDE - 1, None, VALIDATION_STRIDE)
+    other[:, held_out] = uneven_channels(seed=5)[:, held_out]
     (found, course), (again, different) = learn(rows, settings), learn(other, settings)
     assert torch.equal(found, again)
     assert course.error_after != different.error_after
@@ -222,7 +223,7 @@ def test_every_step_draws_from_every_site_and_an_epoch_is_all_tokens_once(monkey
     per_epoch = sites * 35 // 20
     assert len(steps) == epochs * per_epoch
     assert all({row // tokens for row in step} == set(range(sites)) for step in steps)
-    taught = [row for row in range(sites * tokens) if row % tokens % HELD_OUT != HELD_OUT - 1]
+    taught = [row for row in range(sites * tokens) if row % tokens % VALIDATION_STRIDE != VALIDATION_STRIDE - 1]
     for epoch in range(epochs):
         drawn = [row for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for row in step]
         assert sorted(drawn) == taught
@@ -277,7 +278,7 @@ def test_where_nothing_can_be_gained_the_start_is_kept_and_learning_ends_early()
     rows = torch.randint(2, (4, 256, SIZE), generator=seeded(0)) * 2.0 - 1.0
     settings = learned(objective="whip", r1_epochs=100)
     rotation, course = learn(rows, settings, torch.eye(SIZE))
-    assert (course.steps, course.best_step) == (PATIENCE * CHECK_EVERY, 0)
+    assert (course.steps, course.best_step) == (PATIENCE * VALIDATE_EVERY, 0)
     assert course.error_after == course.error_before
     assert torch.equal(rotation, torch.eye(SIZE, dtype=torch.float64))
     assert course.moved == 0
@@ -286,10 +287,10 @@ def test_where_nothing_can_be_gained_the_start_is_kept_and_learning_ends_early()
 @BOTH
 def test_a_rate_beyond_all_bounds_is_told_by_its_key(parametrization: str) -> None:
     settings = learned(parametrization=parametrization, r1_lr=1e39, r2_lr=1e39)
-    with pytest.raises(NumericsError, match=r"^rotation\.r1_lr=1e\+39: R1 has run away by step 10; lower it$"):
+    with pytest.raises(NumericsError, match=r"^rotation\.r1_lr=1e\+39: R1 has diverged by step 10; lower it$"):
         learn(uneven_channels(), settings)
     at = torch.stack([start(seed, 16) for seed in range(4)])
-    with pytest.raises(NumericsError, match=r"^rotation\.r2_lr=1e\+39: R2 of block 5 has run away by step 10"):
+    with pytest.raises(NumericsError, match=r"^rotation\.r2_lr=1e\+39: R2 of block 5 has diverged by step 10"):
         learn_r2("R2 of block 5", uneven_channels()[0], at, settings, CPU, lambda: None)
 
 
@@ -304,7 +305,7 @@ def test_a_rate_that_is_too_large_harms_nobody_who_stops_early(lr: float, parame
 def test_learning_can_be_stopped_between_any_two_steps() -> None:
     seen = Seen(stop_at=4)
     with pytest.raises(Interrupted):
-        learn_r1(uneven_channels(), start(), learned(), CPU, seen.watch)
+        learn_r1(uneven_channels(), start(), learned(), CPU, seen.progress)
     assert seen.bars["learn R1"][1].position == 4
 
 
@@ -315,30 +316,30 @@ def test_learning_can_be_stopped_between_any_two_steps() -> None:
 @pytest.mark.parametrize("init", INITS)
 def test_every_start_is_orthogonal(init: str, size: int) -> None:
     mean = torch.randn(size, generator=seeded(1))
-    found = initial(size, init, seeded(0), mean)
+    found = initial_rotation(size, init, seeded(0), mean)
     assert (found.shape, found.dtype) == ((size, size), torch.float64)
     assert gram_error(found) < 1e-13
-    assert torch.equal(found, initial(size, init, seeded(0), mean))
+    assert torch.equal(found, initial_rotation(size, init, seeded(0), mean))
 
 
 @pytest.mark.parametrize("init", INITS)
 def test_the_random_starts_and_no_others_depend_on_the_seed(init: str) -> None:
     mean = torch.ones(SIZE)
-    same = torch.equal(initial(SIZE, init, seeded(0), mean), initial(SIZE, init, seeded(1), mean))
+    same = torch.equal(initial_rotation(SIZE, init, seeded(0), mean), initial_rotation(SIZE, init, seeded(1), mean))
     assert same == (init not in ("random_hadamard", "orthogonal"))
 
 
 def test_random_orthogonal_starts_prefer_no_direction() -> None:
     """Haar's measure: LAPACK's own Q has a first entry that is never positive."""
     generator = seeded(0)
-    entries = torch.stack([initial(3, "orthogonal", generator) for _ in range(2000)])
+    entries = torch.stack([initial_rotation(3, "orthogonal", generator) for _ in range(2000)])
     assert entries.mean(dim=0).abs().max() < 6 * (1 / 3 / 2000) ** 0.5
     assert (entries.square().mean(dim=0) - 1 / 3).abs().max() < 0.05
 
 
 def test_dc_aligned_turns_what_tokens_have_in_common_into_an_offset() -> None:
     mean = torch.randn(SIZE, generator=seeded(0), dtype=torch.float64)
-    found = initial(SIZE, "dc_aligned", seeded(0), mean)
+    found = initial_rotation(SIZE, "dc_aligned", seeded(0), mean)
     torch.testing.assert_close(mean @ found, torch.full_like(mean, float(mean.norm()) / SIZE**0.5), rtol=0, atol=1e-12)
     aside = torch.randn(SIZE, generator=seeded(1), dtype=torch.float64)
     aside -= aside @ mean / mean.square().sum() * mean
@@ -348,7 +349,7 @@ def test_dc_aligned_turns_what_tokens_have_in_common_into_an_offset() -> None:
 @pytest.mark.parametrize("factor", [0.0, 1.0, 3.0, -2.0])
 def test_dc_aligned_can_do_with_any_mean(factor: float) -> None:
     mean = torch.full((SIZE,), factor)
-    found = initial(SIZE, "dc_aligned", seeded(0), mean)
+    found = initial_rotation(SIZE, "dc_aligned", seeded(0), mean)
     torch.testing.assert_close(mean.double() @ found, torch.full((SIZE,), abs(factor), dtype=torch.float64))
 
 
@@ -359,7 +360,7 @@ def test_dc_aligned_can_do_with_any_mean(factor: float) -> None:
 def test_each_query_head_is_turned_by_its_kv_head(heads: int, kv_heads: int) -> None:
     rows = torch.randn(5, heads * 8, generator=seeded(0))
     rotation = torch.randn(kv_heads, 8, 8, generator=seeded(1))
-    found = turn_heads(rows, rotation)
+    found = rotate_heads(rows, rotation)
     for token in range(5):
         for head in range(heads):
             columns = slice(head * 8, (head + 1) * 8)
@@ -370,10 +371,10 @@ def test_each_query_head_is_turned_by_its_kv_head(heads: int, kv_heads: int) -> 
 def test_an_error_is_relative_to_the_signal() -> None:
     rows = uneven_channels()[0]
     assert relative_error(2**10 * rows, 4) == pytest.approx(relative_error(rows, 4))
-    assert relative_error(rows, 8, clip=1.0) < relative_error(rows, 4, clip=1.0) / 100
+    assert relative_error(rows, 8, clip_ratio=1.0) < relative_error(rows, 4, clip_ratio=1.0) / 100
     assert relative_error(torch.zeros(3, 8), 4) == 0
     assert math.isnan(relative_error(torch.full((1, 8), math.nan), 4))
 
 
 def test_decibels_count_the_tenths_of_the_powers_of_ten() -> None:
-    assert [decibels(error) for error in (1.0, 0.1, 0.001, 0.0)] == [0.0, 10.0, 30.0, math.inf]
+    assert [sqnr_db(error) for error in (1.0, 0.1, 0.001, 0.0)] == [0.0, 10.0, 30.0, math.inf]

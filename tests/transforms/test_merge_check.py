@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_cases import ABSORBED, PARTS, PROBE, anatomy_of, in_basis, original, random_basis
+from basis_cases import ABSORBED, PARTS, PROBE, in_basis, original, random_basis, tiny_layout
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,8 +16,8 @@ from jointq_cli.models.checkpoint import SINGLE
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Invariance
 from jointq_cli.system.tensor_files import save_tensors
-from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
-from jointq_cli.transforms.merge_check import MERGE_LIMIT, check, write_rotated
+from jointq_cli.transforms.basis import Basis, RotatedTensors
+from jointq_cli.transforms.merge_check import MERGE_LIMIT, check_invariance, write_rotated
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -28,72 +28,71 @@ Patch = pytest.MonkeyPatch
 def gate(
     model: StreamedModel, basis: Basis, directory: Path, damage: Callable[[Path], None] | None = None
 ) -> Invariance:
-    merged = write_rotated(in_basis(model, basis, directory), PROBE, False, lambda: None)
+    merged = write_rotated(in_basis(model, basis, directory), PROBE, lambda: None)
     if damage is not None:
         damage(directory)
-    return check(model, directory, merged, PROBE, False)
+    return check_invariance(model, directory, merged, PROBE)
 
 
 def forget_to_untie(patch: Patch) -> None:
-    patch.setattr(RotatedCheckpoint, "_untie", lambda self: None)
+    patch.setattr(RotatedTensors, "_unties_embeddings", False)
 
 
 def forget_the_bias_of_the_values(patch: Patch) -> None:
-    whole = RotatedCheckpoint._with_values_turned
+    whole = RotatedTensors._change_values
 
-    def weights_only(self: RotatedCheckpoint, index: int, tensor: Tensor) -> Tensor:
+    def weights_only(self: RotatedTensors, index: int, tensor: Tensor) -> Tensor:
         return whole(self, index, tensor) if tensor.dim() == 2 else tensor
 
-    patch.setattr(RotatedCheckpoint, "_with_values_turned", weights_only)
+    patch.setattr(RotatedTensors, "_change_values", weights_only)
 
 
 def forget_other_biases(patch: Patch) -> None:
-    whole = RotatedCheckpoint._in_r1
+    whole = RotatedTensors._apply_r1
 
-    def weights_only(self: RotatedCheckpoint, index: int, layer: str, kind: str, tensor: Tensor) -> Tensor:
+    def weights_only(self: RotatedTensors, index: int, layer: str, kind: str, tensor: Tensor) -> Tensor:
         return tensor if kind == "bias" else whole(self, index, layer, kind, tensor)
 
-    patch.setattr(RotatedCheckpoint, "_in_r1", weights_only)
+    patch.setattr(RotatedTensors, "_apply_r1", weights_only)
 
 
 def forget_to_fuse(patch: Patch) -> None:
-    patch.setattr(RotatedCheckpoint, "_gain", lambda self, norm: torch.ones(64, dtype=torch.float64))
+    patch.setattr(RotatedTensors, "_norm_gain", lambda self, norm: torch.ones(64, dtype=torch.float64))
 
 
 def leave_the_gain_in_the_norm(patch: Patch) -> None:
-    patch.setattr(RotatedCheckpoint, "_neutral", lambda self, gain: gain)
+    patch.setattr(RotatedTensors, "_unit_gain", lambda self, gain: gain)
 
 
 def forget_that_gemma_adds_one(patch: Patch) -> None:
-    whole = RotatedCheckpoint._gain
-    patch.setattr(RotatedCheckpoint, "_gain", lambda self, norm: whole(self, norm) - 1.0)
+    whole = RotatedTensors._norm_gain
+    patch.setattr(RotatedTensors, "_norm_gain", lambda self, norm: whole(self, norm) - 1.0)
 
 
 def take_neighbouring_heads_for_a_group_apart(patch: Patch) -> None:
     """As if query head i read the values of KV head i mod kv_heads."""
 
-    def wrong(self: RotatedCheckpoint, index: int, weight: Tensor) -> Tensor:
-        assert self._basis.r2 is not None
+    def wrong(self: RotatedTensors, index: int, weight: Tensor) -> Tensor:
+        assert self.basis.r2 is not None
         columns = weight.reshape(len(weight), 2, 2, 16)  # group, KV head, dimension
-        return (columns.transpose(1, 2) @ self._basis.r2[index]).transpose(1, 2).reshape(weight.shape)
+        return (columns.transpose(1, 2) @ self.basis.r2[index]).transpose(1, 2).reshape(weight.shape)
 
-    patch.setattr(RotatedCheckpoint, "_reading_turned_values", wrong)
+    patch.setattr(RotatedTensors, "_read_changed_values", wrong)
 
 
 def turn_the_values_by_the_transpose(patch: Patch) -> None:
-    whole = RotatedCheckpoint._with_values_turned
+    whole = RotatedTensors._change_values
 
-    def wrong(self: RotatedCheckpoint, index: int, tensor: Tensor) -> Tensor:
-        assert self._basis.r2 is not None
-        turned_back = object.__new__(RotatedCheckpoint)
-        vars(turned_back).update(vars(self), _basis=replace(self._basis, r2=self._basis.r2.mT))
-        return whole(turned_back, index, tensor)
+    def wrong(self: RotatedTensors, index: int, tensor: Tensor) -> Tensor:
+        assert self.basis.r2 is not None
+        transposed = replace(self, basis=replace(self.basis, r2=self.basis.r2.mT))
+        return whole(transposed, index, tensor)
 
-    patch.setattr(RotatedCheckpoint, "_with_values_turned", wrong)
+    patch.setattr(RotatedTensors, "_change_values", wrong)
 
 
 def forget_down_proj(patch: Patch) -> None:
-    patch.setattr(RotatedCheckpoint, "_reading_the_mlp", lambda self, index, weight: weight)
+    patch.setattr(RotatedTensors, "_read_changed_mlp", lambda self, index, weight: weight)
 
 
 @pytest.mark.parametrize(
@@ -133,13 +132,13 @@ def test_one_tensor_of_one_block_in_the_old_basis_is_refused(
     name: str, root: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     model = original(root)
-    whole = RotatedCheckpoint._rotated
+    whole = RotatedTensors._compute
     wrong = f"model.layers.2.{name}"
 
-    def forgetful(self: RotatedCheckpoint, stored: str) -> Tensor:
+    def forgetful(self: RotatedTensors, stored: str) -> Tensor:
         return model.checkpoint.read([stored])[stored] if stored == wrong else whole(self, stored)
 
-    monkeypatch.setattr(RotatedCheckpoint, "_rotated", forgetful)
+    monkeypatch.setattr(RotatedTensors, "_compute", forgetful)
     with pytest.raises(NumericsError, match=DIFFER):
         gate(model, random_basis(model, ["r1"]), tmp_path / "rotated")
 
@@ -176,13 +175,11 @@ def test_a_basis_that_is_no_number_is_refused(part: str, root: Path, tmp_path: P
 
 def test_logits_that_are_no_numbers_are_not_close_to_anything(root: Path, tmp_path: Path) -> None:
     model = original(root)
-    merged = write_rotated(
-        in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, False, lambda: None
-    )
-    check(model, tmp_path / "rotated", merged, PROBE, False)
+    merged = write_rotated(in_basis(model, random_basis(model, ["r1"]), tmp_path / "rotated"), PROBE, lambda: None)
+    check_invariance(model, tmp_path / "rotated", merged, PROBE)
     merged[3, 5] = float("nan")
     with pytest.raises(NumericsError, match=f"{DIFFER} nan"):
-        check(model, tmp_path / "rotated", merged, PROBE, False)
+        check_invariance(model, tmp_path / "rotated", merged, PROBE)
 
 
 def shard(directory: Path, number: int) -> Path:
@@ -262,23 +259,23 @@ def test_a_head_that_is_tied_again_on_the_disk_is_noticed(root: Path, tmp_path: 
         gate(model, random_basis(model, ["r1"]), tmp_path / "rotated", tie)
 
 
-def test_the_anatomy_of_these_tests_is_grouped(root: Path) -> None:
+def test_the_layout_of_these_tests_is_grouped(root: Path) -> None:
     """Or a wrong grouping could not show."""
-    anatomy = anatomy_of(original(root))
-    assert (anatomy.heads, anatomy.kv_heads, anatomy.head_dim) == (4, 2, 16)
+    layout = tiny_layout(original(root))
+    assert (layout.num_heads, layout.num_kv_heads, layout.head_dim) == (4, 2, 16)
 
 
 def test_every_tensor_is_merged_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings take longest, and the walk beside the merge needs them twice more."""
     merged: list[str] = []
-    rotated = RotatedCheckpoint._rotated
+    rotated = RotatedTensors._compute
 
-    def count(self: RotatedCheckpoint, name: str) -> Tensor:
+    def count(self: RotatedTensors, name: str) -> Tensor:
         merged.append(name)
         return rotated(self, name)
 
-    monkeypatch.setattr(RotatedCheckpoint, "_rotated", count)
+    monkeypatch.setattr(RotatedTensors, "_compute", count)
     model = original(root, "llama_tied")
-    checkpoint = in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated")
-    write_rotated(checkpoint, PROBE, False, lambda: None)
-    assert sorted(merged) == sorted(checkpoint.tensors)
+    tensors = in_basis(model, random_basis(model, ABSORBED), tmp_path / "rotated")
+    write_rotated(tensors, PROBE, lambda: None)
+    assert sorted(merged) == sorted(tensors.shapes)

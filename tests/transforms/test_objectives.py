@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jointq_cli.transforms.activation_samples import normalised
+from jointq_cli.transforms.activation_samples import rms_normalize
 from jointq_cli.transforms.learning import relative_error
 from jointq_cli.transforms.objectives import OBJECTIVES, l8, range2, whip
 
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_values(name: str) -> None:
 
 # --- laws
 
-rows_of_rms_1 = st.integers(0, 10_000).map(lambda seed: normalised(gaussian(3, 16, seed=seed).pow(3)).double())
+rows_of_rms_1 = st.integers(0, 10_000).map(lambda seed: rms_normalize(gaussian(3, 16, seed=seed).pow(3)).double())
 
 
 @given(rows=rows_of_rms_1)
@@ -106,10 +106,10 @@ def test_a_loss_is_a_mean_over_tokens(name: str) -> None:
 
 def test_whip_takes_an_outlier_that_the_grid_and_the_other_losses_do_not() -> None:
     """Less whip is not less error: why an objective is watched, and why there is more than one."""
-    flat = normalised(uniform(500, CHANNELS))
+    flat = rms_normalize(uniform(500, CHANNELS))
     crowded = two_point(500, CHANNELS, seed=1) + 0.1 * gaussian(500, CHANNELS, seed=2)
     crowded[:, 0] = 5.0
-    crowded = normalised(crowded)
+    crowded = rms_normalize(crowded)
     assert whip(crowded) < whip(flat)
     assert range2(crowded) > range2(flat)
     assert l8(crowded) > l8(flat)

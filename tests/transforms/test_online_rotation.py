@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from jointq_cli.errors import ModelError
-from jointq_cli.kernels.hadamard import construction, orthogonal, turned
+from jointq_cli.kernels.hadamard import construction, hadamard_transform, orthogonal_hadamard
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.online_rotation import KEY, attach, needs_online, with_online, without_online
 from jointq_cli.models.streamed import StreamedModel
@@ -30,7 +30,7 @@ def online(root: Path) -> Path:
     with torch.no_grad():
         model = original(root)
         basis = random_basis(model, ["r1", "r2", "r4"])
-        write_rotated(in_basis(model, basis, root / "online"), PROBE, False, lambda: None)
+        write_rotated(in_basis(model, basis, root / "online"), PROBE, lambda: None)
     return root / "online"
 
 
@@ -54,7 +54,7 @@ def test_its_tokenizer_is_an_ordinary_one(root: Path, online: Path) -> None:
 def test_the_streamed_model_computes_what_the_original_does(width: int, root: Path, tmp_path: Path) -> None:
     model = original(root, intermediate_size=width)
     basis = random_basis(model, ["r4"])
-    write_rotated(in_basis(model, basis, tmp_path / "rotated"), PROBE, False, lambda: None)
+    write_rotated(in_basis(model, basis, tmp_path / "rotated"), PROBE, lambda: None)
     assert distance(logits_of(Checkpoint(tmp_path / "rotated")), logits_of(model.checkpoint)) <= EXACT
 
 
@@ -64,7 +64,7 @@ def test_r4_stands_in_front_of_down_proj_of_every_block(online: Path) -> None:
     for index in range(len(model)):
         with model.block(index, model.block_tensors(index)) as block:
             down_proj = block.get_submodule("mlp.down_proj")
-            expected = turned(x) @ down_proj.get_parameter("weight").T
+            expected = hadamard_transform(x) @ down_proj.get_parameter("weight").T
             torch.testing.assert_close(down_proj(x), expected)
 
 
@@ -125,15 +125,15 @@ def test_editing_the_model_type_back_by_hand_is_not_enough(online: Path, tmp_pat
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_turning_factor_by_factor_is_the_product_with_the_matrix(size: int, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).to(dtype)
-    found = turned(x)
+    found = hadamard_transform(x)
     assert (found.shape, found.dtype) == (x.shape, dtype)
     tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
-    assert distance(found.double(), x.double() @ orthogonal(size)) < tolerance
+    assert distance(found.double(), x.double() @ orthogonal_hadamard(size)) < tolerance
 
 
 def test_turning_the_columns_of_a_strided_weight_is_the_product_with_the_matrix() -> None:
     weight = torch.randn(192, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).T
-    torch.testing.assert_close(turned(weight), weight @ orthogonal(192))
+    torch.testing.assert_close(hadamard_transform(weight), weight @ orthogonal_hadamard(192))
 
 
 def test_in_bfloat16_the_rotation_rounds_once() -> None:
@@ -145,5 +145,5 @@ def test_in_bfloat16_the_rotation_rounds_once() -> None:
     x = torch.randn(8, 1536, generator=torch.Generator().manual_seed(0)).bfloat16()
     layer(x)
     assert given[0].dtype == torch.bfloat16
-    exact = x.double() @ orthogonal(1536)
+    exact = x.double() @ orthogonal_hadamard(1536)
     assert distance(given[0].double(), exact) <= 1.01 * distance(exact.bfloat16().double(), exact)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from jointq_cli.transforms.optimizers import DESCENTS, Descent, QrOrth, newton_schulz, polished
+from jointq_cli.transforms.optimizers import OPTIMIZERS, QrOrth, RotationOptimizer, newton_schulz, orthogonalize
 from jointq_cli.transforms.settings import PARAMETRIZATIONS
 
 SIZE = 24
-BOTH = pytest.mark.parametrize("name", DESCENTS)
+BOTH = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -31,25 +31,25 @@ def gram_error(rotation: Tensor) -> float:
 
 
 def test_settings_offer_the_descents_there_are() -> None:
-    assert sorted(DESCENTS) == sorted(PARAMETRIZATIONS)
+    assert sorted(OPTIMIZERS) == sorted(PARAMETRIZATIONS)
 
 
 @BOTH
 @pytest.mark.parametrize("lr", [1e-3, 3e-2])
 def test_a_hundred_steps_against_any_gradients_stay_orthogonal(name: str, lr: float) -> None:
-    descent = DESCENTS[name](random_orthogonal(64, 64), 0.9)
+    descent = OPTIMIZERS[name](random_orthogonal(64, 64), 0.9)
     for step in range(100):
         descent.step(random_matrix(64, 64, seed=step).float(), lr)
         assert gram_error(descent.rotation) < 1e-5
     assert descent.rotation.dtype == torch.float32
-    assert gram_error(polished(descent.rotation)) < 1e-13
+    assert gram_error(orthogonalize(descent.rotation)) < 1e-13
 
 
 @BOTH
 @pytest.mark.parametrize("lr", [0.1, 1.0, 100.0])
 def test_no_step_is_so_long_that_it_leaves_them(name: str, lr: float) -> None:
     """A gradient of one pair of vectors: Adam makes a step of spectral norm lr n / 2 of it, lr being small or not."""
-    descent = DESCENTS[name](random_orthogonal(64, 64), 0.9)
+    descent = OPTIMIZERS[name](random_orthogonal(64, 64), 0.9)
     for step in range(5):
         descent.step((random_matrix(64, 1, seed=step) @ random_matrix(1, 64, seed=step + 9)).float(), lr)
         assert gram_error(descent.rotation) < 1e-5
@@ -58,7 +58,7 @@ def test_no_step_is_so_long_that_it_leaves_them(name: str, lr: float) -> None:
 def test_polishing_goes_to_the_nearest_orthogonal_matrix() -> None:
     rough = random_orthogonal(3, SIZE, SIZE) + 1e-3 * random_matrix(3, SIZE, SIZE, seed=1)
     left, _, right = torch.linalg.svd(rough)
-    torch.testing.assert_close(polished(rough), left @ right, rtol=0, atol=1e-12)
+    torch.testing.assert_close(orthogonalize(rough), left @ right, rtol=0, atol=1e-12)
 
 
 def test_one_newton_schulz_step_squares_the_error() -> None:
@@ -69,7 +69,7 @@ def test_one_newton_schulz_step_squares_the_error() -> None:
 # --- downwards
 
 
-def falling(descent: Descent, target: Tensor, steps: int, lr: float) -> list[float]:
+def falling(descent: RotationOptimizer, target: Tensor, steps: int, lr: float) -> list[float]:
     """Minus trace(R^T M) after each step, with a pace that shrinks: what is left is no oscillation."""
     losses = [-float((descent.rotation * target).sum())]
     for step in range(steps):
@@ -96,10 +96,10 @@ def test_both_find_the_polar_factor_where_trace_is_largest(name: str) -> None:
     target, best = polar_problem(8)
     start = near(best, 0.15)
     assert (start - best).norm() / best.norm() > 0.4
-    descent = DESCENTS[name](start, 0.9)
+    descent = OPTIMIZERS[name](start, 0.9)
     losses = falling(descent, target, steps=300, lr=0.02)
     assert losses[-1] < losses[0]
-    torch.testing.assert_close(polished(descent.rotation), best, rtol=0, atol=2e-3)
+    torch.testing.assert_close(orthogonalize(descent.rotation), best, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -109,30 +109,30 @@ def test_lie_finds_it_from_anywhere_with_that_sign_of_the_determinant(seed: int)
     target, best = polar_problem(8)
     start = random_orthogonal(8, 8, seed=seed)
     start[:, 0] *= torch.linalg.det(start).sign() * torch.linalg.det(best).sign()
-    descent = DESCENTS["lie"](start, 0.9)
+    descent = OPTIMIZERS["lie"](start, 0.9)
     falling(descent, target, steps=400, lr=0.05)
-    torch.testing.assert_close(polished(descent.rotation), best, rtol=0, atol=1e-4)
+    torch.testing.assert_close(orthogonalize(descent.rotation), best, rtol=0, atol=1e-4)
 
 
 @BOTH
 def test_a_small_step_lowers_any_smooth_loss(name: str) -> None:
     for seed in range(10):
         start, target = random_orthogonal(SIZE, SIZE, seed=seed), random_matrix(SIZE, SIZE, seed=seed + 50)
-        before, after = falling(DESCENTS[name](start, 0.0), target, steps=1, lr=1e-4)
+        before, after = falling(OPTIMIZERS[name](start, 0.0), target, steps=1, lr=1e-4)
         assert after < before
 
 
 def test_lie_keeps_the_sign_of_the_determinant() -> None:
     """The orthogonal matrices are two pieces, and no way leads from one to the other."""
     start = random_orthogonal(SIZE, SIZE)
-    descent = DESCENTS["lie"](start, 0.9)
+    descent = OPTIMIZERS["lie"](start, 0.9)
     falling(descent, random_matrix(SIZE, SIZE, seed=3), steps=50, lr=0.01)
     assert torch.linalg.det(descent.rotation.double()) * torch.linalg.det(start) > 0
 
 
 @BOTH
 def test_a_flat_loss_moves_nothing(name: str) -> None:
-    descent = DESCENTS[name](torch.eye(SIZE), 0.9)
+    descent = OPTIMIZERS[name](torch.eye(SIZE), 0.9)
     for _ in range(3):
         descent.step(torch.zeros(SIZE, SIZE), 0.1)
     assert torch.equal(descent.rotation, torch.eye(SIZE))
@@ -142,18 +142,18 @@ def test_a_flat_loss_moves_nothing(name: str) -> None:
 def test_the_matrix_that_was_given_stays_as_it_is(name: str) -> None:
     start = random_orthogonal(SIZE, SIZE).float()
     before = start.clone()
-    DESCENTS[name](start, 0.9).step(random_matrix(SIZE, SIZE).float(), 0.1)
+    OPTIMIZERS[name](start, 0.9).step(random_matrix(SIZE, SIZE).float(), 0.1)
     assert torch.equal(start, before)
 
 
 @BOTH
 def test_a_batch_goes_the_ways_of_its_members(name: str) -> None:
     starts, target = random_orthogonal(2, 3, 8, 8), random_matrix(2, 3, 8, 8, seed=1)
-    together = DESCENTS[name](starts, 0.9)
+    together = OPTIMIZERS[name](starts, 0.9)
     falling(together, target, steps=20, lr=0.01)
     for one in range(2):
         for other in range(3):
-            alone = DESCENTS[name](starts[one, other], 0.9)
+            alone = OPTIMIZERS[name](starts[one, other], 0.9)
             falling(alone, target[one, other], steps=20, lr=0.01)
             torch.testing.assert_close(together.rotation[one, other], alone.rotation, rtol=0, atol=1e-5)
 
@@ -194,7 +194,7 @@ def test_adam_turns_each_plane_by_the_learning_rate_at_first() -> None:
     """Whatever the gradient's size: the first step of Adam is its sign. A plane (i, j) turns by lr to first order."""
     lr = 1e-4
     for scale in (1e-6, 1.0, 1e6):
-        descent = DESCENTS["lie"](torch.eye(SIZE), 0.9)
+        descent = OPTIMIZERS["lie"](torch.eye(SIZE), 0.9)
         gradient = scale * random_matrix(SIZE, SIZE).float()
         descent.step(gradient, lr)
         expected = torch.eye(SIZE) - lr * (gradient - gradient.T).sign()

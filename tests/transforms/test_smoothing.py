@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from basis_cases import anatomy_of, in_basis, original
+from basis_cases import in_basis, original, tiny_layout
 from safetensors.torch import load_file
 from torch import Tensor
 
 from jointq_cli.models.checkpoint import SINGLE, Checkpoint
-from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.models.streamed import BlockwiseModel, StreamedModel
 from jointq_cli.system.tensor_files import save_tensors
-from jointq_cli.transforms.activation_samples import Reservoir, collect
+from jointq_cli.transforms.activation_samples import ActivationSamples, collect_samples
 from jointq_cli.transforms.basis import Basis
-from jointq_cli.transforms.merge_check import check, write_rotated
+from jointq_cli.transforms.merge_check import check_invariance, write_rotated
 from jointq_cli.transforms.settings import SmoothQuant
 from jointq_cli.transforms.smoothing import mlp_scales, value_scales
 
@@ -31,14 +31,14 @@ def smoothing(alpha: float) -> SmoothQuant:
     return SmoothQuant(alpha=alpha, o_proj=True, down_proj=True)
 
 
-def magnitudes(directory: Path) -> Reservoir:
+def magnitudes(directory: Path) -> ActivationSamples:
     """Largest magnitudes over five decades."""
     generator = torch.Generator().manual_seed(0)
-    reservoir = Reservoir(directory, BLOCKS)
+    samples = ActivationSamples(directory, BLOCKS)
     for block in range(BLOCKS):
         sizes = {"o_proj_max": HEADS * HEAD_DIM, "down_proj_max": WIDTH}
-        reservoir.write(block, {name: 10 ** (5 * torch.rand(n, generator=generator) - 3) for name, n in sizes.items()})
-    return reservoir
+        samples.write(block, {name: 10 ** (5 * torch.rand(n, generator=generator) - 3) for name, n in sizes.items()})
+    return samples
 
 
 def weight_of(model: StreamedModel, block: int, layer: str) -> Tensor:
@@ -52,13 +52,13 @@ def test_scales_are_those_of_the_formula_channel_by_channel(
     family: str, alpha: float, root: Path, tmp_path: Path
 ) -> None:
     model = grouped(root, family)
-    reservoir = magnitudes(tmp_path)
-    values = value_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
-    inner = mlp_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
+    samples = magnitudes(tmp_path)
+    values = value_scales(model, tiny_layout(model), samples, smoothing(alpha))
+    inner = mlp_scales(model, tiny_layout(model), samples, smoothing(alpha))
     assert (values.shape, values.dtype) == ((BLOCKS, KV_HEADS, HEAD_DIM), torch.float64)
     assert (inner.shape, inner.dtype) == ((BLOCKS, WIDTH), torch.float64)
     for block in range(BLOCKS):
-        given = {name: tensor.tolist() for name, tensor in reservoir.read(block).items()}
+        given = {name: tensor.tolist() for name, tensor in samples.read(block).items()}
         o_proj, down_proj = (weight_of(model, block, name) for name in ("self_attn.o_proj", "mlp.down_proj"))
         for j in range(WIDTH):
             expected = given["down_proj_max"][j] ** alpha / float(down_proj[:, j].abs().max()) ** (1 - alpha)
@@ -75,21 +75,21 @@ def test_scales_are_those_of_the_formula_channel_by_channel(
 
 def test_alpha_zero_looks_at_weights_alone_and_alpha_one_at_activations_alone(root: Path, tmp_path: Path) -> None:
     model = grouped(root)
-    reservoir = magnitudes(tmp_path)
-    largest = reservoir.read(1)["down_proj_max"].double()
+    samples = magnitudes(tmp_path)
+    largest = samples.read(1)["down_proj_max"].double()
     weight = weight_of(model, 1, "mlp.down_proj").abs().amax(dim=0)
     for alpha, expected in ((0.0, 1.0 / weight), (1.0, largest)):
-        found = mlp_scales(model, anatomy_of(model), reservoir, smoothing(alpha))[1]
+        found = mlp_scales(model, tiny_layout(model), samples, smoothing(alpha))[1]
         torch.testing.assert_close(found, expected)
 
 
 def test_half_way_activations_and_weights_are_equally_large(root: Path, tmp_path: Path) -> None:
     model = grouped(root)
-    reservoir = magnitudes(tmp_path)
-    s = value_scales(model, anatomy_of(model), reservoir, smoothing(0.5))
-    t = mlp_scales(model, anatomy_of(model), reservoir, smoothing(0.5))
+    samples = magnitudes(tmp_path)
+    s = value_scales(model, tiny_layout(model), samples, smoothing(0.5))
+    t = mlp_scales(model, tiny_layout(model), samples, smoothing(0.5))
     for block in range(BLOCKS):
-        given = reservoir.read(block)
+        given = samples.read(block)
         weight = weight_of(model, block, "mlp.down_proj").abs().amax(dim=0)
         torch.testing.assert_close(given["down_proj_max"].double() / t[block], weight * t[block])
         # Scales of values are one for a group, whose largest magnitudes then agree.
@@ -113,19 +113,19 @@ def with_dead_columns(model: StreamedModel, columns: list[int]) -> StreamedModel
 def test_dead_channels_keep_scales_that_can_be_divided_by(alpha: float, tmp_path: Path) -> None:
     """Dead in the activations (0, 1), in the weights (1, 2) of all heads of a group; the model stays the same."""
     model = with_dead_columns(grouped(tmp_path), [head * HEAD_DIM + dim for head in range(4) for dim in (1, 2)])
-    reservoir = magnitudes(tmp_path)
+    samples = magnitudes(tmp_path)
     for block in range(BLOCKS):
-        given = {name: tensor.clone() for name, tensor in reservoir.read(block).items()}
+        given = {name: tensor.clone() for name, tensor in samples.read(block).items()}
         for tensor in given.values():
             tensor[[head * HEAD_DIM + dim for head in range(4) for dim in (0, 1)]] = 0.0
-        reservoir.write(block, given)
-    s = value_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
-    t = mlp_scales(model, anatomy_of(model), reservoir, smoothing(alpha))
+        samples.write(block, given)
+    s = value_scales(model, tiny_layout(model), samples, smoothing(alpha))
+    t = mlp_scales(model, tiny_layout(model), samples, smoothing(alpha))
     for scales in (s, t):
         assert bool((scales.isfinite() & (scales >= 1e-5) & (scales <= 1e7)).all())
     rotated = in_basis(model, Basis(value_scales=s, mlp_scales=t), tmp_path / "smooth")
-    merged = write_rotated(rotated, WINDOWS[:1], False, lambda: None)
-    assert check(model, tmp_path / "smooth", merged, WINDOWS[:1], False).merge <= 5e-6
+    merged = write_rotated(rotated, WINDOWS[:1], lambda: None)
+    assert check_invariance(model, tmp_path / "smooth", merged, WINDOWS[:1]).merge <= 5e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_bias", "phi3"])
@@ -133,19 +133,19 @@ def test_activations_of_the_smoothed_model_are_the_old_ones_over_the_scales(
     family: str, root: Path, tmp_path: Path
 ) -> None:
     model = grouped(root, family)
-    anatomy = anatomy_of(model)
+    layout = tiny_layout(model)
 
-    def observed(seen: StreamedModel, directory: Path) -> Reservoir:
+    def observed(seen: BlockwiseModel, directory: Path) -> ActivationSamples:
         directory.mkdir()
-        reservoir = Reservoir(directory, BLOCKS)
-        collect(seen, anatomy, WINDOWS, 3, 16, reservoir, lambda: None, lambda: None)
-        return reservoir
+        samples = ActivationSamples(directory, BLOCKS)
+        collect_samples(seen, layout, WINDOWS, 3, 16, samples, lambda: None, lambda: None)
+        return samples
 
     before = observed(model, tmp_path / "before")
-    s = value_scales(model, anatomy, before, smoothing(0.5))
-    t = mlp_scales(model, anatomy, before, smoothing(0.5))
+    s = value_scales(model, layout, before, smoothing(0.5))
+    t = mlp_scales(model, layout, before, smoothing(0.5))
     smooth = in_basis(model, Basis(value_scales=s, mlp_scales=t), tmp_path / "smooth")
-    after = observed(StreamedModel(smooth, model.device, torch.float32), tmp_path / "after")
+    after = observed(BlockwiseModel(smooth, model.device, torch.float32), tmp_path / "after")
     for block in range(BLOCKS):
         old, new = before.read(block), after.read(block)
         by_group = old["o_proj_max"].reshape(KV_HEADS, -1, HEAD_DIM) / s[block][:, None]
@@ -153,5 +153,5 @@ def test_activations_of_the_smoothed_model_are_the_old_ones_over_the_scales(
         torch.testing.assert_close(
             new["down_proj_max"], (old["down_proj_max"] / t[block]).float(), rtol=1e-4, atol=1e-6
         )
-    again = mlp_scales(StreamedModel(smooth, model.device, torch.float32), anatomy, after, smoothing(0.5))
+    again = mlp_scales(BlockwiseModel(smooth, model.device, torch.float32), layout, after, smoothing(0.5))
     torch.testing.assert_close(again, torch.ones_like(again), rtol=1e-4, atol=0)  # nothing is left to smooth

@@ -21,7 +21,7 @@ from jointq_cli.models.sources import looks_local
 from jointq_cli.recipe import Recipe, setting_roles
 from jointq_cli.report.compare.run_files import parse_settings
 from jointq_cli.report.reproduction import deciding_differences
-from jointq_cli.report.reproduction.finished_run import Evidence
+from jointq_cli.report.reproduction.finished_run import FinishedRun
 from jointq_cli.setting_rules import RENAMED, places
 from jointq_cli.system.inventory import entries
 
@@ -29,7 +29,7 @@ RECIPE = "replayed"
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 
 
-def replay(run: Evidence, fresh: Path, overrides: list[str], typed: list[str], task: Task) -> None:
+def replay(run: FinishedRun, fresh: Path, overrides: list[str], typed: list[str], task: Task) -> None:
     """Runs `run` again in `fresh`, by `task`, on the device and with the threads of the first time.
 
     overrides: of settings that do not decide the result. typed: the words after `jointq`, for the manifest. A result
@@ -69,7 +69,7 @@ def _checked_key(override: str) -> str:
     return RENAMED.get(key, key)
 
 
-def _recorded(run: Evidence, changed: list[str]) -> dict[str, str]:
+def _recorded(run: FinishedRun, changed: list[str]) -> dict[str, str]:
     """By key, what the recipe left open and the manifest records: device, threads, and the commits that were read.
 
     A commit of the hub means nothing where the path is changed.
@@ -99,7 +99,7 @@ def _check_fresh(directory: Path, run: Path) -> None:
         raise JointqError(f"--directory={directory}: must be new or empty, since nothing may be reused")
 
 
-def _check_places(recipe: Recipe, run: Evidence) -> None:
+def _check_places(recipe: Recipe, run: FinishedRun) -> None:
     """Raises JointqError for missing files, which would otherwise be noticed later, or looked for on the hub."""
     path = recipe.model.path
     was_local = run.manifest.model.get("from") == "disk" and path == run.settings.get("model.path")
@@ -113,7 +113,7 @@ def _check_places(recipe: Recipe, run: Evidence) -> None:
             raise TextError(f"{key}={pattern}: not there, seen from {Path.cwd()}; give {key}=FILE")
 
 
-def _check_config(job: Job, run: Evidence) -> None:
+def _check_config(job: Job, run: FinishedRun) -> None:
     recipe = run.directory / "recipe.yaml"
     differing = deciding_differences(run.settings, parse_settings(job.config, recipe), setting_roles())
     if differing:

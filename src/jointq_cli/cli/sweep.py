@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from jointq_cli.errors import ConfigError, JointqError
 from jointq_cli.report.compare.sweep import load_jobs
 from jointq_cli.report.pages.sweep import best_command, best_recipe, write_summary
-from jointq_cli.report.tables.sweep import Rows, make_sweep_sheet
+from jointq_cli.report.tables.sweep import SweepRows, sweep_document
 from jointq_cli.system.sweep_directory import DONE, ENDED, JobRecord, SweepDirectory, SweepPlan
 
 VALIDATE = "validate_batch_is_legal"  # of Hydra's sweepers: composes every job once more
@@ -75,7 +75,7 @@ class Sweep:
         except Exception as error:  # Hydra would print a warning, and go on
             raise SweepRefused(self._format_error(error)) from error
         self._before = {number: directory.record(number) for number in range(len(jobs))}
-        self._rows = Rows(plan.settings)
+        self._rows = SweepRows(plan.settings)
         self._show(f"{len(jobs)} jobs -> {short_path(directory.path)}")
         self._show(self._rows.heading)
         self.directory = directory
@@ -105,9 +105,9 @@ class Sweep:
             self._show_rows(list(self._before))
         write_summary(self.directory, page=True)
         jobs = load_jobs(self.directory)
-        sheet = make_sweep_sheet(self.directory.plan().name, jobs)
+        document = sweep_document(self.directory.plan().name, jobs)
         place = short_path(self.directory.path)
-        self._show(f"\n{sheet.headline}\nsummary   {place}/summary.html, .md, .csv, .json")
+        self._show(f"\n{document.headline}\nsummary   {place}/summary.html, .md, .csv, .json")
         if best_recipe(self.directory).is_file():
             self._show(f"the best  {best_command(place)}")
         return 0 if all(job.record.state == DONE for job in jobs) else 1

@@ -47,9 +47,10 @@ class TextSource:
 
     dataset: `pydoc` (the documentation that this Python installation carries), `text` (local files),
     `wikitext2` or `c4` (the hub; with `path` a local copy). path: a file or a glob. A .txt, .raw or .md file
-    is one document; for wikitext2 it is the raw file with a row on each line. .jsonl, .json, .csv (these also
-    as .gz) and .parquet have one document per row, in `column` (null: "text"). config and revision apply to
-    the hub only. split names a part of pydoc, wikitext2 or c4, and is only a label for `text`.
+    is one document; for wikitext2 it is the raw file with a row on each line. .jsonl, .ndjson, .json, .csv, .tsv
+    and .parquet have one document per row, in `column` (null: "text"; "meta.text" for a key of a nested object).
+    All but .parquet may be compressed, as .gz or .zst. config and revision apply to the hub only. split names a
+    part of pydoc, wikitext2 or c4, and is only a label for `text`.
 
     Raises ConfigError for a value that is none of these.
     """
@@ -112,21 +113,46 @@ def text_hash(parts: list[str]) -> str:
     return digest.hexdigest()
 
 
+def has_column(row: dict[str, Any], column: str) -> bool:
+    """Whether a table's row has the column; "meta.text" is also the key text of an object in the column meta."""
+    if column in row:
+        return True
+    outer, _, inner = column.partition(".")
+    value = row.get(outer)
+    return bool(inner) and isinstance(value, dict) and has_column(value, inner)
+
+
+def column_names(row: dict[str, Any]) -> list[str]:
+    """The columns of a row, with dotted names for the keys of objects."""
+    names = []
+    for name, value in row.items():
+        inner = column_names(value) if isinstance(value, dict) else []
+        names += [f"{name}.{key}" for key in inner] or [str(name)]
+    return names
+
+
 def cell_text(source: TextSource, row: dict[str, Any], place: Path | None) -> str:
     """The text of a table's row, "" for null. place: its file, None for the hub. Raises TextError where the row has no
     such column, or something other than text in it."""
     column = source.column or COLUMN
     where = place if place is not None else source.dataset
-    if column not in row:
+    if not has_column(row, column):
         raise TextError(
-            f"{source.section}.column={column}: {where} has no such column; it has {', '.join(map(str, row))}"
+            f"{source.section}.column={column}: {where} has no such column; it has {', '.join(column_names(row))}"
         )
-    value = row[column]
+    value = _cell(row, column)
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     raise TextError(f"{source.section}.column={column}: {where} holds {type(value).__name__} there, not text")
+
+
+def _cell(row: dict[str, Any], column: str) -> Any:
+    if column in row:
+        return row[column]
+    outer, _, inner = column.partition(".")
+    return _cell(row[outer], inner)
 
 
 def one_line(error: Exception) -> str:

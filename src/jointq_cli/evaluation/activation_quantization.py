@@ -1,10 +1,8 @@
-"""Fewer bits for activations, simulated while a quantised model is evaluated: W4A4 and the like.
+"""Simulated quantisation of activations while a quantised model is evaluated: W4A4 and the like.
 
-What a quantised layer is given, and on request keys and values, is put on a grid of a few levels and back, each token
-by itself. Arithmetic stays in floating point: this tells what the accuracy would be, not the speed. Nothing of it is
-stored in a checkpoint, which plain transformers runs with its activations as they are.
-
-Knows models and how to reach their layers and their attention; nothing of how weights were quantised.
+The inputs of quantised layers, and optionally keys and values, are quantised per token and dequantised. Arithmetic
+stays in floating point: this measures accuracy, not speed. Nothing of it is stored in a checkpoint, which plain
+transformers runs with unquantised activations.
 """
 
 import sys
@@ -24,7 +22,7 @@ from jointq_cli.evaluation.activation_settings import (
     kv_clip_ratio,
     quantize_tokens,
 )
-from jointq_cli.kernels.hadamard import orthogonal
+from jointq_cli.kernels.hadamard import orthogonal_hadamard
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 
@@ -35,18 +33,17 @@ def simulated(
 ) -> Iterator[None]:
     """Inside, blocks of `model` run with quantised activations.
 
-    layers: full names of the layers whose inputs are quantised, those that have quantised weights; lm_head is not among
-    them. clips: the clip ratio of each, from `search_clips`. Raises ConfigError for an idle key of `layer_bits`, and,
-    as soon as a block has run, ModelError where keys and values cannot be reached.
+    layers: full names of the layers whose inputs are quantised, those with quantised weights; lm_head is not among
+    them. clips: the clip ratio of each, from `search_clips`. Raises ConfigError for an unused key of `layer_bits`, and,
+    once a block has run, ModelError where keys and values cannot be reached.
     """
-
     last: tuple[Tensor, tuple[int, float], Tensor] | None = None
 
     def quantize(name: str, x: Tensor) -> Tensor:
         nonlocal last
-        how = activations.bits_of(name), clips[name]
-        if last is None or last[0] is not x or last[1] != how:  # queries, keys and values are made of the same tensor
-            last = x, how, quantize_tokens(x, how[0], activations.symmetric, how[1])
+        settings = activations.bits_of(name), clips[name]
+        if last is None or last[0] is not x or last[1] != settings:  # q_proj, k_proj and v_proj have the same input
+            last = x, settings, quantize_tokens(x, settings[0], activations.symmetric, settings[1])
         return last[2]
 
     with _quantized(model, activations, layers, quantize):
@@ -61,11 +58,11 @@ def search_clips(
     batch: int,
     pause: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The clip ratio of each layer: `clip_ratio`, or where that is null the best one for the layer's own input.
+    """The clip ratio of each layer: `clip_ratio`, or where that is null the one with the least error on its input.
 
-    windows: (windows, tokens) int64 of calibration, of which the first `batch` walk through the model; each layer
-    chooses by the squared error of its input, which the layers before it have quantised already. A layer that no token
-    comes to (an expert) has 1. `pause` is called after each block and may raise.
+    windows: (windows, tokens) int64 of calibration, of which the first `batch` run through the model; the squared error
+    is that of the layer's input after the quantisation of all inputs before it. A layer that receives no token (an
+    expert) gets 1. `pause` is called after each block and may raise.
     """
     names = list(layers)
     chosen: dict[str, float] = {}
@@ -88,15 +85,15 @@ def search_clips(
 def _quantized(
     model: StreamedModel, activations: Activations, layers: Iterable[str], quantize: Callable[[str, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Inside, `quantize(name, input)` stands in for the input of each layer, and attention is as `activations` says."""
+    """Inside, `quantize(name, input)` replaces the input of each layer, and attention is quantised by `activations`."""
     linear = model.linear_layers()
     activations.check_layers(name for name in linear if model.block_of(name) is not None)
     with ExitStack() as stack:
         for name in layers:
             if activations.bits_of(name) < UNQUANTIZED:
-                # Modules stay while blocks come and go: only their parameters are exchanged.
+                # Modules persist while blocks are loaded and unloaded: only their parameters are replaced.
                 hook = linear[name].register_forward_pre_hook(
-                    lambda _, given, name=name: (quantize(name, given[0]), *given[1:])
+                    lambda _, args, name=name: (quantize(name, args[0]), *args[1:])
                 )
                 stack.callback(hook.remove)
         if activations.kv_bits < UNQUANTIZED or activations.r3:
@@ -106,9 +103,9 @@ def _quantized(
 
 @contextmanager
 def _quantized_attention(model: StreamedModel, activations: Activations) -> Iterator[None]:
-    """Inside, the attention functions that `model` names take queries, keys and values as `activations` says.
+    """Inside, the attention functions that `model` uses quantise queries, keys and values by `activations`.
 
-    A model looks its function up at each call, in a registry that all models share: others get what they always got.
+    A model looks its function up at each call, in a registry that all models share: other models are not affected.
     """
     own = set(model.module.modules())
     seen: set[nn.Module] = set()
@@ -117,13 +114,13 @@ def _quantized_attention(model: StreamedModel, activations: Activations) -> Iter
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             if module in own:
                 seen.add(module)
-                query, key, value = _given_to_attention(activations, query, key, value)
+                query, key, value = _attention_inputs(activations, query, key, value)
             return function(module, query, key, value, *args, **kwargs)
 
         return attend
 
-    def check(block: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        # While the model notes how its blocks are called they stand aside, with a forward of their own.
+    def check(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # While the model records how its blocks are called, they are replaced by stubs with a forward of their own.
         if "forward" not in vars(block) and seen.isdisjoint(block.modules()):
             raise ModelError(
                 f"activations.kv_bits={activations.kv_bits}: block {model.blocks.index(block)} of "
@@ -139,10 +136,11 @@ def _quantized_attention(model: StreamedModel, activations: Activations) -> Iter
         yield
 
 
-def _given_to_attention(
+def _attention_inputs(
     activations: Activations, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query (batch, heads, tokens, head_dim), key and value with heads of their own: what attention gets instead."""
+    """What attention computes with instead: query (batch, heads, tokens, head_dim), key and value (batch, KV heads,
+    tokens, head_dim), rotated by R3 and quantised; same shapes and dtypes."""
     if activations.r3:
         rotation = _r3(key.shape[-1], key.device)
         query, key = ((x.float() @ rotation).to(x.dtype) for x in (query, key))
@@ -152,19 +150,19 @@ def _given_to_attention(
 
 
 def _r3(head_dim: int, device: torch.device) -> Tensor:
-    """(head_dim, head_dim) float32: orthogonal, so that the products of queries and keys stay."""
-    return orthogonal(head_dim).to(device, torch.float32)
+    """(head_dim, head_dim) float32: orthogonal, so that the products of queries and keys do not change."""
+    return orthogonal_hadamard(head_dim).to(device, torch.float32)
 
 
 def _implementations(model: StreamedModel) -> set[str]:
-    """The names by which the parts of `model` look their attention up."""
+    """The names under which the parts of `model` look up their attention function."""
     configs = [getattr(part, "config", None) for part in model.module.modules()]
     names = {str(getattr(config, "_attn_implementation", None)) for config in configs}
     return {name for name in names if name == "eager" or name in ALL_ATTENTION_FUNCTIONS}
 
 
 def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a model calls where the registry has no "eager": the function of that meaning in its own source file."""
+    """The eager attention that a model defines in its own source file, used where the registry has no "eager"."""
     return sys.modules[type(module).forward.__module__].eager_attention_forward(module, *args, **kwargs)
 
 

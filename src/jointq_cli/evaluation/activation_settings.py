@@ -13,9 +13,9 @@ from jointq_cli.errors import ConfigError
 from jointq_cli.formats.uniform import Grid
 from jointq_cli.setting_rules import check_settings, setting
 
-UNQUANTIZED = 16  # bits from which on a tensor is left as it is
-CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # what a search chooses from
-SEARCHED = 512  # tokens: a ratio per layer needs no more
+UNQUANTIZED = 16  # bits from which on a tensor is not quantised
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates of a search
+SEARCH_TOKENS = 512  # enough for one ratio per layer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Activations:
 
     @property
     def simulates(self) -> bool:
-        """Whether anything at all has fewer bits."""
+        """Whether anything is quantised."""
         return self._quantizes_inputs or self.kv_bits < UNQUANTIZED
 
     @property
@@ -42,12 +42,12 @@ class Activations:
         return min([self.bits, *self.layer_bits.values()]) < UNQUANTIZED
 
     def bits_of(self, layer_name: str) -> int:
-        """The bits of a layer's input. The longest key of `layer_bits` that its full name ends with decides."""
+        """The bits of a layer's input: the longest key of `layer_bits` that its full name ends with decides."""
         keys = [key for key in self.layer_bits if _ends_with(layer_name, key)]
         return self.layer_bits[max(keys, key=len)] if keys else self.bits
 
     def describe(self) -> str:
-        """A few words for people, "" where nothing is simulated."""
+        """A few words for reports, "" where nothing is quantised."""
         words = []
         if self._quantizes_inputs:
             clip = "searched" if self.clip_ratio is None else f"{self.clip_ratio:g}"
@@ -58,7 +58,8 @@ class Activations:
         return " ".join(words)
 
     def check_layers(self, names: Iterable[str]) -> None:
-        """Raises ConfigError for a key of `layer_bits` that names none of these layers, all that the blocks have."""
+        """Raises ConfigError for a key of `layer_bits` that names none of these layers; names: all linear layers of the
+        blocks."""
         names = list(names)
         for key, bits in self.layer_bits.items():
             if not any(_ends_with(name, key) for name in names):
@@ -69,15 +70,15 @@ class Activations:
 
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool, clip_ratio: float) -> Tensor:
-    """`x` (..., features) with each token (...) on a grid of 2^bits levels of its own; same shape and dtype.
+    """`x` (..., features), each token (...) quantised to 2^bits levels and dequantised; same shape and dtype.
 
-    The grid spans `clip_ratio` of the token's range with zero inside (asymmetric, as QuaRot and DartQuant have it), or
-    of its largest absolute value to either side (symmetric). From UNQUANTIZED bits on this is `x` itself.
+    A token's grid spans `clip_ratio` of its range extended to zero (asymmetric, as in QuaRot and DartQuant), or of its
+    largest absolute value in both directions (symmetric). From UNQUANTIZED bits on the result is `x` itself.
     """
     if bits >= UNQUANTIZED:
         return x
     grid = Grid(bits, symmetric)
-    values = x.float()  # a bfloat16 could not even hold the codes of 9 bits
+    values = x.float()  # bfloat16 cannot represent the codes of 9 bits
     low, high = torch.aminmax(values, dim=-1, keepdim=True)
     low, high = clip_ratio * low.clamp(max=0), clip_ratio * high.clamp(min=0)
     scale = _symmetric_scale(low, high, grid) if symmetric else grid.covering_scale(low, high)
@@ -87,16 +88,18 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool, clip_ratio: float) ->
 
 
 def _symmetric_scale(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
-    # Unlike the grid of weights, which lets half a step be cut off: this is what activations are published with.
+    # Unlike the grid of weights, which may cut off half a step: published results for activations use this scale.
     scale = torch.maximum(high, -low) / grid.highest
     return torch.where(scale == 0, 1.0, scale)
 
 
 def best_clip(x: Tensor, bits: int, symmetric: bool) -> float:
-    """The ratio of CLIP_RATIOS with the least squared error over the tokens of `x` (..., features), or SEARCHED of
-    them, evenly chosen."""
+    """The ratio of CLIP_RATIOS with the least squared error over the tokens of `x` (..., features).
+
+    Measured on about SEARCH_TOKENS tokens at equal distances, where there are more.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    tokens = flat[:: max(1, len(flat) // SEARCHED)].float()
+    tokens = flat[:: max(1, len(flat) // SEARCH_TOKENS)].float()
 
     def error(ratio: float) -> float:
         difference = quantize_tokens(tokens, bits, symmetric, ratio) - tokens
@@ -106,7 +109,7 @@ def best_clip(x: Tensor, bits: int, symmetric: bool) -> float:
 
 
 def kv_clip_ratio(bits: int) -> float:
-    """QuaRot's 0.95 for up to 4 bits. With finer steps what is cut off costs more than what the steps gain."""
+    """QuaRot's 0.95 (arXiv 2404.00456) for up to 4 bits; with finer steps clipping costs more than it gains."""
     return 0.95 if bits <= 4 else 1.0
 
 

@@ -1,8 +1,7 @@
-"""Perplexity by a stated protocol, and how far a quantised model is from its original.
+"""Perplexity by a fixed protocol, and the distance of a quantised model from its original.
 
-Both models walk block by block over the same windows up to their final hidden states; then logits are made a few
-tokens at a time, scored and dropped. Log-likelihoods are computed in float32 from the model's logits and summed in
-float64.
+Both models run over the same windows up to their final hidden states; then logits are computed a few tokens at a time,
+scored and dropped. Log-likelihoods are computed in float32 from the model's logits and summed in float64.
 """
 
 import math
@@ -18,7 +17,7 @@ from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Comparison, Perplexity, Protocol
 
-LOGITS_AT_ONCE = 2**24  # elements of one logits tensor; 64 MiB in float32
+LOGITS_AT_ONCE = 2**24  # elements of one logits tensor: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: list["Scores"]) -> "Scores":
-        """Those of all windows, part behind part."""
+        """The scores of all windows: the parts concatenated."""
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
@@ -47,8 +46,8 @@ def score(
 ) -> Scores:
     """Scores both models on the same windows from their final hidden states (windows, tokens, hidden).
 
-    Given the same model twice, its logits are made once. on_window is called after each window and may raise. Raises
-    ConfigError when the models have different vocabularies.
+    If both are the same model, its logits are computed once. on_window is called after each window and may raise.
+    Raises ConfigError if the vocabularies differ.
     """
     if _vocabulary(original) != _vocabulary(quantized):
         raise ConfigError(
@@ -72,10 +71,11 @@ def score(
 
 
 def perplexity(nll: Tensor, tokens: Tensor) -> Perplexity:
-    """exp(mean nll per token), nll and tokens (windows,) being sums per window.
+    """exp(mean negative log-likelihood per token), with its standard error; nats.
 
-    The standard error takes windows as independent: that of the ratio of two sums (Cochran, Sampling Techniques,
-    eq. 2.39), and by the delta method perplexity x that of the mean.
+    nll, tokens: (windows,) float64, sums per window. The error of the mean is that of a ratio of two sums over
+    independent windows (Cochran, Sampling Techniques, eq. 2.39); by the delta method, the error of the perplexity is
+    perplexity times that.
     """
     mean, error = _ratio(nll, tokens)
     value = math.exp(mean) if mean < 700 else math.inf
@@ -83,7 +83,7 @@ def perplexity(nll: Tensor, tokens: Tensor) -> Perplexity:
 
 
 def compare(scores: Scores) -> Comparison:
-    """The quantised model against the original; differences are paired by window."""
+    """The quantised model relative to the original, in nats per token; differences are paired by window."""
     increase, increase_error = _ratio(scores.quantized_nll - scores.original_nll, scores.tokens)
     kl, kl_error = _ratio(scores.kl, scores.tokens)
     agreement = (scores.agreements.sum() / scores.tokens.sum()).item()
@@ -91,6 +91,7 @@ def compare(scores: Scores) -> Comparison:
 
 
 def protocol(evaluation: Evaluation, windows: ScoredWindows, dtype: torch.dtype) -> Protocol:
+    """What a perplexity was measured on, for the report; dtype: of the model's forward pass."""
     return Protocol(
         dataset=evaluation.dataset,
         split=evaluation.split,
@@ -118,7 +119,7 @@ def _log_probabilities(model: StreamedModel, hidden: Tensor) -> Tensor:
 def _sums(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:
     """The five sums of `Scores` over tokens; p and q (tokens, vocabulary) are log-probabilities."""
     picked = targets[:, None]
-    # A token that the model rules out, p = log 0, adds nothing; 0 x inf would be NaN.
+    # A token of probability 0, p = -inf, adds nothing; 0 x inf would be NaN.
     kl = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(dim=-1)
     agree = p.argmax(-1) == q.argmax(-1)
     columns = (torch.ones_like(kl), -p.gather(1, picked), -q.gather(1, picked), kl, agree)
@@ -126,7 +127,7 @@ def _sums(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:
 
 
 def _ratio(sums: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """Mean per token and its standard error over windows; the error is 0 when there is one window only."""
+    """Mean per token and its standard error over windows; the error is 0 if there is only one window."""
     mean = (sums.sum() / tokens.sum()).item()
     count = len(sums)
     if count < 2:

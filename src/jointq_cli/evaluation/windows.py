@@ -15,8 +15,8 @@ from jointq_cli.setting_rules import setting
 class Evaluation(TextSource):
     """Which text is scored, and how: windows of `seqlen` tokens that start `stride` tokens apart (default: seqlen).
 
-    Every token of a window is scored from those before it, in an overlapping window only the last `stride` of them.
-    `bos`: none, first (once, before the whole text, as the GPTQ protocol does for Llama) or each (before each window).
+    Every token of a window is predicted from those before it; of an overlapping window only the last `stride` count.
+    `bos`: none, first (once, before the complete text, as in GPTQ's protocol for Llama) or each (before each window).
     """
 
     seqlen: int = setting(512, least=2)
@@ -40,6 +40,7 @@ class ScoredWindows:
     provenance: dict[str, str] = field(default_factory=dict)  # of the text: revision, sha256 and the like
 
     def part(self, own: slice) -> "ScoredWindows":
+        """The windows `own` alone."""
         return replace(self, ids=self.ids[own], scored=self.scored[own])
 
     @property
@@ -53,9 +54,9 @@ class ScoredWindows:
 def cut_windows(
     ids: Tensor, evaluation: Evaluation, bos_id: int | None, provenance: dict[str, str] | None = None
 ) -> ScoredWindows:
-    """Windows over a text of ids (tokens,) int64; an incomplete last window is dropped, as the field does.
+    """Windows over a text of ids (tokens,) int64; an incomplete last window is dropped, as is customary.
 
-    Raises ConfigError when `bos` asks for a token the tokenizer does not have, TextError when not one window fits.
+    Raises ConfigError if `bos` needs a token that the tokenizer does not have, TextError if no window fits.
     """
     if evaluation.bos != "none" and bos_id is None:
         raise ConfigError(f"evaluation.bos={evaluation.bos}: this tokenizer has no BOS token; use evaluation.bos=none")
@@ -70,10 +71,10 @@ def cut_windows(
         )
     windows = ids.unfold(0, room, stride)[: evaluation.max_windows].contiguous()
     scored = torch.zeros(windows.shape, dtype=torch.bool)
-    scored[:, room - stride :] = True  # in an overlapping window, what no earlier window has scored
+    scored[:, room - stride :] = True  # of an overlapping window, the tokens that no earlier window has scored
     scored[0] = True
     if evaluation.bos == "each":
         windows = torch.cat([torch.full((len(windows), 1), bos_id or 0), windows], dim=1)
         scored = torch.cat([torch.zeros(len(scored), 1, dtype=torch.bool), scored], dim=1)
-    scored[:, 0] = False  # nothing comes before it
+    scored[:, 0] = False  # it has no preceding token
     return ScoredWindows(windows, scored, stride, provenance or {})

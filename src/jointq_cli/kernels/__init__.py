@@ -1,8 +1,9 @@
-"""The per-row loops that no matrix product can express, behind one contract.
+"""The loops over rows that no matrix product can express, as one contract with an implementation per device.
 
-Knows which implementation suits a device. `reference` is plain torch: the oracle of the tests, right on any device.
-`cpu` is compiled by numba and `cuda` by Triton, each of which is imported (and compiles, or loads from its cache) only
-when first asked for. Tensors in, tensors out; the caller owns every buffer that is written to.
+`reference` is plain torch, correct on any device, and what the tests compare with. `cpu` is compiled by numba, `cuda`
+by Triton; both are imported (and compiled, or loaded from a cache) on first use. `hadamard` is separate: Hadamard
+matrices and products with them. Models, settings and files have no place here; the caller owns every buffer that is
+written to.
 """
 
 import importlib.util
@@ -12,15 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-5  # of a step's own energy s^2 R_jj: gains below it are rounding
-CANCELLED = 8192  # units of rounding, of sum_j R_jj z_j^2: an energy z R z' below that is too inexact to divide by
+TOLERANCE = 1e-5  # of a step's energy s^2 R_jj: smaller gains count as rounding errors
+CANCELLED = 8192  # machine epsilons of sum_j R_jj z_j^2: an energy z R z below that is too inexact to divide by
 
 
 @dataclass(frozen=True)
 class Box:
-    """What the levels z = code - zero_point of one group may be: from `first` to `last`, and at most `span` apart.
+    """The constraint on the levels z = code - zero_point of one group: from `first` to `last`, at most `span` apart.
 
-    So the zero-point need not be carried along: any window of `span` + 1 levels that covers them all will do.
+    It replaces the zero-point, which can be chosen afterwards: any window of `span` + 1 levels that covers them all.
     """
 
     first: int
@@ -28,30 +29,32 @@ class Box:
     span: int
 
     def most_steps(self, columns: int) -> int:
-        """How many steps a search may take: a bound for arithmetic gone wrong, it ends long before."""
+        """An upper bound on the steps of a search, which ends long before it unless its arithmetic goes wrong."""
         return (self.span + 16) * columns
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How scales are stored: digits of mantissa after the leading one, least normal exponent, least value allowed."""
+    """The floating-point format of stored scales."""
 
-    digits: int
-    min_exponent: int
-    least: float
+    digits: int  # bits of the mantissa after the leading one
+    min_exponent: int  # of normal numbers
+    least: float  # the least value allowed
 
 
 class Kernels(Protocol):
-    """What a module of this package offers."""
+    """The contract. Vectors are rows: z R z stands for z R z^T, and R is symmetric and positive semidefinite."""
 
     @staticmethod
     def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
-        """Which candidate grid rounds a group best: argmin over k of sum_j |w_j - nearest level|^2.4.
+        """The candidate grid that rounds each group best: argmin over k of sum_j |w_j - nearest level|^2.4.
 
-        Candidate k of a group has scales[:, k] and the zero-point that puts code `lowest` near shrink[k] *
-        low. values (groups, columns) contiguous; low (groups,), 0 where the grid has no zero-point; shrink
-        (candidates,); scales (groups, candidates); all float32. The earliest of equals wins. Returns
-        (groups,) int64.
+        The exponent and the search over shrunk ranges are those of GPTQ's released code (quant.py, `mse`). Candidate k
+        of a group has scales[:, k] and the zero-point that puts code `lowest` near shrink[k] * low. The first of
+        equals wins.
+
+        values (groups, columns) contiguous; low (groups,), 0 where the grid has no zero-point; shrink (candidates,);
+        scales (groups, candidates); all float32. Returns (groups,) int64.
         """
 
     @staticmethod
@@ -68,13 +71,15 @@ class Kernels(Protocol):
         lowest: int,
         highest: int,
     ) -> None:
-        """GPTQ's inner loop: round the columns of `span` in turn, push each error on inside `block`.
+        """GPTQ's inner loop (arXiv 2210.17323, algorithm 1): rounds the columns of `span` in turn and compensates each
+        error in the following columns of `block`.
 
-        For j in span: a = nearest code of work[:, j]; e = (work[:, j] - value of a) / upper[j, j]; work[:, k]
-        -= e * upper[j, k] for k in block after j. Writes codes[:, j], errors[:, j - block.start], work.
+        For j in span: a = nearest code of work[:, j]; e = (work[:, j] - value of a) / upper[j, j]; work[:, k] -= e *
+        upper[j, k] for k in block after j. Writes codes[:, j], errors[:, j - block.start], work.
 
-        work (rows, in) float32; codes (rows, in) uint8 or int8; errors (rows, >= len(block)) float32; upper
-        (in, in) float32 row-major; scale float32, zero_point uint8 (rows, groups); column_groups (in,) int64.
+        work (rows, in) float32; codes (rows, in) uint8 or int8; errors (rows, >= len(block)) float32; upper (in, in)
+        float32 row-major, the upper Cholesky factor of H^-1; scale float32, zero_point uint8 (rows, groups);
+        column_groups (in,) int64.
         """
 
     @staticmethod
@@ -88,11 +93,12 @@ class Kernels(Protocol):
         box: Box,
         steps: int,
     ) -> None:
-        """Nearest levels at the scale of least sum_j weights_j (w_j - s z_j)^2 out of widest * (1 - 0.8 k / steps).
+        """Chooses the scale s among widest * (1 - 0.8 k / steps), k < steps, with the least sum_j weights_j (w_j - s
+        z_j)^2, z being the nearest levels; writes both.
 
-        The window of levels is the one whose lowest stands for about `low`. values (rows, d), weights (d,) >= 0, low
-        (rows,) <= 0, widest (rows,) > 0; writes levels (rows, d) and scale (rows,). One dtype, all contiguous. The
-        earliest of equals wins.
+        The lowest level of the window represents about `low`. The first of equals wins. values (rows, d), weights (d,)
+        >= 0, low (rows,) <= 0, widest (rows,) > 0; writes levels (rows, d) and scale (rows,). One dtype, all
+        contiguous.
         """
 
     @staticmethod
@@ -107,20 +113,23 @@ class Kernels(Protocol):
         *,
         guarded: bool,
     ) -> tuple[Tensor, Tensor]:
-        """JointQ's local search: levels z and scale s of one group of columns, for every row on its own.
+        """JointQ's local search: levels z and scale s of one group of columns, for every row independently.
 
-        Minimises f(s, z) = s^2 z R z' - 2 s h z'. First with the scale profiled out (s = q / o is best for given z,
-        q = h z', o = z R z', f = -q^2 / o): the best of all single steps of z_j by 1 towards what it lacks (the sign of
-        h_j - s (z R)_j) and of z +- (1 ... 1) is taken until none gains. Levels with q <= 0, for which no scale is any
-        good, begin at 0. No step leads to an o that is CANCELLED; where it is from the start, the scale that came in
-        stays. Then s is rounded as it will be stored, and single steps go on at that scale. A step's gain
-        counts less TOLERANCE of its own energy, and the first of equal gains wins. With `guarded` a row keeps what it
-        came with unless f is less. Without, only levels enter; `scale` is what remains where every level is 0.
+        Minimises f(s, z) = s^2 z R z - 2 s h z by coordinate descent, in two phases.
 
-        correlation h (rows, d); metric R (d, d) symmetric, positive semidefinite; products (rows, d) = z R,
-        overwritten; levels (rows, d) and scale (rows,) > 0, both updated in place. All contiguous and of one dtype,
-        float32 or float64. Returns the steps taken (rows,) int64, 0 where nothing changed, and by how much f fell
-        (rows,) float64.
+        1. With the scale profiled out: for given z the best scale is s = q / o with q = h z and o = z R z, and then
+           f = -q^2 / o. Takes the best of all single steps of z_j by 1 along the sign of h_j - s (z R)_j, and of the
+           steps z +- (1, ..., 1), until none gains. Levels with q <= 0, for which no positive scale helps, start at 0.
+           No step leads to an o below CANCELLED; a row that starts there keeps its input scale.
+        2. At the scale rounded as it will be stored: single steps, until none gains.
+
+        TOLERANCE of its energy is subtracted from a step's gain, and the first of equal gains wins. With `guarded`, a
+        row keeps its input unless f falls. Without, the input scale remains only where phase 1 finds none, as for
+        levels that are all 0.
+
+        correlation h (rows, d); metric R (d, d); products (rows, d) = z R, overwritten; levels (rows, d) and scale
+        (rows,) > 0, both updated in place. All contiguous and of one dtype, float32 or float64. Returns the number of
+        steps (rows,) int64, 0 where nothing changed, and by how much f fell (rows,) float64.
         """
 
     @staticmethod
@@ -138,17 +147,17 @@ class Kernels(Protocol):
     ) -> None:
         """Random steps that may raise f, to leave a local minimum of `flip_search`. Arguments as there.
 
-        In step i the single step of largest gain + temperature * s^2 R_jj * noise[i, j] is taken if that sum is
-        positive, at the scale that came in and, as there, towards what z_j lacks. At the end the best scale for the
-        levels is rounded and stored, unless o is CANCELLED. noise (steps, d) of levels' dtype, the same for all rows,
-        so that no row depends on which others there are.
+        Iteration i takes the single step with the largest gain + temperature * s^2 R_jj * noise[i, j], if that sum is
+        positive, at the input scale and in the same direction as there. At the end the best scale for the levels is
+        rounded and written, unless o is below CANCELLED. noise (steps, d) of levels' dtype, the same for all rows, so
+        that a row's result does not depend on the other rows.
         """
 
 
 def for_device(device: torch.device) -> type[Kernels]:
     """The implementation for tensors on `device`."""
-    # Here, not above: numba takes half a second to import, Triton no less, and `jointq --help` or a plain RTN needs
-    # neither. Triton comes with torch where torch is built for CUDA, but not on every platform.
+    # Imported here: numba and Triton take half a second each, and `jointq --help` or a plain RTN needs neither. Triton
+    # comes with the CUDA builds of torch, but not on every platform.
     if device.type == "cpu":
         from jointq_cli.kernels.cpu import CpuKernels
 

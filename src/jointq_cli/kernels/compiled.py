@@ -1,4 +1,4 @@
-"""How functions are compiled for the CPU. Knows numba and nothing of what is compiled."""
+"""How functions are compiled for the CPU, by numba."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -9,11 +9,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """Compile at the first call, and keep the machine code on disk where a place for it can be found.
+    """Compiles a function at its first call, and caches the machine code on disk if a directory for it is writable.
 
-    Exact arithmetic: nothing is fused or reordered.
+    Strict IEEE arithmetic: no operation is fused or reordered.
     """
     try:
         return cast(F, numba.njit(function, nogil=True, error_model="numpy", cache=True))
-    except RuntimeError:  # neither the package's directory nor the user's cache directory can be written to
+    except RuntimeError:  # neither the package's directory nor the user's cache directory is writable
         return cast(F, numba.njit(function, nogil=True, error_model="numpy"))

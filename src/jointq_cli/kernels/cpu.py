@@ -1,10 +1,8 @@
-"""The kernels for CPUs, compiled by numba: one row at a time in cache, rows shared out among threads.
+"""The kernels for CPUs, compiled by numba: one row at a time in cache, rows distributed over threads.
 
-Knows numba and threads; knows no torch operator beyond handing a tensor over as an array. A row's result
-never depends on the other rows nor on how many threads there are: each row is computed whole by one thread,
-in one order of operations, without fused or reordered arithmetic. Threads are Python's (the compiled code
-releases the interpreter lock) and as many as torch uses: numba's own pools cannot be resized, and clash with
-torch's in one process.
+A row's result depends neither on other rows nor on the number of threads: one thread computes it, in one order of
+operations, without fused or reordered arithmetic. Threads are Python's (compiled code releases the GIL), as many as
+torch uses: numba's own thread pools cannot be resized, and conflict with torch's in one process.
 """
 
 from collections.abc import Callable
@@ -24,19 +22,19 @@ from jointq_cli.kernels.compiled import compiled
 Floats = NDArray[np.float32]
 f32 = np.float32
 
-_WORTH_A_THREAD = 1 << 15  # weights; below it, starting a thread costs more than it saves
-_LOOKS = 8  # at least so often a search of levels looks at each weight
+_MIN_WEIGHTS_PER_THREAD = 1 << 15  # below it, starting a thread costs more than it saves
+_SEARCH_PASSES = 8  # how often a search over levels visits each weight, at least
 
 
 @compiled
 def _power_2_4(square: Any) -> Any:
-    """|r|^2.4 from r^2, to a relative 1.1e-4: u^2 (u^-0.2)^4 with u = r^2.
+    """|r|^2.4 from r^2, with a relative error of 1.1e-4: u^2 (u^-0.2)^4 for u = r^2.
 
-    u^-0.2 by two Newton steps y (6 - u y^5) / 5 from a guess that divides the exponent (the "fast inverse
-    square root" with a fifth in place of a half). No call, no branch, no table: so the loop around it becomes
-    vector code.
+    u^-0.2 is the root of y^-5 - u: two Newton steps y (6 - u y^5) / 5 from an initial guess that divides the exponent,
+    as in the "fast inverse square root" with a fifth instead of a half. Without calls, branches and tables, so that
+    the loop around it vectorises.
     """
-    u = f32(max(square, f32(1e-30)))  # 0 would give 0 * inf below; the square of 1e-30 is 0 all the same
+    u = f32(max(square, f32(1e-30)))  # 0 would give 0 * inf below; the square of 1e-30 underflows to 0 as well
     guess = np.int32(np.int32(1277921859) - np.int32(f32(0.2) * f32(u.view(np.int32))))
     y = guess.view(np.float32)
     y2 = y * y
@@ -57,7 +55,7 @@ def _clip_search(
     highest: Any,
     best: NDArray[np.int64],
 ) -> None:
-    """The innermost loop is over candidates, not columns: independent sums vectorise without reordering."""
+    """The innermost loop is over candidates, not columns: their independent sums vectorise without reordering."""
     groups, columns = values.shape
     candidates = scales.shape[1]
     loss = np.empty(candidates, np.float32)
@@ -118,8 +116,8 @@ def _quantize_columns(
 
 
 def _over_rows(rows: int, columns: int, body: Callable[[slice], None]) -> None:
-    """Call `body` on slices that cover `rows`, one per thread."""
-    threads = max(1, min(torch.get_num_threads(), rows, rows * columns // _WORTH_A_THREAD))
+    """Calls `body` on slices that cover `rows`, one per thread. columns: the work of one row, in weights."""
+    threads = max(1, min(torch.get_num_threads(), rows, rows * columns // _MIN_WEIGHTS_PER_THREAD))
     edges = [rows * i // threads for i in range(threads + 1)]
     parts = [slice(a, b) for a, b in pairwise(edges)]
     if threads == 1:
@@ -130,7 +128,7 @@ def _over_rows(rows: int, columns: int, body: Callable[[slice], None]) -> None:
 
 
 def _scratch(levels: NDArray[Any]) -> NDArray[Any]:
-    """An integer for each column, as wide as a level."""
+    """An integer for each column, of the width of a level."""
     return np.empty(levels.shape[1], np.dtype(f"i{levels.itemsize}"))
 
 
@@ -204,15 +202,31 @@ class CpuKernels(Kernels):
         steps = torch.empty(len(levels), dtype=torch.int64)
         fall = torch.empty(len(levels), dtype=torch.float64)
         h, m, v, z, s = (t.numpy() for t in (correlation, metric, products, levels, scale))
-        limits, form, care = astuple(box), astuple(rounding), (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps)
+        limits, scale_format, tolerances = (
+            astuple(box),
+            astuple(rounding),
+            (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps),
+        )
         n, f, most = steps.numpy(), fall.numpy(), box.most_steps(levels.shape[1])
 
         def body(rows: slice) -> None:
             cpu_flips.flip_search(
-                h[rows], m, v[rows], z[rows], s[rows], limits, form, care, most, guarded, n[rows], f[rows], _scratch(z)
+                h[rows],
+                m,
+                v[rows],
+                z[rows],
+                s[rows],
+                limits,
+                scale_format,
+                tolerances,
+                most,
+                guarded,
+                n[rows],
+                f[rows],
+                _scratch(z),
             )
 
-        _over_rows(levels.shape[0], _LOOKS * levels.shape[1], body)
+        _over_rows(levels.shape[0], _SEARCH_PASSES * levels.shape[1], body)
         return steps, fall
 
     @staticmethod
@@ -229,10 +243,16 @@ class CpuKernels(Kernels):
         noise: Tensor,
     ) -> None:
         h, m, v, z, s = (t.numpy() for t in (correlation, metric, products, levels, scale))
-        limits, form, care = astuple(box), astuple(rounding), (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps)
+        limits, scale_format, tolerances = (
+            astuple(box),
+            astuple(rounding),
+            (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps),
+        )
         bonus = (noise * temperature).numpy()
 
         def body(rows: slice) -> None:
-            cpu_flips.anneal(h[rows], m, v[rows], z[rows], s[rows], limits, form, care, bonus, _scratch(z))
+            cpu_flips.anneal(
+                h[rows], m, v[rows], z[rows], s[rows], limits, scale_format, tolerances, bonus, _scratch(z)
+            )
 
-        _over_rows(levels.shape[0], _LOOKS * levels.shape[1], body)
+        _over_rows(levels.shape[0], _SEARCH_PASSES * levels.shape[1], body)

@@ -1,10 +1,14 @@
-"""JointQ's loops over one row and group, compiled by numba. `cpu` shares the rows out among threads.
+"""JointQ's loops over one row and group, compiled by numba; `cpu` distributes the rows over threads.
 
-Knows arrays of one floating type, float32 or float64: every constant takes the arrays' own type, for a float64 constant
-would turn a vector loop of float32 into a slow one. Loops over columns are written so that they become vector code
-without any sum being reordered: gains first, then their maximum, which only integers have as vector code, then its
-place. `care` is what counts as rounding, (TOLERANCE, CANCELLED in the arrays' type): no constant comes from another
-module, for numba would not notice that it has changed since the machine code was kept.
+A row has correlation h (d,), products v = z R (d,), levels z (d,) and scale s; the metric R (d, d) is shared, r is its
+diagonal. q = h z, o = z R z and e = sum_j R_jj z_j^2 are float64. The objective is f(s, z) = s^2 o - 2 s q, and with
+the best scale for given levels, s = q / o, it is f = -q^2 / o (the scale is "profiled out"). A step z_j += sign changes
+q by a = sign h_j and o by b = 2 sign v_j + R_jj.
+
+Arrays have one floating type, float32 or float64, and every constant takes it: a float64 constant would turn a
+vectorised float32 loop into a slow one. Loops over columns vectorise without reordering any sum: first all gains, then
+their maximum (which vectorises for integers only), then its index. `tolerances` is (TOLERANCE, CANCELLED times the
+machine epsilon): an argument, as numba's cache does not notice when a constant of another module changes.
 """
 
 import math
@@ -17,7 +21,7 @@ from jointq_cli.kernels.compiled import compiled
 
 @compiled
 def rounded(scale: float, rounding: Any) -> Any:
-    """`scale` > 0 in the format that stores it: to nearest, ties to even, never 0."""
+    """`scale` > 0 rounded to the format in which it is stored: to nearest, ties to even, never 0."""
     digits, min_exponent, least = rounding
     step = math.ldexp(1.0, max(math.frexp(scale)[1] - 1, min_exponent) - digits)
     return max(np.rint(scale / step) * step, least)
@@ -25,15 +29,16 @@ def rounded(scale: float, rounding: Any) -> Any:
 
 @compiled
 def _profiled_gains(
-    h: Any, v: Any, z: Any, r: Any, s: Any, o: Any, q: Any, e: Any, low: Any, high: Any, care: Any, gains: Any
+    h: Any, v: Any, z: Any, r: Any, s: Any, o: Any, q: Any, e: Any, low: Any, high: Any, tolerances: Any, gains: Any
 ) -> None:
-    """What each step z_j +- 1 gains with the scale profiled out, less the tolerance; 0 where it gains nothing.
+    """Writes the gains of the steps z_j +- 1 with the scale profiled out, less the tolerance; 0 if not positive.
 
-    (q + a)^2 / (o + b) - q^2 / o with a = +-h_j, b = +-2 v_j + R_jj and s = q / o, written with the residual
-    g = h - s v, which does not cancel: (o s (2 |g_j| - s R_jj) + h_j^2) / (o + b).
+    The gain is (q + a)^2 / (o + b) - q^2 / o, a difference of nearly equal numbers. Over the common denominator, with
+    q = s o, its numerator is 2 s o a + a^2 - s^2 o b = o s (2 a - s b) + a^2; with the residual g = h - s v and
+    sign = sign of g_j, 2 a - s b = 2 |g_j| - s R_jj and a^2 = h_j^2: (o s (2 |g_j| - s R_jj) + h_j^2) / (o + b).
     """
     one, two, none = r.dtype.type(1), r.dtype.type(2), r.dtype.type(0)
-    tolerance, cancelled = r.dtype.type(care[0]), r.dtype.type(care[1])
+    tolerance, cancelled = r.dtype.type(tolerances[0]), r.dtype.type(tolerances[1])
     energy = o * s
     slack = tolerance * s * s
     for j in range(len(h)):
@@ -48,7 +53,10 @@ def _profiled_gains(
 
 @compiled
 def _fixed_gains(h: Any, v: Any, z: Any, r: Any, s: Any, low: Any, high: Any, bonus: Any, gains: Any) -> None:
-    """The same at the fixed scale s and in units of s: 2 |g_j| - s R_jj, plus s R_jj times a bonus."""
+    """Writes the gains at the fixed scale s, in units of s, plus s R_jj times a bonus; 0 where that is not positive.
+
+    f falls by 2 s a - s^2 b, which is s (2 |g_j| - s R_jj).
+    """
     one, two, none = r.dtype.type(1), r.dtype.type(2), r.dtype.type(0)
     for j in range(len(h)):
         g = h[j] - s * v[j]
@@ -58,8 +66,11 @@ def _fixed_gains(h: Any, v: Any, z: Any, r: Any, s: Any, low: Any, high: Any, bo
 
 
 @compiled
-def _first_of_largest(gains: Any, bits: Any) -> int:
-    """Where the largest gain is; `bits` are those of `gains`, whose order is the same as none is below 0."""
+def _first_largest(gains: Any, bits: Any) -> int:
+    """The index of the largest gain, the first of equals.
+
+    `bits` views `gains` as integers: floats that are not negative have the same order as their bits.
+    """
     largest = bits[0]
     for j in range(len(bits)):
         largest = max(largest, bits[j])
@@ -81,7 +92,7 @@ def _extremes(z: Any) -> Any:
 
 @compiled
 def _sign(h: Any, v: Any, s: Any, j: int) -> Any:
-    """In which direction a step of z_j lowers f."""
+    """The direction in which a step of z_j lowers f."""
     one = v.dtype.type(1)
     return one if h[j] - s * v[j] > v.dtype.type(0) else -one
 
@@ -95,7 +106,7 @@ def _step(v: Any, z: Any, row: Any, j: int, sign: Any) -> None:
 
 @compiled
 def _dots(h: Any, v: Any, z: Any, r: Any) -> Any:
-    """q = h z', o = v z' and e = sum_j R_jj z_j^2, in float64."""
+    """q = h z, o = v z and e = sum_j R_jj z_j^2, in float64."""
     q = o = e = 0.0
     for j in range(len(h)):
         q += np.float64(h[j]) * np.float64(z[j])
@@ -113,17 +124,17 @@ def _sum(values: Any) -> float:
 
 
 @compiled
-def _profiled(
-    h: Any, v: Any, z: Any, metric: Any, r: Any, sums: Any, box: Any, care: Any, most: int, gains: Any, bits: Any
+def _descend_profiled(
+    h: Any, v: Any, z: Any, metric: Any, r: Any, sums: Any, box: Any, tolerances: Any, most: int, gains: Any, bits: Any
 ) -> Any:
-    """Steps with the scale profiled out, until none gains. Returns how many, and the best scale or 0 for none."""
+    """Steps with the scale profiled out, until none gains. Returns their number, and the best scale or 0 for none."""
     kind = v.dtype.type
     first, last, span = kind(box[0]), kind(box[1]), kind(box[2])
-    tolerance, cancelled = care
+    tolerance, cancelled = tolerances
     q, o, e = _dots(h, v, z, r)
     if e > 0 and o <= cancelled * e:
         return 0, 0.0
-    if o > 0 and q <= 0:  # the best scale is 0, and so might all levels be
+    if o > 0 and q <= 0:  # the best scale is 0, so all levels may be 0 as well
         z[:] = 0
         v[:] = 0
         q = o = e = 0.0
@@ -132,8 +143,8 @@ def _profiled(
         s = q / o if o > 0 and q > 0 else 0.0
         zmin, zmax = _extremes(z)
         low, high = max(first, zmax - span), min(last, zmin + span)
-        _profiled_gains(h, v, z, r, kind(s), kind(o), kind(q), kind(e), low, high, care, gains)
-        j = _first_of_largest(gains, bits)
+        _profiled_gains(h, v, z, r, kind(s), kind(o), kind(q), kind(e), low, high, tolerances, gains)
+        j = _first_largest(gains, bits)
         best = np.float64(gains[j])
         shift = 0
         for sign in (1, -1):
@@ -157,7 +168,7 @@ def _profiled(
             step = np.float64(sign_j)
             a, b = step * h[j], step * 2.0 * v[j] + r[j]
             if (q + a) * (q + a) / (o + b) - s * q <= tolerance * s * s * r[j]:
-                return taken, s  # a gain in float32 only
+                return taken, s  # no gain in float64
             q += a
             o += b
             v_sum += step * sums[j]
@@ -167,16 +178,16 @@ def _profiled(
 
 
 @compiled
-def _settle(
+def _descend_fixed(
     h: Any, v: Any, z: Any, metric: Any, r: Any, s: Any, box: Any, most: int, bonus: Any, gains: Any, bits: Any
 ) -> int:
-    """Steps at the fixed scale s, until none gains. Returns how many."""
+    """Steps at the fixed scale s, until none gains. Returns their number."""
     kind = v.dtype.type
     first, last, span = kind(box[0]), kind(box[1]), kind(box[2])
     for taken in range(most):
         zmin, zmax = _extremes(z)
         _fixed_gains(h, v, z, r, s, max(first, zmax - span), min(last, zmin + span), bonus, gains)
-        j = _first_of_largest(gains, bits)
+        j = _first_largest(gains, bits)
         if gains[j] <= 0:
             return taken
         _step(v, z, metric[j], j, _sign(h, v, s, j))
@@ -185,9 +196,10 @@ def _settle(
 
 @compiled
 def _fall(h: Any, v: Any, z: Any, s: float, v_before: Any, z_before: Any, s_before: float) -> float:
-    """By how much f fell, from what changed: u R x' - 2 h u' with u = s z - s' z' and x = s z + s' z'.
+    """By how much f fell.
 
-    The two f themselves agree in many digits. And where nothing changed, this is 0 whatever rounding did to v.
+    With y = s z, f = y R y - 2 h y. The two f agree in many digits, so the fall is computed from u = y - y_before:
+    f_before - f = u (2 h - R y - R y_before), where R y = s v. If nothing changed, it is 0 whatever the rounding of v.
     """
     fall = 0.0
     for j in range(len(h)):
@@ -197,7 +209,7 @@ def _fall(h: Any, v: Any, z: Any, s: float, v_before: Any, z_before: Any, s_befo
 
 
 @compiled
-def _diagonal_and_sums(metric: Any) -> Any:
+def _diagonal_and_column_sums(metric: Any) -> Any:
     diagonal = np.empty(len(metric), metric.dtype)
     sums = np.zeros(len(metric), metric.dtype)
     for j in range(len(metric)):
@@ -209,22 +221,22 @@ def _diagonal_and_sums(metric: Any) -> Any:
 
 @compiled
 def flip_search(
-    correlation: Any, metric: Any, products: Any, levels: Any, scale: Any, box: Any, rounding: Any, care: Any,
+    correlation: Any, metric: Any, products: Any, levels: Any, scale: Any, box: Any, rounding: Any, tolerances: Any,
     most: int, guarded: bool, steps: Any, fall: Any, bits: Any,
 ) -> None:  # fmt: skip
-    """See `Kernels.flip_search`; box and rounding are tuples of their fields, bits is scratch for d integers as wide
-    as a level."""
+    """See `Kernels.flip_search`. box and rounding: tuples of their fields; bits: scratch for d integers of a level's
+    width."""
     kind = levels.dtype.type
-    r, sums = _diagonal_and_sums(metric)
+    r, sums = _diagonal_and_column_sums(metric)
     gains = bits.view(levels.dtype)
     z_before, v_before = np.empty_like(r), np.empty_like(r)
-    no_bonus = np.full_like(r, -care[0])
+    no_bonus = np.full_like(r, -tolerances[0])
     for i in range(len(levels)):
         h, v, z, s_before = correlation[i], products[i], levels[i], np.float64(scale[i])
         z_before[:], v_before[:] = z, v
-        taken, best = _profiled(h, v, z, metric, r, sums, box, care, most, gains, bits)
+        taken, best = _descend_profiled(h, v, z, metric, r, sums, box, tolerances, most, gains, bits)
         s = kind(rounded(best, rounding)) if best > 0 else scale[i]
-        taken += _settle(h, v, z, metric, r, s, box, most, no_bonus, gains, bits)
+        taken += _descend_fixed(h, v, z, metric, r, s, box, most, no_bonus, gains, bits)
         fall[i] = _fall(h, v, z, np.float64(s), v_before, z_before, s_before)
         steps[i] = max(taken, 1) if fall[i] != 0 else 0
         if guarded and not fall[i] > 0:
@@ -236,24 +248,24 @@ def flip_search(
 
 @compiled
 def anneal(
-    correlation: Any, metric: Any, products: Any, levels: Any, scale: Any, box: Any, rounding: Any, care: Any,
+    correlation: Any, metric: Any, products: Any, levels: Any, scale: Any, box: Any, rounding: Any, tolerances: Any,
     bonus: Any, bits: Any,
 ) -> None:  # fmt: skip
-    """See `Kernels.anneal`; bonus is the noise times the temperature, bits as in `flip_search`."""
+    """See `Kernels.anneal`. bonus: noise times temperature; bits: as in `flip_search`."""
     kind = levels.dtype.type
     first, last, span = kind(box[0]), kind(box[1]), kind(box[2])
-    r, _ = _diagonal_and_sums(metric)
+    r, _ = _diagonal_and_column_sums(metric)
     gains = bits.view(levels.dtype)
     for i in range(len(levels)):
         h, v, z, s = correlation[i], products[i], levels[i], scale[i]
         for k in range(len(bonus)):
             zmin, zmax = _extremes(z)
             _fixed_gains(h, v, z, r, s, max(first, zmax - span), min(last, zmin + span), bonus[k], gains)
-            j = _first_of_largest(gains, bits)
+            j = _first_largest(gains, bits)
             if gains[j] > 0:
                 _step(v, z, metric[j], j, _sign(h, v, s, j))
         q, o, e = _dots(h, v, z, r)
-        if o > care[1] * e and q > 0:
+        if o > tolerances[1] * e and q > 0:
             scale[i] = kind(rounded(q / o, rounding))
 
 
@@ -261,7 +273,7 @@ def anneal(
 def weighted_clip(
     values: Any, weights: Any, low: Any, widest: Any, levels: Any, scale: Any, box: Any, candidates: int
 ) -> None:
-    """See `Kernels.weighted_clip`. The innermost loop is over candidates: independent sums vectorise."""
+    """See `Kernels.weighted_clip`. The innermost loop is over candidates, whose independent sums vectorise."""
     rows, d = values.shape
     kind = values.dtype.type
     loss = np.empty(candidates, values.dtype)

@@ -1,7 +1,6 @@
-"""The kernels for CUDA devices: JointQ's loops as Triton programs, all else in plain torch.
+"""The kernels for CUDA devices: JointQ's loops as Triton programs, everything else in plain torch.
 
-Knows how the programs of `cuda_flips` are launched. Imported only where a tensor is on a CUDA device and Triton is
-installed.
+Launches the programs of `cuda_flips`. Imported only when a tensor is on a CUDA device and Triton is installed.
 """
 
 from collections.abc import Mapping
@@ -12,18 +11,18 @@ from torch import Tensor
 
 from jointq_cli.kernels import CANCELLED, Box, cuda_flips
 from jointq_cli.kernels.reference import ReferenceKernels
-from jointq_cli.kernels.reference_flips import PlainSteps
+from jointq_cli.kernels.reference_flips import TorchSteps
 
-_WIDEST = 1 << 14  # columns whose levels, products and gains a program can hold in registers
+_MAX_COLUMNS = 1 << 14  # columns: their levels, products and gains must fit into a program's registers
 
 
-class TritonSteps(PlainSteps):
-    """See `PlainSteps`, which also takes on groups too wide for a program."""
+class TritonSteps(TorchSteps):
+    """See `TorchSteps`, which also handles the groups that are too wide for a program."""
 
     @staticmethod
-    def profiled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-        if h.shape[1] > _WIDEST:
-            return PlainSteps.profiled(h, v, z, metric, box)
+    def descend_profiled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+        if h.shape[1] > _MAX_COLUMNS:
+            return TorchSteps.descend_profiled(h, v, z, metric, box)
         taken = torch.empty(len(h), dtype=torch.int64, device=h.device)
         scale = torch.empty_like(taken, dtype=torch.float64)
         r, sums = metric.diagonal().contiguous(), metric.sum(dim=0)
@@ -35,26 +34,26 @@ class TritonSteps(PlainSteps):
         return taken, scale
 
     @staticmethod
-    def settled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box) -> Tensor:
-        if h.shape[1] > _WIDEST:
-            return PlainSteps.settled(h, v, z, metric, s, box)
+    def descend_fixed(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box) -> Tensor:
+        if h.shape[1] > _MAX_COLUMNS:
+            return TorchSteps.descend_fixed(h, v, z, metric, s, box)
         taken = torch.empty(len(h), dtype=torch.int64, device=h.device)
         r, most = metric.diagonal().contiguous(), box.most_steps(h.shape[1])
         _launch(cuda_flips.fixed, h, v, z, metric, r, s, r, taken, most, wanders=False, **_window(box))
         return taken
 
     @staticmethod
-    def wandered(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor) -> None:
-        if h.shape[1] > _WIDEST:
-            return PlainSteps.wandered(h, v, z, metric, s, box, bonus)
+    def anneal_fixed(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor) -> None:
+        if h.shape[1] > _MAX_COLUMNS:
+            return TorchSteps.anneal_fixed(h, v, z, metric, s, box, bonus)
         taken = torch.empty(len(h), dtype=torch.int64, device=h.device)
         r = metric.diagonal().contiguous()
         _launch(cuda_flips.fixed, h, v, z, metric, r, s, bonus, taken, len(bonus), wanders=True, **_window(box))
 
     @staticmethod
-    def best_trial(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
-        if values.shape[1] > _WIDEST:
-            return PlainSteps.best_trial(values, weights, floor, trials, span)
+    def best_scale(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
+        if values.shape[1] > _MAX_COLUMNS:
+            return TorchSteps.best_scale(values, weights, floor, trials, span)
         best = torch.empty(len(values), dtype=torch.int64, device=values.device)
         _launch(cuda_flips.best_trial, values, weights, floor, trials, best, span=span, trials=trials.shape[1])
         return best
@@ -63,7 +62,7 @@ class TritonSteps(PlainSteps):
 class CudaKernels(ReferenceKernels):
     """See `Kernels` for the contract."""
 
-    steps: ClassVar[type[PlainSteps]] = TritonSteps
+    steps: ClassVar[type[TorchSteps]] = TritonSteps
 
 
 def _window(box: Box) -> Mapping[str, int]:
@@ -71,11 +70,11 @@ def _window(box: Box) -> Mapping[str, int]:
 
 
 def _launch(program: Any, rows: Tensor, *arguments: Any, **constants: Any) -> None:
-    """One program for each of `rows` (rows, d), with a warp for 256 columns; blocks are powers of two."""
+    """Runs one program for each of `rows` (rows, d), with a warp per 256 columns; block sizes are powers of two."""
     count, columns = rows.shape
     block = 1 << (columns - 1).bit_length()
     warps = max(1, min(32, block // 256))
-    with torch.cuda.device_of(rows):  # nothing where the tensor is not on a GPU, as in Triton's interpreter
+    with torch.cuda.device_of(rows):  # no effect on a tensor that is not on a GPU, as in Triton's interpreter
         program[(count,)](
             rows, *arguments, d=columns, block=block, num_warps=warps, enable_fp_fusion=False, **constants
         )

@@ -1,13 +1,13 @@
-"""JointQ's loops over one row and group as Triton programs, one for each row; all that a step touches is in registers.
+"""JointQ's loops over the columns of one row and group as Triton programs, one program per row.
 
-Knows Triton, which torch's builds for CUDA bring along. Decisions are those of `cpu_flips`, except that sums
-are added up in another order and float32 divides with less care, which tells where two gains agree in all digits.
-A row's result does not depend on other rows. Rows of metric and of noise are read as a step asks for them. Columns
-beyond the last are zeros, which gain nothing.
+A program keeps its row's state in registers and loads a row of the metric, or of the noise, when a step needs it.
+Decisions are those of `cpu_flips`, except where two gains agree in almost all digits: sums are added in another order,
+and float32 division is less accurate. A row's result does not depend on other rows. Columns past the last are zeros,
+which gain nothing. Triton comes with the CUDA builds of torch.
 """
 
 # mypy: ignore-errors
-# Triton compiles the text of a function; of types it wants to know only which arguments are constants.
+# Triton compiles the source of a function; its only annotations say which arguments are compile-time constants.
 
 import triton
 import triton.language as tl
@@ -41,7 +41,7 @@ def profiled(
     first: tl.constexpr, last: tl.constexpr, span: tl.constexpr, most: tl.constexpr,
     cancelled: tl.constexpr,
 ):  # fmt: skip
-    """See `PlainSteps.profiled`."""
+    """See `TorchSteps.descend_profiled`."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, block)
     inside = index < d
@@ -55,7 +55,7 @@ def profiled(
     o = tl.sum(v.to(tl.float64) * z.to(tl.float64), 0)
     e = tl.sum(r.to(tl.float64) * z * z, 0)
     going = (e == 0) | (o > cancelled * e)
-    if going & (o > 0) & (q <= 0):  # the best scale is 0, and so might all levels be
+    if going & (o > 0) & (q <= 0):  # the best scale is 0, so all levels may be 0 as well
         z = tl.zeros_like(z)
         v = tl.zeros_like(v)
         q = q * 0.0
@@ -92,7 +92,7 @@ def profiled(
         a = tl.where(shift == 0, step * _pick(h, index, j), shift * h_sum)
         b = tl.where(shift == 0, step * 2.0 * _pick(v, index, j) + own, shift * 2.0 * v_sum + total)
         gain = (q + a) * (q + a) / (o + b) - s * q
-        going = (best > 0) & (taken < most) & ((shift != 0) | (gain > _TOLERANCE * s * s * own))  # not in float32 only
+        going = (best > 0) & (taken < most) & ((shift != 0) | (gain > _TOLERANCE * s * s * own))  # in float64 too
         if going:
             taken += 1
             q += a
@@ -114,7 +114,7 @@ def fixed(
     d: tl.constexpr, block: tl.constexpr, first: tl.constexpr, last: tl.constexpr, span: tl.constexpr,
     wanders: tl.constexpr,
 ):  # fmt: skip
-    """See `PlainSteps.settled`, or where it `wanders` with a row of bonus for each step `PlainSteps.wandered`."""
+    """See `TorchSteps.descend_fixed`; if `wanders`, `TorchSteps.anneal_fixed`, with a row of bonus for each step."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, block)
     inside = index < d
@@ -156,13 +156,13 @@ def best_trial(
     values_rows, weights_row, floor_rows, trials_rows, best_rows,
     d: tl.constexpr, block: tl.constexpr, span: tl.constexpr, trials: tl.constexpr,
 ):  # fmt: skip
-    """See `PlainSteps.best_trial`."""
+    """See `TorchSteps.best_scale`."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, block)
     values = tl.load(values_rows + row * d + index, index < d, 0.0)
     weights = tl.load(weights_row + index, index < d, 0.0)
     floor = tl.load(floor_rows + row)
-    # Adding what leaves no bit for fractions rounds, to nearest and ties to even.
+    # Adding a number so large that no bit is left for fractions rounds to nearest, ties to even.
     magic = tl.where(values.dtype == tl.float32, 1.5 * 2.0**23, 1.5 * 2.0**52).to(values.dtype)
     least = tl.full((), float("inf"), values.dtype)
     best = 0

@@ -1,12 +1,13 @@
-"""Hadamard matrices, H H^T = n I with entries +1 and -1, and the orthogonal matrices that a rotation makes of them.
+"""Hadamard matrices, H H^T = n I with entries +1 and -1, and the orthogonal matrices H / sqrt(n).
 
-Knows Sylvester's doubling, Paley's two constructions over finite fields, Kronecker products of these, and what to do
-for a size that they do not reach. Knows no model, and nothing of where its rotations are put.
+Built from Sylvester's doubling, Paley's two constructions over finite fields ("On orthogonal matrices", 1933) and
+Kronecker products of these; a size that they do not reach gets equal blocks on the diagonal.
 
-A Kronecker product of Hadamard matrices is one, so a size is taken apart: 576 = 36 x 16, the odd part in a factor of
-Paley's, the rest a power of two. For q a power of an odd prime, chi(a) is 1 where a of GF(q) is a square, -1 where it
-is none, 0 for a = 0; sum_c chi(c) chi(c + b) = -1 for b != 0 makes the rows of (chi(a + b))_ab almost orthogonal, and a
-border makes up for the rest. (Paley 1933 has chi(a - b). The other sign only reorders columns, and needs no negative.)
+A Kronecker product of Hadamard matrices is a Hadamard matrix, so a size is factorised: 576 = 36 x 16, the odd part in a
+Paley factor, the rest a power of two. For q a power of an odd prime, chi(a) is 1 where a of GF(q) is a non-zero square,
+-1 where it is not a square, 0 for a = 0. As sum_c chi(c) chi(c + b) = -1 for b != 0, the rows of (chi(a + b))_ab are
+almost orthogonal, and a border of ones makes them so. (Paley has chi(a - b); the other sign only reorders columns, and
+needs no negatives.)
 """
 
 import math
@@ -18,18 +19,17 @@ from itertools import product
 import torch
 from torch import Tensor
 
-SMALL = 64  # a power of two that is multiplied with as it is; smaller ones keep the processor waiting for memory
+MAX_POWER_OF_TWO = (
+    64  # the largest power of two that is one factor of a product; smaller factors would be limited by memory bandwidth
+)
 
 
 @dataclass(frozen=True)
 class Construction:
-    """Equal Hadamard matrices on the diagonal, each the Kronecker product of `factors`; as str, what a report prints.
+    """Equal Hadamard matrices on the diagonal, each the Kronecker product of `factors`; str() is for reports."""
 
-    blocks: 1 where the whole matrix is Hadamard. factors: orders of Paley's, then a power of two unless that is 1.
-    """
-
-    blocks: int
-    factors: tuple[int, ...]
+    blocks: int  # 1 if the matrix is Hadamard itself
+    factors: tuple[int, ...]  # orders of Paley matrices, then a power of two unless that is 1
 
     @property
     def block_size(self) -> int:
@@ -42,7 +42,10 @@ class Construction:
 
 
 def construction(size: int) -> Construction:
-    """How the matrices below are built: in one block if it can be, else in the largest blocks that divide `size`."""
+    """How the matrices below are built: as one block if possible, else as the largest blocks that divide `size`.
+
+    Raises ValueError for a size below 1.
+    """
     if size < 1:
         raise ValueError(f"a matrix of size {size}: must be at least 1")
     tried = ((blocks, _factors(size // blocks)) for blocks in _divisors(size))  # the last is 1, which has no factors
@@ -57,8 +60,8 @@ def hadamard(size: int) -> Tensor:
     return reduce(torch.kron, map(_factor, found.factors), torch.ones(1, 1, dtype=torch.int8))
 
 
-def orthogonal(size: int) -> Tensor:
-    """(size, size) float64 orthogonal, for any size: what `construction` says, over the root of its block size."""
+def orthogonal_hadamard(size: int) -> Tensor:
+    """(size, size) float64 orthogonal, for any size: the matrix of `construction`, over the root of its block size."""
     blocks = construction(size).blocks
     block = hadamard(size // blocks)
     result = torch.zeros(size, size, dtype=torch.float64)
@@ -68,19 +71,22 @@ def orthogonal(size: int) -> Tensor:
 
 
 def random_hadamard(size: int, generator: torch.Generator) -> Tensor:
-    """(size, size) float64 orthogonal, for row vectors x as x @ R: `orthogonal` with a random sign to each row.
+    """(size, size) float64 orthogonal, for row vectors x as x @ R: `orthogonal_hadamard` with a random sign per row.
 
-    On the columns, signs would mirror each output and leave its size: no draw would spread an outlier better than
-    another. `generator` is one of the CPU.
+    The randomised Hadamard transform of QuaRot (arXiv 2404.00456) and QuIP# (arXiv 2402.04396). Signs of the columns
+    would only flip outputs: no draw would spread an outlier better than another. `generator` is on the CPU.
     """
     signs = 2.0 * torch.randint(2, (size, 1), generator=generator, dtype=torch.float64) - 1.0
-    return orthogonal(size).mul_(signs)
+    return orthogonal_hadamard(size).mul_(signs)
 
 
-def turned(x: Tensor) -> Tensor:
-    """x @ orthogonal(n) for x (..., n), in its dtype, factor by factor: n x (sum of the factors) products a vector."""
+def hadamard_transform(x: Tensor) -> Tensor:
+    """x @ orthogonal_hadamard(n) for x (..., n) of any floating dtype, in that dtype.
+
+    Factor by factor, which takes n x (sum of the factors) multiplications per vector instead of n^2.
+    """
     found = construction(x.shape[-1])
-    # The product of Kronecker factors: each turns an axis of its own.
+    # A Kronecker product acts on each axis of the reshaped vector by one of its factors.
     factors = [part for order in found.factors for part in _small_factors(order)]
     apart = x.reshape(*x.shape[:-1], found.blocks, *factors)
     for axis, order in enumerate(factors, start=-len(factors)):
@@ -90,10 +96,10 @@ def turned(x: Tensor) -> Tensor:
 
 
 def _small_factors(order: int) -> list[int]:
-    """A power of two is a product of Sylvester's too: 8192 = 64 x 64 x 2 are 130 products a value, not 8192."""
-    if order <= SMALL or order != _power_of_two(order):
+    """Splits a power of two: 8192 = 64 x 64 x 2 takes 130 multiplications per value instead of 8192."""
+    if order <= MAX_POWER_OF_TWO or order != _power_of_two(order):
         return [order]
-    return [SMALL, *_small_factors(order // SMALL)]
+    return [MAX_POWER_OF_TWO, *_small_factors(order // MAX_POWER_OF_TWO)]
 
 
 def _divisors(number: int, step: int = 1) -> Iterator[int]:
@@ -102,8 +108,10 @@ def _divisors(number: int, step: int = 1) -> Iterator[int]:
 
 
 def _factors(size: int) -> tuple[int, ...] | None:
-    """Orders of the Kronecker factors, None where `size` has none: as much of its odd part as can be in the first, and
-    that the smallest such order, which leaves the most to doubling."""
+    """Orders of the Kronecker factors, None if there are none.
+
+    The first has as much of the odd part of `size` as possible, and is the smallest such order: the rest is doubling.
+    """
     if size == _power_of_two(size):
         return (size,) if size > 1 else ()
     orders = [order for order in _divisors(size, step=4) if _field_size(order) is not None]
@@ -120,12 +128,12 @@ def _power_of_two(number: int) -> int:
 
 
 def _factor(order: int) -> Tensor:
-    """(order, order) int8: Sylvester's for a power of two, Paley's for any other."""
+    """(order, order) int8: Sylvester's matrix for a power of two, Paley's for any other order."""
     pair = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
     if order == _power_of_two(order):
         return reduce(torch.kron, [pair] * (order.bit_length() - 1))
     field_size = _field_size(order)
-    assert field_size is not None  # or `_factors` would not have named it
+    assert field_size is not None  # `_factors` returns no other orders
     conference = _conference(field_size)
     zeros = (conference == 0).to(torch.int8)
     if order == field_size + 1:
@@ -175,8 +183,10 @@ def _prime_power(number: int) -> tuple[int, int] | None:
 
 
 def primitive_powers(prime: int, degree: int) -> Tensor:
-    """(p^k - 1, k) int64: 1, x, x^2 ... for an x of GF(p^k) whose powers are all elements but 0, each as the k
-    coefficients of a polynomial in x; for k = 1, as a number modulo p."""
+    """(p^k - 1, k) int64: the powers 1, x, x^2 ... of a primitive element x of GF(p^k).
+
+    Each is the k coefficients of a polynomial in x; for k = 1, a number modulo p.
+    """
     moduli = (low for low in product(range(prime), repeat=degree) if low[0] != 0)
     cycles = (_powers(prime, low) for low in moduli)
     # A ring of p^k elements whose powers of x are all of them but 0 is a field: no test of irreducibility is needed.
@@ -184,9 +194,9 @@ def primitive_powers(prime: int, degree: int) -> Tensor:
 
 
 def _powers(prime: int, low: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """1, x, x^2 ... until 1 comes again, modulo `prime` and x^k = low[0] + low[1] x + ...; for k = 1, x is low[0].
+    """1, x, x^2 ... until 1 recurs, modulo `prime` and x^k = low[0] + low[1] x + ...; for k = 1, x is low[0].
 
-    As low[0] is not 0, x has an inverse, and 1 does come again.
+    As low[0] is not 0, x has an inverse, so 1 does recur.
     """
     one = (1, *[0] * (len(low) - 1))
     powers = [one]

@@ -1,4 +1,4 @@
-"""The kernels in plain torch: slow on a CPU, right everywhere. Knows no device and no library but torch."""
+"""The kernels in plain torch: slow on a CPU, correct on every device."""
 
 from typing import ClassVar
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from jointq_cli.kernels import CANCELLED, Box, Kernels, Rounding
-from jointq_cli.kernels.reference_flips import PlainSteps, dots, nearest
+from jointq_cli.kernels.reference_flips import TorchSteps, dots, nearest
 
 
 class ReferenceKernels(Kernels):
-    """See `Kernels` for the contract. A subclass may have faster steps."""
+    """See `Kernels` for the contract. A subclass may replace `steps` by faster ones."""
 
-    steps: ClassVar[type[PlainSteps]] = PlainSteps
+    steps: ClassVar[type[TorchSteps]] = TorchSteps
 
     @staticmethod
     def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
@@ -23,7 +23,8 @@ class ReferenceKernels(Kernels):
             exact = values / scale
             rounded = torch.round(exact).clamp_(lowest - zero_point, highest - zero_point)
             losses[:, k] = rounded.sub_(exact).abs_().pow_(2.4).sum(dim=1)
-        # Losses are in steps of each candidate; the ratio to the first gives them one unit without underflow.
+        # Each loss is in units of its candidate's scale; the ratio to the first scale makes them comparable and, unlike
+        # the scale itself, does not underflow.
         losses *= (scales / scales[:, :1]).pow_(2.4)
         return torch.argmin(losses, dim=1)
 
@@ -42,7 +43,7 @@ class ReferenceKernels(Kernels):
         highest: int,
     ) -> None:
         for j in span:
-            group = column_groups[j : j + 1]  # a slice, not a number: reading one would wait for the device
+            group = column_groups[j : j + 1]  # a slice, not a number: reading one would synchronise with the device
             s = scale.index_select(1, group)[:, 0]
             zero = zero_point.index_select(1, group)[:, 0].to(torch.float32)
             code = torch.round(work[:, j] / s).add_(zero).clamp_(lowest, highest)
@@ -67,7 +68,7 @@ class ReferenceKernels(Kernels):
         shrink = torch.tensor([1.0 - 0.8 * k / steps for k in range(steps)], dtype=torch.float64)
         trials = widest[:, None] * shrink.to(widest)
         floor = torch.round(low / widest).clamp_(box.first, box.last - box.span)
-        best = cls.steps.best_trial(values, weights, floor, trials, box.span)
+        best = cls.steps.best_scale(values, weights, floor, trials, box.span)
         scale.copy_(trials.gather(1, best[:, None])[:, 0])
         levels.copy_(nearest(values, scale, floor, box.span))
 
@@ -85,10 +86,10 @@ class ReferenceKernels(Kernels):
         guarded: bool,
     ) -> tuple[Tensor, Tensor]:
         levels_before, reached_before = levels.clone(), products * scale.double()[:, None]
-        taken, exact = cls.steps.profiled(correlation, products, levels, metric, box)
+        taken, exact = cls.steps.descend_profiled(correlation, products, levels, metric, box)
         best = torch.where(exact > 0, rounded(exact, rounding).to(scale.dtype), scale)
-        taken += cls.steps.settled(correlation, products, levels, metric, best, box)
-        # From what changed, for the two f agree in many digits: u R x' - 2 h u' with u = s z - s' z', x = s z + s' z'.
+        taken += cls.steps.descend_fixed(correlation, products, levels, metric, best, box)
+        # The two f agree in many digits, so their difference comes from what changed: see `cpu_flips._fall`.
         reached = products * best.double()[:, None]
         change = levels * best.double()[:, None] - levels_before * scale.double()[:, None]
         fall = change.mul_(2.0 * correlation.double() - reached - reached_before).sum(dim=1)
@@ -111,14 +112,14 @@ class ReferenceKernels(Kernels):
         temperature: float,
         noise: Tensor,
     ) -> None:
-        cls.steps.wandered(correlation, products, levels, metric, scale, box, noise * temperature)
+        cls.steps.anneal_fixed(correlation, products, levels, metric, scale, box, noise * temperature)
         q, o, e = dots(correlation, products, levels, metric.diagonal())
-        seen = o > CANCELLED * torch.finfo(levels.dtype).eps * e
-        scale.copy_(torch.where(seen & (q > 0), rounded(q / o, rounding).to(scale.dtype), scale))
+        reliable = o > CANCELLED * torch.finfo(levels.dtype).eps * e
+        scale.copy_(torch.where(reliable & (q > 0), rounded(q / o, rounding).to(scale.dtype), scale))
 
 
 def rounded(scale: Tensor, rounding: Rounding) -> Tensor:
-    """`scale` (float64) > 0 in the format that stores it: to nearest, ties to even, never 0."""
+    """`scale` (float64) > 0 rounded to the format in which it is stored: to nearest, ties to even, never 0."""
     exponent = torch.frexp(scale).exponent.long() - 1
     power = exponent.clamp_(min=rounding.min_exponent) - rounding.digits
     step = (power + 1023 << 52).view(torch.float64)  # 2^power, written as its bits

@@ -1,8 +1,8 @@
-"""JointQ's steps of levels in plain torch, all rows at once: a step is taken by every row that still gains from one.
+"""JointQ's coordinate descent over levels in plain torch: in each iteration, every row that still gains takes a step.
 
-Knows no scales to be stored and no guard: `reference` has those, and asks a class like `PlainSteps` for the steps
-themselves, whose decisions are those of `cpu_flips` to the letter. Correlation h (rows, d), metric R (d, d), products
-v = z R and levels z (rows, d) are of one dtype; v and z are updated in place. Scalars of a row are float64.
+`reference` adds the rounding of scales and the guard. Decisions are exactly those of `cpu_flips`, where the formulas
+are derived. Correlation h (rows, d), metric R (d, d), products v = z R and levels z (rows, d) have one dtype; v and z
+are updated in place. Scalars of a row are float64.
 """
 
 import torch
@@ -13,24 +13,26 @@ from jointq_cli.kernels import CANCELLED, TOLERANCE, Box
 f64 = torch.float64
 
 
-class PlainSteps:
-    """The loops over steps and over candidates that other hardware does better."""
+class TorchSteps:
+    """The loops over steps and over candidates; on a GPU `cuda.TritonSteps` replaces them."""
 
     @staticmethod
-    def profiled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-        """Steps with the scale profiled out, until none gains. Returns how many (rows,) int64, and the best scale or 0
-        for none (rows,)."""
+    def descend_profiled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+        """Steps with the scale profiled out, until none gains.
+
+        Returns the number of steps (rows,) int64, and the best scale (rows,) float64, 0 where there is none.
+        """
         r, sums = metric.diagonal(), metric.sum(dim=0)
         total, trace = sums.sum(dtype=f64), r.sum(dtype=f64)
         q, o, e = dots(h, v, z, r)
         cancelled = CANCELLED * torch.finfo(z.dtype).eps
-        vain = (e > 0) & (o <= cancelled * e)
-        lost = (o > 0) & (q <= 0) & ~vain  # the best scale is 0, and so might all levels be
+        inexact = (e > 0) & (o <= cancelled * e)
+        unscalable = (o > 0) & (q <= 0) & ~inexact  # the best scale is 0, so all levels may be 0 as well
         for each in (v, z, q, o):
-            each[lost] = 0
+            each[unscalable] = 0
         h_sum, v_sum = h.sum(dim=1, dtype=f64), v.sum(dim=1, dtype=f64)
         taken = torch.zeros(len(h), dtype=torch.int64, device=h.device)
-        rows = torch.nonzero(~vain)[:, 0]
+        rows = torch.nonzero(~inexact)[:, 0]
         for _ in range(box.most_steps(h.shape[1])):
             s = torch.where((o > 0) & (q > 0), q / o, 0.0)[rows]
             _, _, e = dots(h[rows], v[rows], z[rows], r)
@@ -48,7 +50,7 @@ class PlainSteps:
             a = torch.where(single, step * h[rows, j], shift * h_sum[rows])
             b = torch.where(single, step * 2.0 * v[rows, j] + r[j], shift * 2.0 * v_sum[rows] + total)
             gain = (q[rows] + a).square() / (o[rows] + b) - s * q[rows]
-            gaining = (best > 0) & (~single | (gain > TOLERANCE * s * s * r[j]))  # and not in float32 only
+            gaining = (best > 0) & (~single | (gain > TOLERANCE * s * s * r[j]))  # in float64 too
             rows, j, shift, step, a, b = (each[gaining] for each in (rows, j, shift, step, a, b))
             if not len(rows):
                 break
@@ -59,11 +61,11 @@ class PlainSteps:
             z[rows, j] += step.to(z.dtype)
             v[rows] += step[:, None].to(v.dtype) * metric[j] + shift[:, None].to(v.dtype) * sums
             taken[rows] += 1
-        return taken, torch.where((o > 0) & (q > 0) & ~vain, q / o, 0.0)
+        return taken, torch.where((o > 0) & (q > 0) & ~inexact, q / o, 0.0)
 
     @staticmethod
-    def settled(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box) -> Tensor:
-        """Steps at the fixed scale s (rows,) of the levels' dtype, until none gains. Returns how many."""
+    def descend_fixed(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box) -> Tensor:
+        """Steps at the fixed scale s (rows,) of the levels' dtype, until none gains. Returns their number (rows,)."""
         taken = torch.zeros(len(h), dtype=torch.int64, device=h.device)
         rows = torch.arange(len(h), device=h.device)
         bonus = torch.full_like(metric[0], -TOLERANCE)
@@ -75,15 +77,15 @@ class PlainSteps:
         return taken
 
     @staticmethod
-    def wandered(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor) -> None:
-        """A step at the fixed scale s for each row of bonus (steps, d), where gain and bonus together are positive."""
+    def anneal_fixed(h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor) -> None:
+        """For each row of bonus (steps, d) a step at the fixed scale s, if gain and bonus together are positive."""
         rows = torch.arange(len(h), device=h.device)
         for own in bonus:
             _fixed_step(h, v, z, metric, s, box, own, rows)
 
     @staticmethod
-    def best_trial(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
-        """Which of the scales trials (rows, candidates) has the least weighted error, the first of equals."""
+    def best_scale(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
+        """Indices (rows,) of the scales in trials (rows, candidates) with the least weighted error; first of equals."""
         losses = torch.empty_like(trials)
         for k in range(trials.shape[1]):
             scale = trials[:, k]
@@ -93,19 +95,19 @@ class PlainSteps:
 
 
 def nearest(values: Tensor, scale: Tensor, floor: Tensor, span: int) -> Tensor:
-    """Levels (rows, d) out of the window of span + 1 that begins at `floor` (rows,)."""
+    """Nearest levels (rows, d) in the window of span + 1 levels that begins at `floor` (rows,)."""
     low = floor[:, None]
     return torch.round(values * (1.0 / scale)[:, None]).clamp_(low, low + span)
 
 
 def dots(h: Tensor, v: Tensor, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q = h z', o = v z' and e = sum_j R_jj z_j^2 of each row."""
+    """q = h z, o = v z and e = sum_j R_jj z_j^2 of each row, (rows,) float64."""
     wide = z.to(f64)
     return (h * wide).sum(dim=1), (v * wide).sum(dim=1), (r * wide * wide).sum(dim=1)
 
 
 def _limits(z: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Between what a level may move while all others stay, (rows, 1) each."""
+    """The lowest and highest value that a level may take while all others stay, (rows, 1) each."""
     least, most = torch.aminmax(z, dim=1, keepdim=True)
     return (most - box.span).clamp_min_(box.first), (least + box.span).clamp_max_(box.last)
 
@@ -118,7 +120,7 @@ def _fits(z: Tensor, shift: float, box: Box) -> Tensor:
 def _profiled_gains(
     h: Tensor, v: Tensor, z: Tensor, r: Tensor, s: Tensor, o: Tensor, q: Tensor, e: Tensor, box: Box
 ) -> tuple[Tensor, Tensor]:
-    """See `cpu_flips._profiled_gains`. Returns the sign of each step as well."""
+    """See `cpu_flips._profiled_gains`. Returns gains and signs of the steps, (rows, d) each."""
     low, high = _limits(z, box)
     s, o, q, e = (each[:, None].to(h.dtype) for each in (s, o, q, e))
     g = h - s * v
@@ -137,7 +139,7 @@ def _profiled_gains(
 def _shift_gain(
     a: Tensor, b: Tensor, s: Tensor, o: Tensor, q: Tensor, total: Tensor, columns: int, least: Tensor
 ) -> Tensor:
-    """What moving all levels gains, which adds a to q and b to o; 0 where it is not allowed."""
+    """The gain of moving all levels by 1, which adds a to q and b to o; 0 where it is not allowed."""
     gain = (o * s * (2.0 * a - s * b) + a * a) / (o + b) - TOLERANCE * s * s * total / columns
     return torch.where((q + a > 0) & (o + b > least), gain, 0.0)
 
@@ -145,7 +147,7 @@ def _shift_gain(
 def _fixed_step(
     h: Tensor, v: Tensor, z: Tensor, metric: Tensor, s: Tensor, box: Box, bonus: Tensor, rows: Tensor
 ) -> Tensor:
-    """The step at the scale s that has most of gain and bonus (d,) together. Returns those of `rows` that took one."""
+    """Takes the step at the scale s with the largest gain plus bonus (d,). Returns those of `rows` that took one."""
     low, high = _limits(z[rows], box)
     scale, r = s[rows, None], metric.diagonal()
     g = h[rows] - scale * v[rows]

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,9 +40,14 @@ DTYPES = {  # safetensors' names
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+QUANTISED = "quantization_config"
+SCALES = ("_scale_inv", "_scale")  # at the end of a weight's name: block-wise fp8, as DeepSeek's; compressed-tensors
 CHUNK = 1 << 24  # bytes compared at a time
 
 
@@ -70,14 +75,14 @@ class Checkpoint:
         if content_hash is not None:
             self.content_hash = content_hash
         self.config = _read_config(directory)
-        if "quantization_config" in self.config:
-            raise ModelError(f"{directory}: is quantised already (its config.json has a quantization_config)")
         self.tensors = _read_headers(directory)
+        if sign := _sign_of_quantisation(self.config, self.tensors):
+            raise ModelError(f"{directory}: is quantised already ({sign})")
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors in their stored dtypes, as copies on the CPU.
 
-        Raises ModelError for a name that the checkpoint lacks, NumericsError for a tensor with NaN or Inf.
+        Raises ModelError for a name that the checkpoint lacks and for an unsupported dtype.
         """
         return {name: self._read_one(name) for name in names}
 
@@ -92,10 +97,17 @@ class Checkpoint:
             sizes = [min(CHUNK, ours.nbytes - done) for done in range(0, ours.nbytes, CHUNK)]
             return all(one.read(size) == two.read(size) for size in sizes)
 
-    def check_finite(self) -> None:
-        """Reads every tensor once. Raises NumericsError for the first with NaN or Inf."""
-        for name in self.tensors:
-            self.read([name])
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know about the choice of files."""
+        if not all((self.directory / name).is_file() for name in (SINGLE, INDEX)):
+            return []
+        return [f"{self.directory}: has both {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does"]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
 
     @cached_property
     def content_hash(self) -> str:
@@ -158,9 +170,7 @@ class Checkpoint:
             file.seek(info.offset)
             if file.readinto(raw.numpy().data) != info.nbytes:
                 raise ModelError(f"{info.file}: ends before tensor {name} does; half-downloaded?")
-        tensor = raw.view(DTYPES[info.dtype]).reshape(info.shape)
-        _check_finite(name, tensor, info.file)
-        return tensor
+        return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def write_index(directory: Path, shards: list[Path]) -> None:
@@ -196,6 +206,25 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _sign_of_quantisation(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What shows that a checkpoint is quantised: a key of its config.json, at any level, or scales beside weights."""
+    if key := _key_of_quantisation(config):
+        return f"its config.json has a {key}"
+    scales = (f"{name}{ending}" for name in tensors for ending in SCALES)
+    scale = next((scale for scale in scales if scale in tensors), None)
+    return scale and f"it holds a {scale} beside a weight"
+
+
+def _key_of_quantisation(config: dict[str, Any]) -> str | None:
+    """The dotted name of the first quantization_config that is not null."""
+    if config.get(QUANTISED) is not None:
+        return QUANTISED
+    for name, value in config.items():
+        if isinstance(value, dict) and (key := _key_of_quantisation(value)):
+            return f"{name}.{key}"
+    return None
+
+
 def _read_headers(directory: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(directory):
@@ -204,6 +233,9 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, chosen in the order of transformers: a single file before an index."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     index = directory / INDEX
     if index.is_file():
         try:
@@ -217,8 +249,6 @@ def _weight_files(directory: Path) -> list[Path]:
                 "half-downloaded?"
             )
         return [directory / name for name in names]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
     if any((directory / name).exists() for name in PICKLES):
         raise ModelError(f"{directory}: has its weights as pickle only, which is never loaded; convert to safetensors")
     raise ModelError(f"{directory}: has neither {SINGLE} nor {INDEX}")
@@ -242,13 +272,14 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     }
 
 
-def _check_finite(name: str, tensor: torch.Tensor, file: Path) -> None:
+def require_finite(name: str, tensor: torch.Tensor, place: Path) -> None:
+    """Raises NumericsError for a tensor with NaN or Inf. place: its file or directory, for the message."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:  # torch has no isfinite for 8 bits
         return
     # A million values at a time: the mask of an entire embedding matrix would set the run's peak memory.
     bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.flatten().split(1 << 20))
     if bad:
-        raise NumericsError(f"{file}: tensor {name} holds {bad} values that are NaN or Inf")
+        raise NumericsError(f"{place}: tensor {name} holds {bad} values that are NaN or Inf")
 
 
 def _named_hash(files: Iterable[Path]) -> str:

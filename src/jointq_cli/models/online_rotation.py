@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
-from jointq_cli.kernels.hadamard import turned
+from jointq_cli.kernels.hadamard import hadamard_transform
 
 KEY = "jointq_online"
 _INVALIDATED = ("model_type", "hidden_size")
@@ -47,4 +47,4 @@ def attach(blocks: list[nn.Module], config: dict[str, Any]) -> None:
 
 def _rotate(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     # float32: a Hadamard transform in bfloat16 would round once per factor.
-    return (turned(inputs[0].float()).to(inputs[0].dtype), *inputs[1:])
+    return (hadamard_transform(inputs[0].float()).to(inputs[0].dtype), *inputs[1:])

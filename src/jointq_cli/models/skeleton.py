@@ -1,4 +1,4 @@
-"""A model's modules without its weights, and how the checkpoint's tensor names map to theirs.
+"""A model's modules without its weights, and how the stored tensor names map to theirs.
 
 Everything that asks transformers how an architecture is built and stored is here; nothing here runs a model.
 """
@@ -15,24 +15,25 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from jointq_cli.errors import ModelError
 from jointq_cli.models import online_rotation as online
-from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.checkpoint import Checkpoint, require_finite
+from jointq_cli.models.tensor_source import TensorSource
 
 # What transformers raises for a config or remote code that it cannot build.
 BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The checkpoint's AutoModelForCausalLM in eval mode: parameters on the meta device, buffers real, on the CPU.
+def build_skeleton(source: TensorSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The source's AutoModelForCausalLM in eval mode: parameters on the meta device, buffers real, on the CPU.
 
     Raises ModelError when transformers cannot build it.
     """
     try:
-        config = _config(checkpoint, trust_remote_code)
+        config = _config(source, trust_remote_code)
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except BUILD_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{checkpoint.directory}: transformers cannot build this model: {reason[:300]}") from error
+        raise ModelError(f"{source.directory}: transformers cannot build this model: {reason[:300]}") from error
     return module.eval().requires_grad_(False)
 
 
@@ -44,8 +45,8 @@ def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def module_names(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name in the checkpoint -> name in the module, for every tensor of the checkpoint, as transformers renames them.
+def module_names(module: Any, source: TensorSource) -> dict[str, str]:
+    """Stored name -> name in the module, for every tensor of the source, as transformers renames them.
 
     Raises ModelError where transformers would also reshape or merge tensors on loading: such a weight is not stored in
     the layout that the layer runs with.
@@ -55,11 +56,11 @@ def module_names(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     state = dict(named_state(module))
     names = {}
-    for stored in checkpoint.tensors:
+    for stored in source.shapes:
         name, converter = rename_source_key(stored, renamings, converters, module.base_model_prefix, state)
         if converter is not None:
             raise ModelError(
-                f"{checkpoint.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
+                f"{source.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
                 "such architectures are not supported"
             )
         names[stored] = name
@@ -71,22 +72,34 @@ def tied_names(module: Any) -> list[str]:
     return list(getattr(module, "all_tied_weights_keys", None) or ())
 
 
-def check_tensors(module: nn.Module, checkpoint: Checkpoint, stored_names: dict[str, str]) -> None:
-    """Raises ModelError for a parameter or persistent buffer of the module that the checkpoint lacks or has in another
-    shape. stored_names: name in the module -> name in the checkpoint."""
+def check_tensors(module: nn.Module, source: TensorSource, stored_names: dict[str, str]) -> None:
+    """Raises ModelError for a parameter or persistent buffer of the module that the source lacks or has in another
+    shape. stored_names: name in the module -> stored name."""
     tied = set(tied_names(module))
     state = dict(named_state(module))
     missing = [name for name in state if name not in stored_names and name not in tied]
     if missing:
         raise ModelError(
-            f"{checkpoint.directory}: lacks {len(missing)} of the {len(state)} tensors of "
+            f"{source.directory}: lacks {len(missing)} of the {len(state)} tensors of "
             f"{type(module).__name__}, {missing[0]} first"
         )
     for name, tensor in state.items():
-        info = checkpoint.tensors.get(stored_names.get(name, ""))
-        if info and tuple(tensor.shape) != info.shape:
-            shapes = f"has shape {list(info.shape)}, but config.json asks for {list(tensor.shape)}"
-            raise ModelError(f"{info.file}: tensor {name} {shapes}")
+        shape = source.shapes.get(stored_names.get(name, ""))
+        if shape is not None and shape != tuple(tensor.shape):
+            shapes = f"has shape {list(shape)}, but config.json asks for {list(tensor.shape)}"
+            raise ModelError(f"{source.directory}: tensor {name} {shapes}")
+
+
+def check_finite(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Reads every tensor that the model uses. Raises NumericsError for the first with NaN or Inf.
+
+    Others may hold anything: GPT-NeoX checkpoints have a `masked_bias` of -1e9, which is -inf in float16.
+    """
+    module = build_skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
+    used = dict(named_state(module))
+    for stored, name in module_names(module, checkpoint).items():
+        if name in used:
+            require_finite(stored, checkpoint.read([stored])[stored], checkpoint.tensors[stored].file)
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -110,7 +123,7 @@ def unload(module: nn.Module, keep: list[nn.Module] | None = None) -> None:
                 setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
-def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    if online.needs_online(checkpoint.config):
-        return AutoConfig.for_model(**online.without_online(checkpoint.config))
-    return AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+def _config(source: TensorSource, trust_remote_code: bool) -> Any:
+    if online.needs_online(source.config):
+        return AutoConfig.for_model(**online.without_online(source.config))
+    return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
 from jointq_cli.models import online_rotation as online
-from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.checkpoint import Checkpoint, require_finite
 from jointq_cli.models.skeleton import (
     build_skeleton,
     check_tensors,
@@ -27,6 +27,7 @@ from jointq_cli.models.skeleton import (
     tied_names,
     unload,
 )
+from jointq_cli.models.tensor_source import TensorSource
 from jointq_cli.system.machine import release_freed_memory
 
 
@@ -38,42 +39,34 @@ class BlockCall:
     kwargs: Mapping[str, Any]
 
 
-class StreamedModel:
-    """A checkpoint's model, loaded block by block: parameters are on the meta device except inside `outer` and `block`.
+class BlockwiseModel:
+    """A model whose weights are read block by block: parameters are on the meta device outside of `outer` and `block`.
 
     dtype: the compute dtype of the forward pass. Raises ModelError when transformers cannot build the architecture,
-    when it has no ModuleList of decoder blocks, or when the checkpoint's tensors do not fit it.
+    when it has no ModuleList of decoder blocks, or when the source's tensors do not fit it.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: TensorSource,
         device: torch.device,
         dtype: torch.dtype,
         trust_remote_code: bool = False,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.trust_remote_code = trust_remote_code
+        self.source = source
         self.device = device
         self.dtype = dtype
-        self.module = build_skeleton(checkpoint, dtype, trust_remote_code)
+        self.module = build_skeleton(source, dtype, trust_remote_code)
         self._blocks_name, blocks = find_blocks(self.module)
         self.blocks: list[nn.Module] = list(blocks)
-        if online.needs_online(checkpoint.config):
-            online.attach(self.blocks, checkpoint.config)
+        if online.needs_online(source.config):
+            online.attach(self.blocks, source.config)
         self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
         self._wraps_output = False  # whether blocks return a tuple around the hidden states
-        self._module_names = module_names(self.module, checkpoint)
+        self._module_names = module_names(self.module, source)
         self._stored_names = {name: stored for stored, name in self._module_names.items()}
         move_buffers(self.module, device)
-        check_tensors(self.module, checkpoint, self._stored_names)
-
-    @property
-    def identity(self) -> list[str | None]:
-        """Hashes of what decides the model's outputs: config and weights (None if not known, see
-        `Checkpoint.known_hash`), and its remote code if that is trusted."""
-        code = [self.checkpoint.code_hash] if self.trust_remote_code else []
-        return [self.checkpoint.known_hash, *code]
+        check_tensors(self.module, source, self._stored_names)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -83,42 +76,41 @@ class StreamedModel:
         return f"{self._blocks_name}.{index}."
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name for the module's tensor `name`; they differ where transformers renames on loading."""
+        """The stored name of the module's tensor `name`; they differ where transformers renames on loading."""
         return self._stored_names[name]
 
     def stores(self, name: str) -> bool:
-        """Whether the checkpoint holds the module's tensor `name`; False where it holds only one that is tied to it."""
+        """Whether the source holds the module's tensor `name`; False where it holds only one that is tied to it."""
         return name in self._stored_names
 
     def module_name(self, stored: str) -> str:
-        """The module's name for the checkpoint's tensor `stored`."""
+        """The module's name for the tensor `stored`."""
         return self._module_names[stored]
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one block by their names in the checkpoint, in the stored dtypes, on the CPU."""
+        """The tensors of one block by their stored names, as read from the source."""
         prefix = self.prefix(index)
-        return self.checkpoint.read(stored for stored, name in self._module_names.items() if name.startswith(prefix))
+        return self.source.read(stored for stored, name in self._module_names.items() if name.startswith(prefix))
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Every tensor outside the blocks: embeddings, final norm, head, and tensors that the model does not use."""
-        return self.checkpoint.read(
-            stored for stored, name in self._module_names.items() if self.block_of(name) is None
-        )
+        return self.source.read(stored for stored, name in self._module_names.items() if self.block_of(name) is None)
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its full name, lm_head included."""
         return {name: module for name, module in self.module.named_modules() if isinstance(module, nn.Linear)}
 
     @contextmanager
-    def outer(self) -> Iterator[None]:
+    def outer(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Inside, the parameters outside the blocks (embeddings, final norm, head) are loaded: `embed` and `logits`
-        work."""
+        work.
+
+        tensors: what `outer_tensors` returns, where the caller has read it already.
+        """
         names = [name for name, _ in named_state(self.module) if self.block_of(name) is None]
+        stored = [self._stored_names[name] for name in names if name in self._stored_names]
         try:
-            self._load(
-                "",
-                self.checkpoint.read(self._stored_names[name] for name in names if name in self._stored_names),
-            )
+            self._load("", self.source.read(stored) if tensors is None else tensors)
             self.module.tie_weights()
             self._untie()
             yield
@@ -128,7 +120,7 @@ class StreamedModel:
     @contextmanager
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Inside, block `index` has the parameters `tensors` (by their names in the checkpoint), cast to the compute
-        dtype, and can be run."""
+        dtype, and can be run. Raises NumericsError for a parameter with NaN or Inf."""
         try:
             self._load(self.prefix(index), tensors)
             yield self.blocks[index]
@@ -174,7 +166,7 @@ class StreamedModel:
         hidden, calls = self._record_calls(windows.to(self.device))
         if shape in self._calls and not _same_calls(self._calls[shape], calls):
             raise ModelError(
-                f"{self.checkpoint.directory}: {type(self.module).__name__} passes its blocks tensors that depend on "
+                f"{self.source.directory}: {type(self.module).__name__} passes its blocks tensors that depend on "
                 "the tokens; it cannot be run block by block"
             )
         self._calls[shape] = calls
@@ -224,12 +216,12 @@ class StreamedModel:
             return self._record_calls(windows)
         if failure is not None:
             raise ModelError(
-                f"{self.checkpoint.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
+                f"{self.source.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
                 f"tokens with ids up to {int(windows.max())}: {' '.join(str(failure).split())[:200]}"
             ) from failure
         if not is_complete:
             raise ModelError(
-                f"{self.checkpoint.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
+                f"{self.source.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
                 "after the other; it cannot be run block by block"
             )
         return inputs[0], calls
@@ -259,7 +251,7 @@ class StreamedModel:
         for name in tied_names(self.module):
             if name in self._stored_names:
                 stored = self._stored_names[name]
-                tensor = self.checkpoint.read([stored])[stored].to(self.device, self.dtype)
+                tensor = self.source.read([stored])[stored].to(self.device, self.dtype)
                 if not torch.equal(tensor, self.module.get_parameter(name)):
                     self._load("", {stored: tensor})
 
@@ -270,6 +262,7 @@ class StreamedModel:
         for stored, tensor in tensors.items():
             name = self._module_names[stored].removeprefix(prefix)
             if name in known:
+                require_finite(stored, tensor, self.source.directory)
                 state[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
         module.load_state_dict(state, strict=False, assign=True)
 
@@ -279,6 +272,24 @@ class StreamedModel:
         number, _, rest = name.removeprefix(prefix).partition(".")
         is_inside = name.startswith(prefix) and rest and number.isdigit() and int(number) < len(self)
         return int(number) if is_inside else None
+
+
+class StreamedModel(BlockwiseModel):
+    """A `BlockwiseModel` whose weights are those of a checkpoint on disk, which identifies it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    ) -> None:
+        super().__init__(checkpoint, device, dtype, trust_remote_code)
+        self.checkpoint = checkpoint
+        self.trust_remote_code = trust_remote_code
+
+    @property
+    def identity(self) -> list[str | None]:
+        """Hashes of what decides the model's outputs: config and weights (None if not known, see
+        `Checkpoint.known_hash`), and its remote code if that is trusted."""
+        code = [self.checkpoint.code_hash] if self.trust_remote_code else []
+        return [self.checkpoint.known_hash, *code]
 
 
 def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""PANEL, Accumulator, packed, packed_size, unpacked: from statistics.py."""
+"""Sums of the statistics of a group's input over batches, and the packed form in which a Hessian is kept on disk."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ PANEL = 512  # columns of one product: wide enough for its full speed, narrow en
 
 
 class Accumulator:
-    """Adds up X^T X and, where they are asked for, (X_o - X)^T X and R^T X, batch by batch."""
+    """Adds up X^T X and, where requested, the cross term (X_o - X)^T X and the drift R^T X (see statistics)."""
 
     def __init__(self, in_features: int, device: torch.device, *, cross: bool = False, drift: int = 0) -> None:
         """drift: features of R, 0 for none."""
@@ -27,8 +27,10 @@ class Accumulator:
         weights: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> None:
-        """inputs, original: (..., in), residual: (..., out), any floating dtype; weights (...) float32, 1 for each
-        token if None."""
+        """inputs, original: (..., in), residual: (..., out), any floating dtype; weights: (...) float32, None: all 1.
+
+        Raises NumericsError where the cross term is requested and `original` does not have the tokens of `inputs`.
+        """
         flat = _flat(inputs)
         weighted = flat if weights is None else flat * weights.flatten()[:, None]
         for start in range(0, flat.shape[1], PANEL):  # H is symmetric: the blocks below the diagonal are not computed
@@ -37,27 +39,27 @@ class Accumulator:
         if self._cross is not None:
             if original is None or original.shape != inputs.shape:
                 raise NumericsError(
-                    "qep cannot pair its tokens with those that the original model gives it (a routed expert?); name "
-                    "it in qep.exclude_layer_keywords, or use qep=none"
+                    "qep cannot pair its tokens with those that it receives in the original model (a routed expert?); "
+                    "name it in qep.exclude_layer_keywords, or use qep=none"
                 )
             self._cross += (_flat(original) - flat).T @ weighted
         if self._drift is not None:
-            assert residual is not None  # whoever asked for the drift has it
+            assert residual is not None
             self._drift += _flat(residual).T @ weighted
         self.tokens += len(flat) if weights is None else float(weights.sum(dtype=torch.float64))
 
     def sum_over(self, processes: Callable[[Tensor], Tensor]) -> None:
-        """Adds what other processes have accumulated; `processes` gives the sum of a contiguous tensor over all."""
+        """Adds the sums of other processes; `processes` returns the sum of a contiguous tensor over all, in place."""
         for start in range(0, len(self._square), PANEL):
             panel = self._square[start : start + PANEL, start:]
             panel.copy_(processes(panel.contiguous()))
-        for moments in (self._cross, self._drift):
-            if moments is not None:
-                processes(moments)
+        for sums in (self._cross, self._drift):
+            if sums is not None:
+                processes(sums)
         self.tokens = float(processes(torch.tensor([self.tokens], dtype=torch.float64, device=self._square.device)))
 
     def hessian(self) -> Tensor:
-        """H (in, in) float64, in the accumulator's own memory: to be called once, at the end."""
+        """H (in, in) float64, in the accumulator's own memory: call it once, when all batches have been added."""
         for start in range(0, len(self._square), PANEL):
             stop = start + PANEL
             square = self._square[start:stop, start:stop]
@@ -75,7 +77,7 @@ class Accumulator:
 
 
 def packed(hessian: Tensor) -> Tensor:
-    """The panels of a symmetric matrix (n, n) from the diagonal on, flat: little more than half of it."""
+    """The upper panels of a symmetric matrix (n, n), from the diagonal on, flat: little more than half of it."""
     starts = range(0, len(hessian), PANEL)
     return torch.cat([hessian[start : start + PANEL, start:].flatten() for start in starts])
 

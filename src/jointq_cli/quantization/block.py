@@ -1,32 +1,27 @@
-"""One decoder block at work: with the weights it came with, and with those that replace them one after the other.
+"""One decoder block, and the forward passes of the calibration windows through it.
 
-    original   the block as it was stored
-    quantized  the block with every layer replaced that has been solved so far
-
-Both share one module in memory, which wears the one or the other set of weights. Knows no statistics and no
-quantizers; `passes` knows how a forward pass is stopped half-way.
+A block has two sets of weights: "original", as stored in the checkpoint, and "quantized", in which every layer that has
+been solved is replaced. Both share one module in memory.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
-from jointq_cli.formats.base import StoredWeight
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.resumable_forward import Pass
+from jointq_cli.quantization.hidden_states import WeightSet
+from jointq_cli.quantization.resumable_forward import ResumableForward
 
-WeightSet = Literal["original", "quantized"]
-_FAINT = 0.1  # rms of the tokens that a block is surveyed with: far above the epsilon of its norms
+_PROBE_RMS = 0.1  # of the tokens that show a block's structure: far above the epsilon of its norms
 _CLOSE = 0.02  # relative
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that is about to be quantised."""
+    """A linear layer to quantise."""
 
     name: str
     block: int
@@ -34,7 +29,7 @@ class Layer:
 
 
 class Block:
-    """Block `index` of a model, loaded with `tensors` (stored names), which follow every replacement."""
+    """Block `index` of a model, loaded with `tensors` (by stored name), of which `replace` changes single ones."""
 
     def __init__(self, model: StreamedModel, index: int, tensors: dict[str, Tensor], names: frozenset[str]) -> None:
         self.model = model
@@ -52,45 +47,46 @@ class Block:
         }
 
     def run(self, hidden: Tensor) -> Tensor:
-        """The forward pass, with the weights that are worn while it runs."""
+        """The forward pass of hidden states (batch, tokens, hidden), with the weights that are active while it runs."""
         return self.model.run(self.index, hidden)
 
-    def activate(self, face: WeightSet) -> None:
-        for layer, weight in zip(self.layers, self._weights[face], strict=True):
+    def activate(self, weights: WeightSet) -> None:
+        for layer, weight in zip(self.layers, self._weights[weights], strict=True):
             layer.module.weight = weight
 
     def weight(self, layer: Layer) -> Tensor:
-        """A layer's weight as it is stored."""
+        """A layer's weight (out, in) as stored in the checkpoint."""
         return self.tensors[self._key(layer)]
 
-    def replace(self, layer: Layer, weight: StoredWeight) -> None:
-        stored = weight.dequantize(self.weight(layer).dtype)
-        self.tensors[self._key(layer)] = stored.cpu()
-        ready = nn.Parameter(stored.to(self.model.device, self.model.dtype), requires_grad=False)
-        self._weights["quantized"][self.layers.index(layer)] = ready
+    def replace(self, layer: Layer, weight: Tensor) -> None:
+        """weight: (out, in), dequantised to the dtype of the checkpoint."""
+        self.tensors[self._key(layer)] = weight.cpu()
+        parameter = nn.Parameter(weight.to(self.model.device, self.model.dtype), requires_grad=False)
+        self._weights["quantized"][self.layers.index(layer)] = parameter
 
     def structure(self, hidden: Tensor) -> "BlockStructure":
-        """How the block is built, found out by one forward pass of hidden states (batch, tokens, hidden).
+        """Groups and writers, found by one forward pass of hidden states (batch, tokens, hidden).
 
-        No token is left louder than faint: a block starts with a norm, so its layers are given the same nevertheless,
-        and what they add to the stream is not lost in the rounding of its massive activations.
+        The hidden states are scaled down to a small rms per token. A block starts with a norm, so its layers receive
+        the same inputs, while their outputs are not lost in the rounding of massive activations when they are added to
+        the residual stream. Raises ModelError where a layer does not run.
         """
-        loudness = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_FAINT)
-        hidden = (hidden.float() * (_FAINT / loudness)).to(hidden.dtype)
-        seen: list[tuple[Tensor, list[Layer]]] = []
+        rms = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_PROBE_RMS)
+        hidden = (hidden.float() * (_PROBE_RMS / rms)).to(hidden.dtype)
+        groups: list[tuple[Tensor, list[Layer]]] = []
         outputs: dict[nn.Linear, Tensor] = {}
 
-        def note(layer: Layer, given: Tensor) -> None:
-            if any(layer in group for _, group in seen):
+        def record_input(layer: Layer, inputs: Tensor) -> None:
+            if any(layer in layers for _, layers in groups):
                 return None  # called again: its statistics are those of the first call
-            for tensor, group in seen:
-                if tensor is given:
-                    return group.append(layer)
-            seen.append((given, [layer]))
+            for tensor, layers in groups:
+                if tensor is inputs:
+                    return layers.append(layer)
+            groups.append((inputs, [layer]))
             return None
 
         handles = [
-            layer.module.register_forward_pre_hook(lambda _, args, layer=layer: note(layer, args[0]))
+            layer.module.register_forward_pre_hook(lambda _, args, layer=layer: record_input(layer, args[0]))
             for layer in self.layers
         ]
         handles += [
@@ -103,11 +99,11 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-        reached = {layer.name for _, group in seen for layer in group}
+        reached = {layer.name for _, layers in groups for layer in layers}
         idle = [layer.name for layer in self.layers if layer.name not in reached]
         if idle:
             raise ModelError(f"{idle[0]}: no token reaches this layer, so it cannot be calibrated; exclude it")
-        return BlockStructure([group for _, group in seen], _writers(hidden, output, outputs))
+        return BlockStructure([layers for _, layers in groups], _writers(hidden, output, outputs))
 
     def _key(self, layer: Layer) -> str:
         return self.model.stored_name(f"{layer.name}.weight")
@@ -117,30 +113,31 @@ class Block:
 class BlockStructure:
     """groups: the layers in the order they run, those that read the same tensor together.
 
-    writers: the linear layers, selected or not, whose outputs are added to the residual stream, and how many times,
-    the same for all. Empty where the block does more to the stream than that (a norm behind its layers, say).
+    writers: the linear layers, selected or not, whose outputs are added to the residual stream, and the factor of each,
+    the same for all. Empty where the block does more to the stream than that, such as a norm after its layers.
     """
 
     groups: list[list[Layer]]
     writers: dict[nn.Linear, float]
 
-    def writes(self, group: list[Layer]) -> float:
-        """How many times the group's output is added to the residual stream; 0 if it is no single layer that writes."""
-        return self.writers.get(group[0].module, 0.0) if len(group) == 1 else 0.0
+    def write_factor(self, number: int) -> float:
+        """The factor of a group's output in the residual stream; 0 unless the group is one layer that writes."""
+        layers = self.groups[number]
+        return self.writers.get(layers[0].module, 0.0) if len(layers) == 1 else 0.0
 
 
 def _writers(hidden: Tensor, output: Tensor, outputs: dict[nn.Linear, Tensor]) -> dict[nn.Linear, float]:
-    """Explains what the block adds to `hidden` as a multiple of the sum of some `outputs`, all (batch, tokens, hidden).
+    """The layers, and their factor, whose `outputs` add up to what the block adds to `hidden`: a least-squares fit.
 
-    Empty where that cannot be done within a few times the rounding of bf16.
+    All tensors (batch, tokens, hidden). Empty where the fit leaves more than a few times the rounding error of bf16.
     """
     added = (output.float() - hidden.float()).flatten()
-    known = {layer: given.float().flatten() for layer, given in outputs.items() if given.shape == hidden.shape}
+    known = {layer: tensor.float().flatten() for layer, tensor in outputs.items() if tensor.shape == hidden.shape}
     if not known:
         return {}
     columns = torch.stack(list(known.values()))
-    gram, moments = (columns @ columns.T).double().cpu(), (columns @ added).double().cpu()
-    fitted = dict(zip(known, (torch.linalg.pinv(gram, hermitian=True) @ moments).tolist(), strict=True))
+    gram, products = (columns @ columns.T).double().cpu(), (columns @ added).double().cpu()
+    fitted = dict(zip(known, (torch.linalg.pinv(gram, hermitian=True) @ products).tolist(), strict=True))
     factors = {layer: factor for layer, factor in fitted.items() if abs(factor) > 0.05}
     if not factors:
         return {}
@@ -153,53 +150,46 @@ def _writers(hidden: Tensor, output: Tensor, outputs: dict[nn.Linear, Tensor]) -
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one batch shows at a group's input. `given`: what its layers are given, None if the batch does not reach
-    them; `entered`, `written`: the hidden states that entered the block, and what was added to them since."""
+class GroupInput:
+    """One batch at the input of a group of layers."""
 
-    given: Tensor | None
-    entered: Tensor
-    written: Tensor | None
+    inputs: Tensor | None  # (..., in) of the group's layers; None if the batch does not reach them
+    entered: Tensor  # the hidden states (batch, tokens, hidden) that entered the block
+    written: Tensor | None  # the sum that the block's writers have added to them until then
 
     @property
-    def whole(self) -> bool:
-        """Whether the layers are given every token of the batch."""
-        return self.given is not None and self.given.shape[:-1].numel() == self.entered.shape[:-1].numel()
+    def has_all_tokens(self) -> bool:
+        """Whether every token of the batch reaches the layers: not so for routed experts."""
+        return self.inputs is not None and self.inputs.shape[:-1].numel() == self.entered.shape[:-1].numel()
 
     def residual(self) -> Tensor:
         """The residual stream (batch, tokens, hidden) float32."""
         return self.entered.float() if self.written is None else self.entered.float() + self.written
 
 
-class Stream:
-    """Hidden states (windows, tokens, hidden) on their way through a block with one set of its weights, in batches."""
+class BlockForward:
+    """The forward passes of hidden states (windows, tokens, hidden) through a block with one weight set, in batches."""
 
-    def __init__(self, block: Block, face: WeightSet, hidden: Tensor, batch: int, waiting: int) -> None:
-        """waiting: how many passes may wait between two groups; the rest starts anew."""
-        self.block = block
-        self.face = face
-        self.hidden = hidden
+    def __init__(self, block: Block, weights: WeightSet, hidden: Tensor, batch: int, suspendable: int) -> None:
+        """suspendable: how many passes may be suspended between two groups; the others are restarted."""
+        self._block = block
+        self._weights = weights
         self._parts = hidden.split(batch) if len(hidden) else ()
         self._passes = [
-            Pass(lambda part=part: block.run(part), suspendable=number < waiting)  # type: ignore[misc]
+            ResumableForward(lambda part=part: block.run(part), suspendable=number < suspendable)  # type: ignore[misc]
             for number, part in enumerate(self._parts)
         ]
 
-    def __len__(self) -> int:
-        """The number of batches."""
-        return len(self._parts)
+    def inputs_of_group(self, number: int) -> Iterator[GroupInput]:
+        """Batch by batch."""
+        for part, forward in zip(self._parts, self._passes, strict=True):
+            self._block.activate(self._weights)
+            inputs, written = forward.input_of(number)
+            yield GroupInput(inputs, part, written)
 
-    def at(self, group: int) -> Iterator[Seen]:
-        """What is to be seen at a group's input, batch by batch."""
-        for part, one in zip(self._parts, self._passes, strict=True):
-            self.block.activate(self.face)
-            given, written = one.input_of(group)
-            yield Seen(given, part, written)
-
-    def finish(self, pause: Callable[[], None]) -> Tensor:
-        """The hidden states behind the block, in the memory of those that entered it."""
-        for part, one in zip(self._parts, self._passes, strict=True):
-            self.block.activate(self.face)
-            part.copy_(one.output())
+    def finish(self, pause: Callable[[], None]) -> None:
+        """Overwrites the hidden states with those that leave the block; calls `pause` after each batch."""
+        for part, forward in zip(self._parts, self._passes, strict=True):
+            self._block.activate(self._weights)
+            part.copy_(forward.output())
             pause()
-        return self.hidden

@@ -1,9 +1,6 @@
-"""The moments of what a group of layers is given, collected batch by batch from the streams that pass through a block.
+"""Collects the statistics of a group's input, batch by batch, from the forward passes through a block."""
 
-Knows streams and which of them count. Knows neither what is done with the moments nor where they are kept.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -13,7 +10,8 @@ from torch import Tensor, nn
 
 from jointq_cli.errors import NumericsError
 from jointq_cli.quantization.accumulator import Accumulator
-from jointq_cli.quantization.block import BlockStructure, Layer, Seen, Stream
+from jointq_cli.quantization.block import BlockForward, BlockStructure, GroupInput, Layer
+from jointq_cli.quantization.hidden_states import WeightSet
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.system.distributed import Team
@@ -21,83 +19,68 @@ from jointq_cli.system.distributed import Team
 
 @dataclass(frozen=True)
 class Collector:
-    """Collects what a plan asks for, from `batches` batches that the processes of a team share between them.
+    """Collects what `settings` need. The processes of a team share the batches, and all receive the sums.
 
     `pause` is called after each batch and may raise.
     """
 
-    plan: LoopSettings
-    batches: int
+    settings: LoopSettings
     device: torch.device
     pause: Callable[[], None]
     team: Team
 
-    def waiting(self, groups: list[list[Layer]], hidden: Tensor) -> int:
-        """How many passes of hidden states (windows, tokens, hidden) may wait between two groups."""
-        widest = max((group[0].module.in_features for group in groups), default=0)
-        # What lies in a pass that waits: at most the stream, what was written into it, and an attention's queries, keys
-        # and values (as much as two streams), beside what the layers are given. Not the scores of an eager attention.
-        bytes_per_token = (4 * hidden.shape[-1] + widest) * hidden.element_size()
-        affordable = self.plan.waiting / (self.plan.batch * hidden.shape[1] * bytes_per_token)
-        return int(min(affordable, 2.0**31))  # it may be infinite
+    def collect(self, structure: BlockStructure, number: int, forwards: Mapping[WeightSet, BlockForward]) -> Statistics:
+        """The statistics of a group's input over all batches, and those of the held-out ones separately.
 
-    def collect(
-        self, structure: BlockStructure, number: int, stream: Stream, original: Stream | None = None
-    ) -> Statistics:
-        """The moments of a group's input over all batches, and those of the held-out ones apart.
-
-        stream: the one that layers are solved for. original: the other one, where QEP compares both.
+        Raises NumericsError, with the name of a layer, where they cannot be used.
         """
-        group = structure.groups[number]
-        writes = structure.writes(group)
-        crossed = any(self.plan.qep.corrects(layer.name) for layer in group)
-        drifted = crossed and writes > 0 and self.plan.qep.follows_residual
-        held_from = self.plan.held_from(self.batches)
-        everything = self._accumulator(group, crossed, drifted)
-        held = self._accumulator(group, crossed, drifted) if held_from < self.batches else None
-        wanted = original.at(number) if crossed and original is not None else repeat(None, len(stream))
-        first = self.team.part(self.batches).start
-        for batch, (seen, other) in enumerate(zip(stream.at(number), wanted, strict=True), first):
-            if seen.given is not None:
-                behind = self._behind(group[0], seen, writes)
-                weights = self.plan.weights.per_token(seen.given, behind, tokens=seen.entered.shape[1])
-                paired = other if other is not None and seen.whole and other.whole else None
-                given = None if paired is None else paired.given
-                lost = (paired.residual() - seen.residual()) / writes if drifted and paired is not None else None
-                with named(group[0]):
-                    everything.add(seen.given, given, weights, lost)
-                    if held is not None and batch >= held_from:
-                        held.add(seen.given, given, weights, lost)
+        settings, layers, factor = self.settings, structure.groups[number], structure.write_factor(number)
+        cross = any(settings.qep.corrects(layer.name) for layer in layers)
+        drift = cross and factor > 0 and settings.qep.needs_drift
+        parts = 2 if settings.heldout_from < settings.batches else 1
+        accumulators = [self._accumulator(layers[0], cross, drift) for _ in range(parts)]
+        inputs = forwards[settings.solved_for].inputs_of_group(number)
+        originals = forwards["original"].inputs_of_group(number) if cross else repeat(None)
+        first = self.team.part(settings.batches).start
+        for batch, (current, original) in enumerate(zip(inputs, originals, strict=False), first):
+            if current.inputs is not None:
+                weights = self._token_weights(layers[0], current, factor)
+                pair = original if original and original.has_all_tokens and current.has_all_tokens else None
+                lost = (pair.residual() - current.residual()) / factor if pair and drift else None
+                with naming(layers[0]):
+                    for accumulator in accumulators if batch >= settings.heldout_from else accumulators[:1]:
+                        accumulator.add(current.inputs, pair.inputs if pair else None, weights, lost)
             self.pause()
-        for moments in filter(None, (everything, held)):
-            moments.sum_over(self.team.all_reduce_sum)
-        with named(group[0]):
-            heldout = _held_out(everything, held)
+        for accumulator in accumulators:
+            accumulator.sum_over(self.team.all_reduce_sum)
+        with naming(layers[0]):
+            heldout = _held_out(*accumulators)
+            everything = accumulators[0]
             return Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout)
 
-    def _behind(self, layer: Layer, seen: Seen, writes: float) -> Tensor | None:
-        """The residual stream behind a layer that writes into it, where the weights of tokens depend on it."""
-        if not (writes and self.plan.weights.of_residual) or seen.given is None:
-            return None
-        output = nn.functional.linear(seen.given, layer.module.weight, layer.module.bias)
-        return seen.residual() + writes * output
+    def _accumulator(self, layer: Layer, cross: bool, drift: bool) -> Accumulator:
+        module = layer.module
+        return Accumulator(module.in_features, self.device, cross=cross, drift=module.out_features if drift else 0)
 
-    def _accumulator(self, group: list[Layer], crossed: bool, drifted: bool) -> Accumulator:
-        module = group[0].module
-        drift = module.out_features if drifted else 0
-        return Accumulator(module.in_features, self.device, cross=crossed, drift=drift)
+    def _token_weights(self, layer: Layer, current: GroupInput, factor: float) -> Tensor | None:
+        assert current.inputs is not None
+        after = None  # the residual stream after a layer that writes into it
+        if factor and self.settings.weights.of_residual:
+            output = nn.functional.linear(current.inputs, layer.module.weight, layer.module.bias)
+            after = current.residual() + factor * output
+        return self.settings.weights.per_token(current.inputs, after, tokens=current.entered.shape[1])
 
 
 @contextmanager
-def named(layer: Layer) -> Iterator[None]:
-    """Inside, a NumericsError is told with the layer's name."""
+def naming(layer: Layer) -> Iterator[None]:
+    """Inside, the message of a NumericsError starts with the layer's name."""
     try:
         yield
     except NumericsError as error:
         raise NumericsError(f"{layer.name}: {error}") from error
 
 
-def _held_out(everything: Accumulator, held: Accumulator | None) -> HeldOut | None:
+def _held_out(everything: Accumulator, held: Accumulator | None = None) -> HeldOut | None:
     if held is None:
         return None
     if not 0 < held.tokens < everything.tokens:

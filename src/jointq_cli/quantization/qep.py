@@ -1,24 +1,22 @@
-"""Quantization Error Propagation: a layer makes up for what the layers before it have lost.
+"""Quantization Error Propagation: a layer compensates the quantisation errors of the layers before it.
 
-In the model quantised so far a layer is given x_q where the original is given x. QEP (Arai, Ichikawa, "Quantization
-Error Propagation", NeurIPS 2025) quantises not the weight W but
+In the model quantised so far a layer receives x_q, in the original model x. QEP (Arai, Ichikawa, "Quantization Error
+Propagation", NeurIPS 2025) quantises not the weight W but
 
     W* = W + alpha W C (H + R)^-1,     C = sum (x - x_q) x_q^T / tokens,     H = sum x_q x_q^T / tokens,
 
 a step of length alpha towards the minimiser of |W X - W* X_q|^2, which alpha = 1 and R = 0 is. With R the identity
-times `percdamp` of H's mean diagonal this is the method of the paper. With R = lambda R_JointQ and alpha = 1 what
-JointQ then makes least, e (H + R) e^T with e = W* - W_q, is, up to a constant,
+times `percdamp` of H's mean diagonal this is the method of the paper. With R = lambda R_JointQ and alpha = 1 the
+objective of JointQ, e (H + R) e^T with e = W* - W_q, is, up to a constant,
 
     |W X - W_q X_q|^2 / tokens + |(W - W_q) R^1/2|^2:
 
 codes and scales are chosen for the original layer's output, and the regulariser pulls to W.
 
-`residual` goes further where a layer's output is added to the residual stream, which by then has lost S - S_q to the
-quantised layers before. The layer is to make up for that as well: beta D (H + R)^-1 comes on top, with the drift
-D = sum (s - s_q) x_q^T / tokens. With alpha = beta = 1 that is the minimiser of |(S + W X) - (S_q + W* X_q)|^2, the
-error of the stream that the next layers read.
-
-Knows weights and statistics of one input; no blocks, no quantizers.
+`residual` extends this to layers whose output is added to the residual stream, where the quantised layers before have
+already caused an error S - S_q. The layer compensates that too: W* has the further term beta D (H + R)^-1, where
+D = sum (s - s_q) x_q^T / tokens is the drift. With alpha = beta = 1 that is the minimiser of
+|(S + W X) - (S_q + W* X_q)|^2, the error of the residual stream that the next layers read.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +33,7 @@ from jointq_cli.setting_rules import check_settings, setting
 
 @dataclass(frozen=True)
 class Corrected:
-    """The weight (out, in) float32 to quantise instead of a layer's own, and what there is to say about it."""
+    """The weight (out, in) float32 to quantise instead of a layer's own, and notes for its record."""
 
     weight: Tensor
     notes: dict[str, float] = field(default_factory=dict)
@@ -46,11 +44,11 @@ class Correction(ABC):
 
     @property
     def row_separable(self) -> bool:
-        """Whether the rows of a layer may be corrected apart."""
+        """Whether the rows of a layer may be corrected separately."""
         return True
 
     def of_rows(self, rows: slice) -> "Correction":
-        """What it does to these rows alone."""
+        """The correction of these rows."""
         return self
 
     @abstractmethod
@@ -59,7 +57,7 @@ class Correction(ABC):
 
 
 class NoCorrection(Correction):
-    """A layer is quantised as it is."""
+    """The weight stays as it is."""
 
     def apply(self, weight: Tensor) -> Corrected:
         return Corrected(weight)
@@ -67,7 +65,7 @@ class NoCorrection(Correction):
 
 @dataclass(frozen=True)
 class Inverse:
-    """(H + R)^-1 = U^T U, (in, in) float64, and the damping that it took."""
+    """(H + R)^-1 = U^T U, U (in, in) float64, and the damping that the factorisation needed."""
 
     upper: Tensor
     damping: float
@@ -79,25 +77,25 @@ class Inverse:
 
 @dataclass(frozen=True)
 class QepCorrection(Correction):
-    """W* = W + (alpha W C + beta D) (H + R)^-1. A judge chooses alpha for each layer."""
+    """W* = W + (alpha W C + beta D) (H + R)^-1, where a selector may choose alpha for each layer."""
 
     inverse: Inverse
     cross: Tensor  # C (in, in) float64
     drift: Tensor | None  # D (out, in) float64
     alpha: float
     beta: float
-    judge: "AlphaSelector | None"
+    selector: "AlphaSelector | None"
 
     @property
     def row_separable(self) -> bool:
-        return self.judge is None  # who sees the whole layer
+        return self.selector is None  # it needs all rows
 
     def of_rows(self, rows: slice) -> Correction:
         return self if self.drift is None else replace(self, drift=self.drift[rows])
 
     def apply(self, weight: Tensor) -> Corrected:
         exact = weight.double()
-        alpha = self.alpha if self.judge is None else self.judge.alpha(exact)
+        alpha = self.alpha if self.selector is None else self.selector.alpha(exact)
         step = alpha * (exact @ self.cross)
         notes: dict[str, float] = {"alpha": alpha}
         if self.drift is not None:
@@ -110,9 +108,9 @@ class QepCorrection(Correction):
 
 @dataclass(frozen=True)
 class AlphaSelector:
-    """Held-out tokens, and the steps that the other tokens suggest."""
+    """Chooses alpha on held-out tokens, for steps that are computed from the other tokens."""
 
-    inverse: Inverse  # of the other tokens, as the next two
+    inverse: Inverse  # of the other tokens, as `cross` and `drift`
     cross: Tensor
     drift: Tensor | None
     held_hessian: Tensor
@@ -120,9 +118,9 @@ class AlphaSelector:
     held_drift: Tensor | None
 
     def alpha(self, weight: Tensor) -> float:
-        """The alpha in [0, 1] that leaves the least |beta (S - S_q) + W X - W* X_q|^2 on the held-out tokens.
+        """The alpha in [0, 1] that minimises |beta (S - S_q) + W X - W* X_q|^2 on held-out tokens; weight: (out, in).
 
-        A parabola: with the layer's own step A = W C (H + R)^-1 and B = beta D (H + R)^-1 the error is
+        A parabola in alpha: with the layer's own step A = W C (H + R)^-1 and B = beta D (H + R)^-1 the error is
         |(W (X - X_q) + beta (S - S_q) - B X_q) - alpha A X_q|^2.
         """
         step = self.inverse.applied_to(weight @ self.cross)
@@ -136,24 +134,24 @@ class AlphaSelector:
 
 @dataclass(frozen=True)
 class QepSettings(ABC):
-    """Base of what may stand under `qep`."""
+    """Base of the settings under `qep`."""
 
     @property
     def heldout(self) -> float:
-        """The share of the calibration tokens that `correction` wants to see apart as well; 0: none."""
+        """The share of the calibration tokens whose statistics `correction` also needs separately; 0: none."""
         return 0.0
 
     @abstractmethod
     def describe(self) -> str:
-        """A few words for people, "" where nothing is done."""
+        """A few words for the report, "" if no layer is corrected."""
 
     def check_inputs(self, inputs: str) -> None:
-        """Raises ConfigError where `calibration.inputs` does not go with this."""
+        """Raises ConfigError where `calibration.inputs` does not fit."""
         return None
 
     @property
-    def follows_residual(self) -> bool:
-        """Whether `correction` wants to see the drift of the residual stream as well."""
+    def needs_drift(self) -> bool:
+        """Whether `correction` also needs the drift of the residual stream."""
         return False
 
     @abstractmethod
@@ -162,16 +160,16 @@ class QepSettings(ABC):
 
     @abstractmethod
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
-        """What layers with this input share; `statistics` has the cross term.
+        """The correction of all layers with this input; `statistics` must have the cross term.
 
-        ridge: (in,) float64, the diagonal by which the quantizer pulls to the weight it is given, None if it does not.
+        ridge: (in,) float64, the diagonal of the quantizer's regulariser (`Quantizer.ridge`), None if it has none.
         Raises NumericsError where H + R cannot be inverted.
         """
 
 
 @dataclass(frozen=True)
 class NoQep(QepSettings):
-    """Every layer is quantised as it is."""
+    """No layer is corrected."""
 
     def describe(self) -> str:
         return ""
@@ -185,7 +183,7 @@ class NoQep(QepSettings):
 
 @dataclass(frozen=True)
 class Qep(QepSettings):
-    """See the module, and configs/qep/full.yaml for what each field does."""
+    """The fields are described in configs/qep/full.yaml, the method at the top of this module."""
 
     perccorr: float = setting(1.0, least=0, most=1)
     residual: float = setting(0.5, least=0, most=1)
@@ -207,12 +205,12 @@ class Qep(QepSettings):
     def check_inputs(self, inputs: str) -> None:
         if inputs != "quantized":
             raise ConfigError(
-                f"calibration.inputs={inputs}: must be quantized with qep, which compares what a layer is given with "
-                "what the original model gives it; or qep=none"
+                f"calibration.inputs={inputs}: must be quantized with qep, which compares the inputs of a layer with "
+                "those in the original model; or qep=none"
             )
 
     @property
-    def follows_residual(self) -> bool:
+    def needs_drift(self) -> bool:
         return self.residual > 0
 
     def describe(self) -> str:
@@ -225,26 +223,26 @@ class Qep(QepSettings):
         return not any(keyword in layer for keyword in self.exclude_layer_keywords)
 
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
-        assert statistics.cross is not None  # `corrects` said so
+        assert statistics.cross is not None  # because of `corrects`
         inverse = self._inverse(statistics.hessian, ridge)
-        judge = self._judge(statistics, ridge)
-        return QepCorrection(inverse, statistics.cross, statistics.drift, self.perccorr, self.residual, judge)
+        selector = self._selector(statistics, ridge)
+        return QepCorrection(inverse, statistics.cross, statistics.drift, self.perccorr, self.residual, selector)
 
-    def _judge(self, statistics: Statistics, ridge: Tensor | None) -> AlphaSelector | None:
+    def _selector(self, statistics: Statistics, ridge: Tensor | None) -> AlphaSelector | None:
         if self.perccorr_mode == "fixed":
             return None
         held, cross, drift = statistics.heldout, statistics.cross, statistics.drift
-        assert held is not None  # `heldout` said so
+        assert held is not None  # because of `heldout`
         assert held.cross is not None
         assert cross is not None
-        lost = None if drift is None or held.drift is None else (drift, held.drift)
+        drifts = None if drift is None or held.drift is None else (drift, held.drift)
         return AlphaSelector(
             inverse=self._inverse(held.complement(statistics.hessian), ridge),
             cross=held.without(cross, held.cross),
-            drift=None if lost is None else self.residual * held.without(*lost),
+            drift=None if drifts is None else self.residual * held.without(*drifts),
             held_hessian=held.hessian,
             held_cross=held.cross,
-            held_drift=None if lost is None else self.residual * lost[1],
+            held_drift=None if drifts is None else self.residual * drifts[1],
         )
 
     def _inverse(self, hessian: Tensor, ridge: Tensor | None) -> Inverse:

@@ -1,12 +1,11 @@
-"""Forward passes of one block that stop where the input of a group of layers is there to be seen.
+"""Forward passes of one block that can be suspended at the input of each group of layers.
 
-A layer is solved for what the quantised layers before it produce, those of its own block included, so its input is not
-known before they have been replaced. A pass therefore stops at a group's input, waits while the group is solved, and
-goes on through the new weights: the model's own forward, run as a coroutine (a greenlet). That takes one forward pass
-per batch and block, however many groups there are. The price is the activations that lie in a waiting pass; where
-these would be too many, a pass starts anew for every group, and gives the same bits.
-
-Knows modules and a way to call them. Knows neither models, statistics nor quantizers.
+A layer is solved for inputs that the quantised layers before it compute, those of its own block included, so its
+calibration activations are known only when these have been replaced. A forward pass is therefore suspended at a group's
+input, and resumed with the new weights when the group has been solved: the model's own forward, run as a coroutine (a
+greenlet) that forward hooks suspend. That takes one forward pass per batch and block, however many groups there are,
+and memory for the activations inside suspended passes. A pass that may not hold them is restarted for every group, and
+has the same bits.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,18 +16,18 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def stops(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Linear, float]) -> Iterator[None]:
-    """Inside, a Pass can be stopped at the input of each group of layers; groups are in the order they are run.
+def group_hooks(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Linear, float]) -> Iterator[None]:
+    """Inside, a ResumableForward stops at the input of each group of layers; groups are in the order they run.
 
-    writers: layers of which a Pass keeps the outputs, so many times each, added up.
+    writers: layers whose outputs, times a factor, a ResumableForward adds up.
     """
     handles = [
-        layer.register_forward_pre_hook(lambda _, given, number=number: _reached(number, given[0]))
+        layer.register_forward_pre_hook(lambda _, args, number=number: _suspend_at(number, args[0]))
         for number, group in enumerate(groups)
         for layer in group
     ]
     handles += [
-        layer.register_forward_hook(lambda _, given, output, factor=factor: _wrote(getcurrent(), factor * output))
+        layer.register_forward_hook(lambda _, args, output, factor=factor: _add_output(getcurrent(), factor * output))
         for layer, factor in writers.items()
     ]
     try:
@@ -38,77 +37,77 @@ def stops(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Linear, flo
             handle.remove()
 
 
-class Pass:
-    """One batch on its way through a block. `waits`: it keeps its place between two groups, and starts anew if not."""
+class ResumableForward:
+    """The forward pass of one batch. Between two groups it is suspended, or if it is not `suspendable` restarted."""
 
     def __init__(self, forward: Callable[[], Tensor], *, suspendable: bool) -> None:
         self._forward = forward
-        self._waits = suspendable
-        self._flow = _Flow(forward)
+        self._suspendable = suspendable
+        self._coroutine = _ForwardCoroutine(forward)
 
     def input_of(self, group: int) -> tuple[Tensor | None, Tensor | None]:
-        """What the layers of a group are given, None if the pass does not come by; and what the writers that were
-        passed by then have put out, None if there was none. Groups are asked for in order."""
-        given = self._flow.run_to(group)
-        written = self._flow.written
-        if not self._waits:
-            self._start_anew()
-        return given, written
+        """The input of a group's layers, None if the pass does not run them; and the sum of the writers' outputs until
+        then, None if none has run. Groups can only be requested in order."""
+        inputs = self._coroutine.run_to(group)
+        written = self._coroutine.written
+        if not self._suspendable:
+            self._restart()
+        return inputs, written
 
     def output(self) -> Tensor:
-        """What the block returns: the end of the pass."""
-        output = self._flow.run_out()
-        self._start_anew()
+        """Runs the rest of the pass."""
+        output = self._coroutine.run_to_end()
+        self._restart()
         return output
 
-    def _start_anew(self) -> None:
-        self._flow = _Flow(self._forward)  # which frees what the old one held
+    def _restart(self) -> None:
+        self._coroutine = _ForwardCoroutine(self._forward)  # which frees the activations of the old one
 
 
-class _Flow(greenlet):
-    """A forward pass that hands control back where it is wanted."""
+class _ForwardCoroutine(greenlet):
+    """A forward pass that returns control to its caller at each group."""
 
     def __init__(self, forward: Callable[[], Tensor]) -> None:
         super().__init__(forward)
         self._group = -1
-        self._given: Tensor | None = None
+        self._inputs: Tensor | None = None
         self._output: Tensor | None = None
         self.written: Tensor | None = None
 
     def run_to(self, group: int) -> Tensor | None:
         while self._group < group and self._output is None:
-            self._go_on()
-        return self._given if self._group == group else None
+            self._resume()
+        return self._inputs if self._group == group else None
 
-    def run_out(self) -> Tensor:
+    def run_to_end(self) -> Tensor:
         while self._output is None:
-            self._go_on()
+            self._resume()
         return self._output
 
-    def arrives(self, group: int, given: Tensor) -> bool:
-        """Whether to stop here: at the first layer of a group, not at those that run with it."""
+    def reaches(self, group: int, inputs: Tensor) -> bool:
+        """Whether to stop here: at the first layer of a group, not at the others."""
         if group <= self._group:
             return False
-        self._group, self._given = group, given
+        self._group, self._inputs = group, inputs
         return True
 
-    def _go_on(self) -> None:
-        self._given = None
-        handed_over = self.switch()
+    def _resume(self) -> None:
+        self._inputs = None
+        returned = self.switch()
         if self.dead:
-            self._output = handed_over
+            self._output = returned
 
 
-def _reached(group: int, given: Tensor) -> None:
-    if _arrives(getcurrent(), group, given):
-        # No name in this frame may hold the flow: a coroutine that is kept alive by its own frames is never freed.
-        getcurrent().parent.switch()  # type: ignore[union-attr]  # a _Flow has one
+def _suspend_at(group: int, inputs: Tensor) -> None:
+    if _reaches(getcurrent(), group, inputs):
+        # No name in this frame may refer to the coroutine: one that its own frames keep alive is never freed.
+        getcurrent().parent.switch()  # type: ignore[union-attr]  # a _ForwardCoroutine has one
 
 
-def _arrives(flow: greenlet, group: int, given: Tensor) -> bool:
-    return isinstance(flow, _Flow) and flow.arrives(group, given)
+def _reaches(current: greenlet, group: int, inputs: Tensor) -> bool:
+    return isinstance(current, _ForwardCoroutine) and current.reaches(group, inputs)
 
 
-def _wrote(flow: greenlet, output: Tensor) -> None:
-    if isinstance(flow, _Flow):
-        flow.written = output if flow.written is None else flow.written + output
+def _add_output(current: greenlet, output: Tensor) -> None:
+    if isinstance(current, _ForwardCoroutine):
+        current.written = output if current.written is None else current.written + output

@@ -1,55 +1,77 @@
-"""What is done to every block, as one value. Knows neither how nor in which order."""
+"""What is done to every block, as one value."""
 
 from dataclasses import dataclass
 
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError
+from jointq_cli.quantization.hidden_states import WeightSet
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop does to every block."""
+    """What is done to every block. Raises ConfigError where quantizer, qep and number of windows do not go together."""
 
     quantizer: Quantizer
     qep: QepSettings
     layers: frozenset[str]  # full names of the linear layers to quantise
-    inputs: str  # "original" | "quantized": whose activations a layer is solved for
+    inputs: str  # "original" or "quantized": the model whose activations a layer is solved for
     weights: TokenWeights  # of the calibration tokens in the statistics
+    windows: int  # of calibration tokens
     batch: int  # windows per forward pass
-    waiting: float  # bytes of activations that may wait in stopped forward passes
+    suspended_bytes: float  # of activations that suspended forward passes may hold
 
-    @property
-    def heldout(self) -> float:
-        """The share of the windows that somebody wants to see apart."""
-        return max(self.quantizer.heldout, self.qep.heldout)
-
-    @property
-    def follows_residual(self) -> bool:
-        """Whether anybody asks what is in the residual stream."""
-        return self.qep.follows_residual or self.weights.of_residual
-
-    @property
-    def ahead(self) -> bool:
-        """Whether the moments of every input are those of the original model, so that no quantizer changes them."""
-        return self.inputs == "original" and not any(map(self.qep.corrects, self.layers))
-
-    def held_from(self, batches: int) -> int:
-        """The first of the batches that are held out, and some must be left to solve with; their number if none is."""
-        share = self.heldout
-        return batches - min(max(1, round(share * batches)), batches - 1) if share else batches
-
-    def check(self, windows: int) -> None:
-        """Raises ConfigError where quantizer, qep and so many windows do not go together."""
+    def __post_init__(self) -> None:
         self.qep.check_inputs(self.inputs)
-        if self.heldout and windows <= self.batch:
+        if self.heldout and self.windows <= self.batch:
             raise ConfigError(
-                f"calibration.num_samples={windows}: must be more than the {self.batch} windows of one forward pass, "
-                "for whole passes are held out; lower runtime.batch_tokens"
+                f"calibration.num_samples={self.windows}: must be more than the {self.batch} windows of one forward "
+                "pass, for whole passes are held out; lower runtime.batch_tokens"
             )
         if self.quantizer.heldout and self.qep.heldout and self.quantizer.heldout != self.qep.heldout:
             raise ConfigError(
                 f"qep.heldout_share={self.qep.heldout:g}: must be the quantizer's {self.quantizer.heldout:g}, "
                 "since both hold out the same tokens"
             )
+
+    def quantizer_for(self, layer: str) -> Quantizer:
+        """The quantizer of the layer of this full name."""
+        return self.quantizer
+
+    @property
+    def heldout(self) -> float:
+        """The share of the windows whose statistics are also collected separately; 0: none."""
+        return max(self.quantizer.heldout, self.qep.heldout)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether QEP corrects any layer."""
+        return any(map(self.qep.corrects, self.layers))
+
+    @property
+    def needs_residual(self) -> bool:
+        """Whether the statistics depend on the residual stream inside a block."""
+        return self.qep.needs_drift or self.weights.of_residual
+
+    @property
+    def hessians_cacheable(self) -> bool:
+        """Whether every Hessian is that of the original model, which no quantizer changes."""
+        return self.inputs == "original" and not self.corrects
+
+    @property
+    def solved_for(self) -> WeightSet:
+        """The weights that compute the inputs that a layer is solved for."""
+        return "original" if self.inputs == "original" else "quantized"
+
+    @property
+    def batches(self) -> int:
+        """Forward passes over all windows."""
+        return -(-self.windows // self.batch)
+
+    @property
+    def heldout_from(self) -> int:
+        """The first held-out batch, `batches` if none is. At least one is held out, and at least one is not."""
+        if not self.heldout:
+            return self.batches
+        return self.batches - min(max(1, round(self.heldout * self.batches)), self.batches - 1)

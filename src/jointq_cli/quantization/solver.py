@@ -1,7 +1,6 @@
-"""One layer on its way through a team: every process solves some of its rows, and all get the whole layer.
+"""Solves one layer in all processes of a team: each solves some of its rows, and all receive the complete layer.
 
-What needs to see the whole layer (a lambda that is chosen for it, say) is solved by the leader alone. Knows weights,
-quantizers and corrections; no blocks, no files.
+Where a step needs all rows (a lambda chosen per layer, for instance), process 0 solves the layer alone.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jointq_cli.quantization.qep import Corrected, Correction
+from jointq_cli.quantization.qep import Correction
 from jointq_cli.quantization.quantizers.base import ROWS, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import Energies
 from jointq_cli.system.distributed import Team
@@ -17,54 +16,63 @@ from jointq_cli.system.distributed import Team
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """Some rows of a layer, or all of them: the solution, what the correction had to say, and the errors."""
+    """Some rows of a layer, or all of them."""
 
     solution: Solution
-    notes: dict[str, float]
+    notes: dict[str, float]  # of the correction
     energies: Energies
+    dequantized: Tensor | None  # (rows, in) in the dtype of the checkpoint; None if this process has not computed it
 
-    @property
-    def portable(self) -> "LayerSolution":
-        """The same in main memory."""
-        return replace(self, solution=replace(self.solution, quantized=self.solution.quantized.to("cpu")))
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(rows, in), dequantised to the dtype of the checkpoint."""
+        return self.solution.quantized.dequantize(dtype) if self.dequantized is None else self.dequantized
+
+    def to_cpu(self) -> "LayerSolution":
+        """The same to be sent to other processes."""
+        solution = replace(self.solution, quantized=self.solution.quantized.to("cpu"))
+        return replace(self, solution=solution, dequantized=None)
 
 
 @dataclass(frozen=True)
 class Solver:
-    """Solves the layers that share an input."""
+    """Solves the layers of a group. Its fields but the team's depend on their common input alone."""
 
     quantizer: Quantizer
     prepared: Prepared
     correction: Correction
     hessian: Tensor
     team: Team
+    preparation_seconds: float  # divided by the number of layers
 
     def solve(self, weight: Tensor, dtype: torch.dtype) -> LayerSolution:
         """weight: (out, in) float32, of a checkpoint in `dtype`."""
         if not (self.quantizer.row_separable and self.correction.row_separable):
-            return self._alone(weight, dtype)
+            return self._solve_on_rank0(weight, dtype)
         own = self.team.part(len(weight), ROWS)
-        part = self._rows(weight, own, dtype) if own.start < own.stop else None
-        parts = [part for part in self._gathered(part) if part is not None]
+        part = self._solve_rows(weight, own, dtype) if own.start < own.stop else None
+        parts = [part for part in self._gather(part) if part is not None]
         if len({part.solution.verdict for part in parts}) > 1:  # a part failed, and with it the layer
-            return self._alone(weight, dtype)
-        solution = self.quantizer.join([part.solution for part in parts])
-        energies = sum((part.energies for part in parts[1:]), parts[0].energies)
-        return LayerSolution(solution, parts[0].notes, energies)
+            return self._solve_on_rank0(weight, dtype)
+        return LayerSolution(
+            solution=self.quantizer.join([part.solution for part in parts]),
+            notes=parts[0].notes,
+            energies=sum((part.energies for part in parts[1:]), parts[0].energies),
+            dequantized=parts[0].dequantized if len(parts) == 1 else None,
+        )
 
-    def _alone(self, weight: Tensor, dtype: torch.dtype) -> LayerSolution:
-        """The leader's solution of all rows."""
-        solved = self.team.on_rank0(self._rows, weight, slice(0, len(weight)), dtype)
-        [whole] = [found for found in self._gathered(solved) if found is not None]
-        return whole
+    def _solve_on_rank0(self, weight: Tensor, dtype: torch.dtype) -> LayerSolution:
+        solved = self.team.on_rank0(self._solve_rows, weight, slice(0, len(weight)), dtype)
+        [solution] = [found for found in self._gather(solved) if found is not None]
+        return solution
 
-    def _rows(self, weight: Tensor, rows: slice, dtype: torch.dtype) -> LayerSolution:
-        wanted: Corrected = self.correction.of_rows(rows).apply(weight[rows])
-        solution = self.quantizer.quantize(wanted.weight, self.prepared, dtype)
-        as_stored = solution.quantized.dequantize(dtype).float()
-        return LayerSolution(solution, wanted.notes, Energies.of(wanted.weight, as_stored, self.hessian))
+    def _solve_rows(self, weight: Tensor, rows: slice, dtype: torch.dtype) -> LayerSolution:
+        corrected = self.correction.of_rows(rows).apply(weight[rows])
+        solution = self.quantizer.quantize(corrected.weight, self.prepared, dtype)
+        dequantized = solution.quantized.dequantize(dtype)
+        energies = Energies.of(corrected.weight, dequantized.float(), self.hessian)
+        return LayerSolution(solution, corrected.notes, energies, dequantized)
 
-    def _gathered(self, found: LayerSolution | None) -> list[LayerSolution | None]:
+    def _gather(self, found: LayerSolution | None) -> list[LayerSolution | None]:
         if self.team.size == 1:
             return [found]
-        return self.team.gather(None if found is None else found.portable)
+        return self.team.gather(None if found is None else found.to_cpu())

@@ -1,11 +1,17 @@
-"""How a run is told: the console while it goes on, and the report files at its end.
+"""Reports a run: on the console while it runs, and in report files at its end. Runs and measures nothing.
 
-    console      what the engine calls; screens (silent, plain), terminal (rich), log_file, pace
-    writers      report.json, layers.csv, report.md, report.html; json_form, markdown, page, pictures, canvas
-    summary      what is said; lines: as rows of text; units: as numbers
-    sheet        several runs as tables: runs (from disk), side_by_side (what differs), comparison_page and its pictures
+Imports inside the room point one way, from left to right:
 
-The only room that knows rich, jinja2 and matplotlib. Imports of the last two wait until a page is rendered.
+    console, pages > figures > tables > compare > summary, rotation_summary > number_format, grouping
+
+    reproduction   compares a run with its replay; imports compare and summary, and is imported by no other part
+    console        display and log file of a running command
+    pages          report files: HTML, Markdown, CSV, JSON
+    figures        figures as inline SVG
+    tables         tables of text, from which console and pages render
+    compare        what differs between runs, and what the jobs of a sweep measured
+
+The only room that imports rich, jinja2 and matplotlib, the latter two only when a page is rendered.
 """
 
 from jointq_cli.report.console.console import Console

@@ -1,16 +1,18 @@
-"""Numbers as people read them: as many digits as mean something, and a unit. Knows nothing of reports."""
+"""Numbers and names as text: only the digits that carry meaning, and a unit. Knows nothing of reports."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
-AGES = (("d", 86400), ("h", 3600), ("min", 60))  # used from two on
+AGES = (("d", 86400), ("h", 3600), ("min", 60))  # a unit is used from two of it upwards
 COUNTS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
+MISSING = "-"  # the text of a value that a table has no number for
 
 
 @dataclass(frozen=True)
-class KeyFigure:
-    """One measurement with the line that puts it into proportion."""
+class KeyMetric:
+    """A measured value as text, with a detail that puts it in proportion, such as the original model's value."""
 
     label: str
     value: str
@@ -18,7 +20,7 @@ class KeyFigure:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """`value` to so many significant digits: 12.31, 0.05123, 1.235e+06."""
+    """`value` rounded to `digits` significant digits: 12.31, 0.05123, 1.235e+06."""
     if not math.isfinite(value):
         return str(value)
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
@@ -27,9 +29,9 @@ def significant(value: float, digits: int = 4) -> str:
 
 
 def plus_minus(value: float, standard_error: float) -> str:
-    """`value` to the digit that its standard error leaves meaningful: "12.31 ± 0.21".
+    """`value` to the second digit of its standard error: "12.31 ± 0.21".
 
-    A standard error of zero or NaN (one window has none) is left out.
+    A standard error of zero or NaN (that of a single window) is left out.
     """
     if not math.isfinite(value) or not math.isfinite(standard_error) or standard_error <= 0:
         return significant(value)
@@ -39,17 +41,17 @@ def plus_minus(value: float, standard_error: float) -> str:
     return f"{value:.{decimals}f} ± {standard_error:.{decimals}f}"
 
 
-def percent(share: float, digits: int = 3) -> str:
-    """A share of one: "91.2 %". More digits near 100 %, where the rest is what matters."""
-    if not math.isfinite(share):
-        return str(share)
-    if 0.99 <= share < 1:
-        return f"{100 * share:.2f} %"
-    return f"{significant(100 * share, digits)} %"
+def percent(fraction: float, digits: int = 3) -> str:
+    """A fraction of one: "91.2 %". More digits near 100 %, where the remainder matters."""
+    if not math.isfinite(fraction):
+        return str(fraction)
+    if 0.99 <= fraction < 1:
+        return f"{100 * fraction:.2f} %"
+    return f"{significant(100 * fraction, digits)} %"
 
 
-def change(ratio: float, standard_error: float = math.nan) -> str:
-    """A relative change with its sign and, where it is known, its standard error: "+5.42 ± 0.31 %"."""
+def relative_change(ratio: float, standard_error: float = math.nan) -> str:
+    """A relative change with its sign and, if known, its standard error: "+5.42 ± 0.31 %"."""
     if not math.isfinite(ratio):
         return str(ratio)
     sign = "+" if ratio >= 0 else "-"  # a plain hyphen: every terminal has it
@@ -60,8 +62,8 @@ def change(ratio: float, standard_error: float = math.nan) -> str:
     return f"{sign}{magnitude:.{decimals}f} %"
 
 
-def relative_error(value: float) -> str:
-    """E_y or E_w: three digits and the power of ten, "1.23e-3"; an exact zero is "0"."""
+def scientific(value: float) -> str:
+    """Three digits and the power of ten, "1.23e-3"; an exact zero is "0"."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
@@ -70,22 +72,26 @@ def relative_error(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def factor(ratio: float) -> str:
+def multiple(ratio: float) -> str:
     """ "0.821 x"."""
     return f"{significant(ratio, 3)} x"
 
 
-def damping(value: float | None) -> str:
-    """Fraction of the Hessian's mean diagonal; "-" where none is used."""
-    return "-" if value is None else f"{value:.3g}"
+def text_or_missing(text: str | None) -> str:
+    return MISSING if text is None else text
 
 
-def size(count: int) -> str:
+def damping_text(value: float | None) -> str:
+    """A fraction of the Hessian's mean diagonal; "-" if no damping was used."""
+    return MISSING if value is None else f"{value:.3g}"
+
+
+def byte_size(count: int) -> str:
     """Bytes in decimal units: "2.47 GB"."""
     return _scaled(count, SIZES, "B", " ")
 
 
-def parameters(count: int) -> str:
+def parameter_count(count: int) -> str:
     """A number of parameters: "134.5M"."""
     return _scaled(count, COUNTS, "", "", digits=4)
 
@@ -104,7 +110,7 @@ def duration(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago, in one unit: "20 s", "5 min", "3 h", "12 d". Less than nothing, by a clock that went back, is 0."""
+    """How long ago, in one unit: "20 s", "5 min", "3 h", "12 d". Negative (the clock was set back) counts as 0."""
     for unit, length in AGES:
         if seconds >= 2 * length:
             return f"{int(seconds / length)} {unit}"
@@ -126,6 +132,29 @@ def shortened(name: str, width: int) -> str:
     return "…" + (rest if len(rest) + 1 <= width else rest[len(rest) + 1 - width :])
 
 
+def before_after(before: str | None, after: str | None) -> str:
+    """ "4 → 3"; None stands for a value that does not exist."""
+    return " → ".join("not there" if value is None else value for value in (before, after))
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """The first `limit` names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
+
+
+def shortest_suffixes(keys: Sequence[str]) -> list[str]:
+    """Each dotted key by its shortest unambiguous suffix: "bits", but "gptq.damping" if "rtn.damping" is a key too."""
+    parts = [key.split(".") for key in keys]
+    return [_shortest_suffix(key, [other for other in parts if other is not key]) for key in parts]
+
+
+def _shortest_suffix(key: list[str], others: Sequence[list[str]]) -> str:
+    suffixes = [key[-depth:] for depth in range(1, len(key) + 1)]
+    unambiguous = [suffix for suffix in suffixes if all(other[-len(suffix) :] != suffix for other in others)]
+    return ".".join(unambiguous[0] if unambiguous else key)
+
+
 def _scaled(count: int, scales: tuple[tuple[int, str], ...], unit: str, gap: str, digits: int = 3) -> str:
     for scale, symbol in scales:
         if count >= scale:
@@ -137,14 +166,3 @@ def _decimals(value: float, digits: int) -> int:
     if value == 0:
         return 1
     return max(0, digits - 1 - math.floor(math.log10(abs(value))))
-
-
-def arrow(before: str | None, after: str | None) -> str:
-    """ "4 → 3", of two values; None for one that is not there."""
-    return " → ".join("not there" if value is None else value for value in (before, after))
-
-
-def listed(names: list[str], limit: int = 3) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"

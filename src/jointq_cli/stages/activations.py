@@ -7,13 +7,15 @@ from jointq_cli.errors import ConfigError
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.plan.costs import Workload
-from jointq_cli.transforms.activation_samples import Reservoir, collect
-from jointq_cli.transforms.architectures import Anatomy
+from jointq_cli.transforms.activation_samples import ActivationSamples, collect_samples
+from jointq_cli.transforms.architectures import ArchitectureLayout
 
 LEAST_TOKENS = 64  # of which an eighth is only measured with
 
 
-def activations_stage(model: StreamedModel, anatomy: Anatomy, tokens: Tokens, sampled: int, batch: int) -> Stage:
+def activations_stage(
+    model: StreamedModel, layout: ArchitectureLayout, tokens: Tokens, sampled: int, batch: int
+) -> Stage:
     """A sample of `sampled` tokens per site; batch: windows per forward pass. Raises ConfigError for too few tokens."""
     if tokens.windows.numel() < LEAST_TOKENS:
         raise ConfigError(
@@ -23,8 +25,8 @@ def activations_stage(model: StreamedModel, anatomy: Anatomy, tokens: Tokens, sa
 
     def make(scratch: Path, context: Context) -> None:
         with context.console.bar("activations", total=len(model)) as bar:
-            reservoir = Reservoir(scratch, len(model))
-            collect(model, anatomy, tokens.windows, batch, sampled, reservoir, bar.advance, context.pause)
+            samples = ActivationSamples(scratch, len(model))
+            collect_samples(model, layout, tokens.windows, batch, sampled, samples, bar.advance, context.pause)
 
     return Stage(
         name="activations",

@@ -5,8 +5,8 @@ from pathlib import Path
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.hessian_cache import Hessians, bytes_needed, collect_hessians
+from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.settings import LoopSettings
-from jointq_cli.quantization.workspace import finished_blocks
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.plan.costs import Workload
 
@@ -15,7 +15,7 @@ def share_hessians(context: Context, model: StreamedModel, tokens: Tokens, loop:
     """The Hessians in the store, collected if they are missing. None where this quantizer's depend on what it has
     quantised before, and where `runtime.hessians_gb` has no room for them."""
     size, budget = bytes_needed(model, loop), round(context.runtime.hessians_gb * 1e9)
-    if not loop.ahead or not budget:
+    if not loop.hessians_cacheable or not budget:
         return None
     if not can_share(model, loop, budget):
         _note_no_room(context, f"they take up to {size / 1e9:.3g} GB")
@@ -29,7 +29,7 @@ def share_hessians(context: Context, model: StreamedModel, tokens: Tokens, loop:
 
 def can_share(model: StreamedModel, loop: LoopSettings, budget: float) -> bool:
     """Whether all quantizers with these settings need the same Hessians, and these fit into a budget of bytes."""
-    return loop.ahead and bytes_needed(model, loop) <= budget
+    return loop.hessians_cacheable and bytes_needed(model, loop) <= budget
 
 
 def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Stage:
@@ -38,7 +38,7 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
     def make(scratch: Path, context: Context) -> None:
         hessians = Hessians(scratch)
         with context.console.bar("hessians", total=len(model)) as bar:
-            bar.advance(hessians.position())
+            bar.advance(hessians.hidden.finished_blocks())
             collect_hessians(model, tokens.windows, loop, hessians, bar.advance, context.pause, context.team)
 
     return Stage(
@@ -48,7 +48,7 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
         spec={
             "layers": layers_in(model, loop),
             "weights": loop.weights.canonical,
-            "held_from": loop.held_from(len(tokens.windows.split(loop.batch))),
+            "heldout_from": loop.heldout_from,
             "batch": loop.batch,
             "dtype": str(model.dtype),
             "device": model.device.type,
@@ -58,7 +58,7 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
         cost=Workload.hessians,
         resumable=True,
         together=True,
-        finished_blocks=finished_blocks,
+        finished_blocks=lambda scratch: HiddenStateFile(scratch).finished_blocks(),
     )
 
 

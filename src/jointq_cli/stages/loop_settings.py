@@ -21,17 +21,16 @@ def loop_settings(
     tokens: Tokens,
 ) -> LoopSettings:
     """What the loop does to these layers. Raises ConfigError where the settings do not go together."""
-    loop = LoopSettings(
+    return LoopSettings(
         quantizer=quantizer,
         qep=qep,
         layers=frozenset(layers),
         inputs=calibration.inputs,
         weights=calibration.weights,
+        windows=len(tokens.windows),
         batch=windows_per_pass(runtime, tokens.windows),
-        waiting=runtime.suspended_activations_gb * 1e9,
+        suspended_bytes=runtime.suspended_activations_gb * 1e9,
     )
-    loop.check(len(tokens.windows))
-    return loop
 
 
 def selected_layers(

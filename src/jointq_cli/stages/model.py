@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.skeleton import check_finite
 from jointq_cli.models.sources import GGUF_DTYPE, ModelSource, convert_gguf, fetch
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.system.files import file_hash
 
 
 def fetch_model(context: Context, source: ModelSource) -> Checkpoint:
-    """The checkpoint that a recipe names. Reads every byte: raises NumericsError for the first NaN or Inf."""
+    """The checkpoint that a recipe names. Reads every byte: raises NumericsError for the first NaN or Inf in a tensor
+    that the model uses."""
 
     def converted(file: Path) -> Path:
         digest = file_hash(file)
@@ -19,7 +21,7 @@ def fetch_model(context: Context, source: ModelSource) -> Checkpoint:
     with context.timed("model"):
         checkpoint = fetch(source, converted)
         # Before any computing: a NaN in the last shard should not be found hours later.
-        context.reuse(_verification(checkpoint))
+        context.reuse(_verification(checkpoint, source.trust_remote_code))
         context.note_hash(checkpoint.directory, checkpoint.hashed_files, checkpoint.content_hash)
     return checkpoint
 
@@ -36,13 +38,13 @@ def conversion(file: Path, digest: str) -> Stage:
     )
 
 
-def _verification(checkpoint: Checkpoint) -> Stage:
-    """That a checkpoint holds no NaN or Inf: an empty artifact."""
+def _verification(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
+    """That the weights of a checkpoint hold no NaN or Inf: an empty artifact."""
     return Stage(
         name="model",
         kind="verified",
         module=__name__,
         spec={},
         inputs=(checkpoint.content_hash,),
-        make=lambda scratch, context: checkpoint.check_finite(),
+        make=lambda scratch, context: check_finite(checkpoint, trust_remote_code),
     )

@@ -10,9 +10,10 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.assembly import assemble
 from jointq_cli.quantization.hessian_cache import Hessians
+from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.settings import LoopSettings
-from jointq_cli.quantization.workspace import Workspace, finished_blocks
+from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.hessians import layers_in, share_hessians
@@ -36,7 +37,7 @@ class Quantized:
     @property
     def probe(self) -> Tensor:
         """Final hidden states of the first calibration batch, as they were in memory when the last block was done."""
-        return Workspace(self.directory).streams().quantized
+        return Workspace(self.directory).hidden.read("quantized")
 
 
 def quantize(context: Context, model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Quantized:
@@ -57,7 +58,7 @@ def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hes
 
     def make(scratch: Path, context: Context) -> None:
         workspace = Workspace(scratch)
-        finished = range(workspace.position())
+        finished = range(workspace.hidden.finished_blocks())
         with context.console.bar("quantize", total=len(names)) as bar:
             if finished:
                 context.console.note(f"continuing at block {len(finished) + 1} of {len(model)}")
@@ -89,7 +90,7 @@ def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hes
         cost=Workload.quantize,
         resumable=True,
         together=True,
-        finished_blocks=finished_blocks,
+        finished_blocks=lambda scratch: HiddenStateFile(scratch).finished_blocks(),
     )
 
 

@@ -97,7 +97,7 @@ def finish_run(
     )
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run)
-    context.console.closing(report, run.path)
+    context.console.show_run(report, run.path)
     return report
 
 

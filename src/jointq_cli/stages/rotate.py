@@ -16,13 +16,13 @@ from jointq_cli.system.files import file_hash, write_atomically
 from jointq_cli.system.record_json import encode, load_record
 from jointq_cli.system.tensor_files import save_tensors
 from jointq_cli.transforms.activation_metrics import measure_sites
-from jointq_cli.transforms.activation_samples import Reservoir
-from jointq_cli.transforms.architectures import Anatomy, examine
-from jointq_cli.transforms.basis import Basis, RotatedCheckpoint
-from jointq_cli.transforms.learning import Watch
-from jointq_cli.transforms.merge_check import PROBE, check, write_rotated
+from jointq_cli.transforms.activation_samples import ActivationSamples
+from jointq_cli.transforms.architectures import ArchitectureLayout, layout_of
+from jointq_cli.transforms.basis import Basis, RotatedTensors
+from jointq_cli.transforms.learning import Progress
+from jointq_cli.transforms.merge_check import PROBE_TOKENS, check_invariance, write_rotated
 from jointq_cli.transforms.settings import Rotation, Smoothing, changes_basis
-from jointq_cli.transforms.solve import constructions, find_basis
+from jointq_cli.transforms.solve import hadamard_constructions, solve_basis
 
 _RECORD = "rotation.json"
 _TENSORS = "rotation.safetensors"
@@ -60,9 +60,9 @@ def rotation_stages(
 
     Raises ModelError where the architecture cannot be rotated like this, ConfigError for too few tokens.
     """
-    anatomy = examine(original, r1="R1" in rotation.parts)
-    activations = activations_stage(original, anatomy, tokens, rotation.sampled_tokens, batch)
-    return activations, _rotate_stage(original, anatomy, tokens, rotation, smoothing, activations)
+    layout = layout_of(original, r1="R1" in rotation.parts)
+    activations = activations_stage(original, layout, tokens, rotation.sampled_tokens, batch)
+    return activations, _rotate_stage(original, layout, tokens, rotation, smoothing, activations)
 
 
 def rotated_checkpoint(directory: Path) -> Checkpoint:
@@ -72,7 +72,7 @@ def rotated_checkpoint(directory: Path) -> Checkpoint:
 
 def _rotate_stage(
     original: StreamedModel,
-    anatomy: Anatomy,
+    layout: ArchitectureLayout,
     tokens: Tokens,
     rotation: Rotation,
     smoothing: Smoothing,
@@ -81,29 +81,29 @@ def _rotate_stage(
     code = original.trust_remote_code
 
     def make(scratch: Path, context: Context) -> None:
-        reservoir = Reservoir(context.directory(activations), len(original))
-        basis, training = _basis(context, original, anatomy, rotation, smoothing, reservoir, scratch)
+        samples = ActivationSamples(context.directory(activations), len(original))
+        basis, training = _basis(context, original, layout, rotation, smoothing, samples, scratch)
         target = scratch / "checkpoint"
         target.mkdir(exist_ok=True)
-        rotated = RotatedCheckpoint(original, anatomy, basis, target, code=code)
-        probe = tokens.windows[:1, :PROBE]
+        rotated = RotatedTensors(original, layout, basis, target)
+        probe = tokens.windows[:1, :PROBE_TOKENS]
         with context.console.bar("rotate", total=len(original)) as bar:
 
             def on_block() -> None:
                 bar.advance()
                 context.pause()
 
-            merged = write_rotated(rotated, probe, code, on_block)
-        invariance = check(original, target, merged, probe, code)
+            merged = write_rotated(rotated, probe, on_block)
+        invariance = check_invariance(original, target, merged, probe)
         record = RotationRecord(
             rotation=rotation.describe(),
             smoothing=smoothing.describe(),
-            constructions=constructions(anatomy, rotation),
+            constructions=hadamard_constructions(layout, rotation),
             orthogonality_error=basis.orthogonality_error,
             hash=file_hash(scratch / _TENSORS),
             online=["R4"] if basis.r4 else [],
             courses=training,
-            sites=measure_sites(basis, reservoir, rotated.gains),
+            sites=measure_sites(basis, samples, rotated.gains),
             invariance=invariance,
             source_bytes=original.checkpoint.weight_bytes,
             rotated_bytes=Checkpoint(target).weight_bytes,
@@ -130,17 +130,17 @@ def _rotate_stage(
 def _basis(
     context: Context,
     model: StreamedModel,
-    anatomy: Anatomy,
+    layout: ArchitectureLayout,
     rotation: Rotation,
     smoothing: Smoothing,
-    reservoir: Reservoir,
+    samples: ActivationSamples,
     scratch: Path,
 ) -> tuple[Basis, list[RotationTraining]]:
     """The basis, and how its learned parts were trained; read from `scratch` if an interrupted run has left them."""
     tensors, records = scratch / _TENSORS, scratch / _TRAINING
     if not tensors.exists():
-        watch = Watch(context.console.bar, context.pause)
-        basis, training = find_basis(model, anatomy, rotation, smoothing, reservoir, watch)
+        progress = Progress(context.console.bar, context.pause)
+        basis, training = solve_basis(model, layout, rotation, smoothing, samples, progress)
         records.write_text(encode(training), encoding="utf-8")
         write_atomically(tensors, lambda path: save_tensors(path, basis.tensors()))
     basis = Basis(**load_file(tensors), r4="R4" in rotation.parts)

@@ -1,4 +1,7 @@
-"""Changes of basis that leave the model's function alone and make its tensors easier to quantise."""
+"""Changes of basis, rotation and smoothing: they keep the function of a model and make its tensors easier to quantise.
+
+Quantisation itself has no place here; `stages` decides when a transform runs and where its result is stored.
+"""
 
 from jointq_cli.transforms.settings import (
     HadamardRotation,

@@ -1,48 +1,48 @@
-"""What a basis does to the activations, site by site: how much of them a grid of few bits keeps, before and after."""
+"""Measures, site by site, how well activations survive a grid of few bits before and after a change of basis."""
 
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from jointq_cli.kernels.hadamard import turned
+from jointq_cli.kernels.hadamard import hadamard_transform
 from jointq_cli.records import Site
-from jointq_cli.transforms.activation_samples import Reservoir
+from jointq_cli.transforms.activation_samples import NORM_SITES, ActivationSamples
 from jointq_cli.transforms.basis import Basis
-from jointq_cli.transforms.learning import HELD_OUT, decibels, relative_error, turn_heads
+from jointq_cli.transforms.learning import VALIDATION_STRIDE, relative_error, rotate_heads, sqnr_db
 
 BITS = 4  # of the grid; see `Site`
 
 
-def measure_sites(basis: Basis, reservoir: Reservoir, gains: Callable[[int], list[Tensor]]) -> list[Site]:
-    """gains(block): those of the norms before attention and MLP, (hidden,) each."""
-    return [site for block in range(reservoir.blocks) for site in _sites_of(block, basis, reservoir, gains(block))]
+def measure_sites(basis: Basis, samples: ActivationSamples, gains: Callable[[int], list[Tensor]]) -> list[Site]:
+    """The metrics of every site of every block, on the tokens that learning holds out.
+
+    gains(block): those of the norms before attention and MLP, (hidden,) each.
+    """
+    return [site for block in range(samples.blocks) for site in _sites_of(block, basis, samples, gains(block))]
 
 
-def _sites_of(block: int, basis: Basis, reservoir: Reservoir, gains: list[Tensor]) -> Iterator[Site]:
-    samples = {name: rows[HELD_OUT - 1 :: HELD_OUT].float() for name, rows in reservoir.read(block).items()}
-    for name, gain in zip(("attention", "mlp"), gains, strict=False):
-        before = samples[name] * gain.to(samples[name])  # gains lie where the model does, in float64
-        yield _site(block, name, before, before if basis.r1 is None else samples[name] @ basis.r1.float())
-    values = basis.smoothed_values(samples["o_proj"], block)
-    turned_values = values if basis.r2 is None else turn_heads(values, basis.r2[block].float())
-    yield _site(block, "o_proj", samples["o_proj"], turned_values)
-    inner = samples["down_proj"]
+def _sites_of(block: int, basis: Basis, samples: ActivationSamples, gains: list[Tensor]) -> Iterator[Site]:
+    held_out = slice(VALIDATION_STRIDE - 1, None, VALIDATION_STRIDE)
+    rows = {name: kept[held_out].float() for name, kept in samples.read(block).items()}
+    for name, gain in zip(NORM_SITES, gains, strict=False):
+        before = rows[name] * gain.to(rows[name])  # gains are float64, on the device of the model
+        yield _site(block, name, before, before if basis.r1 is None else rows[name] @ basis.r1.float())
+    values = basis.smooth_values(rows["o_proj"], block)
+    rotated = values if basis.r2 is None else rotate_heads(values, basis.r2[block].float())
+    yield _site(block, "o_proj", rows["o_proj"], rotated)
+    inner = rows["down_proj"]
     scaled = inner if basis.mlp_scales is None else inner / basis.mlp_scales[block].float()
-    yield _site(block, "down_proj", inner, turned(scaled) if basis.r4 else scaled)
+    yield _site(block, "down_proj", inner, hadamard_transform(scaled) if basis.r4 else scaled)
 
 
 def _site(block: int, name: str, before: Tensor, after: Tensor) -> Site:
     return Site(
         block,
         name,
-        *(_sqnr(rows) for rows in (before, after)),
+        *(sqnr_db(relative_error(rows, BITS)) for rows in (before, after)),
         *(_peak(rows) for rows in (before, after)),
         *(_kurtosis(rows) for rows in (before, after)),
     )
-
-
-def _sqnr(rows: Tensor) -> float:
-    return decibels(relative_error(rows, BITS))
 
 
 def _peak(rows: Tensor) -> float:

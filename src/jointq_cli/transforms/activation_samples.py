@@ -1,11 +1,11 @@
-"""Activations to learn rotations from: a few random tokens of every site, instead of all of them.
+"""Activations that rotations learn from: a few random tokens of every site, instead of all tokens.
 
-    attention, mlp    what the block's two norms are given, brought to rms 1: what their readers see but for the gain,
-                      in every basis of the residual stream (only where the norms stand before the layers)
-    o_proj, down_proj what these layers are given, and the largest magnitude per channel over all tokens
+    attention, mlp    the inputs of a block's two norms, scaled to RMS 1: up to the norm's gain what the layers after it
+                      read, in any basis of the residual stream (only where norms precede the layers)
+    o_proj, down_proj the inputs of these layers, and the largest magnitude of each channel over all tokens
 
-Knows how to collect them in one walk over the original model, and how they are kept on disk, a file per block: memory
-holds what somebody reads. Knows nothing of rotations.
+They are collected in one forward pass over the original model and stored in one file per block, so that memory holds
+only the blocks that are read. Independent of any rotation.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,87 +17,95 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.models.streamed import BlockwiseModel
 from jointq_cli.system.tensor_files import save_tensors
-from jointq_cli.transforms.architectures import Anatomy
+from jointq_cli.transforms.architectures import ArchitectureLayout
 
-EPSILON = 1e-12  # below any norm's own: a token of zeros stays one
-
-
-class Reservoir:
-    """The samples in a directory. Rows (tokens, channels) in the dtype of the model's forward pass."""
-
-    def __init__(self, directory: Path, blocks: int) -> None:
-        self._directory = directory
-        self.blocks = blocks
-
-    def read(self, block: int) -> dict[str, Tensor]:
-        """Of one block: attention, mlp (absent where no norm stands before the layers), o_proj, down_proj; and
-        o_proj_max, down_proj_max (channels,)."""
-        return load_file(self._directory / f"{block:05d}.safetensors")
-
-    def write(self, block: int, samples: dict[str, Tensor]) -> None:
-        save_tensors(self._directory / f"{block:05d}.safetensors", samples)
-
-    def residual(self) -> Tensor:
-        """(sites, tokens, hidden): what R1 turns, attention and mlp of all blocks."""
-        parts = (self.read(block) for block in range(self.blocks))
-        return torch.stack([part[site] for part in parts for site in ("attention", "mlp")])
-
-
-def collect(
-    model: StreamedModel,
-    anatomy: Anatomy,
-    windows: Tensor,
-    batch: int,
-    tokens: int,
-    reservoir: Reservoir,
-    on_block: Callable[[], None],
-    pause: Callable[[], None],
-) -> None:
-    """Walks the original model over windows (windows, tokens) int64 and keeps `tokens` of every site.
-
-    Which ones is decided by the site's number alone. on_block is called after each block, pause after each batch.
-    """
-    hidden = model.embed_all(windows, batch)
-    for index in range(len(model)):
-        samples = _Samples(index, windows.numel(), tokens)
-        with model.block(index, model.block_tensors(index)) as block, samples.watching(block, anatomy):
-            for part in hidden.split(batch):
-                part.copy_(model.run(index, part))
-                samples.next_batch(part.shape[0] * part.shape[1])
-                pause()
-        reservoir.write(index, samples.finished())
-        on_block()
+NORM_SITES = ("attention", "mlp")
+EPSILON = 1e-12  # below that of any model's norm; keeps a token of zeros at zero
 
 
 @dataclass(frozen=True)
-class _Site:
-    name: str
-    module: nn.Module
-    normalised: bool
+class ActivationSamples:
+    """The samples in a directory. Rows are (tokens, channels) in the dtype of the model's forward pass."""
+
+    directory: Path
+    blocks: int
+
+    def read(self, block: int) -> dict[str, Tensor]:
+        """The rows of one block: attention, mlp (absent where no norm precedes the layers), o_proj and down_proj; and
+        o_proj_max, down_proj_max (channels,) float32."""
+        return load_file(self._file(block))
+
+    def write(self, block: int, samples: dict[str, Tensor]) -> None:
+        save_tensors(self._file(block), samples)
+
+    def residual(self) -> Tensor:
+        """(sites, tokens, hidden): what R1 rotates, attention and mlp of all blocks."""
+        parts = (self.read(block) for block in range(self.blocks))
+        return torch.stack([part[site] for part in parts for site in NORM_SITES])
+
+    def _file(self, block: int) -> Path:
+        return self.directory / f"{block:05d}.safetensors"
 
 
-class _Samples:
-    """The chosen tokens of one block's sites."""
+def collect_samples(
+    model: BlockwiseModel,
+    layout: ArchitectureLayout,
+    windows: Tensor,
+    batch: int,
+    tokens: int,
+    samples: ActivationSamples,
+    on_block: Callable[[], None],
+    pause: Callable[[], None],
+) -> None:
+    """Runs the original model on windows (windows, tokens) int64 and writes `tokens` rows of every site.
+
+    The choice of tokens depends on the number of the site alone, not on the batch size. on_block is called after each
+    block, pause after each batch; both may raise.
+    """
+    hidden = model.embed_all(windows, batch)
+    for index in range(len(model)):
+        sampler = _BlockSampler(index, windows.numel(), tokens)
+        with model.block(index, model.block_tensors(index)) as block, sampler.hooked(block, layout):
+            for part in hidden.split(batch):
+                part.copy_(model.run(index, part))
+                sampler.next_batch(part.shape[0] * part.shape[1])
+                pause()
+        samples.write(index, sampler.result())
+        on_block()
+
+
+def rms_normalize(rows: Tensor) -> Tensor:
+    """Rows (..., channels) scaled to RMS 1, as by an RMSNorm without gain (Zhang and Sennrich, arXiv 1910.07467).
+
+    Computed in float32, returned in the dtype of the input.
+    """
+    wide = rows.float()
+    return (wide * wide.square().mean(dim=-1, keepdim=True).add(EPSILON).rsqrt()).to(rows.dtype)
+
+
+class _BlockSampler:
+    """Keeps the chosen tokens of one block's sites while the block runs."""
 
     def __init__(self, block: int, available: int, tokens: int) -> None:
         self._block = block
         self._available = available
         self._tokens = min(tokens, available)
-        self._start = 0  # of the current batch
+        self._start = 0  # of the current batch, in tokens
         self._rows: dict[str, list[Tensor]] = {}
         self._largest: dict[str, Tensor] = {}
 
     @contextmanager
-    def watching(self, block: nn.Module, anatomy: Anatomy) -> Iterator[None]:
-        sites = _sites(block, anatomy)
-        chosen = {site.name: self._choose(number) for number, site in enumerate(sites)}
+    def hooked(self, block: nn.Module, layout: ArchitectureLayout) -> Iterator[None]:
+        """Inside, every forward pass of `block` adds to the samples."""
+        sites = _sites(layout)
+        chosen = {site: self._choose(number) for number, site in enumerate(sites)}
         handles = [
-            site.module.register_forward_pre_hook(
-                lambda _, given, site=site: self._take(site, given[0], chosen[site.name])
+            block.get_submodule(module).register_forward_pre_hook(
+                lambda _, args, site=site: self._record(site, args[0], chosen[site])
             )
-            for site in sites
+            for site, module in sites.items()
         ]
         try:
             yield
@@ -108,35 +116,29 @@ class _Samples:
     def next_batch(self, tokens: int) -> None:
         self._start += tokens
 
-    def finished(self) -> dict[str, Tensor]:
-        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
-        return rows | {f"{name}_max": largest for name, largest in self._largest.items()}
+    def result(self) -> dict[str, Tensor]:
+        rows = {site: torch.cat(parts) for site, parts in self._rows.items()}
+        return rows | {f"{site}_max": largest for site, largest in self._largest.items()}
 
     def _choose(self, site: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * self._block + site)
         return torch.randperm(self._available, generator=generator)[: self._tokens].sort().values
 
-    def _take(self, site: _Site, given: Tensor, chosen: Tensor) -> None:
-        flat = given.reshape(-1, given.shape[-1])
-        here = chosen[(chosen >= self._start) & (chosen < self._start + len(flat))] - self._start
-        rows = flat[here.to(flat.device)]
-        self._rows.setdefault(site.name, []).append((normalised(rows) if site.normalised else rows).cpu())
-        if not site.normalised:
+    def _record(self, site: str, inputs: Tensor, chosen: Tensor) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        in_batch = chosen[(chosen >= self._start) & (chosen < self._start + len(flat))] - self._start
+        rows = flat[in_batch.to(flat.device)]
+        self._rows.setdefault(site, []).append((rms_normalize(rows) if site in NORM_SITES else rows).cpu())
+        if site not in NORM_SITES:
             largest = flat.abs().amax(dim=0).float().cpu()
-            self._largest[site.name] = torch.maximum(largest, self._largest.get(site.name, largest))
+            self._largest[site] = torch.maximum(largest, self._largest.get(site, largest))
 
 
-def normalised(rows: Tensor) -> Tensor:
-    """Rows (..., channels) brought to rms 1, in their dtype."""
-    wide = rows.float()
-    return (wide * wide.square().mean(dim=-1, keepdim=True).add(EPSILON).rsqrt()).to(rows.dtype)
-
-
-def _sites(block: nn.Module, anatomy: Anatomy) -> list[_Site]:
-    norms = [norm for norm in anatomy.family.readers if norm]
-    named = zip(("attention", "mlp"), norms, strict=False)
-    return [
-        *(_Site(name, block.get_submodule(norm), normalised=True) for name, norm in named),
-        _Site("o_proj", block.get_submodule(anatomy.family.o_proj), normalised=False),
-        _Site("down_proj", block.get_submodule(anatomy.family.down_proj), normalised=False),
-    ]
+def _sites(layout: ArchitectureLayout) -> dict[str, str]:
+    """Site -> the module of a block whose inputs are sampled there."""
+    norms = [norm for norm in layout.family.readers if norm]
+    return {
+        **dict(zip(NORM_SITES, norms, strict=False)),
+        "o_proj": layout.family.o_proj,
+        "down_proj": layout.family.down_proj,
+    }

@@ -1,6 +1,6 @@
-"""What a rotation is learned by: losses of rotated activations that are small where few bits go far.
+"""Objectives that rotations are learned by: losses of rotated activations that are small where few bits suffice.
 
-Rows are tokens of rms 1; every loss is a mean over tokens.
+Rows are (tokens, channels) of RMS 1; every loss is a scalar, the mean over tokens.
 """
 
 from collections.abc import Callable
@@ -9,18 +9,21 @@ from torch import Tensor
 
 
 def whip(rows: Tensor) -> Tensor:
-    """Sum over channels of exp(-|x|) (DartQuant, arXiv 2511.04063, eq. 5). Pushes away from zero, and so towards few
-    large values no more: at rms 1 its minimum is the two-point distribution, not the uniform one."""
+    """Sum over channels of exp(-|x|) (DartQuant, arXiv 2511.04063, eq. 5).
+
+    It pushes values away from zero, and at a fixed RMS therefore shrinks the largest. At RMS 1 its minimum is a
+    two-point distribution, not the uniform one.
+    """
     return rows.abs().neg().exp().sum(dim=-1).mean()
 
 
 def l8(rows: Tensor) -> Tensor:
-    """|x|_8^2: a smooth stand-in for the largest magnitude, squared as a quantisation error is."""
+    """|x|_8^2: a smooth approximation of the largest magnitude, squared as a quantisation error is."""
     return rows.square().square().square().sum(dim=-1).pow(0.25).mean()
 
 
 def range2(rows: Tensor) -> Tensor:
-    """(max - min)^2: that of an asymmetric grid, to which its squared error is proportional."""
+    """(max - min)^2: the squared error of an asymmetric grid per token is proportional to it."""
     return (rows.amax(dim=-1) - rows.amin(dim=-1)).square().mean()
 
 

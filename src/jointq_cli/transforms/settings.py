@@ -14,25 +14,25 @@ SAMPLED_TOKENS = 512  # per site, where a rotation does not say
 
 @dataclass(frozen=True)
 class LearningCost:
-    """operations: floating point operations in float32. elements: of the activations that are in memory together."""
+    """What learning a rotation costs."""
 
-    operations: float = 0.0
-    elements: float = 0.0
+    operations: float = 0.0  # in float32
+    elements: float = 0.0  # of the activations that are in memory at the same time
 
 
 @dataclass(frozen=True)
 class Rotation(ABC):
-    """Base of the rotations: changes of basis of the residual stream (R1), of every head's values (R2) and, online, of
-    what enters down_proj (R4)."""
+    """Base of the rotations: changes of basis of the residual stream (R1), of each KV head's values (R2) and, online,
+    of the inputs of down_proj (R4)."""
 
     @property
     @abstractmethod
     def parts(self) -> list[str]:
-        """Which of R1, R2 and R4 there are."""
+        """The rotations that it has, of R1, R2 and R4."""
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens per site of which activations are kept, to learn from and to measure with."""
+        """Tokens per site whose activations are sampled, to learn from and to measure with."""
         return SAMPLED_TOKENS
 
     @property
@@ -41,12 +41,12 @@ class Rotation(ABC):
         return {}
 
     def learning_cost(self, hidden: int, heads: int, blocks: int, tokens: int) -> LearningCost:
-        """What learning costs for a model of these sizes; tokens: of calibration that there are."""
+        """What learning costs for a model of these sizes; tokens: those of calibration."""
         return LearningCost()
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for people, "" for none."""
+        """One line for reports, "" for none."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class HadamardRotation(Rotation):
 
 @dataclass(frozen=True)
 class LearnedRotation(Rotation):
-    """R1 (one for the model) and R2 (one per KV head) descend an objective of the rotated activations; R4 is fixed.
+    """R1 (one for the model) and R2 (one per KV head) minimise an objective of the rotated activations; R4 is fixed.
 
-    objective: a mean over tokens of rms 1; see `objectives`. parametrization: how a step stays orthogonal; see
-    `descent`. An epoch is one pass over the kept tokens of all sites, `batch_tokens` of them a step; with `cos_lr` the
-    steps shrink like a cosine. With `early_stop` the rotation with the least quantisation error of held-out tokens at
-    `stop_bits` is kept, and learning ends when that stops falling.
+    objective: a mean over tokens of RMS 1, see `objectives`. parametrization: how a step stays orthogonal, see
+    `optimizers`. An epoch is one pass over the sampled tokens of all sites, `batch_tokens` of them per step; `cos_lr`
+    is a cosine schedule of the learning rate. With `early_stop` the rotation with the least quantisation error of
+    held-out tokens at `stop_bits` is kept, and learning ends when that error stops falling.
     """
 
     r1: bool = setting(True)
@@ -153,16 +153,16 @@ class LearnedRotation(Rotation):
 
 @dataclass(frozen=True)
 class Smoothing(ABC):
-    """Base of the smoothings: scales of channels, moved from activations into weights where both commute."""
+    """Base of the smoothings: scales per channel, moved from activations into weights."""
 
     @property
     @abstractmethod
     def places(self) -> list[str]:
-        """Whose inputs are smoothed: o_proj, down_proj."""
+        """The layers whose inputs are smoothed: o_proj, down_proj."""
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for people, "" for none."""
+        """One line for reports, "" for none."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ class NoSmoothing(Smoothing):
 
 @dataclass(frozen=True)
 class SmoothQuant(Smoothing):
-    """s = max|x|^alpha / max|w|^(1 - alpha) per channel (SmoothQuant, arXiv 2211.10438, eq. 4) for what enters `o_proj`
-    and `down_proj`; the layers that produce it are divided by s. A norm's own outputs are left to R1."""
+    """s = max|x|^alpha / max|w|^(1 - alpha) per channel (SmoothQuant, arXiv 2211.10438, eq. 4) for the inputs of
+    `o_proj` and `down_proj`; the layers that produce them are divided by s. Outputs of norms are left to R1."""
 
     alpha: float = setting(0.5, least=0, most=1)
     o_proj: bool = setting(True)

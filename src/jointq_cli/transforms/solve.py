@@ -1,95 +1,90 @@
-"""From settings and activations to a basis: smoothing scales, then R1, then R2 of one block after the other.
+"""Computes a basis from settings and activations: the smoothing scales, then R1, then R2 block by block."""
 
-Knows how the parts go together; `learning`, `smoothing` and `hadamard` know how each is made.
-"""
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from jointq_cli.kernels.hadamard import construction, random_hadamard
-from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.models.streamed import BlockwiseModel
 from jointq_cli.records import RotationTraining
-from jointq_cli.transforms.activation_samples import Reservoir
-from jointq_cli.transforms.architectures import Anatomy
+from jointq_cli.transforms.activation_samples import ActivationSamples
+from jointq_cli.transforms.architectures import ArchitectureLayout
 from jointq_cli.transforms.basis import Basis
-from jointq_cli.transforms.learning import Watch, decibels, initial, learn_r1, learn_r2
+from jointq_cli.transforms.learning import Progress, initial_rotation, learn_r1, learn_r2, sqnr_db
 from jointq_cli.transforms.settings import HadamardRotation, LearnedRotation, Rotation, Smoothing, SmoothQuant
 from jointq_cli.transforms.smoothing import mlp_scales, value_scales
 
 
-def find_basis(
-    model: StreamedModel,
-    anatomy: Anatomy,
+def solve_basis(
+    model: BlockwiseModel,
+    layout: ArchitectureLayout,
     rotation: Rotation,
     smoothing: Smoothing,
-    reservoir: Reservoir,
-    watch: Watch,
+    samples: ActivationSamples,
+    progress: Progress,
 ) -> tuple[Basis, list[RotationTraining]]:
-    """The basis that was asked for, and how what is learned of it was learned."""
-    s = t = None
+    """The basis that the settings describe, and how its learned rotations were learned."""
+    basis = Basis(r4="R4" in rotation.parts)
     if isinstance(smoothing, SmoothQuant):
-        s = value_scales(model, anatomy, reservoir, smoothing) if "o_proj" in smoothing.places else None
-        t = mlp_scales(model, anatomy, reservoir, smoothing) if "down_proj" in smoothing.places else None
-    smooth = Basis(value_scales=s, mlp_scales=t, r4="R4" in rotation.parts)
+        if smoothing.o_proj:
+            basis = replace(basis, value_scales=value_scales(model, layout, samples, smoothing))
+        if smoothing.down_proj:
+            basis = replace(basis, mlp_scales=mlp_scales(model, layout, samples, smoothing))
     if isinstance(rotation, HadamardRotation):
-        return _random(anatomy, rotation, smooth, len(model)), []
+        return _random(layout, rotation, basis, len(model)), []
     if isinstance(rotation, LearnedRotation):
-        return _learned(model, anatomy, rotation, smooth, reservoir, watch)
-    return smooth, []
+        return _learned(model, layout, rotation, basis, samples, progress)
+    return basis, []
 
 
-def constructions(anatomy: Anatomy, rotation: Rotation) -> list[str]:
-    """Which Hadamard matrices a rotation is made of, or starts from."""
-    sizes = {"R1": anatomy.hidden, "R2": anatomy.head_dim, "R4": anatomy.width}
-    used = rotation.parts
+def hadamard_constructions(layout: ArchitectureLayout, rotation: Rotation) -> list[str]:
+    """The constructions of the Hadamard matrices that a rotation consists of, or starts from."""
+    sizes = {"R1": layout.hidden_size, "R2": layout.head_dim, "R4": layout.intermediate_size}
+    parts = rotation.parts
     if isinstance(rotation, LearnedRotation) and "hadamard" not in rotation.init:
-        used = [part for part in used if part == "R4"]
-    return [f"{part}: {construction(sizes[part])}" for part in used]
+        parts = [part for part in parts if part == "R4"]
+    return [f"{part}: {construction(sizes[part])}" for part in parts]
 
 
-def _random(anatomy: Anatomy, rotation: HadamardRotation, smooth: Basis, blocks: int) -> Basis:
+def _random(layout: ArchitectureLayout, rotation: HadamardRotation, basis: Basis, blocks: int) -> Basis:
     generator = torch.Generator().manual_seed(rotation.seed)
-    r1 = random_hadamard(anatomy.hidden, generator) if rotation.r1 else None
-    heads = range(blocks * anatomy.kv_heads if rotation.r2 else 0)
-    turns = [random_hadamard(anatomy.head_dim, generator) for _ in heads]
-    return Basis(r1, _per_head(turns, anatomy), smooth.value_scales, smooth.mlp_scales, smooth.r4)
-
-
-def _per_head(turns: list[Tensor], anatomy: Anatomy) -> Tensor | None:
-    if not turns:
-        return None
-    return torch.stack(turns).reshape(-1, anatomy.kv_heads, anatomy.head_dim, anatomy.head_dim)
+    if rotation.r1:
+        basis = replace(basis, r1=random_hadamard(layout.hidden_size, generator))
+    if rotation.r2:
+        heads = [random_hadamard(layout.head_dim, generator) for _ in range(blocks * layout.num_kv_heads)]
+        basis = replace(basis, r2=torch.stack(heads).unflatten(0, (blocks, layout.num_kv_heads)))
+    return basis
 
 
 def _learned(
-    model: StreamedModel,
-    anatomy: Anatomy,
+    model: BlockwiseModel,
+    layout: ArchitectureLayout,
     rotation: LearnedRotation,
-    smooth: Basis,
-    reservoir: Reservoir,
-    watch: Watch,
+    basis: Basis,
+    samples: ActivationSamples,
+    progress: Progress,
 ) -> tuple[Basis, list[RotationTraining]]:
     generator = torch.Generator().manual_seed(rotation.seed)
-    courses: list[RotationTraining] = []
-    r1 = None
+    training: list[RotationTraining] = []
     if rotation.r1:
-        residual = reservoir.residual()
+        residual = samples.residual()
         mean = residual.mean(dim=(0, 1), dtype=torch.float32)
-        start = initial(anatomy.hidden, rotation.init, generator, mean)
-        r1, course = learn_r1(residual, start, rotation, model.device, watch)
-        courses.append(course)
+        start = initial_rotation(layout.hidden_size, rotation.init, generator, mean)
+        r1, record = learn_r1(residual, start, rotation, model.device, progress)
+        basis = replace(basis, r1=r1)
+        training.append(record)
         del residual
-    turns: list[Tensor] = []
     if rotation.r2:
-        with watch.bar("learn R2", len(model)) as bar:
+        blocks = []
+        with progress.bar("learn R2", len(model)) as bar:
             for block in range(len(model)):
-                inputs = smooth.smoothed_values(reservoir.read(block)["o_proj"].float(), block)
-                means = inputs.reshape(len(inputs), anatomy.kv_heads, -1, anatomy.head_dim).mean(dim=(0, 2))
-                start = torch.stack([initial(anatomy.head_dim, rotation.init, generator, mean) for mean in means])
+                inputs = basis.smooth_values(samples.read(block)["o_proj"].float(), block)
+                means = inputs.reshape(len(inputs), layout.num_kv_heads, -1, layout.head_dim).mean(dim=(0, 2))
+                heads = [initial_rotation(layout.head_dim, rotation.init, generator, mean) for mean in means]
                 name = f"R2 of block {block}"
-                r2, course = learn_r2(name, inputs, start, rotation, model.device, watch.pause)
-                bar.advance(status=f"SQNR {decibels(course.error_after):.1f} dB")
-                courses.append(course)
-                turns.extend(r2)
-    basis = Basis(r1, _per_head(turns, anatomy), smooth.value_scales, smooth.mlp_scales, smooth.r4)
-    return basis, courses
+                r2, record = learn_r2(name, inputs, torch.stack(heads), rotation, model.device, progress.pause)
+                bar.advance(status=f"SQNR {sqnr_db(record.error_after):.1f} dB")
+                blocks.append(r2)
+                training.append(record)
+        basis = replace(basis, r2=torch.stack(blocks))
+    return basis, training

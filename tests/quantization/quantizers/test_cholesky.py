@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.quantization.quantizers.cholesky import factorize, invert_lower
+from jointq_cli.quantization.quantizers.cholesky import DAMPING_RETRIES, factorize, invert_lower
 
 
 def hessian(size: int, tokens: int | None = None, seed: int = 0) -> Tensor:
@@ -110,7 +110,9 @@ def test_damping_is_raised_tenfold_until_the_factorisation_stands() -> None:
 
 def test_damping_is_raised_five_times_before_an_error_names_its_key() -> None:
     matrix = torch.full((8, 8), -1e9, dtype=torch.float64).fill_diagonal_(1.0)
-    with pytest.raises(NumericsError, match=rf"quantizer.damping=0.001: .* even with {0.001 * 10**LADDER:g} of"):
+    with pytest.raises(
+        NumericsError, match=rf"quantizer.damping=0.001: .* even with {0.001 * 10**DAMPING_RETRIES:g} of"
+    ):
         factorize(matrix, torch.arange(8), damping=0.001)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from jointq_cli.errors import JointqError
 from jointq_cli.report import Console
 from jointq_cli.report.compare.run_files import find_runs, load_runs
-from jointq_cli.report.compare.runs import Run
-from jointq_cli.report.pages.markdown import render_sheet
-from jointq_cli.report.tables.table import Sheet, make_sheet
+from jointq_cli.report.compare.runs import RunComparison
+from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.tables.comparison import comparison_document
+from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.files import write_text_atomically
 
 PAGE = "compare.html"
@@ -21,15 +22,15 @@ def main(arguments: list[str]) -> int:
     if parsed.html is not None:
         _check_place(parsed.html)
     found = find_runs(parsed.runs)
-    runs = load_runs(found.finished)
-    sheet = make_sheet(runs, [str(path) for path in found.unfinished])
+    comparison = RunComparison(load_runs(found.finished))
+    document = comparison_document(comparison, [str(path) for path in found.unfinished])
     if parsed.markdown:
-        print(render_sheet(sheet), end="")
+        print(document_markdown(document), end="")
     elif parsed.html is not None:
-        print(_write_page(runs, sheet, parsed.html))
+        print(_write_page(comparison, document, parsed.html))
     else:
         with Console() as console:
-            console.side_by_side(sheet)
+            console.show_tables(document)
     return 0
 
 
@@ -64,8 +65,8 @@ def _check_place(file: Path) -> None:
         raise JointqError(f"{file}: there is no directory {file.parent}")
 
 
-def _write_page(runs: Sequence[Run], sheet: Sheet, file: Path) -> Path:
-    from jointq_cli.report.pages.comparison import render_comparison  # imports matplotlib, for this form only
+def _write_page(comparison: RunComparison, document: TableDocument, file: Path) -> Path:
+    from jointq_cli.report.pages.html import comparison_html  # imports matplotlib, for this form only
 
-    write_text_atomically(file, render_comparison(runs, sheet))
+    write_text_atomically(file, comparison_html(comparison, document))
     return file

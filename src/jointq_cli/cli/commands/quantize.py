@@ -5,7 +5,7 @@ from jointq_cli.errors import UntrustedResult
 from jointq_cli.pipeline import quantize
 from jointq_cli.recipe import Recipe
 from jointq_cli.report import Console
-from jointq_cli.report.compare.summary import problems
+from jointq_cli.report.summary import problems
 from jointq_cli.system.run_directory import RunDirectory
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from jointq_cli.records import RunReport
 from jointq_cli.report import Console, load_report
 from jointq_cli.report.compare.sweep import load_jobs
-from jointq_cli.report.pages.markdown import render_markdown, render_sheet
+from jointq_cli.report.pages.markdown import document_markdown, run_markdown
 from jointq_cli.report.pages.sweep import write_summary
-from jointq_cli.report.tables.sweep import make_sweep_sheet
+from jointq_cli.report.tables.sweep import sweep_document
 from jointq_cli.system.run_directory import RunDirectory
 from jointq_cli.system.sweep_directory import SweepDirectory
 
@@ -29,30 +29,30 @@ def main(arguments: list[str]) -> int:
         return 0
     report = load_report(parsed.run_directory / "report.json")
     if parsed.markdown:
-        print(render_markdown(report), end="")
+        print(run_markdown(report), end="")
     elif parsed.html:
         print(_write_page(report, parsed.run_directory))
     else:
         with Console() as console:
-            console.closing(report, parsed.run_directory)
+            console.show_run(report, parsed.run_directory)
     return 0
 
 
 def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:
     write_summary(sweep, page=parsed.html or (sweep.path / "summary.html").is_file())
-    sheet = make_sweep_sheet(sweep.plan().name, load_jobs(sweep))
+    document = sweep_document(sweep.plan().name, load_jobs(sweep))
     if parsed.markdown:
-        print(render_sheet(sheet), end="")
+        print(document_markdown(document), end="")
     elif parsed.html:
         print(sweep.path / "summary.html")
     else:
         with Console() as console:
-            console.side_by_side(sheet)
+            console.show_tables(document)
 
 
 def _write_page(report: RunReport, directory: Path) -> Path:
-    from jointq_cli.report.pages.run import render_page  # imports matplotlib, for this form only
+    from jointq_cli.report.pages.html import run_html  # imports matplotlib, for this form only
 
     run = RunDirectory(directory)
-    run.write(run.report_html, render_page(report))
+    run.write(run.report_html, run_html(report))
     return run.report_html

@@ -25,18 +25,18 @@ def main(arguments: list[str]) -> int:
     from jointq_cli.records import DIFFERENT
     from jointq_cli.report import encode
     from jointq_cli.report.reproduction import compare
-    from jointq_cli.report.reproduction.finished_run import read_evidence
-    from jointq_cli.report.tables.reproduction import render_lines, render_reproduction
+    from jointq_cli.report.reproduction.finished_run import read_finished_run
+    from jointq_cli.report.tables.reproduction import render_markdown, render_text
 
-    original = read_evidence(parsed.run_directory)
+    original = read_finished_run(parsed.run_directory)
     place = parsed.against or parsed.directory or fresh_beside(parsed.run_directory)
     if parsed.against is None:
         replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
-    found = compare(original, read_evidence(place), setting_roles(), parsed.tolerance)
+    found = compare(original, read_finished_run(place), setting_roles(), parsed.tolerance)
     if parsed.against is None:
         write_text_atomically(place / JSON, encode(found))
-        write_text_atomically(place / MARKDOWN, render_reproduction(found))
-    print(f"\n{parsed.run_directory} and {place}\n\n{render_lines(found)}")
+        write_text_atomically(place / MARKDOWN, render_markdown(found))
+    print(f"\n{parsed.run_directory} and {place}\n\n{render_text(found)}")
     return 1 if found.verdict == DIFFERENT else 0
 
 

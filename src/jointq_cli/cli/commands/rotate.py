@@ -5,7 +5,7 @@ from jointq_cli.errors import JointqError
 from jointq_cli.pipeline import rotate
 from jointq_cli.recipe import RotateRecipe
 from jointq_cli.report import Console
-from jointq_cli.report.compare.rotation_summary import problems
+from jointq_cli.report.rotation_summary import problems
 from jointq_cli.system.run_directory import RunDirectory
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jointq_cli.errors import JointqError
 from jointq_cli.report import Console
-from jointq_cli.report.tables import store as stock
-from jointq_cli.report.tables.table import Sheet
+from jointq_cli.report.tables.store import artifacts_document, pruned_document, sizes_document
+from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system import inventory
 from jointq_cli.system.files import translated_disk_errors
 from jointq_cli.system.inventory import Entry
@@ -54,14 +54,14 @@ def _ls(parsed: argparse.Namespace) -> int:
     damages = _damages(parsed.store, entries) if parsed.verify else {}
     states = [_state(parsed.store, entry, damages) for entry in entries]
     notes = [f"{entry.name}: {damages[entry.path]}" for entry in entries if entry.path in damages]
-    _show(stock.listing(str(parsed.store), entries, states, notes, time.time()))
+    _show(artifacts_document(str(parsed.store), entries, states, notes, time.time()))
     if damages:
         raise JointqError(f"{parsed.store}: {len(damages)} damaged; a run that wants one of them makes it anew")
     return 0
 
 
 def _size(parsed: argparse.Namespace) -> int:
-    _show(stock.sizes(str(parsed.store), inventory.entries(parsed.store)))
+    _show(sizes_document(str(parsed.store), inventory.entries(parsed.store)))
     return 0
 
 
@@ -74,7 +74,7 @@ def _prune(parsed: argparse.Namespace) -> int:
     now = time.time()
     candidates, excess = _candidates(parsed, inventory.entries(parsed.store), now)
     done = inventory.prune(candidates, excess, take)
-    _show(stock.pruned(str(parsed.store), done, now, dry=parsed.dry_run))
+    _show(pruned_document(str(parsed.store), done, now, dry=parsed.dry_run))
     return 0
 
 
@@ -97,12 +97,12 @@ def _state(root: Path, entry: Entry, damages: dict[Path, str]) -> str:
         return "damaged"
     if inventory.is_in_use(root, entry):
         return "in use"
-    return "partial" if entry.is_partial else "whole" if entry.is_listed else "unlisted"
+    return "partial" if entry.is_partial else "complete" if entry.is_listed else "unlisted"
 
 
-def _show(sheet: Sheet) -> None:
+def _show(document: TableDocument) -> None:
     with Console() as console:
-        console.side_by_side(sheet)
+        console.show_tables(document)
 
 
 def _amount(text: str) -> float:

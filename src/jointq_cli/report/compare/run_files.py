@@ -1,6 +1,6 @@
-"""Finished runs on disk: which directories a command line means, and what each of them holds.
+"""Finished runs on disk: which run directories the paths of a command line stand for, and what is read from each.
 
-Knows the names in a run directory, what a sweep looks like and the form of recipe.yaml. Compares nothing.
+Knows the file names of a run directory, the layout of a sweep and the form of recipe.yaml. Compares nothing.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from jointq_cli.errors import JointqError
-from jointq_cli.report.compare.runs import Run
+from jointq_cli.report.compare.runs import ComparedRun
 from jointq_cli.setting_rules import RENAMED
 from jointq_cli.system.record_json import load_report
 from jointq_cli.system.sweep_directory import DONE, SweepDirectory
@@ -21,57 +21,57 @@ REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
 
 
 @dataclass(frozen=True)
-class Found:
-    """Run directories in the order in which they were asked for, those of a sweep by their numbers."""
+class FoundRuns:
+    """Run directories in the order of the command line, those of a sweep by their numbers."""
 
     finished: list[Path]
-    unfinished: list[Path]  # of a sweep: without a report
+    unfinished: list[Path]  # jobs of a sweep that have no report
 
 
-def find_runs(places: Sequence[Path]) -> Found:
-    """places: run directories and sweeps; what is named twice counts once.
+def find_runs(paths: Sequence[Path]) -> FoundRuns:
+    """paths: run directories and sweeps; a run that is named twice counts once.
 
-    Raises JointqError for a place that is neither, for a sweep without any result, and for a single run.
+    Raises JointqError for a path that is neither, for a sweep without any result, and for a single run.
     """
-    found = [_found_at(place) for place in places]
+    found = [_runs_at(path) for path in paths]
     finished = list({path.resolve(): path for entry in found for path in entry.finished}.values())
-    if len(finished) == 1 and finished[0] in places:
+    if len(finished) == 1 and finished[0] in paths:
         raise JointqError(f"{finished[0]}: one run alone; name at least two, or a sweep")
-    return Found(finished, [path for entry in found for path in entry.unfinished])
+    return FoundRuns(finished, [path for entry in found for path in entry.unfinished])
 
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
+def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     """Raises JointqError for the first report or recipe that cannot be read."""
     names = _names(paths)
     return [
-        Run(name, load_report(path / REPORT), load_settings(path / RECIPE))
+        ComparedRun(name, load_report(path / REPORT), load_settings(path / RECIPE))
         for name, path in zip(names, paths, strict=True)
     ]
 
 
-def _found_at(place: Path) -> Found:
+def _runs_at(path: Path) -> FoundRuns:
     try:
-        if not place.is_dir():
-            raise JointqError(f"{place}: no such directory")
-        if (place / REPORT).is_file():
-            return Found([place], [])
-        runs = sorted((path for path in place.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+        if not path.is_dir():
+            raise JointqError(f"{path}: no such directory")
+        if (path / REPORT).is_file():
+            return FoundRuns([path], [])
+        runs = sorted((run for run in path.iterdir() if run.name.isdecimal()), key=lambda run: int(run.name))
     except OSError as error:
-        raise JointqError(f"{place}: cannot be read ({error.strerror})") from error
-    sweep = SweepDirectory(place)
-    if sweep.exists:  # numbered directories beyond its plan are of another one
+        raise JointqError(f"{path}: cannot be read ({error.strerror})") from error
+    sweep = SweepDirectory(path)
+    if sweep.exists:  # other numbered directories do not belong to it
         runs = [sweep.run(number) for number in range(len(sweep.plan().settings))]
         finished = [run for number, run in enumerate(runs) if _is_done(sweep, number)]
-        return _found(place, runs, finished)
+        return _runs_of_sweep(path, runs, finished)
     if not runs:
-        raise JointqError(f"{place}: neither a finished run, which has a {REPORT}, nor a sweep of runs 0, 1, ...")
-    return _found(place, runs, [path for path in runs if (path / REPORT).is_file()])
+        raise JointqError(f"{path}: neither a finished run, which has a {REPORT}, nor a sweep of runs 0, 1, ...")
+    return _runs_of_sweep(path, runs, [run for run in runs if (run / REPORT).is_file()])
 
 
-def _found(place: Path, runs: list[Path], finished: list[Path]) -> Found:
+def _runs_of_sweep(path: Path, runs: list[Path], finished: list[Path]) -> FoundRuns:
     if not finished:
-        raise JointqError(f"{place}: no run of this sweep has finished; a finished one has a {REPORT}")
-    return Found(finished, [path for path in runs if path not in finished])
+        raise JointqError(f"{path}: no run of this sweep has finished; a finished one has a {REPORT}")
+    return FoundRuns(finished, [run for run in runs if run not in finished])
 
 
 def _is_done(sweep: SweepDirectory, number: int) -> bool:
@@ -79,7 +79,7 @@ def _is_done(sweep: SweepDirectory, number: int) -> bool:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many of the last as it takes to tell them apart."""
+    """The last part of each path, or as many of the last parts as make the names unique."""
     parts = [path.resolve().parts for path in paths]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts):
@@ -88,9 +88,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def load_settings(path: Path) -> dict[str, str]:
-    """Every value of a recipe.yaml as text by dotted key, and the option by group. Raises JointqError.
+    """Each value of a recipe.yaml as text by dotted key, and the chosen option by group. Raises JointqError.
 
-    A key that was renamed since is under its new name.
+    A key that has been renamed is under its new name.
     """
     try:
         return parse_settings(path.read_text(encoding="utf-8"), path)
@@ -101,7 +101,7 @@ def load_settings(path: Path) -> dict[str, str]:
 
 
 def parse_settings(text: str, path: Path) -> dict[str, str]:
-    """As `load_settings`, of what stands in `path`."""
+    """As `load_settings`; `text` is the content of `path`."""
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:

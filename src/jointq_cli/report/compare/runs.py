@@ -1,144 +1,152 @@
-"""What differs between runs: their settings, their protocols, the errors of their layers. The first is the reference.
+"""What differs between runs: settings, protocols, the errors of their layers.
 
-Knows the records of several runs and compares. Knows no text form of a number, no markup, no file and no terminal.
+Knows the records of several runs. Knows no number format, no markup, no file and no terminal.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from functools import cached_property
 
 from jointq_cli.records import Protocol, RunReport
-from jointq_cli.report.compare import summary
+from jointq_cli.report.grouping import grouped
+from jointq_cli.report.number_format import shortest_suffixes, text_or_missing
+from jointq_cli.report.summary import layers_by_kind
 
-Item = TypeVar("Item")
-Key = TypeVar("Key", bound=Hashable)
-HOUSEKEEPING = ("name", "description", "output_dir", "store")  # what a run is called and where it lies
+HOUSEKEEPING = ("name", "description", "output_dir", "store")  # the name of a run and where its files are
+MOST_LABEL_WIDTH = 48  # characters
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """A finished run."""
 
-    name: str  # no other run's
+    name: str  # unique among the compared runs
     report: RunReport
-    settings: dict[str, str]  # values as text by dotted key, and the option by group, such as "quantizer": "gptq"
+    settings: dict[str, str]  # values as text by dotted key, and the option of a group: "quantizer": "gptq"
+
+    @cached_property
+    def output_errors(self) -> dict[str, float]:
+        return {layer.name: layer.output_error for layer in self.report.layers}
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Something that is not the same in all runs."""
+class RunDifference:
+    """A setting or another property that is not the same in all runs."""
 
     key: str
     values: list[str | None]  # one per run, None where a run does not have it
 
 
 @dataclass(frozen=True)
-class ErrorRow:
-    """The output errors of a layer, or the median of a kind of layers, one per run."""
+class LayerErrors:
+    """The output error of a layer, or the median over a kind of layers, in each run."""
 
     name: str
     errors: list[float]
 
+    @property
+    def ratios(self) -> list[float]:
+        """Of each other run to the reference; 1 if both are equal, also if both are zero."""
+        reference, *others = self.errors
+        return [1.0 if error == reference else error / reference if reference else math.inf for error in others]
 
-def setting_differences(runs: Sequence[Run]) -> list[Difference]:
-    """The settings that differ; what runs are called and where they lie only if nothing else does."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    found = [Difference(key, [run.settings.get(key) for run in runs]) for key in keys if _differs(key, runs)]
-    return [difference for difference in found if difference.key not in HOUSEKEEPING] or found
-
-
-def _differs(key: str, runs: Sequence[Run]) -> bool:
-    """A key that some runs lack differs too, unless its whole group does: RTN has no damping because it is RTN."""
-    if len({run.settings[key] for run in runs if key in run.settings}) > 1:
-        return True
-    group = key.partition(".")[0]
-    another_option = group != key and len({run.settings.get(group) for run in runs}) > 1
-    return any(key not in run.settings for run in runs) and not another_option
+    @property
+    def change(self) -> float:
+        """The largest |log ratio|: an error of a tenth counts as much as one of ten times."""
+        return max((abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf for ratio in self.ratios), default=0.0)
 
 
-def obstacles(runs: Sequence[Run]) -> list[Difference]:
-    """What keeps the runs from comparing: their models and every part of their protocols that differs."""
-    models = [f"{run.report.model} {run.report.model_hash}" for run in runs]
-    parts = {
-        f"protocol.{part.name}": [str(getattr(run.report.protocol, part.name)) for run in runs]
-        for part in fields(Protocol)
-    }
-    same_model = len({run.report.model_hash for run in runs}) == 1
-    facts = parts if same_model else {"model": models, **parts}
-    return [Difference(key, list(values)) for key, values in facts.items() if len(set(values)) > 1]
+@dataclass(frozen=True)
+class RunComparison:
+    """Several runs, of which the first is the reference."""
 
+    runs: Sequence[ComparedRun]
 
-def best(runs: Sequence[Run], figure: Callable[[RunReport], float]) -> set[int]:
-    """The runs of the least figure, each among all that were measured alike; a run that is alone there is not best."""
-    alike = _grouped(range(len(runs)), lambda index: (runs[index].report.protocol, runs[index].report.model_hash))
-    return {index for members in alike.values() if len(members) > 1 for index in _least(members, runs, figure)}
+    def setting_differences(self) -> list[RunDifference]:
+        """The settings that differ; names and directories of the runs only if nothing else does."""
+        keys = dict.fromkeys(key for run in self.runs for key in run.settings)
+        found = [RunDifference(key, [run.settings.get(key) for run in self.runs]) for key in keys if self._differs(key)]
+        return [difference for difference in found if difference.key not in HOUSEKEEPING] or found
 
+    def protocol_differences(self) -> list[RunDifference]:
+        """Why metrics of these runs cannot be compared: different models, each part of the protocols that differs."""
+        reports = [run.report for run in self.runs]
+        values = {
+            f"protocol.{part.name}": [str(getattr(report.protocol, part.name)) for report in reports]
+            for part in fields(Protocol)
+        }
+        if len({report.model_hash for report in reports}) > 1:
+            values = {"model": [f"{report.model} {report.model_hash}" for report in reports], **values}
+        return [RunDifference(key, list(each)) for key, each in values.items() if len(set(each)) > 1]
 
-def _least(members: Sequence[int], runs: Sequence[Run], figure: Callable[[RunReport], float]) -> list[int]:
-    figures = {index: figure(runs[index].report) for index in members}
-    least = min((value for value in figures.values() if math.isfinite(value)), default=None)
-    return [index for index, value in figures.items() if value == least]
+    def labels(self) -> list[str]:
+        """Each run by its name and the settings that set it apart: "2 (quantizer=rtn, bits=3)", cut if too long."""
+        differences = self.setting_differences()
+        keys = shortest_suffixes([difference.key for difference in differences])
+        labels = []
+        for index, run in enumerate(self.runs):
+            values = [text_or_missing(difference.values[index]) for difference in differences]
+            settings = ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+            label = f"{run.name} ({settings})" if settings else run.name
+            labels.append(label if len(label) <= MOST_LABEL_WIDTH else f"{label[: MOST_LABEL_WIDTH - 1]}…")
+        return labels
 
+    def best(self, metric: Callable[[RunReport], float]) -> set[int]:
+        """The runs with the lowest metric, each among all runs of the same model and protocol. A run that is the only
+        one with its model and protocol is not best."""
+        reports = [run.report for run in self.runs]
+        comparable = grouped(range(len(reports)), lambda index: (reports[index].protocol, reports[index].model_hash))
+        found: set[int] = set()
+        for members in comparable.values():
+            values = {index: metric(reports[index]) for index in members}
+            lowest = min(filter(math.isfinite, values.values()), default=None)
+            found |= {index for index, value in values.items() if value == lowest and len(members) > 1}
+        return found
 
-def common_layers(runs: Sequence[Run]) -> list[str]:
-    """The layers that every run has, as the reference orders them."""
-    others = [_output_errors(run) for run in runs[1:]]
-    return [layer.name for layer in runs[0].report.layers if all(layer.name in errors for errors in others)]
+    def common_layers(self) -> list[str]:
+        """The layers that every run has, in the order of the reference."""
+        return [name for name, indices in self._owners().items() if len(indices) == len(self.runs)]
 
+    def partial_layers(self) -> dict[tuple[int, ...], list[str]]:
+        """The layers that only some runs have, by the indices of these runs."""
+        owners = {name: indices for name, indices in self._owners().items() if len(indices) < len(self.runs)}
+        return grouped(owners, lambda name: owners[name])
 
-def partial_layers(runs: Sequence[Run]) -> dict[tuple[int, ...], list[str]]:
-    """The layers that only some runs have, by the runs that have them."""
-    owners = [_output_errors(run) for run in runs]
-    names = dict.fromkeys(name for errors in owners for name in errors)
-    having = _grouped(names, lambda name: tuple(index for index, errors in enumerate(owners) if name in errors))
-    return {indices: members for indices, members in having.items() if len(indices) < len(runs)}
+    def kind_errors(self) -> list[LayerErrors]:
+        """The median output error by kind, over the layers that every run has: others would make it incomparable."""
+        common = set(self.common_layers())
+        medians = [
+            {
+                kind: statistics.median(layer.output_error for layer in members)
+                for kind, members in layers_by_kind(
+                    layer for layer in run.report.layers if layer.name in common
+                ).items()
+            }
+            for run in self.runs
+        ]
+        return [LayerErrors(kind, [by_kind.get(kind, math.nan) for by_kind in medians]) for kind in medians[0]]
 
+    def changed_layers(self, count: int) -> list[LayerErrors]:
+        """The common layers whose error changed most against the reference in any run; none that did not change."""
+        rows = [LayerErrors(name, [run.output_errors[name] for run in self.runs]) for name in self.common_layers()]
+        return sorted((row for row in rows if row.change), key=lambda row: row.change, reverse=True)[:count]
 
-def kind_errors(runs: Sequence[Run]) -> list[ErrorRow]:
-    """The median error by kind, over the layers that every run has: medians of other layers would not compare."""
-    common = set(common_layers(runs))
-    kinds = [
-        {kind.kind: kind.median_output_error for kind in summary.kind_summaries(layers)}
-        for layers in ([layer for layer in run.report.layers if layer.name in common] for run in runs)
-    ]
-    return [ErrorRow(kind, [medians.get(kind, math.nan) for medians in kinds]) for kind in kinds[0]]
+    def _differs(self, key: str) -> bool:
+        """A key that some runs lack differs, unless they chose another option of its group: RTN has no damping."""
+        if len({run.settings[key] for run in self.runs if key in run.settings}) > 1:
+            return True
+        group = key.partition(".")[0]
+        another_option = group != key and len({run.settings.get(group) for run in self.runs}) > 1
+        return any(key not in run.settings for run in self.runs) and not another_option
 
-
-def changed_layers(runs: Sequence[Run], count: int) -> list[ErrorRow]:
-    """The common layers whose error changed most against the reference in any run; none that did not change."""
-    errors = [_output_errors(run) for run in runs]
-    rows = [ErrorRow(name, [by_name[name] for by_name in errors]) for name in common_layers(runs)]
-    return sorted((row for row in rows if _change(row)), key=_change, reverse=True)[:count]
-
-
-def ratio(error: float, reference: float) -> float:
-    """1 where both are the same, also where both are zero."""
-    if error == reference:
-        return 1.0
-    return error / reference if reference else math.inf
+    def _owners(self) -> dict[str, tuple[int, ...]]:
+        """By layer, the indices of the runs that have it."""
+        names = dict.fromkeys(name for run in self.runs for name in run.output_errors)
+        return {name: tuple(i for i, run in enumerate(self.runs) if name in run.output_errors) for name in names}
 
 
 def accumulated_error(report: RunReport) -> float:
-    """The error of the last block's output, NaN for a run that did not measure it."""
+    """The relative error of the last block's output; NaN for a run that did not measure it."""
     return report.blocks[-1].output_error if report.blocks else math.nan
-
-
-def _change(row: ErrorRow) -> float:
-    """The largest factor between the reference and any other run, as a logarithm: a tenth counts as much as tenfold."""
-    return max((_distance(ratio(error, row.errors[0])) for error in row.errors[1:]), default=0.0)
-
-
-def _distance(factor: float) -> float:
-    return abs(math.log(factor)) if math.isfinite(factor) and factor > 0 else math.inf
-
-
-def _output_errors(run: Run) -> dict[str, float]:
-    return {layer.name: layer.output_error for layer in run.report.layers}
-
-
-def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    groups: dict[Key, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups

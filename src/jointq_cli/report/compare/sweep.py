@@ -1,6 +1,6 @@
-"""The jobs of a sweep with what each of them measured, by `jointq quantize` or by `jointq evaluate`, and the best one.
+"""The jobs of a sweep over `jointq quantize` or `jointq evaluate`, what each of them measured, and the best one.
 
-Knows where a job's report lies and what makes two figures comparable. Knows no rows and no markup.
+Knows the files of a job and which measurements are comparable. Knows no table and no markup.
 """
 
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jointq_cli.errors import JointqError
 from jointq_cli.records import Comparison, EvaluationReport, Perplexity, Protocol, RunReport
-from jointq_cli.report.compare import summary
+from jointq_cli.report import summary
 from jointq_cli.report.compare.run_files import EVALUATION, REPORT
 from jointq_cli.system.record_json import load_record, load_report
 from jointq_cli.system.sweep_directory import DONE, JobRecord, SweepDirectory
@@ -23,7 +23,7 @@ class SweepMeasurement:
     """What jobs are compared by. None: not measured by this command."""
 
     protocol: Protocol
-    original: str  # what is measured against, "" for nothing: figures of two originals do not compare
+    original: str  # the reference model, "" for none: results against different references are not comparable
     original_perplexity: float | None
     perplexity: Perplexity
     comparison: Comparison | None
@@ -42,7 +42,7 @@ class SweepMeasurement:
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A job, and what it measured once it is done."""
+    """A job, and what it measured if it is done."""
 
     number: int
     settings: dict[str, str]
@@ -50,8 +50,8 @@ class SweepJob:
     measured: SweepMeasurement | None
 
     @property
-    def figure(self) -> float:
-        """Perplexity; what cannot be compared is infinite."""
+    def score(self) -> float:
+        """Perplexity; infinite if there is none or it is not finite."""
         value = self.measured.perplexity.value if self.measured else math.inf
         return value if math.isfinite(value) else math.inf
 
@@ -64,19 +64,22 @@ def load_jobs(directory: SweepDirectory, numbers: Iterable[int] | None = None) -
 
 
 def best(jobs: Sequence[SweepJob]) -> SweepJob | None:
-    """The finished job of the least perplexity among those measured alike with most others; the first where two tie."""
-    finished = [job for job in jobs if job.figure < math.inf]
-    alike = [(job.measured.protocol, job.measured.original) for job in finished if job.measured]
-    if not alike:
+    """The finished job with the lowest perplexity among those of the most frequent protocol and reference model; the
+    first of equals."""
+    finished = [job for job in jobs if job.score < math.inf]
+    identities = [(job.measured.protocol, job.measured.original) for job in finished if job.measured]
+    if not identities:
         return None
-    [(common, _)] = Counter(alike).most_common(1)
-    compared = [job for job, identity in zip(finished, alike, strict=True) if identity == common]
-    return min(compared, key=lambda job: job.figure)
+    [(common, _)] = Counter(identities).most_common(1)
+    comparable = [job for job, identity in zip(finished, identities, strict=True) if identity == common]
+    return min(comparable, key=lambda job: job.score)
 
 
 def _load_job(directory: SweepDirectory, number: int, settings: dict[str, str]) -> SweepJob:
     record = directory.record(number)
-    measured = _measured(directory.run(number)) if record.state == DONE else None  # others are of an earlier attempt
+    measured = (
+        _measured(directory.run(number)) if record.state == DONE else None
+    )  # otherwise left by an earlier attempt
     return SweepJob(number, settings, record, measured)
 
 
@@ -102,7 +105,7 @@ def _of_run(report: RunReport) -> SweepMeasurement:
 
 
 def _of_evaluation(report: EvaluationReport) -> SweepMeasurement:
-    """Of several models, since these are what such a sweep compares."""
+    """`original` is the reference, not the model: such a sweep compares several models."""
     value, comparison = report.perplexity.value, report.comparison
     return SweepMeasurement(
         protocol=report.protocol,

@@ -1,6 +1,6 @@
-"""What the engine tells a person while it works: one voice for the screen and for the log file.
+"""Reports a command's progress and result on a display and in the log file.
 
-Knows the records and when things happened; measures and decides nothing. Imports rich only for a terminal.
+Knows the records and the time. Measures and decides nothing. Imports rich only for a terminal.
 """
 
 import os
@@ -15,30 +15,30 @@ from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
-from jointq_cli.report import number_format as units
-from jointq_cli.report.console import lines
+from jointq_cli.report.console.displays import Display, LogDisplay, PhaseBar, PlainDisplay, State, closing
+from jointq_cli.report.console.final_summary import FinalSummary, evaluate_summary, quantize_summary, rotate_summary
 from jointq_cli.report.console.log_file import LogFile
-from jointq_cli.report.console.screens import Bar, PlainScreen, Screen, SilentScreen, State, opened
-from jointq_cli.report.tables.table import Sheet
+from jointq_cli.report.number_format import plural
+from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.machine import peak_memory
 
 
 class StageTimer:
-    """One step of the road, while it is taken and after."""
+    """One stage of a pipeline, while it runs and after."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self.name = name
-        self.seconds = 0.0  # known once the stage has ended
+        self.seconds = 0.0  # set when the stage ends
         self.is_reused = False
         self._clock = clock
         self._start = clock()
 
     def reused(self) -> None:
-        """Marks that the store had its result."""
+        """Marks that the result came from the store."""
         self.is_reused = True
 
     def record(self) -> StageRecord:
-        """What the report keeps of it, to be asked after its end. Peak memory: the process's so far."""
+        """Its row in the report, valid after its end. Peak memory is that of the process so far."""
         return StageRecord(self.name, self.seconds, self.is_reused, peak_memory())
 
     def finish(self) -> None:
@@ -46,12 +46,12 @@ class StageTimer:
 
 
 class Console:
-    """Tells a run's story on a screen and in a log. Leaving its context restores terminal and warnings.
+    """Reports a run on a display and in a log. Leaving its context restores the terminal and Python's warnings.
 
-    log_path: the log file, None for none. quiet: nothing on the screen. brief: nothing but one live line, which
-    begins with these words; somebody else tells what comes of it. stream: where to write, standard
-    output if None; a terminal there is drawn on, anything else gets plain lines. width: columns, None to ask
-    the terminal. Raises ResourceError when the log cannot be written.
+    log_path: the log file, None for none. quiet: display nothing. brief: if not empty, display nothing but warnings and
+    one live line that begins with this text, for a job of a sweep. stream: standard output if None; a terminal gets
+    colours and live progress bars, anything else plain lines. width: columns, None to ask the terminal. Raises
+    ResourceError when the log cannot be written.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Console:
         width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.warnings: list[str] = []  # what `warn` was told, for the report
+        self.warnings: list[str] = []  # all texts of `warn`, for the report
         self._clock = clock
-        self._screen = _screen(sys.stdout if stream is None else stream, quiet, brief, width, clock)
+        self._display = _display(sys.stdout if stream is None else stream, quiet, brief, width, clock)
         self._log = None if log_path is None else LogFile(log_path)
+        self._displays = [self._display, *([LogDisplay(self._log.write, clock)] if self._log is not None else [])]
         self._exits = ExitStack()
-        self._rows = 0
 
     def __enter__(self) -> Self:
-        self._exits.callback(self._screen.close)
+        self._exits.callback(self._display.close)
         if self._log is not None:
             self._exits.enter_context(self._log)
         return self
@@ -81,23 +81,22 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is not None:
-                self._write(_last_words(error))
+            if error is not None and self._log is not None:
+                self._log.write(_final_entry(error))
         finally:
             self._exits.close()
 
     def header(self, pairs: list[tuple[str, str]]) -> None:
-        """pairs: (what, value): recipe, model, calibration, protocol, device."""
-        self._write("\n".join(lines.aligned(pairs)))
-        self._screen.header(pairs)
+        """pairs: (label, value) of recipe, model, calibration, protocol and device."""
+        for display in self._displays:
+            display.header(pairs)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageTimer]:
-        """Announces a stage, and tells at its end how long it took or how else it ended."""
+        """Reports the start of a stage and, at its end, its duration or how else it ended."""
         stage = StageTimer(name, self._clock)
-        self._write(f"{name} ...")
-        self._rows = 0
-        self._screen.stage_starts(name)
+        for display in self._displays:
+            display.stage_starts(name)
         state: State = "done"
         try:
             yield stage
@@ -107,78 +106,70 @@ class Console:
             raise
         finally:
             stage.finish()
-            self._screen.stage_ends(name, state, stage.seconds)
-            self._write(f"{name} {lines.outcome(state, stage.seconds)}")
+            for display in self._displays:
+                display.stage_ends(name, state, stage.seconds)
 
-    def bar(self, description: str, total: int) -> AbstractContextManager[Bar]:
-        """The bar of a phase of `total` steps; what it yields has `.advance(n=1)`."""
-        return opened(self._screen.bar(description, total))
+    def bar(self, description: str, total: int) -> AbstractContextManager[PhaseBar]:
+        """The progress bar of a phase of `total` steps; call `.advance(n=1)` on what it yields."""
+        return closing(self._display.bar(description, total))
 
     def layer(self, record: LayerRecord) -> None:
-        """A row for a layer that has just been quantised."""
-        if not self._rows:
-            self._write(lines.layer_heading(lines.PLAIN_NAME_WIDTH))
-        self._rows += 1
-        self._write(lines.layer_entry(record))
-        self._screen.layer(record)
+        """Adds a row to the table of layers."""
+        for display in self._displays:
+            display.layer(record)
 
     def note(self, text: str) -> None:
-        self._write(text)
-        self._screen.note(text)
+        for display in self._displays:
+            display.note(text)
 
     def warn(self, text: str) -> None:
         """Something that the user should look at; kept in `warnings`."""
         self.warnings.append(text)
-        self._write(f"WARNING {text}")
-        self._screen.warn(text)
+        for display in self._displays:
+            display.warn(text)
 
-    def closing(self, report: RunReport, run_directory: Path) -> None:
-        """The result of a quantisation, where it lies, and what to do next."""
-        self._close(lines.closing_of_run(report, _from_here(run_directory)))
+    def show_run(self, report: RunReport, run_directory: Path) -> None:
+        """The result of `jointq quantize`, where its files are, and what to do next."""
+        self._show(quantize_summary(report, _relative(run_directory)))
 
-    def rotated(self, record: RotationRecord, run_directory: Path) -> None:
-        """The result of a rotation."""
-        self._close(lines.closing_of_rotation(record, _from_here(run_directory)))
+    def show_rotation(self, record: RotationRecord, run_directory: Path) -> None:
+        """The result of `jointq rotate`."""
+        self._show(rotate_summary(record, _relative(run_directory)))
 
-    def measured(self, report: EvaluationReport, run_directory: Path) -> None:
-        """The result of an evaluation."""
-        self._close(lines.closing_of_evaluation(report, _from_here(run_directory)))
+    def show_evaluation(self, report: EvaluationReport, run_directory: Path) -> None:
+        """The result of `jointq evaluate`."""
+        self._show(evaluate_summary(report, _relative(run_directory)))
 
-    def side_by_side(self, sheet: Sheet) -> None:
-        """Several runs, as `jointq compare` tells of them."""
-        self._write("\n".join(sheet.as_text()))
-        self._screen.side_by_side(sheet)
+    def show_tables(self, document: TableDocument) -> None:
+        for display in self._displays:
+            display.tables(document)
 
-    def _close(self, closing: lines.Closing) -> None:
-        self._write("\n".join(closing.as_text()))
-        self._screen.closing(closing)
+    def _show(self, summary: FinalSummary) -> None:
+        for display in self._displays:
+            display.summary(summary)
         if self._log is not None and self._log.library_warnings:
-            count = units.plural(self._log.library_warnings, "library warning")
-            self._screen.note(f"{count} in {self._log.path}")
-
-    def _write(self, text: str) -> None:
-        if self._log is not None:
-            self._log.write(text)
+            count = plural(self._log.library_warnings, "library warning")
+            self._display.note(f"{count} in {self._log.path}")
 
 
-def _screen(stream: TextIO, quiet: bool, brief: str, width: int | None, clock: Callable[[], float]) -> Screen:
-    drawn = stream.isatty() and os.environ.get("TERM") != "dumb"
-    if quiet or (brief and not drawn):
-        return SilentScreen(clock)
-    if not drawn:
-        return PlainScreen(stream, clock)
-    from jointq_cli.report.console.terminal import BriefScreen, TerminalScreen  # rich takes a while to import
+def _display(stream: TextIO, quiet: bool, brief: str, width: int | None, clock: Callable[[], float]) -> Display:
+    is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+    if quiet or (brief and not is_terminal):
+        return Display(clock)
+    if not is_terminal:
+        return PlainDisplay(stream, clock)
+    from jointq_cli.report.console.terminal import BriefDisplay, TerminalDisplay  # rich takes a while to import
 
-    return BriefScreen(brief, stream, clock, width) if brief else TerminalScreen(stream, clock, width)
+    return BriefDisplay(brief, stream, clock, width) if brief else TerminalDisplay(stream, clock, width)
 
 
-def _from_here(path: Path) -> Path:
-    """The shorter way to write a path under the working directory."""
+def _relative(path: Path) -> Path:
+    """Relative to the working directory, if it is below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _last_words(error: BaseException) -> str:
-    """A failed run's last log entry: a line for what a user caused, the traceback for a bug of ours."""
+def _final_entry(error: BaseException) -> str:
+    """The last log entry of a failed run: one line for an error of the user's, the traceback for a bug of ours."""
     if isinstance(error, JointqError):
         return f"ERROR {error}"
     return "".join(traceback.format_exception(error)).rstrip()

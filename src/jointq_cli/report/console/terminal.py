@@ -1,4 +1,4 @@
-"""A run drawn on a terminal with rich: panels, colours, one live bar. Knows looks, not meanings."""
+"""A run displayed on a terminal with rich: panels, colours, one live progress bar."""
 
 import math
 from collections.abc import Callable
@@ -13,41 +13,42 @@ from rich.text import Text
 
 from jointq_cli import __version__
 from jointq_cli.records import LayerRecord
-from jointq_cli.report import number_format as units
-from jointq_cli.report.compare import summary
-from jointq_cli.report.console import lines
-from jointq_cli.report.console.pace import Pace
-from jointq_cli.report.console.screens import Bar, Screen, State
-from jointq_cli.report.tables.table import GAP, Sheet, TextTable
+from jointq_cli.report.console.displays import Display, PhaseBar, State, outcome
+from jointq_cli.report.console.final_summary import FinalSummary
+from jointq_cli.report.console.layer_rows import layer_heading, layer_row, name_width
+from jointq_cli.report.console.progress_rate import ProgressRate
+from jointq_cli.report.number_format import KeyMetric, duration
+from jointq_cli.report.summary import DAMPED, FALLBACK, layer_notes
+from jointq_cli.report.tables.table import GAP, TableDocument, TextTable
 
-VERDICT_STYLES = {summary.FALLBACK: "bold red", summary.DAMPED: "yellow"}
+VERDICT_STYLES = {FALLBACK: "bold red", DAMPED: "yellow"}
 STATE_STYLES = {"done": "green", "reused": "cyan", "failed": "bold red", "interrupted": "yellow"}
 STATE_MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "■"}
 FULL_WIDTH = 110  # columns; wider panels are harder to read
 LABEL_STYLE = "dim"
-LABEL_WIDTH = 20  # columns; the same in all tables at the end, so that they read as one
+LABEL_WIDTH = 20  # columns; the same in all parts of the final summary
 
 
-class TerminalScreen(Screen):
+class TerminalDisplay(Display):
     """One live line at the bottom, everything else scrolls above it.
 
-    The live line is the innermost thing that is open: a bar, or else a stage's spinner. rich obeys NO_COLOR.
+    The live line is the innermost open progress bar, or else the spinner of the stage. rich obeys NO_COLOR.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float], width: int | None = None) -> None:
-        # force_terminal: whoever chose this screen knows already that there is a terminal.
+        super().__init__(clock)
+        # force_terminal: the caller has already checked that the stream is a terminal.
         self._rich = Rich(file=stream, force_terminal=True, highlight=False, markup=False, width=width)
-        self._clock = clock
         self._progress: Progress | None = None
         self._open: list[TaskID] = []
-        self._heading_due = True
+        self._needs_heading = True
 
     def header(self, pairs: list[tuple[str, str]]) -> None:
         title = Text(f"jointq {__version__}", style="bold")
-        self._rich.print(Panel(_grid(pairs), title=title, title_align="left", box=ROUNDED, width=self._panel_width()))
+        self._rich.print(Panel(_pairs(pairs), title=title, title_align="left", box=ROUNDED, width=self._panel_width()))
 
     def stage_starts(self, name: str) -> None:
-        self._heading_due = True
+        self._needs_heading = True
         self.show_live(name, None)
 
     def stage_ends(self, name: str, state: State, seconds: float) -> None:
@@ -57,20 +58,20 @@ class TerminalScreen(Screen):
             Text.assemble(
                 (f"{STATE_MARKS[state]} ", style),
                 f"{name:<{LABEL_WIDTH - 2}}  ",
-                (lines.outcome(state, seconds), style),
+                (outcome(state, seconds), style),
             )
         )
 
-    def bar(self, description: str, total: int) -> Bar:
-        return TerminalBar(description, total, self._clock, self)
+    def bar(self, description: str, total: int) -> PhaseBar:
+        return TerminalPhaseBar(description, total, self._clock, self)
 
     def layer(self, record: LayerRecord) -> None:
-        width = lines.name_width(self._rich.width)
-        if self._heading_due:
-            self._print_line(Text(lines.layer_heading(width), style="bold"))
-            self._heading_due = False
-        line = Text(lines.layer_line(record, width), style=VERDICT_STYLES.get(record.verdict, ""))
-        notes = lines.layer_notes(record)
+        width = name_width(self._rich.width)
+        if self._needs_heading:
+            self._print_line(Text(layer_heading(width), style="bold"))
+            self._needs_heading = False
+        line = Text(layer_row(record, width), style=VERDICT_STYLES.get(record.verdict, ""))
+        notes = layer_notes(record)
         if notes and len(line) + len(notes) + 2 < self._rich.width:
             line.append(f"  {notes}", style="dim")
         self._print_line(line)
@@ -81,49 +82,49 @@ class TerminalScreen(Screen):
     def warn(self, text: str) -> None:
         self._rich.print(Text.assemble(("warning: ", "bold yellow"), (text, "yellow")))
 
-    def closing(self, closing: lines.Closing) -> None:
-        self._verdict(closing.verdict, closing.problems)
-        self._rich.print(_figures(closing.figures))
+    def summary(self, summary: FinalSummary) -> None:
+        self._headline(summary.headline, summary.problems)
+        self._rich.print(_metrics(summary.metrics))
         self._rich.print()
-        self._rich.print(_grid(closing.details, LABEL_WIDTH))
+        self._rich.print(_pairs(summary.details, LABEL_WIDTH))
         self._rich.print()
-        for label, value in closing.next_steps:
-            # Never folded: whoever copies a path or a command wants it in one piece.
+        for label, value in summary.next_steps:
+            # Not folded, so that a path or a command can be copied in one piece.
             line = Text.assemble((f"{label:<{LABEL_WIDTH}}  ", LABEL_STYLE), value)
             self._rich.print(line, soft_wrap=True)
 
-    def side_by_side(self, sheet: Sheet) -> None:
-        self._verdict(sheet.headline, sheet.warnings)
-        for grid in sheet.grids:
+    def tables(self, document: TableDocument) -> None:
+        self._headline(document.headline, document.warnings)
+        for table in document.tables:
             self._rich.print()
-            self._rich.print(Text(grid.title, style="bold"))
-            for part in grid.folded(self._rich.width):
+            self._rich.print(Text(table.title, style="bold"))
+            for part in table.folded(self._rich.width):
                 self._rich.print(_columns(part))
         self._rich.print()
-        for note in sheet.notes:
+        for note in document.notes:
             self._rich.print(Text(note, style=LABEL_STYLE))
 
     def close(self) -> None:
         self._open.clear()
         self._stop()
 
-    def show_live(self, description: str, pace: Pace | None) -> TaskID:
-        """Puts a new live line in place of the one there is. pace: None draws a spinner only."""
+    def show_live(self, description: str, rate: ProgressRate | None) -> TaskID:
+        """Replaces the live line by a new one. rate: None for a spinner without a bar."""
         if self._progress is None:
             self._progress = _live_line(self._rich)
             self._progress.start()
         if self._open:
             self._progress.update(self._open[-1], visible=False)
-        task = self._progress.add_task(description, total=None if pace is None else pace.total, pace=pace)
+        task = self._progress.add_task(description, total=None if rate is None else rate.total, rate=rate)
         self._open.append(task)
         return task
 
-    def move_live(self, task: TaskID, done: int, description: str) -> None:
+    def update_live(self, task: TaskID, done: int, description: str) -> None:
         if self._progress is not None:
             self._progress.update(task, completed=done, description=description)
 
     def drop_live(self) -> None:
-        """Takes the innermost live line away and shows the one under it again."""
+        """Removes the innermost live line and shows the previous one again."""
         if self._progress is None or not self._open:
             return
         self._progress.remove_task(self._open.pop())
@@ -137,8 +138,8 @@ class TerminalScreen(Screen):
             self._progress.stop()
             self._progress = None
 
-    def _verdict(self, verdict: str, problems: list[str]) -> None:
-        text = Text(verdict, style="bold")
+    def _headline(self, headline: str, problems: list[str]) -> None:
+        text = Text(headline, style="bold")
         for problem in problems:
             text.append(f"\n! {problem}", style="red")
         style = "red" if problems else "green"
@@ -152,8 +153,8 @@ class TerminalScreen(Screen):
         return min(self._rich.width, FULL_WIDTH)
 
 
-class BriefScreen(TerminalScreen):
-    """The live line alone, for one job of many; warnings are shown, the rest is in the job's log."""
+class BriefDisplay(TerminalDisplay):
+    """Only the live line and warnings, for one job of a sweep; the rest is in the log of the job."""
 
     def __init__(self, label: str, stream: TextIO, clock: Callable[[], float], width: int | None = None) -> None:
         super().__init__(stream, clock, width)
@@ -168,7 +169,7 @@ class BriefScreen(TerminalScreen):
     def stage_ends(self, name: str, state: State, seconds: float) -> None:
         self.drop_live()
 
-    def bar(self, description: str, total: int) -> Bar:
+    def bar(self, description: str, total: int) -> PhaseBar:
         return super().bar(f"{self._label}: {description}", total)
 
     def layer(self, record: LayerRecord) -> None:
@@ -180,76 +181,76 @@ class BriefScreen(TerminalScreen):
     def warn(self, text: str) -> None:
         super().warn(f"{self._label}: {text}")
 
-    def closing(self, closing: lines.Closing) -> None:
+    def summary(self, summary: FinalSummary) -> None:
         pass
 
 
-class TerminalBar(Bar):
+class TerminalPhaseBar(PhaseBar):
     """The live line of a phase."""
 
-    def __init__(self, description: str, total: int, clock: Callable[[], float], screen: TerminalScreen) -> None:
+    def __init__(self, description: str, total: int, clock: Callable[[], float], display: TerminalDisplay) -> None:
         super().__init__(description, total, clock)
-        self._screen = screen
-        self._task = screen.show_live(description, self.pace)
+        self._display = display
+        self._task = display.show_live(description, self.rate)
 
     def draw(self) -> None:
-        self._screen.move_live(self._task, self.pace.done, self.told)
+        self._display.update_live(self._task, self.rate.done, self.label)
 
     def close(self) -> None:
-        self._screen.drop_live()
+        self._display.drop_live()
 
 
-class _PhaseBar(BarColumn):
-    """The bar, but nothing beside the spinner of a stage that cannot say how far it is."""
+class _BarColumn(BarColumn):
+    """The bar; nothing for a stage whose progress is unknown."""
 
     def render(self, task: Task) -> Text:  # type: ignore[override]
         return Text() if task.total is None else super().render(task)  # type: ignore[return-value]
 
 
-class _Counts(ProgressColumn):
-    """Steps, share, time so far and time left."""
+class _CountColumn(ProgressColumn):
+    """Steps, time so far and time left."""
 
     def render(self, task: Task) -> Text:
-        pace: Pace | None = task.fields["pace"]
-        if pace is None:
-            return Text(units.duration(task.elapsed or 0.0), style="dim")
-        remaining = pace.remaining
-        left = "" if math.isnan(remaining) else f", {units.duration(remaining)} left"
-        return Text.assemble(f"{pace.done}/{pace.total}  {units.duration(pace.elapsed)}", (left, "cyan"))
+        rate: ProgressRate | None = task.fields["rate"]
+        if rate is None:
+            return Text(duration(task.elapsed or 0.0), style="dim")
+        remaining = rate.remaining
+        left = "" if math.isnan(remaining) else f", {duration(remaining)} left"
+        return Text.assemble(f"{rate.done}/{rate.total}  {duration(rate.elapsed)}", (left, "cyan"))
 
 
 def _live_line(rich: Rich) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        _PhaseBar(bar_width=None, complete_style="cyan", finished_style="green"),
-        _Counts(),
+        _BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+        _CountColumn(),
         console=rich,
         transient=True,
         expand=True,
     )
 
 
-def _figures(figures: list[units.KeyFigure]) -> Table:
+def _metrics(metrics: list[KeyMetric]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(min_width=LABEL_WIDTH)
-    for figure in figures:
-        table.add_row(Text(figure.label), Text(figure.value, style="bold"), Text(figure.detail, style=LABEL_STYLE))
+    for metric in metrics:
+        table.add_row(Text(metric.label), Text(metric.value, style="bold"), Text(metric.detail, style=LABEL_STYLE))
     return table
 
 
-def _columns(grid: TextTable) -> Table:
-    """A table that fits, with the best cells of its columns in colour."""
+def _columns(text_table: TextTable) -> Table:
+    """Without folding; the best cell of a column is in colour."""
     table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style=LABEL_STYLE)
-    for index, heading in enumerate(grid.heading):
-        table.add_column(Text(heading), justify="left" if index < grid.stub else "right", no_wrap=True)
-    for row in grid.rows:
+    for index, heading in enumerate(text_table.heading):
+        table.add_column(Text(heading), justify="left" if index < text_table.stub else "right", no_wrap=True)
+    for row in text_table.rows:
         table.add_row(*(Text(cell.text, style="bold green" if cell.best else "") for cell in row))
     return table
 
 
-def _grid(pairs: list[tuple[str, str]], label_width: int = 0) -> Table:
-    """Labels in one column, values in the next, long values folded under themselves."""
+def _pairs(pairs: list[tuple[str, str]], label_width: int = 0) -> Table:
+    """Labels in one column, values in the next, long values folded within their column."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style=LABEL_STYLE, no_wrap=True, min_width=label_width)
     grid.add_column(overflow="fold")

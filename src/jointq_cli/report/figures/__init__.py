@@ -1,0 +1,1 @@
+"""Figures as inline SVG. The pages that contain them are in `pages`. Each module here imports matplotlib."""

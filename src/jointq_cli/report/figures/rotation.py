@@ -1,59 +1,63 @@
-"""The pictures of a rotation: what it does to the activations over depth, and how R1 was learned."""
+"""The figures of a rotation: its effect on the activations over depth, and how R1 was learned."""
 
 from jointq_cli.records import RotationRecord, RotationTraining, Site
-from jointq_cli.report.compare import rotation_summary
-from jointq_cli.report.figures.style import FAINT, WIDE, Canvas, Picture, depth_axis, draw_over_depth, look
+from jointq_cli.report import rotation_summary
+from jointq_cli.report.figures import style
+from jointq_cli.report.figures.plots import Series, draw_series
+from jointq_cli.report.figures.style import SvgFigure
+from jointq_cli.report.grouping import grouped
 
 
-def draw_rotation(record: RotationRecord) -> list[Picture]:
-    """Every picture for which the record has something to show."""
-    return [*_sites(record.sites), *(_course(course) for course in record.courses if course.name == "R1")]
+def rotation_figures(record: RotationRecord) -> list[SvgFigure]:
+    """All figures for which the record has data."""
+    trainings = [training for training in record.courses if training.name == "R1"]
+    return [*_sites(record.sites), *map(_training, trainings)]
 
 
-def _sites(sites: list[Site]) -> list[Picture]:
+def _sites(sites: list[Site]) -> list[SvgFigure]:
     if not sites:
         return []
     before, after = rotation_summary.mean_sqnr(sites)
-    with Canvas(WIDE) as canvas:
-        axes = canvas.axes
-        tips: dict[str, list[str]] = {}
-        for index, name in enumerate(dict.fromkeys(site.name for site in sites)):
-            members = [site for site in sites if site.name == name]
-            depths = [site.block for site in members]
-            colour, _ = look(index)
-            axes.plot(depths, [site.sqnr_before for site in members], color=colour, linestyle=":", linewidth=1.4)
-            group = f"sqnr-{index}"
-            draw_over_depth(axes, depths, [site.sqnr_after for site in members], look(index), label=name, gid=group)
-            tips[group] = [
-                f"block {site.block} {name}: {site.sqnr_before:.1f} → {site.sqnr_after:.1f} dB, max/rms "
-                f"{site.peak_before:.1f} → {site.peak_after:.1f}"
-                for site in members
-            ]
-        depth_axis(axes)
+    by_name = grouped(sites, lambda site: site.name)
+    with style.styled_axes(style.WIDE) as axes:
+        for index, members in enumerate(by_name.values()):
+            blocks = [site.block for site in members]
+            colour, _ = style.series_style(index)
+            axes.plot(blocks, [site.sqnr_before for site in members], color=colour, linestyle=":", linewidth=1.4)
+        series = [
+            Series(name, [(site.block, site.sqnr_after, _in_words(site)) for site in members])
+            for name, members in by_name.items()
+        ]
+        tooltips = draw_series(axes, series, gid="sqnr")
+        style.depth_axis(axes)
         axes.set_ylabel("SQNR, dB")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
-        svg = canvas.svg("sqnr", tips)
-    caption = (
-        f"Signal to quantisation noise of what layers are given, 4 bits per token: dotted before ({before:.1f} dB in "
-        f"the mean), points after ({after:.1f} dB). Tokens that nothing was learned from."
+        style.legend_beside(axes)
+        caption = (
+            f"Signal to quantisation noise of layer inputs at 4 bits per token: dotted before ({before:.1f} dB on "
+            f"average), points after ({after:.1f} dB). Tokens that nothing was learned from."
+        )
+        return [style.svg_figure(axes, "Activations before and after the rotation", caption, tooltips)]
+
+
+def _in_words(site: Site) -> str:
+    return (
+        f"block {site.block} {site.name}: {site.sqnr_before:.1f} → {site.sqnr_after:.1f} dB, max/rms "
+        f"{site.peak_before:.1f} → {site.peak_after:.1f}"
     )
-    return [Picture("Activations before and after the rotation", caption, svg, wide=True)]
 
 
-def _course(course: RotationTraining) -> Picture:
-    steps = [checkup.step for checkup in course.errors]
-    errors = [checkup.error for checkup in course.errors]
-    with Canvas(WIDE) as canvas:
-        axes = canvas.axes
-        draw_over_depth(axes, steps, errors, look(0), label=None, gid="course")
-        axes.axvline(course.best_step, color=FAINT, linewidth=1.2)
+def _training(training: RotationTraining) -> SvgFigure:
+    with style.styled_axes(style.WIDE) as axes:
+        points = [
+            (float(point.step), point.error, f"step {point.step}: {point.error:.2e}") for point in training.errors
+        ]
+        tooltips = draw_series(axes, [Series(None, points)], gid="training")
+        axes.axvline(training.best_step, color=style.FAINT, linewidth=1.2)
         axes.set_xlabel("step")
         axes.set_ylabel("error")
         axes.set_ylim(bottom=0)
-        tips = [f"step {step}: {error:.2e}" for step, error in zip(steps, errors, strict=True)]
-        svg = canvas.svg("course", {"course": tips})
-    caption = (
-        "Relative error of rotated activations at few bits, on tokens that were not learned from. The line marks the "
-        f"step whose rotation was kept, {course.best_step} of {course.steps}."
-    )
-    return Picture("How R1 was learned", caption, svg, wide=True)
+        caption = (
+            "Relative error of rotated activations at few bits, on tokens that were not learned from. The line marks "
+            f"the step whose rotation was kept, {training.best_step} of {training.steps}."
+        )
+        return style.svg_figure(axes, "How R1 was learned", caption, tooltips)

@@ -1,13 +1,15 @@
-"""What every picture is drawn on: a figure in the house style that ends as inline SVG, and its axes.
+"""The style of all figures, axes in that style, and their export as inline SVG.
 
-No fixed colours, no fonts, no dates, no addresses: colours are CSS variables of the page, so that one picture serves
-light and dark. Knows matplotlib, which it imports, and no record: whoever wants no picture should not import this.
+The SVG has no fixed colours, fonts, dates or addresses: colours are CSS variables of the page, so that one figure
+serves light and dark mode. Knows matplotlib and no record. Importing it takes a second, so import it only where figures
+are drawn.
 """
 
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -20,9 +22,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from jointq_cli.report import number_format as units
+from jointq_cli.report.number_format import plural
 
-# matplotlib wants real colours. These stand for CSS variables, which take their place in the finished SVG.
+# matplotlib needs real colours. These are placeholders for CSS variables, which replace them in the finished SVG.
 INK, FAINT, GRID, BAD = "#010101", "#010102", "#010103", "#010104"
 SERIES = tuple(f"#0102{index:02x}" for index in range(8))
 VARIABLES = {
@@ -32,15 +34,11 @@ VARIABLES = {
     BAD: "var(--bad)",
     **{colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)},
 }
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # beside the colour, for eyes and printers without it
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # in addition to colours, for readers and printers without colour
 WIDE, HALF = (9.6, 3.7), (4.7, 3.1)  # inches
-FAR_APART = 5  # ratio of two perplexities from which on only a logarithmic axis shows both
-ACCUMULATED = (
-    "|quantised - original|\u00b2 / |original|\u00b2 of what leaves each block, all blocks up to it quantised, "
-    "on the first batch of calibration windows"
-)
+FAR_APART = 5  # ratio of the largest to the smallest value above which an axis is logarithmic
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -63,64 +61,59 @@ STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture with the words around it."""
+class SvgFigure:
+    """A finished figure: an <svg> element with title and caption."""
 
     title: str
     caption: str
     svg: str
-    wide: bool
+    wide: bool  # over the full width of the page
 
 
-class Canvas:
-    """A figure in the house style, whatever the user's own matplotlib settings are."""
-
-    def __init__(self, inches: tuple[float, float]) -> None:
-        self._inches = inches
-
-    def __enter__(self) -> "Canvas":
-        self._settings = matplotlib.rc_context()
-        self._settings.__enter__()
+@contextmanager
+def styled_axes(inches: tuple[float, float]) -> Iterator[Axes]:
+    """The axes of a new figure in this style, whatever the user's own matplotlib settings are."""
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        self._figure = Figure(figsize=self._inches, layout="constrained")
-        FigureCanvasSVG(self._figure)
-        self.axes: Axes = self._figure.add_subplot()
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        self._settings.__exit__(None, None, None)
-
-    def svg(self, name: str, tips: dict[str, list[str]]) -> str:
-        """The <svg> element. name: what its ids are derived from, so that they differ between pictures.
-
-        tips: by the id of a group of points, what each of them says under the mouse.
-        """
-        matplotlib.rcParams["svg.hashsalt"] = name
-        buffer = StringIO()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a layout too narrow for its labels is no trouble of the user
-            self._figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        return _inline(buffer.getvalue(), name, tips)
+        figure = Figure(figsize=inches, layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure.add_subplot()
 
 
-def _inline(document: str, name: str, tips: dict[str, list[str]]) -> str:
-    """matplotlib's SVG file as an element of a page."""
+def svg_figure(
+    axes: Axes, title: str, caption: str, tooltips: dict[str, list[str]] | None = None, *, wide: bool = True
+) -> SvgFigure:
+    """Exports axes; call it inside `styled_axes`. tooltips: one text per point, by the gid of the points."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    matplotlib.rcParams["svg.hashsalt"] = title  # ids are derived from it, so they differ between the figures of a page
+    buffer = StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # that the layout is too narrow for its labels is no user's concern
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return SvgFigure(title, caption, _inline(buffer.getvalue(), title, tooltips or {}), wide)
+
+
+def _inline(document: str, title: str, tooltips: dict[str, list[str]]) -> str:
+    """The SVG file of matplotlib as an element of a page."""
     svg = document[document.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    for group, texts in tips.items():
-        svg = _with_tips(svg, group, texts)
+    for group, texts in tooltips.items():
+        svg = _with_tooltips(svg, group, texts)
     used = set(re.findall(r"#([\w-]+)", svg))
     svg = re.sub(r'\sid="([^"]*)"', lambda match: match.group(0) if match.group(1) in used else "", svg)
     svg = re.sub(r'(width|height)="[\d.]+pt"\s?', "", svg, count=2)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(name)}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
-def _with_tips(svg: str, group: str, texts: Iterable[str]) -> str:
+def _with_tooltips(svg: str, group: str, texts: Iterable[str]) -> str:
     start = svg.find(f'<g id="{group}"')
     remaining = iter(texts)
     head, tail = svg[:start], svg[start:]
@@ -137,13 +130,13 @@ def fits_log_axis(value: float) -> bool:
 
 
 def _power(value: float) -> str:
-    """A tick's value with as many digits as it has: 2e-3, 1.5e-2."""
+    """Without trailing zeros: 2e-3, 1.5e-2."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def log_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Ticks such as "2e-4", at as many digits of each power of ten as the range of `values` has room for."""
+    """Ticks such as "2e-4"; the smaller the range of `values`, the more ticks per power of ten."""
     decades = math.log10(max(values) / min(values))
     digits = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(map(float, range(1, 10)))
     axis.set_major_locator(LogLocator(subs=digits))
@@ -152,53 +145,22 @@ def log_ticks(axis: Axis, values: Sequence[float]) -> None:
 
 
 def depth_axis(axes: Axes) -> None:
-    """Blocks to the right, whole ones."""
     axes.set_xlabel("decoder block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def depth_axes(axes: Axes, values: Sequence[float], symbol: str) -> None:
-    """Decoder blocks to the right, errors upwards on a logarithmic axis. values: those that are drawn."""
-    axes.set_yscale("log")
-    log_ticks(axes.yaxis, values)
-    axes.set_ylabel(symbol)
-    depth_axis(axes)
+def legend_beside(axes: Axes) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.2)
 
 
-def draw_over_depth(
-    axes: Axes, depths: Sequence[int], errors: Sequence[float], look: tuple[str, str], label: str | None, gid: str
-) -> None:
-    """look: colour and marker. gid: the id of the points, for their tips."""
-    colour, marker = look
-    # The thin line leads the eye; the points carry the tips.
-    axes.plot(depths, errors, color=colour, linewidth=0.8, alpha=0.35)
-    axes.plot(depths, errors, color=colour, marker=marker, markersize=4.5, linestyle="none", label=label, gid=gid)
-
-
-def look(index: int) -> tuple[str, str]:
-    """Colour and marker of a series: 64 pairs, of which the first eight share nothing."""
+def series_style(index: int) -> tuple[str, str]:
+    """Colour and marker of a series: 64 pairs; the first eight differ in both."""
     return SERIES[index % len(SERIES)], MARKERS[(index + index // len(SERIES)) % len(MARKERS)]
 
 
-def spread_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Makes the axis to the right logarithmic where `values` are too far apart for any other."""
-    if max(values) > FAR_APART * min(values):
-        axes.set_xscale("log")
-        log_ticks(axes.xaxis, values)
-
-
-def with_error_bar(axes: Axes, row: float, value: float, standard_error: float, look: tuple[str, str]) -> None:
-    """A point with its bar and, above it, both as text."""
-    spread = standard_error if math.isfinite(standard_error) else 0.0
-    colour, marker = look
-    axes.errorbar(value, row, xerr=spread, fmt=marker, color=colour, markersize=8, capsize=5, linewidth=1.8)
-    text = units.plus_minus(value, standard_error)
-    axes.annotate(text, (value, row), xytext=(0, 12), textcoords="offset points", ha="center")
-
-
-def left_out(count: int, noun: str) -> str:
+def not_drawn(count: int, noun: str) -> str:
     """The end of a caption: ". 2 layers without a positive error are not drawn", or nothing."""
     if not count:
         return ""
     verb = "is" if count == 1 else "are"
-    return f". {units.plural(count, noun)} without a positive error {verb} not drawn"
+    return f". {plural(count, noun)} without a positive error {verb} not drawn"

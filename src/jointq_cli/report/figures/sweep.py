@@ -1,6 +1,6 @@
-"""The pictures of a sweep: what was measured over the setting that was swept, a line for every mix of the others.
+"""The figures of a sweep: a measurement over the swept setting, one line per combination of the other settings.
 
-Knows jobs; what they are drawn on is `canvas`, which brings matplotlib.
+Knows the jobs of a sweep.
 """
 
 import math
@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from jointq_cli.report import number_format as units
 from jointq_cli.report.compare.sweep import SweepJob, SweepMeasurement, best
-from jointq_cli.report.figures.style import INK, WIDE, Canvas, Picture, fits_log_axis, log_ticks, look
-from jointq_cli.report.tables.table import tails
+from jointq_cli.report.figures import style
+from jointq_cli.report.figures.style import SvgFigure
+from jointq_cli.report.grouping import grouped
+from jointq_cli.report.number_format import shortest_suffixes, significant
 
-LEAST_POINTS = 3  # of a curve
+LEAST_POINTS = 3  # different values of the swept setting
 MOST_TICKS = 12
-WIDE_RANGE = 8  # ratio of the largest to the smallest value from which on the axis is logarithmic
-Figure = Callable[[SweepMeasurement], tuple[float, float]]  # value and standard error
+WIDE_RANGE = 8  # ratio of the largest to the smallest value above which an axis is logarithmic
+Metric = Callable[[SweepMeasurement], tuple[float, float]]  # value and standard error
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """The swept setting: its key and, by job, its value."""
+class _SweptSetting:
+    """Its key and, by the number of the job, its value."""
 
     key: str
     values: dict[int, float]
@@ -38,18 +39,18 @@ class _Axis:
         return min(values) > 0 and max(values) >= WIDE_RANGE * min(values)
 
 
-def draw_sweep(jobs: Sequence[SweepJob]) -> list[Picture]:
-    """Nothing where no setting has enough numbers for a curve, or nothing has been measured."""
-    measured = [job for job in jobs if job.figure < math.inf]
-    axis = _axis(measured)
-    if axis is None:
+def sweep_figures(jobs: Sequence[SweepJob]) -> list[SvgFigure]:
+    """Nothing if no setting has enough numeric values for a curve, or if nothing was measured."""
+    measured = [job for job in jobs if job.score < math.inf]
+    swept = _swept_setting(measured)
+    if swept is None:
         return []
     marked = best(jobs)
-    pictures = [_curves(f"Perplexity over {axis.name}", "perplexity", _perplexity, axis, measured, marked)]
+    figures = [_curves(f"Perplexity over {swept.name}", "perplexity", _perplexity, swept, measured, marked)]
     if all(job.measured and job.measured.comparison for job in measured):
-        title = f"KL divergence over {axis.name}"
-        pictures.append(_curves(title, "nats per token", _divergence, axis, measured, marked))
-    return pictures
+        title = f"KL divergence over {swept.name}"
+        figures.append(_curves(title, "nats per token", _divergence, swept, measured, marked))
+    return figures
 
 
 def _perplexity(measured: SweepMeasurement) -> tuple[float, float]:
@@ -62,12 +63,12 @@ def _divergence(measured: SweepMeasurement) -> tuple[float, float]:
     return measured.comparison.kl_divergence, measured.comparison.kl_divergence_standard_error
 
 
-def _axis(jobs: Sequence[SweepJob]) -> _Axis | None:
-    """The setting with the most different numbers."""
-    keys = list(dict.fromkeys(key for job in jobs for key in job.settings))
-    axes = [_Axis(key, _numbers(jobs, key)) for key in keys]
-    axes = [axis for axis in axes if len(set(axis.values.values())) >= LEAST_POINTS]
-    return max(axes, key=lambda axis: len(set(axis.values.values())), default=None)
+def _swept_setting(jobs: Sequence[SweepJob]) -> _SweptSetting | None:
+    """The setting with the most different numeric values."""
+    keys = dict.fromkeys(key for job in jobs for key in job.settings)
+    settings = [_SweptSetting(key, _numbers(jobs, key)) for key in keys]
+    settings = [setting for setting in settings if len(set(setting.values.values())) >= LEAST_POINTS]
+    return max(settings, key=lambda setting: len(set(setting.values.values())), default=None)
 
 
 def _numbers(jobs: Sequence[SweepJob], key: str) -> dict[int, float]:
@@ -83,65 +84,64 @@ def _numbers(jobs: Sequence[SweepJob], key: str) -> dict[int, float]:
 
 
 def _curves(
-    title: str, unit: str, figure: Figure, axis: _Axis, jobs: Sequence[SweepJob], marked: SweepJob | None
-) -> Picture:
-    lines = _lines(jobs, axis)
+    title: str, unit: str, metric: Metric, swept: _SweptSetting, jobs: Sequence[SweepJob], marked: SweepJob | None
+) -> SvgFigure:
+    lines = _lines(jobs, swept)
     drawn = [job for members in lines.values() for job in members]
-    values = [figure(job.measured)[0] for job in drawn if job.measured]
-    with Canvas(WIDE) as canvas:
-        axes = canvas.axes
+    values = [metric(job.measured)[0] for job in drawn if job.measured]
+    with style.styled_axes(style.WIDE) as axes:
         for index, (label, members) in enumerate(lines.items()):
-            colour, marker = look(index)
-            points = [(axis.values[job.number], *figure(job.measured)) for job in members if job.measured]
+            colour, marker = style.series_style(index)
+            points = [(swept.values[job.number], *metric(job.measured)) for job in members if job.measured]
             x, y, errors = map(list, zip(*points, strict=True))
             axes.errorbar(
                 x, y, yerr=errors, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.2,
                 elinewidth=1.0, label=label or None,
             )  # fmt: skip
-        if marked is not None and marked.measured is not None and marked.number in axis.values:
-            value = figure(marked.measured)[0]
-            at = axis.values[marked.number]
-            axes.plot([at], [value], marker="o", markersize=14, markerfacecolor="none", color=INK, linestyle="none")
-        _values_below(axes, axis)
-        if values and all(map(fits_log_axis, values)) and max(values) > WIDE_RANGE * min(values):
+        if marked is not None and marked.measured is not None and marked.number in swept.values:
+            x, y = [swept.values[marked.number]], [metric(marked.measured)[0]]
+            axes.plot(x, y, marker="o", markersize=14, markerfacecolor="none", color=style.INK, linestyle="none")
+        _ticks_at_values(axes, swept)
+        if values and all(map(style.fits_log_axis, values)) and max(values) > WIDE_RANGE * min(values):
             axes.set_yscale("log")
-            log_ticks(axes.yaxis, values)
-        axes.set_xlabel(axis.name)
+            style.log_ticks(axes.yaxis, values)
+        axes.set_xlabel(swept.name)
         axes.set_ylabel(unit)
         if len(lines) > 1:
             axes.legend()
-        return Picture(title, _caption(figure, drawn), canvas.svg(title, {}), wide=True)
+        return style.svg_figure(axes, title, _caption(metric, drawn))
 
 
-def _values_below(axes: Axes, axis: _Axis) -> None:
-    """A tick for every value that was tried, as long as there is room for them."""
-    values = sorted(set(axis.values.values()))
-    if axis.logarithmic:
+def _ticks_at_values(axes: Axes, swept: _SweptSetting) -> None:
+    """A tick for each value of the setting, if there are not too many."""
+    values = sorted(set(swept.values.values()))
+    if swept.logarithmic:
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, values)
+        style.log_ticks(axes.xaxis, values)
     if len(values) <= MOST_TICKS:
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _caption(figure: Figure, jobs: Sequence[SweepJob]) -> str:
+def _caption(metric: Metric, jobs: Sequence[SweepJob]) -> str:
     circle = "; in the circle: the least perplexity"
-    if figure is _divergence:
+    if metric is _divergence:
         return f"KL(original || quantised), ± one standard error over windows{circle}"
     found = {job.measured.original_perplexity for job in jobs if job.measured and job.measured.original_perplexity}
     if not found:
         return circle.removeprefix("; ")
-    originals = map(units.significant, sorted(found))
+    originals = map(significant, sorted(found))
     return f"± the standard error of the difference to the original, whose perplexity is {', '.join(originals)}{circle}"
 
 
-def _lines(jobs: Sequence[SweepJob], axis: _Axis) -> dict[str, list[SweepJob]]:
-    """The jobs that differ in nothing but the swept setting, by what they share, in the order of that setting."""
-    lines: dict[str, list[SweepJob]] = {}
-    for job in sorted(
-        (job for job in jobs if job.number in axis.values), key=lambda job: (axis.values[job.number], job.number)
-    ):
-        others = [key for key in job.settings if key != axis.key]
-        label = ", ".join(f"{head}={job.settings[key]}" for head, key in zip(tails(others), others, strict=True))
-        lines.setdefault(label, []).append(job)
+def _lines(jobs: Sequence[SweepJob], swept: _SweptSetting) -> dict[str, list[SweepJob]]:
+    """The jobs that differ in the swept setting only, ordered by it, under the settings that they share."""
+
+    def label(job: SweepJob) -> str:
+        others = [key for key in job.settings if key != swept.key]
+        names = shortest_suffixes(others)
+        return ", ".join(f"{name}={job.settings[key]}" for name, key in zip(names, others, strict=True))
+
+    shown = [job for job in jobs if job.number in swept.values]
+    lines = grouped(sorted(shown, key=lambda job: (swept.values[job.number], job.number)), label)
     return dict(sorted(lines.items(), key=lambda line: line[1][0].number))

@@ -1,32 +1,28 @@
-"""A report as Markdown: key figures, kinds of layers, the worst layers, where everything came from. And a sheet."""
+"""The report of a run and documents of tables as Markdown."""
 
 from collections.abc import Iterable, Sequence
 
 from jointq_cli.records import LayerRecord, RunReport
-from jointq_cli.report import number_format as units
-from jointq_cli.report.compare import rotation_summary, summary
-from jointq_cli.report.console import lines
-from jointq_cli.report.tables.table import Sheet, TextTable
+from jointq_cli.report import rotation_summary, summary
+from jointq_cli.report.number_format import KeyMetric, byte_size, damping_text, duration, scientific
+from jointq_cli.report.tables.run import kinds_table
+from jointq_cli.report.tables.table import TableDocument, TextTable
 
-WORST = 10  # layers; layers.csv has them all
+WORST = 10  # layers; layers.csv has all
 BLOCKS = 8
 
 
-def render_markdown(report: RunReport) -> str:
+def run_markdown(report: RunReport) -> str:
     parts = [
         f"# {summary.title(report)}",
         f"**{summary.headline(report)}**",
         summary.explanation(report),
         *(f"> **Problem:** {_inline(problem)}" for problem in summary.problems(report)),
-        _table(
-            ("figure", "value", "remark"),
-            ((figure.label, figure.value, figure.detail) for figure in summary.key_figures(report)),
-        ),
+        _table(("metric", "value", "note"), _metric_rows(summary.key_metrics(report))),
         f"Protocol: `{report.protocol.line()}`",
         *_basis(report),
-        "## Layers by kind",
-        _kinds(report),
-        *_helped(report),
+        *_text_table(kinds_table(report.layers)),
+        *_not_ok(report),
         *_blocks(report),
         f"## The {min(WORST, len(report.layers))} layers of largest output error",
         _layers(summary.worst_layers(report, WORST)),
@@ -34,69 +30,57 @@ def render_markdown(report: RunReport) -> str:
         "tokens, E_w that of its weight; both against what the layer was solved for, with QEP the corrected weight.",
         "## Where the time went",
         _stages(report),
-        "## Where it came from",
+        "## Provenance",
         _table(("what", "value"), summary.provenance(report)),
         *_warnings(report),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def render_sheet(sheet: Sheet) -> str:
-    """Several runs side by side."""
+def document_markdown(document: TableDocument) -> str:
     parts = [
-        f"# {_inline(sheet.title)}",
-        f"**{_inline(sheet.headline)}**",
-        *(f"> **Warning:** {_inline(warning)}" for warning in sheet.warnings),
-        *(part for grid in sheet.grids for part in _grid(grid)),
+        f"# {_inline(document.title)}",
+        f"**{_inline(document.headline)}**",
+        *(f"> **Warning:** {_inline(warning)}" for warning in document.warnings),
+        *(part for table in document.tables for part in _text_table(table)),
         "## Notes",
-        "\n".join(f"- {_inline(note)}" for note in sheet.notes).replace("*", "\\*"),
+        "\n".join(f"- {_inline(note)}" for note in document.notes).replace("*", "\\*"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _grid(grid: TextTable) -> list[str]:
-    rows = ([cell.text for cell in row] for row in grid.rows)
-    heading = [_inline(text) for text in grid.heading]
-    return [f"## {_inline(grid.title)}", _table(heading, rows, numbers_from=grid.stub), *filter(None, [grid.remark])]
+def _text_table(table: TextTable) -> list[str]:
+    rows = ([cell.text for cell in row] for row in table.rows)
+    heading = [_inline(text) for text in table.heading]
+    return [f"## {_inline(table.title)}", _table(heading, rows, numbers_from=table.stub), *filter(None, [table.note])]
 
 
 def _basis(report: RunReport) -> list[str]:
-    """What is stored and what is simulated, where that is not all there is."""
+    """What is stored and what is simulated, for a run with a rotation or simulated activations."""
     if not summary.basis(report):
         return []
     parts = ["## Stored and simulated", _inline(summary.stored_and_simulated(report))]
     if report.rotation is None:
         return parts
-    figures = [(figure.label, figure.value, figure.detail) for figure in rotation_summary.figures(report.rotation)]
-    found = [(what, value, "") for what, value in rotation_summary.provenance(report.rotation)]
-    return [*parts, _table(("new basis", "value", "remark"), [*figures, *found])]
+    metrics = _metric_rows(rotation_summary.metrics(report.rotation))
+    provenance = [(label, value, "") for label, value in rotation_summary.provenance(report.rotation)]
+    return [*parts, _table(("new basis", "value", "note"), [*metrics, *provenance])]
 
 
-def _kinds(report: RunReport) -> str:
-    rows = (
-        (
-            kind.kind,
-            str(kind.layers),
-            units.relative_error(kind.median_output_error),
-            units.relative_error(kind.largest_output_error),
-            units.relative_error(kind.median_weight_error),
-            units.duration(kind.seconds),
-        )
-        for kind in summary.kind_summaries(report.layers)
-    )
-    return _table(("kind", "layers", "median E_y", "largest E_y", "median E_w", "time"), rows, numbers_from=1)
+def _metric_rows(metrics: Sequence[KeyMetric]) -> list[tuple[str, str, str]]:
+    return [(metric.label, metric.value, metric.detail) for metric in metrics]
 
 
-def _helped(report: RunReport) -> list[str]:
-    helped = [layer for layer in report.layers if layer.verdict != "ok"]
-    return ["## Layers that needed help", _layers(helped)] if helped else []
+def _not_ok(report: RunReport) -> list[str]:
+    layers = [layer for layer in report.layers if layer.verdict != "ok"]
+    return ["## Layers that needed damping or a fallback", _layers(layers)] if layers else []
 
 
 def _blocks(report: RunReport) -> list[str]:
-    """Some of the blocks: the picture in the HTML has them all."""
+    """Some of the blocks; the figure in the HTML page has all."""
     step = max(1, -(-len(report.blocks) // BLOCKS))
-    shown = report.blocks[::-1][::step][::-1]  # the last one among them
-    rows = ((str(block.block), units.relative_error(block.output_error)) for block in shown)
+    shown = report.blocks[::-1][::step][::-1]  # counted from the last, which is always shown
+    rows = ((str(block.block), scientific(block.output_error)) for block in shown)
     text = (
         "|quantised - original|^2 / |original|^2 of what leaves a block, all blocks up to it quantised, on the first "
         "batch of calibration windows."
@@ -111,11 +95,11 @@ def _layers(layers: Sequence[LayerRecord]) -> str:
             f"`{layer.name}`",
             layer.verdict,
             f"{layer.out_features} x {layer.in_features}",
-            units.relative_error(layer.output_error),
-            units.relative_error(layer.weight_error),
-            units.damping(layer.damping),
-            units.duration(layer.seconds),
-            lines.layer_notes(layer),
+            scientific(layer.output_error),
+            scientific(layer.weight_error),
+            damping_text(layer.damping),
+            duration(layer.seconds),
+            summary.layer_notes(layer),
         )
         for layer in layers
     )
@@ -123,7 +107,7 @@ def _layers(layers: Sequence[LayerRecord]) -> str:
 
 
 def _stages(report: RunReport) -> str:
-    rows = ((stage.name, lines.stage_cost(stage), units.size(stage.peak_memory)) for stage in report.stages)
+    rows = ((stage.name, summary.stage_cost(stage), byte_size(stage.peak_memory)) for stage in report.stages)
     return _table(("stage", "time", "peak memory so far"), rows, numbers_from=1)
 
 
@@ -134,7 +118,7 @@ def _warnings(report: RunReport) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int | None = None) -> str:
-    """numbers_from: the column from which on cells are right-aligned."""
+    """numbers_from: the first right-aligned column; None for none."""
     right = len(header) if numbers_from is None else numbers_from
     rule = ["---:" if index >= right else "---" for index in range(len(header))]
     cells = [header, rule, *([_inline(cell).replace("|", "\\|") for cell in row] for row in rows)]
@@ -142,5 +126,5 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: i
 
 
 def _inline(text: str) -> str:
-    """On one line, and without accidental HTML."""
+    """On one line, and with < escaped, so that no text becomes HTML."""
     return " ".join(text.split()).replace("<", "&lt;")

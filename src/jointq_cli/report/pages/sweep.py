@@ -1,54 +1,53 @@
-"""What a sweep found, in files: summary.csv, .json, .md, .html, best.yaml. Knows who renders each."""
+"""The files of a sweep: summary.csv, .json, .md and .html, and the recipe of the best job."""
 
-import csv
 import json
 import math
 import shlex
-from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from jointq_cli.report.compare.run_files import RECIPE, REPORT
 from jointq_cli.report.compare.sweep import SweepJob, best, load_jobs
-from jointq_cli.report.pages.markdown import render_sheet
-from jointq_cli.report.tables.sweep import make_sweep_sheet
+from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.pages.writers import csv_text
+from jointq_cli.report.tables.sweep import sweep_document
 from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.sweep_directory import SweepDirectory
 
-BEST = "best"  # the recipe's name
+BEST = "best"  # the name of the recipe
 
 
 def write_summary(directory: SweepDirectory, *, page: bool) -> None:
-    """page: with its pictures, which take a second or two. Raises ResourceError."""
+    """page: write summary.html too, whose figures take a second or two. Raises ResourceError."""
     name, jobs = directory.plan().name, load_jobs(directory)
-    sheet = make_sweep_sheet(name, jobs)
-    table = [_row(job) for job in jobs]
-    write_text_atomically(directory.path / "summary.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
-    write_text_atomically(directory.path / "summary.csv", _csv(table))
-    write_text_atomically(directory.path / "summary.md", render_sheet(sheet))
+    document = sweep_document(name, jobs)
+    rows = [_row(job) for job in jobs]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    write_text_atomically(directory.path / "summary.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(directory.path / "summary.csv", csv_text(names, rows))
+    write_text_atomically(directory.path / "summary.md", document_markdown(document))
     _write_best(directory, best(jobs))
     if page:
-        from jointq_cli.report.figures.sweep import draw_sweep
-        from jointq_cli.report.pages.comparison import render_sheet_page  # brings matplotlib
+        from jointq_cli.report.figures.sweep import sweep_figures  # imports matplotlib
+        from jointq_cli.report.pages.html import document_html
 
-        write_text_atomically(directory.path / "summary.html", render_sheet_page(sheet, draw_sweep(jobs)))
+        write_text_atomically(directory.path / "summary.html", document_html(document, sweep_figures(jobs)))
 
 
 def best_recipe(directory: SweepDirectory) -> Path:
-    """Where the best job's recipe is, if there is a job that has one."""
+    """The path of the best job's recipe; it exists once a job that has a recipe is done."""
     return directory.path / "recipe" / f"{BEST}.yaml"
 
 
 def best_command(directory: Path) -> str:
-    """What runs the best job again."""
+    """The command that runs the best job again."""
     return f"jointq quantize --config-dir {shlex.quote(str(directory))} recipe={BEST}"
 
 
 def _row(job: SweepJob) -> dict[str, Any]:
-    """Everything measured, at full precision; null where there is nothing."""
+    """All measurements at full precision; None where there is none."""
     measured, comparison = job.measured, job.measured and job.measured.comparison
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "perplexity": measured and measured.perplexity.value,
         "perplexity_standard_error": measured and measured.perplexity.standard_error,
         "original_perplexity": measured and measured.original_perplexity,
@@ -66,7 +65,7 @@ def _row(job: SweepJob) -> dict[str, Any]:
         "state": job.record.state,
         "error": job.record.error,
         "seconds": round(job.record.seconds, 3),
-        **{name: _jsonable(value) for name, value in figures.items()},
+        **{name: _jsonable(value) for name, value in metrics.items()},
     }
 
 
@@ -75,17 +74,8 @@ def _jsonable(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
 
 
-def _csv(table: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for row in table for name in row))
-    text = StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
-
-
 def _write_best(directory: SweepDirectory, job: SweepJob | None) -> None:
-    """The best job's recipe where --config-dir finds it. What was only evaluated has none."""
+    """Writes the best job's recipe to where --config-dir finds it. A job of `jointq evaluate` has none."""
     file = best_recipe(directory)
     run = None if job is None else directory.run(job.number)
     if run is None or not (run / REPORT).is_file() or not (run / RECIPE).is_file():

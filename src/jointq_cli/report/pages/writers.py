@@ -1,35 +1,39 @@
-"""One report, four files: report.json, layers.csv, report.md, report.html. Knows who renders each."""
+"""The report files of a run: report.json, layers.csv, report.md and report.html."""
 
 import csv
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import StringIO
+from typing import Any
 
 from jointq_cli.records import LayerRecord, RunReport
-from jointq_cli.report.pages.markdown import render_markdown
+from jointq_cli.report.pages.markdown import run_markdown
 from jointq_cli.system.record_json import encode
 from jointq_cli.system.run_directory import RunDirectory
 
 
 def write_report(report: RunReport, directory: RunDirectory) -> None:
-    """Writes every form of the report, the one that can be read again first. Raises ResourceError."""
-    # Not above: matplotlib takes a second to import, and only the page has pictures.
-    from jointq_cli.report.pages.run import render_page
+    """Writes all four files, first report.json, from which the others can be rendered. Raises ResourceError."""
+    # Imported here: matplotlib takes a second to import, and only the page has figures.
+    from jointq_cli.report.pages.html import run_html
 
     directory.write(directory.report_json, encode(report))
     directory.write(directory.layers, layers_csv(report.layers))
-    directory.write(directory.report_markdown, render_markdown(report))
-    directory.write(directory.report_html, render_page(report))
+    directory.write(directory.report_markdown, run_markdown(report))
+    directory.write(directory.report_html, run_html(report))
 
 
 def layers_csv(layers: Sequence[LayerRecord]) -> str:
-    """One row per layer under the names of the record's fields, at full precision; the notes as JSON."""
+    """One row per layer at full precision. Columns are the fields of LayerRecord; the notes are JSON."""
     names = [field.name for field in dataclasses.fields(LayerRecord)]
+    rows = ({name: getattr(layer, name) for name in names} for layer in layers)
+    return csv_text(names, (row | {"notes": json.dumps(row["notes"], sort_keys=True)} for row in rows))
+
+
+def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
     text = StringIO(newline="")
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    for layer in layers:
-        row = {name: getattr(layer, name) for name in names}
-        writer.writerow(row | {"notes": json.dumps(layer.notes, sort_keys=True)})
+    writer.writerows(rows)
     return text.getvalue()

@@ -1,6 +1,6 @@
-"""Whether two runs are the same run: what was asked, made and measured, and what surrounded it, compared.
+"""Whether two runs are the same run: compares inputs, computed artifacts, measurements and environment.
 
-`comparison` has the verdict, and one module each has the steps. Runs no model and writes no file.
+`comparison` gives the verdict; the other modules have the steps. Runs no model and writes no file.
 """
 
 from jointq_cli.report.reproduction.comparison import compare

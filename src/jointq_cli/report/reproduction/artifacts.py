@@ -1,4 +1,4 @@
-"""What two runs have made, by the byte: rotation, codes and checkpoint; and by how much, where the files are there."""
+"""Compares what two runs computed by the byte: rotation, codes, checkpoint. Says by how much, if the files exist."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,81 +10,81 @@ from torch import Tensor
 from jointq_cli.errors import ModelError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.layer_file import load_layer
-from jointq_cli.records import MADE, ComparedStep, RunReport
-from jointq_cli.report import number_format as units
-from jointq_cli.report.reproduction.finished_run import CODES, Evidence, code_files, codes_file
+from jointq_cli.records import COMPUTED, ComparedStep, RunReport
+from jointq_cli.report.number_format import before_after, percent, plural
+from jointq_cli.report.reproduction.finished_run import CODES, FinishedRun, code_files, codes_file
 from jointq_cli.report.reproduction.order import position
 
 ROTATION = "rotation/rotation.safetensors"
 CHECKPOINT = "checkpoint/"
 
 
-def rotation(original: Evidence, replay: Evidence) -> ComparedStep:
+def rotation(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     ours, theirs = (None if run.report.rotation is None else run.report.rotation.hash for run in (original, replay))
     if ours is None and theirs is None:
-        return ComparedStep("rotation", MADE, True, "none")
+        return ComparedStep("rotation", COMPUTED, True, "none")
     if ours is not None and ours == theirs:
-        return ComparedStep("rotation", MADE, True, ours[:16] + _by_manifest([ROTATION], original, replay))
-    told = f"sha256 {units.arrow(ours and ours[:16], theirs and theirs[:16])}"
+        return ComparedStep("rotation", COMPUTED, True, ours[:16] + _by_manifest([ROTATION], original, replay))
+    hashes = f"sha256 {before_after(ours and ours[:16], theirs and theirs[:16])}"
     how = _difference(ROTATION, original, replay, lambda *paths: _rotation_difference(*map(load_file, paths)))
-    return ComparedStep("rotation", MADE, False, f"{told}; {how}" if how else told)
+    return ComparedStep("rotation", COMPUTED, False, f"{hashes}; {how}" if how else hashes)
 
 
-def codes(original: Evidence, replay: Evidence) -> ComparedStep:
-    """Layer by layer, in the order of the model; what no report names comes last."""
+def codes(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
+    """Layer by layer, in the order of the model; files of layers that no report names come last."""
     layers = dict.fromkeys(layer.name for run in (original, replay) for layer in run.report.layers)
     files = dict.fromkeys([*map(codes_file, layers), *code_files(original), *code_files(replay)])
     differing = _differing(files, original, replay)
-    of_all = units.plural(len(files), "layer")
+    of_all = plural(len(files), "layer")
     if files and not differing:
-        return ComparedStep("codes", MADE, True, of_all + _by_manifest(files, original, replay))
+        return ComparedStep("codes", COMPUTED, True, of_all + _by_manifest(files, original, replay))
     if not files:
-        return ComparedStep("codes", MADE, False, "no hash of any layer")
+        return ComparedStep("codes", COMPUTED, False, "no hash of any layer")
     first = differing[0]
     name = first.removeprefix(f"{CODES}/").removesuffix(".safetensors")
     others = f", and in {len(differing)} of {of_all}" if len(differing) > 1 else ""
     how = _difference(first, original, replay, lambda *paths: _codes_difference(*map(load_layer, paths)))
-    told = f"first in {name}{_block(name, original.report)}{others}{_no_hash(first, original, replay)}"
-    return ComparedStep("codes", MADE, False, f"{told}: {how}" if how else told, position(name, original.report))
+    where = f"first in {name}{_block(name, original.report)}{others}{_no_hash(first, original, replay)}"
+    return ComparedStep("codes", COMPUTED, False, f"{where}: {how}" if how else where, position(name, original.report))
 
 
-def checkpoint(original: Evidence, replay: Evidence) -> ComparedStep:
+def checkpoint(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     files = sorted(name for name in original.files | replay.files if name.startswith(CHECKPOINT))
     if not any(name.endswith(".safetensors") for name in files):
-        return ComparedStep("checkpoint", MADE, False, "no hash of any weights")
+        return ComparedStep("checkpoint", COMPUTED, False, "no hash of any weights")
     differing = _differing(files, original, replay)
-    of_all = units.plural(len(files), "file")
+    of_all = plural(len(files), "file")
     if not differing:
-        return ComparedStep("checkpoint", MADE, True, of_all + _by_manifest(files, original, replay))
+        return ComparedStep("checkpoint", COMPUTED, True, of_all + _by_manifest(files, original, replay))
     first = f"{differing[0].removeprefix(CHECKPOINT)} first{_no_hash(differing[0], original, replay)}"
-    return ComparedStep("checkpoint", MADE, False, f"{len(differing)} of {of_all}, {first}")
+    return ComparedStep("checkpoint", COMPUTED, False, f"{len(differing)} of {of_all}, {first}")
 
 
-def _differing(files: Iterable[str], original: Evidence, replay: Evidence) -> list[str]:
-    """Those with two hashes, or without one."""
+def _differing(files: Iterable[str], original: FinishedRun, replay: FinishedRun) -> list[str]:
+    """Files whose hashes differ or are missing."""
     return [
         name for name in files if original.files.get(name) is None or original.files.get(name) != replay.files.get(name)
     ]
 
 
-def _no_hash(name: str, original: Evidence, replay: Evidence) -> str:
+def _no_hash(name: str, original: FinishedRun, replay: FinishedRun) -> str:
     return "" if name in original.files and name in replay.files else " (no hash)"
 
 
-def _by_manifest(files: Iterable[str], original: Evidence, replay: Evidence) -> str:
-    """Says so where a hash is not that of a file which was read just now."""
-    gone = any(not (run.directory / name).is_file() for run in (original, replay) for name in files)
-    return " (by the manifest; files not there)" if gone else ""
+def _by_manifest(files: Iterable[str], original: FinishedRun, replay: FinishedRun) -> str:
+    """A remark if some hashes are from a manifest because the file does not exist any more."""
+    deleted = any(not (run.directory / name).is_file() for run in (original, replay) for name in files)
+    return " (by the manifest; files not there)" if deleted else ""
 
 
-def _difference(name: str, original: Evidence, replay: Evidence, told: Callable[[Path, Path], str]) -> str:
-    """What `told` says of the file in both runs; "" if either has been deleted."""
+def _difference(name: str, original: FinishedRun, replay: FinishedRun, describe: Callable[[Path, Path], str]) -> str:
+    """What `describe` says about the file of both runs; "" if either has been deleted."""
     ours, theirs = original.directory / name, replay.directory / name
     if not (ours.is_file() and theirs.is_file()):
         return ""
     try:
-        return told(ours, theirs)
-    except (SafetensorError, OSError, ModelError, KeyError, ValueError):  # what a damaged file is told as
+        return describe(ours, theirs)
+    except (SafetensorError, OSError, ModelError, KeyError, ValueError):  # raised for damaged files
         return "(file cannot be read)"
 
 
@@ -102,6 +102,6 @@ def _block(name: str, report: RunReport) -> str:
 
 def _codes_difference(ours: StoredWeight, theirs: StoredWeight) -> str:
     return ", ".join(
-        found.text + (f" by up to {units.percent(found.relative)}" if found.relative else "")
+        found.text + (f" by up to {percent(found.relative)}" if found.relative else "")
         for found in ours.difference(theirs)
     )

@@ -1,74 +1,77 @@
-"""Two runs compared in the order of the road, until it is known where they part; and the verdict on it.
+"""Compares two runs in the order of the pipeline, to find where they first differ, and gives the verdict.
 
-What was made is compared by the byte. What was measured is compared to nine digits, since the last ones depend on the
-order in which threads add. Knows when a tolerance applies. The steps themselves are in `asked`, `made` and `measured`.
+Computed artifacts are compared by the byte. Measurements are compared to nine digits, since their last digits depend on
+the order in which threads add. Knows when a tolerance applies; the steps are in `inputs`, `artifacts` and `metrics`.
 """
 
 import math
 from collections.abc import Sequence
 
 from jointq_cli.records import (
-    ASKED,
     DIFFERENT,
     IDENTICAL,
+    REQUESTED,
     WITHIN_TOLERANCE,
     ComparedStep,
-    ReplayedFigure,
+    ReplayedMetric,
     Reproduction,
 )
-from jointq_cli.report.compare.summary import problems
-from jointq_cli.report.reproduction import artifacts as made
-from jointq_cli.report.reproduction import environment as surroundings
-from jointq_cli.report.reproduction import inputs as asked
-from jointq_cli.report.reproduction import metrics as measured
-from jointq_cli.report.reproduction.finished_run import Evidence
+from jointq_cli.report.reproduction import artifacts, environment, inputs, metrics
+from jointq_cli.report.reproduction.finished_run import FinishedRun
+from jointq_cli.report.summary import problems
 from jointq_cli.setting_rules import SettingRoles
 
 
-def compare(original: Evidence, replay: Evidence, roles: SettingRoles, tolerance: float | None = None) -> Reproduction:
-    """tolerance: relative, on both perplexities and on KL divergence, for runs that were asked for the same on the
-    same tokens and whose hardware or libraries can round otherwise; None for runs that must be identical."""
+def compare(
+    original: FinishedRun, replay: FinishedRun, roles: SettingRoles, tolerance: float | None = None
+) -> Reproduction:
+    """tolerance: relative, for both perplexities and KL divergence. It applies to runs with the same config on the same
+    tokens whose hardware or libraries can round differently. None: the runs must be identical."""
     runs = (original, replay)
-    figures = measured.figures(*runs)
-    behind_the_config = [
-        *asked.hashes(*runs),
-        made.rotation(*runs),
-        made.codes(*runs),
-        measured.layers(*runs),
-        measured.blocks(*runs),
-        made.checkpoint(*runs),
-        measured.audit(*runs),
-        measured.reload_check(*runs),
-        measured.simulation(*runs),
-        measured.likelihoods(*runs),
-        *map(measured.figure_step, figures),
+    replayed = metrics.replayed_metrics(*runs)
+    steps_after_config = [
+        *inputs.hashes(*runs),
+        artifacts.rotation(*runs),
+        artifacts.codes(*runs),
+        metrics.layers(*runs),
+        metrics.blocks(*runs),
+        artifacts.checkpoint(*runs),
+        metrics.audit(*runs),
+        metrics.reload_check(*runs),
+        metrics.simulation(*runs),
+        metrics.likelihoods(*runs),
+        *map(metrics.metric_step, replayed),
     ]
-    steps = [asked.config(*runs, roles, proven=all(step.same for step in behind_the_config)), *behind_the_config]
-    rounding = surroundings.that_can_round_otherwise(*runs)
+    results_are_identical = all(step.same for step in steps_after_config)
+    steps = [inputs.config(*runs, roles, results_are_identical), *steps_after_config]
+    rounding = environment.rounding_differences(*runs)
     return Reproduction(
         original=str(original.directory),
         replay=str(replay.directory),
-        verdict=_verdict(steps, figures, bool(rounding), tolerance),
+        verdict=_verdict(steps, replayed, bool(rounding), tolerance),
         steps=steps,
-        surroundings=surroundings.differences(*runs),
-        figures=figures,
+        surroundings=environment.differences(*runs),
+        figures=replayed,
         tolerance=tolerance,
         rounding=rounding,
-        unknown=surroundings.not_known(*runs),
+        unknown=environment.unknown(*runs),
         problems=problems(replay.report),
     )
 
 
 def _verdict(
-    steps: Sequence[ComparedStep], figures: Sequence[ReplayedFigure], may_round_otherwise: bool, tolerance: float | None
+    steps: Sequence[ComparedStep],
+    replayed: Sequence[ReplayedMetric],
+    can_round_differently: bool,
+    tolerance: float | None,
 ) -> str:
     if all(step.same for step in steps):
         return IDENTICAL
-    asked_the_same = all(step.same for step in steps if step.part == ASKED)
-    if tolerance is None or not asked_the_same or not may_round_otherwise:
+    same_inputs = all(step.same for step in steps if step.part == REQUESTED)
+    if tolerance is None or not same_inputs or not can_round_differently:
         return DIFFERENT
-    return WITHIN_TOLERANCE if all(_is_within(figure, tolerance) for figure in figures) else DIFFERENT
+    return WITHIN_TOLERANCE if all(_is_within(metric, tolerance) for metric in replayed) else DIFFERENT
 
 
-def _is_within(figure: ReplayedFigure, tolerance: float) -> bool:
-    return math.isfinite(figure.original) and math.isfinite(figure.replay) and abs(figure.change) <= tolerance
+def _is_within(metric: ReplayedMetric, tolerance: float) -> bool:
+    return math.isfinite(metric.original) and math.isfinite(metric.replay) and abs(metric.change) <= tolerance

@@ -1,53 +1,53 @@
-"""What surrounded two runs: machine, libraries and code, by their manifests; and which of it rounds otherwise."""
+"""Machine, libraries and code of two runs, from their manifests, and which of these can change rounding."""
 
 from collections.abc import Iterable, Mapping
 
-from jointq_cli.report import number_format as units
-from jointq_cli.report.reproduction.finished_run import Evidence, codes_file
+from jointq_cli.report.number_format import before_after
+from jointq_cli.report.reproduction.finished_run import FinishedRun, codes_file
 from jointq_cli.system.machine import LIBRARIES
 
 HARDWARE = ("device", "gpu", "cpu", "threads", "processes")
 DIRTY = "-dirty"
 
 
-def differences(original: Evidence, replay: Evidence) -> list[str]:
+def differences(original: FinishedRun, replay: FinishedRun) -> list[str]:
     """Such as "torch 2.9.0 → 2.13.0"."""
-    ours, theirs = _surrounding(original), _surrounding(replay)
-    return _told(dict.fromkeys([*ours, *theirs]), ours, theirs)
+    ours, theirs = _environment(original), _environment(replay)
+    return _changes(dict.fromkeys([*ours, *theirs]), ours, theirs)
 
 
-def that_can_round_otherwise(original: Evidence, replay: Evidence) -> list[str]:
-    """Those of them that make the same code give other bits. A processor that one side does not tell proves nothing."""
-    ours, theirs = _surrounding(original), _surrounding(replay)
+def rounding_differences(original: FinishedRun, replay: FinishedRun) -> list[str]:
+    """Those with which the same code can compute other bits. A processor that one manifest lacks does not count."""
+    ours, theirs = _environment(original), _environment(replay)
     known = [name for name in HARDWARE if name != "cpu" or None not in (ours["cpu"], theirs["cpu"])]
-    return _told([*LIBRARIES, *known], ours, theirs)
+    return _changes([*LIBRARIES, *known], ours, theirs)
 
 
-def not_known(original: Evidence, replay: Evidence) -> list[str]:
-    """What may differ and would not be seen."""
-    told = []
+def unknown(original: FinishedRun, replay: FinishedRun) -> list[str]:
+    """What may differ unnoticed, because it is not recorded."""
+    found = []
     commits = (original.manifest.commit, replay.manifest.commit)
     if commits[0] == commits[1]:
         if commits[0] is None:
-            told.append("the code (no commit is recorded)")
+            found.append("the code (no commit is recorded)")
         elif commits[0].endswith(DIRTY):
-            told.append(f"the code (both have changes since commit {commits[0][:12]})")
+            found.append(f"the code (both have changes since commit {commits[0][:12]})")
     if None in (original.manifest.cpu, replay.manifest.cpu):
-        told.append("the processor (not in both manifests)")
+        found.append("the processor (not in both manifests)")
     if any(codes_file(layer.name) not in run.files for run in (original, replay) for layer in run.report.layers):
-        told.append("the codes (hashes are missing)")
-    return told
+        found.append("the codes (hashes are missing)")
+    return found
 
 
-def _told(names: Iterable[str], ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> list[str]:
+def _changes(names: Iterable[str], ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> list[str]:
     return [
-        f"{name} {units.arrow(ours.get(name), theirs.get(name))}"
+        f"{name} {before_after(ours.get(name), theirs.get(name))}"
         for name in names
         if ours.get(name) != theirs.get(name)
     ]
 
 
-def _surrounding(run: Evidence) -> dict[str, str | None]:
+def _environment(run: FinishedRun) -> dict[str, str | None]:
     manifest = run.manifest
     return {
         **manifest.versions,
@@ -62,5 +62,5 @@ def _surrounding(run: Evidence) -> dict[str, str | None]:
 
 
 def _short(commit: str | None) -> str | None:
-    """Twelve digits, and whether there were changes."""
+    """Twelve digits, and "-dirty" if there were uncommitted changes."""
     return None if commit is None else commit[:12] + commit[40:]

@@ -1,7 +1,7 @@
-"""What a finished run of `jointq quantize` has left behind, read back so that it can be compared with another one.
+"""A finished run of `jointq quantize`, read from its directory for the comparison with another run.
 
-Knows which files of a run directory that takes. Large files may have been deleted: the manifest has their hashes, and
-those that are there must have them still. Compares no runs and runs nothing.
+Knows which files of a run directory are needed. Large files may have been deleted, as the manifest has their hashes;
+those that exist must still match them. Compares no runs and runs nothing.
 """
 
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from typing import cast
 from jointq_cli.errors import JointqError
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.records import RunReport
-from jointq_cli.report import load_record, load_report
 from jointq_cli.report.compare.run_files import load_settings
 from jointq_cli.system.files import file_hash, file_hashes
+from jointq_cli.system.record_json import load_record, load_report
 from jointq_cli.system.run_directory import Manifest, result_files
 
 CODES = "codes"  # the folder
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """One run, as its directory tells of it."""
+class FinishedRun:
+    """What the directory of one run contains."""
 
     directory: Path
     settings: dict[str, str]  # of recipe.yaml: values as text by dotted key, and the option by group
     manifest: Manifest
     report: RunReport
-    files: dict[str, str]  # sha256 by path in the directory, of all that the run has made
+    files: dict[str, str]  # sha256 of each file that the run has written, by its path in the directory
 
 
-def read_evidence(directory: Path) -> Evidence:
-    """Raises JointqError, which says what is missing, for anything but a finished run of `jointq quantize`."""
+def read_finished_run(directory: Path) -> FinishedRun:
+    """Raises JointqError, which says what is missing or has changed, for anything but a finished `jointq quantize`."""
     if not directory.is_dir():
         raise JointqError(f"{directory}: no such directory")
     if (directory / "evaluation.json").is_file():
@@ -45,7 +45,7 @@ def read_evidence(directory: Path) -> Evidence:
     settings = load_settings(directory / "recipe.yaml")
     _check_recipe(directory / "recipe.yaml", manifest)
     _check_unchanged(directory, manifest.files)
-    return Evidence(directory, settings, manifest, report, manifest.files or _hashed(directory, report))
+    return FinishedRun(directory, settings, manifest, report, manifest.files or _hashed(directory, report))
 
 
 def codes_file(layer: str) -> str:
@@ -53,13 +53,13 @@ def codes_file(layer: str) -> str:
     return f"{CODES}/{layer}.safetensors"
 
 
-def code_files(run: Evidence) -> list[str]:
-    """All that the run has hashes of."""
+def code_files(run: FinishedRun) -> list[str]:
+    """Those of which the run has hashes."""
     return sorted(name for name in run.files if name.startswith(f"{CODES}/"))
 
 
 def _check_recipe(recipe: Path, manifest: Manifest) -> None:
-    """Older manifests do not tell."""
+    """Older manifests have no hash of the recipe."""
     if manifest.recipe_sha256 not in (None, file_hash(recipe)):
         raise JointqError(
             f"{recipe}: is not the recipe of manifest.json; another run has begun in this directory, or it was changed"
@@ -67,9 +67,9 @@ def _check_recipe(recipe: Path, manifest: Manifest) -> None:
 
 
 def _check_unchanged(directory: Path, listed: dict[str, str]) -> None:
-    """Those that are there; the manifest stands for those that are not."""
-    there = [directory / name for name in listed if (directory / name).is_file()]
-    for name, digest in file_hashes(directory, there).items():
+    """Checks the files that exist; for deleted ones the hashes of the manifest are used."""
+    existing = [directory / name for name in listed if (directory / name).is_file()]
+    for name, digest in file_hashes(directory, existing).items():
         if digest != listed[name]:
             raise JointqError(
                 f"{directory / name}: was changed after the run; its sha256 is {digest[:16]}, "
@@ -85,7 +85,7 @@ def _hashed(directory: Path, report: RunReport) -> dict[str, str]:
             f"{directory}/manifest.json: has no hashes of files, and {missing[0]} is not there; "
             "a run of before hashes were kept needs its checkpoint/ and codes/"
         )
-    Checkpoint(directory / "checkpoint")  # has all its weights
+    Checkpoint(directory / "checkpoint")  # raises if weights are missing
     return file_hashes(directory, result_files(directory))
 
 

@@ -1,73 +1,75 @@
-"""What two runs were asked for: the settings that decide a result, the model and the tokens."""
+"""Compares what two runs computed from: the settings that decide a result, the model and the tokens."""
 
 from collections.abc import Iterator, Mapping
 
-from jointq_cli.records import ASKED, ComparedStep
-from jointq_cli.report import number_format as units
-from jointq_cli.report.reproduction.finished_run import Evidence
+from jointq_cli.records import REQUESTED, ComparedStep
+from jointq_cli.report.number_format import before_after
+from jointq_cli.report.reproduction.finished_run import FinishedRun
 from jointq_cli.setting_rules import SettingRoles
 
 Settings = Mapping[str, str]  # values as text by dotted key, and the option by group
 
 TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}
 HASHES = ("model", *TEXTS)
-TOLD_OF_A_TEXT = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
-MOST_NAMED = 3  # settings that differ
+TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
+MOST_NAMED = 3  # settings in one message
 
 
 def deciding_differences(ours: Settings, theirs: Settings, roles: SettingRoles) -> list[str]:
-    """Such as "quantizer.bits 4 → 3", for each deciding setting that both know."""
+    """Such as "quantizer.bits 4 → 3", for each deciding setting that both runs have."""
     shared = {key for key in (*ours, *theirs) if (key in ours and key in theirs) or roles.is_entry(key)}
     return [
-        f"{key} {units.arrow(ours.get(key), theirs.get(key))}"
+        f"{key} {before_after(ours.get(key), theirs.get(key))}"
         for key in dict.fromkeys([*ours, *theirs])
         if key in shared and roles.decides(key) and ours.get(key) != theirs.get(key)
     ]
 
 
-def config(original: Evidence, replay: Evidence, roles: SettingRoles, proven: bool) -> ComparedStep:
-    """proven: all else is identical. Settings that came or went with the code have a value for the other run too;
-    whether it is the same one, only the results can tell."""
+def config(
+    original: FinishedRun, replay: FinishedRun, roles: SettingRoles, results_are_identical: bool
+) -> ComparedStep:
+    """A setting that only one run has was added or removed by another version of the code, where it has an implicit
+    value. Only identical results show that it is the same value."""
     ours, theirs = original.settings, replay.settings
     differing = deciding_differences(ours, theirs, roles)
     if differing:
-        return ComparedStep("config", ASKED, False, _first_of(differing))
+        return ComparedStep("config", REQUESTED, False, _first_of(differing))
     one_sided = [*_only_in(ours, theirs, "the original", roles), *_only_in(theirs, ours, "the replay", roles)]
-    if one_sided and not proven:
-        return ComparedStep("config", ASKED, False, f"not known to be the same: {'; '.join(one_sided)}")
-    return ComparedStep("config", ASKED, True, "; ".join(one_sided))
+    if one_sided and not results_are_identical:
+        return ComparedStep("config", REQUESTED, False, f"not known to be the same: {'; '.join(one_sided)}")
+    return ComparedStep("config", REQUESTED, True, "; ".join(one_sided))
 
 
-def hashes(original: Evidence, replay: Evidence) -> list[ComparedStep]:
+def hashes(original: FinishedRun, replay: FinishedRun) -> list[ComparedStep]:
     return [_hash(name, original, replay) for name in HASHES]
 
 
-def _only_in(ours: Settings, theirs: Settings, whose: str, roles: SettingRoles) -> Iterator[str]:
+def _only_in(ours: Settings, theirs: Settings, run: str, roles: SettingRoles) -> Iterator[str]:
     found = [f"{key}={value}" for key, value in ours.items() if roles.decides(key) and key not in theirs]
     if found:
-        yield f"only {whose} has {_first_of(found)}"
+        yield f"only {run} has {_first_of(found)}"
 
 
-def _first_of(told: list[str]) -> str:
-    more = [f"{len(told) - MOST_NAMED} more"] if len(told) > MOST_NAMED else []
-    return ", ".join([*told[:MOST_NAMED], *more])
+def _first_of(texts: list[str]) -> str:
+    more = [f"{len(texts) - MOST_NAMED} more"] if len(texts) > MOST_NAMED else []
+    return ", ".join([*texts[:MOST_NAMED], *more])
 
 
-def _hash(name: str, original: Evidence, replay: Evidence) -> ComparedStep:
+def _hash(name: str, original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     ours, theirs = original.manifest.hashes.get(name), replay.manifest.hashes.get(name)
     if ours == theirs and ours is not None:
-        return ComparedStep(name, ASKED, True, ours[:16])
-    told = [f"sha256 {units.arrow(ours and ours[:16], theirs and theirs[:16])}"]
+        return ComparedStep(name, REQUESTED, True, ours[:16])
+    details = [f"sha256 {before_after(ours and ours[:16], theirs and theirs[:16])}"]
     if name in TEXTS:
-        told += _texts(*(run.manifest.texts.get(TEXTS[name], {}) for run in (original, replay)))
-    return ComparedStep(name, ASKED, False, "; ".join(told))
+        details += _text_changes(*(run.manifest.texts.get(TEXTS[name], {}) for run in (original, replay)))
+    return ComparedStep(name, REQUESTED, False, "; ".join(details))
 
 
-def _texts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
-    """Why two texts are not the same, as far as is known."""
-    for key in TOLD_OF_A_TEXT:
+def _text_changes(ours: Mapping[str, str], theirs: Mapping[str, str]) -> Iterator[str]:
+    """The recorded properties in which two texts differ."""
+    for key in TEXT_PROPERTIES:
         if ours.get(key) != theirs.get(key):
             digits = 16 if key.endswith("sha256") else None
-            yield f"{key} {units.arrow(*(value and value[:digits] for value in (ours.get(key), theirs.get(key))))}"
+            yield f"{key} {before_after(*(value and value[:digits] for value in (ours.get(key), theirs.get(key))))}"
     if "pydoc" in (ours.get("dataset"), theirs.get("dataset")) and ours.get("revision") != theirs.get("revision"):
         yield "the text pydoc is the documentation of the Python that runs"

@@ -1,6 +1,6 @@
-"""What two runs have measured: counts and words as they are, numbers to nine digits.
+"""Compares what two runs have measured: counts and words exactly, floats to nine digits.
 
-NaN is NaN here: a run that measures it again is the same run. Whether it is within a tolerance is for others to say.
+NaN equals NaN here, as a run that measures it again is the same run. Knows no tolerance.
 """
 
 import dataclasses
@@ -8,66 +8,67 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jointq_cli.records import MEASURED, ComparedStep, ReplayedFigure, RunReport
-from jointq_cli.report import number_format as units
-from jointq_cli.report.reproduction.finished_run import Evidence
+from jointq_cli.records import MEASURED, ComparedStep, ReplayedMetric, RunReport
+from jointq_cli.report.number_format import before_after, plural, relative_change, significant
+from jointq_cli.report.reproduction.finished_run import FinishedRun
 from jointq_cli.report.reproduction.order import block_name, position
 
-ROUNDING = 1e-9  # relative: of sums in float64, which threads form in another order; one other code is far more
+ROUNDING = 1e-9  # relative: of float64 sums whose order depends on the threads; one changed code has a larger effect
 
 Record = dict[str, Any]
-FIGURES: dict[str, Callable[[RunReport], float]] = {
+METRICS: dict[str, Callable[[RunReport], float]] = {
     "original perplexity": lambda report: report.original.value,
     "quantised perplexity": lambda report: report.quantized.value,
     "KL divergence": lambda report: report.comparison.kl_divergence,
 }
 
 
-def layers(original: Evidence, replay: Evidence) -> ComparedStep:
+def layers(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     return _records("layers", _layers(original.report), _layers(replay.report), original.report)
 
 
-def blocks(original: Evidence, replay: Evidence) -> ComparedStep:
+def blocks(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     return _records("blocks", _blocks(original.report), _blocks(replay.report), original.report)
 
 
-def audit(original: Evidence, replay: Evidence) -> ComparedStep:
+def audit(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     return _records("audit", _audit(original.report), _audit(replay.report))
 
 
-def reload_check(original: Evidence, replay: Evidence) -> ComparedStep:
+def reload_check(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     ours, theirs = original.report.reload_check, replay.report.reload_check
-    return ComparedStep("reload check", MEASURED, ours == theirs, ours if ours == theirs else units.arrow(ours, theirs))
+    return ComparedStep(
+        "reload check", MEASURED, ours == theirs, ours if ours == theirs else before_after(ours, theirs)
+    )
 
 
-def simulation(original: Evidence, replay: Evidence) -> ComparedStep:
+def simulation(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     """Activations and their clip ratios."""
     if original.report.simulation is None and replay.report.simulation is None:
         return ComparedStep("simulation", MEASURED, True, "none")
     return _records("simulation", _simulation(original.report), _simulation(replay.report))
 
 
-def likelihoods(original: Evidence, replay: Evidence) -> ComparedStep:
-    """What stands behind the figures: log-likelihoods, top-1 agreement and standard errors."""
+def likelihoods(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
+    """Log-likelihoods, top-1 agreement and standard errors."""
     return _records("likelihoods", _likelihoods(original.report), _likelihoods(replay.report))
 
 
-def figures(original: Evidence, replay: Evidence) -> list[ReplayedFigure]:
-    """What a tolerance is for."""
-    pairs = {name: (value(original.report), value(replay.report)) for name, value in FIGURES.items()}
-    return [ReplayedFigure(name, ours, theirs, _change(ours, theirs)) for name, (ours, theirs) in pairs.items()]
+def replayed_metrics(original: FinishedRun, replay: FinishedRun) -> list[ReplayedMetric]:
+    """The measurements to which a tolerance applies."""
+    pairs = {name: (value(original.report), value(replay.report)) for name, value in METRICS.items()}
+    return [ReplayedMetric(name, ours, theirs, _change(ours, theirs)) for name, (ours, theirs) in pairs.items()]
 
 
-def figure_step(figure: ReplayedFigure) -> ComparedStep:
-    if abs(figure.change) <= ROUNDING:
-        return ComparedStep(
-            figure.name, MEASURED, True, f"{units.significant(figure.original)}{_rounding(abs(figure.change))}"
-        )
-    return ComparedStep(figure.name, MEASURED, False, _values(figure.original, figure.replay))
+def metric_step(metric: ReplayedMetric) -> ComparedStep:
+    if abs(metric.change) <= ROUNDING:
+        detail = f"{significant(metric.original)}{_rounding(abs(metric.change))}"
+        return ComparedStep(metric.name, MEASURED, True, detail)
+    return ComparedStep(metric.name, MEASURED, False, _values(metric.original, metric.replay))
 
 
 def _layers(report: RunReport) -> dict[str, Record]:
-    """But for their times and labels, which older reports lack."""
+    """Without their times, and their labels, which older reports lack."""
     records = {layer.name: _flat(dataclasses.asdict(layer), "notes") for layer in report.layers}
     return {
         name: {key: value for key, value in record.items() if key not in ("seconds", "label")}
@@ -90,7 +91,7 @@ def _simulation(report: RunReport) -> dict[str, Record]:
 
 
 def _likelihoods(report: RunReport) -> dict[str, Record]:
-    """But for the figures, which are steps of their own."""
+    """Without METRICS, which are steps of their own."""
     records = {
         "original": dataclasses.asdict(report.original),
         "quantised": dataclasses.asdict(report.quantized),
@@ -103,7 +104,7 @@ def _likelihoods(report: RunReport) -> dict[str, Record]:
 
 
 def _flat(record: Record, field: str) -> Record:
-    """With the entries of one field as entries of their own."""
+    """The record with the entries of one dictionary field as fields of their own."""
     rest = {key: value for key, value in record.items() if key != field}
     return rest | {f"{field}.{name}": value for name, value in record[field].items()}
 
@@ -111,7 +112,7 @@ def _flat(record: Record, field: str) -> Record:
 def _records(
     name: str, ours: dict[str, Record], theirs: dict[str, Record], order: RunReport | None = None
 ) -> ComparedStep:
-    """order: that of the model which the records are about, where they are about its parts."""
+    """order: a report with the order of the layers and blocks that the records are about, None for other records."""
     gaps = {key: _record_gaps(ours.get(key, {}), theirs.get(key, {})) for key in ours | theirs}
     differing = [key for key, found in gaps.items() if max(found.values(), default=0.0) > ROUNDING]
     if differing:
@@ -123,14 +124,14 @@ def _records(
             name, MEASURED, False, f"{where}: {key} {values}", None if order is None else position(first, order)
         )
     largest = max((gap for found in gaps.values() for gap in found.values()), default=0.0)
-    return ComparedStep(name, MEASURED, True, f"{units.plural(len(gaps), 'record')}{_rounding(largest)}")
+    return ComparedStep(name, MEASURED, True, f"{plural(len(gaps), 'record')}{_rounding(largest)}")
 
 
 def _values(ours: Any, theirs: Any) -> str:
     if isinstance(ours, float) and isinstance(theirs, float):
-        values = units.arrow(units.significant(ours), units.significant(theirs))
+        values = before_after(significant(ours), significant(theirs))
         return f"{values} ({_change_in_words(_change(ours, theirs))})"
-    return units.arrow(*(value if value is None else str(value) for value in (ours, theirs)))
+    return before_after(*(value if value is None else str(value) for value in (ours, theirs)))
 
 
 def _record_gaps(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
@@ -138,7 +139,7 @@ def _record_gaps(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str
 
 
 def _gap(ours: Any, theirs: Any) -> float:
-    """0 for equal values, the relative difference of numbers, infinity for whatever else is not the same."""
+    """0 for equal values, the relative difference of floats, infinity for anything else that differs."""
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         return max(map(_gap, ours, theirs), default=0.0)
     if isinstance(ours, float) and isinstance(theirs, float):
@@ -147,7 +148,7 @@ def _gap(ours: Any, theirs: Any) -> float:
 
 
 def _change(ours: float, theirs: float) -> float:
-    """Relative to `ours`; infinite where there is no such thing."""
+    """Relative to `ours`; infinite if that is undefined."""
     if ours == theirs or (math.isnan(ours) and math.isnan(theirs)):
         return 0.0
     change = (theirs - ours) / abs(ours) if ours else math.inf
@@ -159,5 +160,5 @@ def _rounding(gap: float) -> str:
 
 
 def _change_in_words(change: float) -> str:
-    """Also of what four digits do not show."""
-    return units.change(change) if abs(change) >= 1e-4 else f"{change:+.1e}"
+    """In enough digits that it does not look like zero."""
+    return relative_change(change) if abs(change) >= 1e-4 else f"{change:+.1e}"

@@ -1,4 +1,4 @@
-"""Where in the model a difference is: the order in which a run makes its layers and measures its blocks."""
+"""The order in which a run quantises layers and measures blocks: where in the model a difference begins."""
 
 from jointq_cli.records import RunReport
 
@@ -8,7 +8,7 @@ def block_name(block: int) -> str:
 
 
 def position(name: str, report: RunReport) -> int:
-    """Of a layer, or of a block as a whole, which comes behind its layers; what is not known comes last."""
+    """Of a layer, or of a block, which comes after its layers, in the order of the run; unknown names come last."""
     blocks = sorted({layer.block for layer in report.layers} | {block.block for block in report.blocks})
     order = [
         entry

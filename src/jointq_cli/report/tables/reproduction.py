@@ -1,4 +1,4 @@
-"""What came of a replay, as lines for a person and as Markdown: step by step, then the verdict and why.
+"""The result of a replay as lines of text and as Markdown: step by step, then the verdict and its explanation.
 
 Knows the record of the comparison. Compares nothing.
 """
@@ -7,68 +7,68 @@ import math
 from collections.abc import Iterable
 
 from jointq_cli.records import (
-    ASKED,
+    COMPUTED,
     IDENTICAL,
-    MADE,
     MEASURED,
+    REQUESTED,
     WITHIN_TOLERANCE,
     ComparedStep,
-    ReplayedFigure,
+    ReplayedMetric,
     Reproduction,
 )
-from jointq_cli.report import number_format as units
-from jointq_cli.report.console.lines import aligned
+from jointq_cli.report.number_format import percent, relative_change
+from jointq_cli.report.tables.table import aligned
 
-PARTS = {ASKED: "What was asked", MADE: "What was made", MEASURED: "What was measured"}
+PARTS = {REQUESTED: "What was requested", COMPUTED: "What was computed", MEASURED: "What was measured"}
 
 
-def render_lines(reproduction: Reproduction) -> str:
+def render_text(reproduction: Reproduction) -> str:
     steps = [(step.name, _outcome(step)) for step in reproduction.steps]
     return "\n".join([*aligned(steps), "", *conclusion(reproduction)])
 
 
-def render_reproduction(reproduction: Reproduction) -> str:
-    """As Markdown."""
+def render_markdown(reproduction: Reproduction) -> str:
     sections = [
         part
         for name, title in PARTS.items()
         for part in (f"## {title}", _list(step for step in reproduction.steps if step.part == name))
     ]
     verdict, *reasons = conclusion(reproduction)
-    ran = f"Original: `{reproduction.original}`, replay: `{reproduction.replay}`."
-    return "\n\n".join([f"# {verdict}", *reasons, ran, *sections]) + "\n"
+    directories = f"Original: `{reproduction.original}`, replay: `{reproduction.replay}`."
+    return "\n\n".join([f"# {verdict}", *reasons, directories, *sections]) + "\n"
 
 
 def conclusion(reproduction: Reproduction) -> list[str]:
-    """The verdict, then what explains it."""
-    return [_verdict(reproduction), *_where(reproduction), *_why(reproduction), *_problems(reproduction)]
+    """The verdict, then where the runs first differ, the probable reason, and problems of the replay itself."""
+    problems = [f"the replay itself: {problem}" for problem in reproduction.problems]
+    return [_verdict(reproduction), *_first_difference(reproduction), *_reasons(reproduction), *problems]
 
 
 def _verdict(reproduction: Reproduction) -> str:
     if reproduction.verdict == IDENTICAL:
-        return "identical: the same bits were made, and the same was measured"
+        return "identical: the same bits were computed, and the same was measured"
     if reproduction.tolerance is None:
         return "different"
-    share = units.percent(reproduction.tolerance)
-    if not all(step.same for step in reproduction.steps if step.part == ASKED):
-        return f"different: a tolerance of {share} is for runs that were asked for the same, on the same tokens"
+    tolerance = percent(reproduction.tolerance)
+    if not all(step.same for step in reproduction.steps if step.part == REQUESTED):
+        return f"different: a tolerance of {tolerance} is for runs with the same config on the same tokens"
     if not reproduction.rounding:
-        return f"different: a tolerance of {share} is for other hardware or libraries, and none are recorded"
-    broken = [figure for figure in reproduction.figures if not _is_finite(figure)]
-    if broken:
-        return f"different: {broken[0].name} is no number, which no tolerance admits"
-    worst = max(reproduction.figures, key=lambda figure: abs(figure.change))
-    moved = f"{worst.name} moved most, by {units.change(worst.change)}"
+        return f"different: a tolerance of {tolerance} is for other hardware or libraries, and none are recorded"
+    not_finite = [metric for metric in reproduction.figures if not _is_finite(metric)]
+    if not_finite:
+        return f"different: {not_finite[0].name} is not a finite number, which no tolerance admits"
+    worst = max(reproduction.figures, key=lambda metric: abs(metric.change))
+    moved = f"{worst.name} moved most, by {relative_change(worst.change)}"
     if reproduction.verdict == WITHIN_TOLERANCE:
-        return f"not identical, but within {share}: {moved}"
-    return f"different by more than {share}: {moved}"
+        return f"not identical, but within {tolerance}: {moved}"
+    return f"different by more than {tolerance}: {moved}"
 
 
-def _is_finite(figure: ReplayedFigure) -> bool:
-    return math.isfinite(figure.original) and math.isfinite(figure.replay)
+def _is_finite(metric: ReplayedMetric) -> bool:
+    return math.isfinite(metric.original) and math.isfinite(metric.replay)
 
 
-def _where(reproduction: Reproduction) -> list[str]:
+def _first_difference(reproduction: Reproduction) -> list[str]:
     first = reproduction.first_difference
     if first is None:
         return []
@@ -76,23 +76,19 @@ def _where(reproduction: Reproduction) -> list[str]:
     return [f"it begins with: {first.name}: {first.detail}{before}"]
 
 
-def _why(reproduction: Reproduction) -> list[str]:
-    first, differ = reproduction.first_difference, ", ".join(reproduction.surroundings)
+def _reasons(reproduction: Reproduction) -> list[str]:
+    first, environment = reproduction.first_difference, ", ".join(reproduction.surroundings)
     if first is None:
-        return [f"although these differ: {differ}"] if differ else []
-    if first.part == ASKED:
-        return [f"these differ besides: {differ}"] if differ else []
+        return [f"although these differ: {environment}"] if environment else []
+    if first.part == REQUESTED:
+        return [f"these differ besides: {environment}"] if environment else []
     unknown = [f"not known to be the same: {', '.join(reproduction.unknown)}"] if reproduction.unknown else []
-    if differ:
+    if environment:
         reason = "these differ" if reproduction.verdict == WITHIN_TOLERANCE else "probable reason"
-        return [f"{reason}: {differ}", *unknown]
+        return [f"{reason}: {environment}", *unknown]
     if unknown:
         return ["no difference of machine, libraries or code is recorded", *unknown]
     return ["no difference of machine, libraries or code is recorded: something is not deterministic"]
-
-
-def _problems(reproduction: Reproduction) -> list[str]:
-    return [f"the replay itself: {problem}" for problem in reproduction.problems]
 
 
 def _outcome(step: ComparedStep) -> str:

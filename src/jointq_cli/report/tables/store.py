@@ -1,65 +1,67 @@
-"""What lies in a store as tables of text: the one source for terminals, pipes and logs.
+"""The tables of `jointq store`: artifacts, their sizes, and what was pruned.
 
-Knows what is said of artifacts. Looks at no disk.
+Knows which properties of an artifact are shown. Reads no disk.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from jointq_cli.report import number_format as units
-from jointq_cli.report.tables.table import MISSING, Cell, Sheet, TextTable
+from jointq_cli.report.grouping import grouped
+from jointq_cli.report.number_format import MISSING, age, byte_size, plural
+from jointq_cli.report.tables.table import Cell, TableDocument, TextTable
 from jointq_cli.system.inventory import Entry, Pruned
 
 PARTIAL = "partial"
 
 
-def listing(root: str, entries: Sequence[Entry], states: Sequence[str], damages: Sequence[str], now: float) -> Sheet:
-    """A row per artifact. states: one word each. damages: what is wrong, in full. now: seconds since 1970."""
-    heading = ["name", "stage", "size", "made", "last used", "state"]
+def artifacts_document(
+    root: str, entries: Sequence[Entry], states: Sequence[str], damages: Sequence[str], now: float
+) -> TableDocument:
+    """A row per artifact. states: one word each. damages: what is damaged, in full. now: seconds since 1970."""
+    heading = ["name", "stage", "size", "created", "last used", "state"]
     rows = [
-        [entry.name, entry.stage, units.size(entry.size), _ago(entry.completed, now), _ago(entry.used, now), state]
+        [entry.name, entry.stage, byte_size(entry.size), _ago(entry.completed, now), _ago(entry.used, now), state]
         for entry, state in zip(entries, states, strict=True)
     ]
-    return Sheet(
+    return TableDocument(
         title=root,
         headline=_headline(root, entries),
         warnings=list(damages),
         notes=[],
-        grids=_grids("Artifacts, then partial work", heading, rows),
+        tables=_tables("Artifacts, then partial work", heading, rows),
     )
 
 
-def sizes(root: str, entries: Sequence[Entry]) -> Sheet:
+def sizes_document(root: str, entries: Sequence[Entry]) -> TableDocument:
     """A row per stage, one for partial work, one for everything."""
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(PARTIAL if entry.is_partial else entry.stage, []).append(entry)
-    rows = [_row(name, members) for name, members in _largest_first(groups)]
+    groups = grouped(entries, lambda entry: PARTIAL if entry.is_partial else entry.stage)
+    largest_first = sorted(groups.items(), key=lambda group: (-_size(group[1]), group[0]))
+    rows = [_size_row(name, members) for name, members in largest_first]
     if rows:
-        rows.append(_row("in all", entries))
-    return Sheet(
+        rows.append(_size_row("total", entries))
+    return TableDocument(
         title=root,
         headline=_headline(root, entries),
         warnings=[],
         notes=["would be freed: without the files that run directories link to, which stay there"] if rows else [],
-        grids=_grids("By stage", ["stage", "artifacts", "size", "would be freed"], rows),
+        tables=_tables("By stage", ["stage", "artifacts", "size", "would be freed"], rows),
     )
 
 
-def pruned(root: str, done: Pruned, now: float, *, dry: bool) -> Sheet:
-    """What has been taken away, or in a dry run would be."""
-    count = units.plural(len(done.removed), "item")
-    freed = units.size(sum(entry.freed for entry in done.removed))
+def pruned_document(root: str, done: Pruned, now: float, *, dry: bool) -> TableDocument:
+    """What was removed, or would be in a dry run."""
+    count = plural(len(done.removed), "item")
+    freed = byte_size(sum(entry.freed for entry in done.removed))
     would = "would be " if dry else ""
     rows = [
-        [entry.name, units.size(entry.size), units.size(entry.freed), _ago(entry.used, now), _kind(entry)]
+        [entry.name, byte_size(entry.size), byte_size(entry.freed), _ago(entry.used, now), _kind(entry)]
         for entry in done.removed
     ]
-    return Sheet(
+    return TableDocument(
         title=root,
         headline=f"{count} {would}removed from {root}, {freed} {would}freed",
         warnings=[],
         notes=[f"in use, and left: {entry.name}" for entry in done.busy],
-        grids=_grids("Least recently used first", ["name", "size", "freed", "last used", "kind"], rows),
+        tables=_tables("Least recently used first", ["name", "size", "freed", "last used", "kind"], rows),
     )
 
 
@@ -67,16 +69,12 @@ def _headline(root: str, entries: Sequence[Entry]) -> str:
     finished = [entry for entry in entries if not entry.is_partial]
     partial = len(entries) - len(finished)
     unfinished = f" and {partial} unfinished" if partial else ""
-    return f"{units.plural(len(finished), 'artifact')}{unfinished} in {root}, {units.size(_size(entries))}"
+    return f"{plural(len(finished), 'artifact')}{unfinished} in {root}, {byte_size(_size(entries))}"
 
 
-def _row(name: str, entries: Sequence[Entry]) -> list[str]:
+def _size_row(name: str, entries: Sequence[Entry]) -> list[str]:
     freed = sum(entry.freed for entry in entries)
-    return [name, str(len(entries)), units.size(_size(entries)), units.size(freed)]
-
-
-def _largest_first(groups: Mapping[str, Sequence[Entry]]) -> list[tuple[str, Sequence[Entry]]]:
-    return sorted(groups.items(), key=lambda group: (-_size(group[1]), group[0]))
+    return [name, str(len(entries)), byte_size(_size(entries)), byte_size(freed)]
 
 
 def _size(entries: Sequence[Entry]) -> int:
@@ -84,12 +82,12 @@ def _size(entries: Sequence[Entry]) -> int:
 
 
 def _kind(entry: Entry) -> str:
-    return PARTIAL if entry.is_partial else "whole"
+    return PARTIAL if entry.is_partial else "complete"
 
 
 def _ago(moment: float | None, now: float) -> str:
-    return MISSING if moment is None else f"{units.age(now - moment)} ago"
+    return MISSING if moment is None else f"{age(now - moment)} ago"
 
 
-def _grids(title: str, heading: list[str], rows: Sequence[Sequence[str]]) -> list[TextTable]:
+def _tables(title: str, heading: list[str], rows: Sequence[Sequence[str]]) -> list[TextTable]:
     return [TextTable(title, 1, heading, [[Cell(text) for text in row] for row in rows])] if rows else []

@@ -1,71 +1,78 @@
-"""A sweep as rows: one job to a row while it runs, and all of them as a sheet.
+"""The tables of a sweep: one line per job while it runs, and a document with all jobs.
 
-Knows jobs and what they measured. Knows no markup and no terminal; what runs have in common is `sheet`'s.
+Knows jobs and what they measured. Knows no markup and no terminal.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from jointq_cli.report import number_format as units
+from jointq_cli.report import summary
 from jointq_cli.report.compare.sweep import SweepJob, best
-from jointq_cli.report.tables.table import BEST, GAP, MISSING, Cell, Sheet, TextTable, tails
+from jointq_cli.report.number_format import (
+    MISSING,
+    duration,
+    percent,
+    plural,
+    relative_change,
+    shortest_suffixes,
+    significant,
+)
+from jointq_cli.report.tables.table import BEST_MARK, GAP, Cell, TableDocument, TextTable
 from jointq_cli.system.sweep_directory import DONE
 
-FIGURES = (("perplexity", 14), ("increase", 16), ("KL divergence", 19), ("time", 11))  # widths of a live row
+METRICS = (("perplexity", 14), ("increase", 16), ("KL divergence", 19), ("time", 11))  # with their column widths
 
 
-class Rows:
-    """The table that grows while a sweep runs: its columns are as wide as the settings of all jobs need."""
+class SweepRows:
+    """The table that grows while a sweep runs. Its columns are wide enough for the settings of all jobs."""
 
     def __init__(self, settings: Sequence[dict[str, str]]) -> None:
         keys = _keys(settings)
-        heads = tails(keys)
+        headings = shortest_suffixes(keys)
         self._keys = keys
         self._widths = [
-            max(len(head), *(len(job.get(key, MISSING)) for job in settings))
-            for head, key in zip(heads, keys, strict=True)
+            max(len(heading), *(len(job.get(key, MISSING)) for job in settings))
+            for heading, key in zip(headings, keys, strict=True)
         ]
-        self.heading = self._line("job", heads, [name for name, _ in FIGURES])
+        self.heading = self._line("job", headings, [name for name, _ in METRICS])
 
     def row(self, job: SweepJob) -> str:
-        """One line, and a second one where something went wrong."""
+        """One line, and a second one with the error of a job that failed."""
         values = [job.settings.get(key, MISSING) for key in self._keys]
-        line = self._line(str(job.number), values, _figures(job))
+        line = self._line(str(job.number), values, _metrics(job))
         error = f"\n     {job.record.state}: {job.record.error}" if job.record.error else ""
         state = "" if job.record.state == DONE or error else f"  {job.record.state}"
         return line + state + error
 
-    def _line(self, number: str, settings: Sequence[str], figures: Sequence[str]) -> str:
+    def _line(self, number: str, settings: Sequence[str], metrics: Sequence[str]) -> str:
         left = [f"{text:<{width}}" for text, width in zip(settings, self._widths, strict=True)]
-        right = [f"{text:>{width}}" for text, (_, width) in zip(figures, FIGURES, strict=True)]
+        right = [f"{text:>{width}}" for text, (_, width) in zip(metrics, METRICS, strict=True)]
         return (" " * GAP).join([f"{number:>3}", *left, *right]).rstrip()
 
 
-def make_sweep_sheet(name: str, jobs: Sequence[SweepJob]) -> Sheet:
+def sweep_document(name: str, jobs: Sequence[SweepJob]) -> TableDocument:
     """name: the recipe's."""
     chosen = best(jobs)
-    ended = [job for job in jobs if job.record.state == DONE]
-    failed = [job for job in jobs if job.record.error]
-    return Sheet(
-        title=f"{name}: sweep of {units.plural(len(jobs), 'job')}",
-        headline=_headline(chosen, jobs, len(ended)),
-        warnings=[f"job {job.number} {job.record.state}: {job.record.error}" for job in failed],
+    return TableDocument(
+        title=f"{name}: sweep of {plural(len(jobs), 'job')}",
+        headline=_headline(chosen, jobs),
+        warnings=[f"job {job.number} {job.record.state}: {job.record.error}" for job in jobs if job.record.error],
         notes=_notes(jobs, chosen),
-        grids=[_grid(jobs, chosen)],
+        tables=[_jobs(jobs, chosen)],
     )
 
 
-def _headline(chosen: SweepJob | None, jobs: Sequence[SweepJob], done: int) -> str:
-    so_far = "" if done == len(jobs) else f"{done} of {units.plural(len(jobs), 'job')} done. "
+def _headline(chosen: SweepJob | None, jobs: Sequence[SweepJob]) -> str:
+    done = sum(job.record.state == DONE for job in jobs)
+    so_far = "" if done == len(jobs) else f"{done} of {plural(len(jobs), 'job')} done. "
     if chosen is None or chosen.measured is None:
         return f"{so_far}No perplexity to compare."
-    at = ", ".join(f"{head}={value}" for head, value in _told(chosen))
-    perplexity, increase = _figures(chosen)[:2]
+    keys = shortest_suffixes(list(chosen.settings))
+    settings = ", ".join(f"{key}={value}" for key, value in zip(keys, chosen.settings.values(), strict=True))
+    perplexity, increase = _metrics(chosen)[:2]
     against = f", {increase}" if chosen.measured.comparison else ""
-    return f"{so_far}Least perplexity in job {chosen.number}{f' ({at})' if at else ''}: {perplexity}{against}."
-
-
-def _told(job: SweepJob) -> Iterable[tuple[str, str]]:
-    return zip(tails(list(job.settings)), job.settings.values(), strict=True)
+    return (
+        f"{so_far}Least perplexity in job {chosen.number}{f' ({settings})' if settings else ''}: {perplexity}{against}."
+    )
 
 
 def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
@@ -73,17 +80,18 @@ def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
     originals = {job.measured.original for job in jobs if job.measured}
     notes = [f"protocol: {line}" for line in sorted(protocols)]
     if len(protocols) > 1 or len(originals) > 1:
-        notes.append("these jobs were not all measured alike: only figures of one model and protocol compare")
+        notes.append("these jobs were not all measured alike: only results of one model and protocol compare")
     if chosen is not None:
-        notes.append(f"{BEST.strip()} the least perplexity; chosen on this text, it is a little too good for any other")
+        mark = BEST_MARK.strip()
+        notes.append(f"{mark} the least perplexity; chosen on this text, it is a little too good for any other")
     if any(job.measured and job.measured.comparison for job in jobs):
         notes.append("increase: against the original, ± the standard error of the paired difference")
     return notes
 
 
-def _grid(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> TextTable:
+def _jobs(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> TextTable:
     keys = _keys([job.settings for job in jobs])
-    heading = ["job", *tails(keys), "perplexity", "increase", "KL divergence", "top-1", "bits/weight", "time", "state"]
+    metrics = ["perplexity", "increase", "KL divergence", "top-1", "bits/weight", "time", "state"]
     rows = [
         [
             Cell(str(job.number)),
@@ -92,31 +100,30 @@ def _grid(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> TextTable:
         ]
         for job in jobs
     ]
-    return TextTable("Jobs", 1 + len(keys), heading, rows)
+    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics], rows)
 
 
 def _cells(job: SweepJob, is_best: bool) -> list[Cell]:
-    perplexity, increase, divergence, time = _figures(job)
+    perplexity, increase, divergence, time = _metrics(job)
     measured = job.measured
-    top1 = units.percent(measured.comparison.top1_agreement) if measured and measured.comparison else MISSING
-    bits = units.significant(measured.bits_per_weight, 3) if measured and measured.bits_per_weight else MISSING
-    mark = BEST if is_best else " " * len(BEST)
+    top1 = percent(measured.comparison.top1_agreement) if measured and measured.comparison else MISSING
+    bits = significant(measured.bits_per_weight, 3) if measured and measured.bits_per_weight else MISSING
+    mark = BEST_MARK if is_best else " " * len(BEST_MARK)
     texts = [increase, divergence, top1, bits, time, job.record.state]
     return [Cell(perplexity + mark, is_best), *map(Cell, texts)]
 
 
-def _figures(job: SweepJob) -> list[str]:
-    """The texts of FIGURES."""
+def _metrics(job: SweepJob) -> list[str]:
+    """The values of METRICS as text."""
     measured = job.measured
     seconds = job.record.seconds or (measured.seconds if measured else 0)
-    time = units.duration(seconds) if seconds else MISSING
+    time = duration(seconds) if seconds else MISSING
     if measured is None:
         return [MISSING, MISSING, MISSING, time]
-    perplexity = units.plus_minus(measured.perplexity.value, measured.perplexity.standard_error)
-    if (comparison := measured.comparison) is None:
+    perplexity = summary.perplexity_text(measured.perplexity)
+    if measured.comparison is None:
         return [perplexity, MISSING, MISSING, time]
-    divergence = units.plus_minus(comparison.kl_divergence, comparison.kl_divergence_standard_error)
-    return [perplexity, units.change(*measured.increase), divergence, time]
+    return [perplexity, relative_change(*measured.increase), summary.kl_text(measured.comparison), time]
 
 
 def _keys(settings: Sequence[dict[str, str]]) -> list[str]:

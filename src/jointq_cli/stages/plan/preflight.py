@@ -19,6 +19,7 @@ def preflight_warnings(
 ) -> list[str]:
     """calibrated, scored: tokens that there are; scored is None where the text has not been seen yet."""
     found = [
+        *model.checkpoint.warnings,
         *_beyond_positions(recipe, model),
         _few_tokens(calibrated, shapes),
         _short_text(recipe, scored),

@@ -1,4 +1,4 @@
-"""A report of a rotated model with simulated activations: it says what is stored, what is not, and what is amiss."""
+"""The report of a rotated model with simulated activations: it says what is stored, what is not, and what is wrong."""
 
 import io
 import re
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from jointq_cli.records import RotationRecord, RotationTraining, RunReport, Simulation
-from jointq_cli.report import Console, encode, load_record, load_report, write_report
-from jointq_cli.report.compare import rotation_summary, summary
-from jointq_cli.report.console import lines
-from jointq_cli.report.pages.markdown import render_markdown
-from jointq_cli.report.pages.run import render_page
+from jointq_cli.report import Console, encode, load_record, load_report, rotation_summary, summary, write_report
+from jointq_cli.report.console.final_summary import quantize_summary
+from jointq_cli.report.pages.html import run_html
+from jointq_cli.report.pages.markdown import run_markdown
 from jointq_cli.system.run_directory import RunDirectory
 
 SIMULATED = "A4 asymmetric per token clip=searched down_proj=A8; not in the checkpoint"
@@ -28,8 +27,8 @@ def record(rotated: RunReport) -> RotationRecord:
     return rotated.rotation
 
 
-def closing(report: RunReport) -> str:
-    return "\n".join(lines.closing_of_run(report, Path("runs/x")).as_text())
+def final_summary(report: RunReport) -> str:
+    return "\n".join(quantize_summary(report, Path("runs/x")).as_text())
 
 
 # --- in every form
@@ -48,15 +47,17 @@ def test_a_rotation_comes_back_from_its_json_as_it_was(record: RotationRecord, t
     assert load_record(list[RotationTraining], tmp_path / "courses.json") == record.courses
 
 
-def test_the_headline_tells_what_is_stored_from_what_is_simulated(report: RunReport, rotated: RunReport) -> None:
+def test_the_headline_distinguishes_what_is_stored_from_what_is_simulated(
+    report: RunReport, rotated: RunReport
+) -> None:
     assert summary.headline(rotated).startswith("4.31 bits per weight stored, A4 simulated; perplexity 18.27 → 19.34")
     assert "stored" not in summary.headline(report)
     only_keys = replace(report, simulation=Simulation("KV4 R3", {}))
     assert "stored, KV4 simulated" in summary.headline(only_keys)
 
 
-def test_every_form_of_a_report_tells_of_the_basis_and_of_what_is_not_in_the_checkpoint(rotated: RunReport) -> None:
-    for text in (render_markdown(rotated), render_page(rotated), closing(rotated)):
+def test_every_form_of_a_report_names_the_basis_and_what_is_not_in_the_checkpoint(rotated: RunReport) -> None:
+    for text in (run_markdown(rotated), run_html(rotated), final_summary(rotated)):
         assert "stored, A4 simulated" in text
         assert SIMULATED in text
         assert ROTATED in text
@@ -64,19 +65,19 @@ def test_every_form_of_a_report_tells_of_the_basis_and_of_what_is_not_in_the_che
 
 def test_a_report_without_rotation_and_simulation_names_neither(report: RunReport) -> None:
     plain = replace(report, stages=[])  # one of the stages is called rotate
-    for text in (render_markdown(plain), closing(plain)):
+    for text in (run_markdown(plain), final_summary(plain)):
         words = set(re.findall(r"\w+", text.lower()))
         assert words.isdisjoint({"rotation", "simulated", "online", "smoothquant"})
 
 
 def test_a_checkpoint_that_needs_r4_says_so_in_every_form(rotated: RunReport, record: RotationRecord) -> None:
     online = replace(rotated, rotation=replace(record, online=["R4"]))
-    for text in (render_markdown(online), closing(online)):
+    for text in (run_markdown(online), final_summary(online)):
         assert "R4: needed whenever the model runs, so plain transformers refuses the checkpoint" in text
-    assert "R4" not in closing(rotated)
+    assert "R4" not in final_summary(rotated)
 
 
-# --- what is amiss
+# --- problems
 
 
 def test_a_sound_rotation_is_no_problem(rotated: RunReport) -> None:
@@ -101,47 +102,47 @@ def test_a_rotation_that_was_not_to_be_learned_is_no_problem(record: RotationRec
     assert rotation_summary.problems(replace(record, courses=[])) == []
 
 
-@pytest.mark.parametrize(("ratio", "told"), [(0.5, False), (1.49, False), (1.51, True), (300.0, True)])
+@pytest.mark.parametrize(("ratio", "is_problem"), [(0.5, False), (1.49, False), (1.51, True), (300.0, True)])
 def test_a_rotated_model_that_rounds_more_than_the_original_is_a_problem(
-    rotated: RunReport, record: RotationRecord, ratio: float, told: bool
+    rotated: RunReport, record: RotationRecord, ratio: float, is_problem: bool
 ) -> None:
     invariance = replace(record.invariance, stored=ratio * record.invariance.rounding)
     found = summary.problems(replace(rotated, rotation=replace(record, invariance=invariance)))
     line = f"the rotated model rounds {ratio:.1f} x as much as the original in bfloat16"
-    assert found == ([line] if told else [])
+    assert found == ([line] if is_problem else [])
 
 
 def test_in_float32_there_is_no_rounding_to_compare_with(record: RotationRecord) -> None:
     exact = replace(record, invariance=replace(record.invariance, rounding=0.0, dtype="float32"))
     assert rotation_summary.problems(exact) == []
-    assert "rounding" not in {figure.label for figure in rotation_summary.figures(exact)}
+    assert "rounding" not in {metric.label for metric in rotation_summary.metrics(exact)}
 
 
-def test_problems_of_a_rotation_are_told_in_every_form(rotated: RunReport, record: RotationRecord) -> None:
+def test_problems_of_a_rotation_are_reported_in_every_form(rotated: RunReport, record: RotationRecord) -> None:
     idle = replace(rotated, rotation=replace(record, courses=[replace(record.courses[0], moved=0.0)]))
-    for text in (render_markdown(idle), render_page(idle), closing(idle)):
+    for text in (run_markdown(idle), run_html(idle), final_summary(idle)):
         assert "nothing was learned for R1" in text
 
 
 # --- jointq rotate
 
 
-def test_the_closing_of_a_rotation_tells_how_it_was_found_and_what_it_does(record: RotationRecord) -> None:
+def test_the_final_summary_of_a_rotation_says_how_it_was_constructed_and_its_effect(record: RotationRecord) -> None:
     stream = io.StringIO()
     with Console(stream=stream) as console:
-        console.rotated(record, Path("runs/x"))
+        console.show_rotation(record, Path("runs/x"))
     text = stream.getvalue()
-    told = {line.split("  ")[0]: " ".join(line.split("  ")[1:]).strip() for line in text.splitlines()}
+    values = {line.split("  ")[0]: " ".join(line.split("  ")[1:]).strip() for line in text.splitlines()}
     assert ROTATED in text
-    assert told["SQNR of attention"] == "14.0 → 21.0 dB (max/rms 5.5 → 2.8)"
-    assert told["SQNR of down_proj"] == "11.0 → 13.0 dB (max/rms 11.8 → 5.9)"
-    assert told["learned R1"] == "150 steps, that of 140 kept; loss 31.10 → 19.70, moved 0.35"
-    assert told["weights"] == "326 MB, +21.0 % (input and output embeddings are untied)"
-    assert told["rounding"] == "5.1e-03 (as stored in bfloat16; the original's own rounding 4.9e-03)"
-    assert told["built of"] == "R2: Hadamard 64"
-    assert told["basis hash"] == record.hash
+    assert values["SQNR of attention"] == "14.0 → 21.0 dB (max/rms 5.5 → 2.8)"
+    assert values["SQNR of down_proj"] == "11.0 → 13.0 dB (max/rms 11.8 → 5.9)"
+    assert values["learned R1"] == "150 steps, that of 140 kept; loss 31.10 → 19.70, moved 0.35"
+    assert values["weights"] == "326 MB, +21.0 % (input and output embeddings are untied)"
+    assert values["rounding"] == "5.1e-03 (as stored in bfloat16; the original's own rounding 4.9e-03)"
+    assert values["built of"] == "R2: Hadamard 64"
+    assert values["basis hash"] == record.hash
 
 
-def test_nothing_is_told_of_a_growth_that_there_is_not(record: RotationRecord) -> None:
+def test_a_model_of_the_same_size_has_no_row_for_its_growth(record: RotationRecord) -> None:
     same = replace(record, rotated_bytes=record.source_bytes + 4000)  # other shards have other headers
     assert "weights" not in dict(rotation_summary.provenance(same))

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs is told, what was not measured alike is not ranked."""
+"""Comparison of several runs: what differs is reported, and results of different protocols are not ranked."""
 
 import io
 import json
@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from jointq_cli.cli.main import main
 from jointq_cli.records import RunReport
 from jointq_cli.report import Console, encode
-from jointq_cli.report.compare import runs as side_by_side
 from jointq_cli.report.compare.run_files import find_runs, load_runs
-from jointq_cli.report.compare.runs import Run
-from jointq_cli.report.pages.comparison import render_comparison
-from jointq_cli.report.pages.markdown import render_sheet
-from jointq_cli.report.tables.table import Cell, TextTable, labels, make_sheet
+from jointq_cli.report.compare.runs import ComparedRun, LayerErrors, RunComparison
+from jointq_cli.report.pages.html import comparison_html
+from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.tables.comparison import comparison_document
+from jointq_cli.report.tables.table import Cell, TableDocument, TextTable
 
 SETTINGS = {
     "name": "mine",
@@ -54,13 +54,13 @@ def scaled(report: RunReport, factor: float) -> RunReport:
     )
 
 
-def run_of(report: RunReport, called: str = "0", /, **settings: str) -> Run:
+def run_of(report: RunReport, called: str = "0", /, **settings: str) -> ComparedRun:
     changed = {key.replace("__", "."): value for key, value in settings.items()}
-    return Run(called, report, SETTINGS | changed)
+    return ComparedRun(called, report, SETTINGS | changed)
 
 
 @pytest.fixture(scope="session")
-def three(report) -> list[Run]:
+def three(report) -> list[ComparedRun]:
     return [
         run_of(report, "0"),
         run_of(scaled(report, 4), "1", quantizer__bits="3"),
@@ -68,55 +68,55 @@ def three(report) -> list[Run]:
     ]
 
 
-def sheet_of(runs: list[Run]):
-    return make_sheet(runs, [])
+def document_of(runs: list[ComparedRun]) -> TableDocument:
+    return comparison_document(RunComparison(runs), [])
 
 
 # --- settings
 
 
-def test_only_settings_that_differ_are_told(three):
-    [difference] = side_by_side.setting_differences(three)
+def test_only_settings_that_differ_are_reported(three):
+    [difference] = RunComparison(three).setting_differences()
     assert (difference.key, difference.values) == ("quantizer.bits", ["4", "3", "2"])
 
 
 def test_names_and_places_differ_only_where_nothing_else_does(report):
     alike = [run_of(report, "a"), run_of(report, "b", name="other")]
-    assert [each.key for each in side_by_side.setting_differences(alike)] == ["name"]
+    assert [each.key for each in RunComparison(alike).setting_differences()] == ["name"]
     unlike = [alike[0], run_of(report, "b", name="other", quantizer__bits="3")]
-    assert [each.key for each in side_by_side.setting_differences(unlike)] == ["quantizer.bits"]
+    assert [each.key for each in RunComparison(unlike).setting_differences()] == ["quantizer.bits"]
 
 
 def test_what_another_option_of_a_group_does_not_have_is_no_difference_of_its_own(report):
-    rtn = Run("rtn", report, {key: value for key, value in SETTINGS.items() if "damping" not in key})
+    rtn = ComparedRun("rtn", report, {key: value for key, value in SETTINGS.items() if "damping" not in key})
     other = replace(rtn, settings=rtn.settings | {"quantizer": "rtn"})
-    assert [each.key for each in side_by_side.setting_differences([run_of(report), other])] == ["quantizer"]
+    assert [each.key for each in RunComparison([run_of(report), other]).setting_differences()] == ["quantizer"]
     # With the same option the key is missing for another reason, such as an older version.
-    [missing] = side_by_side.setting_differences([run_of(report), rtn])
+    [missing] = RunComparison([run_of(report), rtn]).setting_differences()
     assert (missing.key, missing.values) == ("quantizer.damping", ["0.01", None])
 
 
-def test_a_key_that_differs_among_those_that_have_it_is_told_whatever_the_option(report):
-    other = Run("rtn", report, {"quantizer": "rtn"} | {"quantizer.bits": "4"})
+def test_a_key_that_differs_among_those_that_have_it_is_reported_whatever_the_option(report):
+    other = ComparedRun("rtn", report, {"quantizer": "rtn"} | {"quantizer.bits": "4"})
     runs = [run_of(report), run_of(report, quantizer__damping="0.1"), other]
-    found = {each.key: each.values for each in side_by_side.setting_differences(runs)}
+    found = {each.key: each.values for each in RunComparison(runs).setting_differences()}
     assert found["quantizer.damping"] == ["0.01", "0.1", None]
 
 
 def test_headings_are_as_short_as_they_can_be_and_still_apart(report):
     changed = {"evaluation__seqlen": "256", "calibration__seqlen": "128", "quantizer__bits": "2"}
     runs = [run_of(report, calibration__seqlen="512"), run_of(report, "1", **changed)]
-    heading = sheet_of(runs).grids[0].heading
+    heading = document_of(runs).tables[0].heading
     assert {"bits", "evaluation.seqlen", "calibration.seqlen"} <= set(heading)
-    assert labels(runs)[1].startswith("1 (bits=2, evaluation.seqlen=256")
+    assert RunComparison(runs).labels()[1].startswith("1 (bits=2, evaluation.seqlen=256")
 
 
 # --- what compares
 
 
 def test_runs_of_one_protocol_and_one_model_compare(three):
-    assert side_by_side.obstacles(three) == []
-    assert side_by_side.best(three, lambda report: report.comparison.kl_divergence) == {0}
+    assert RunComparison(three).protocol_differences() == []
+    assert RunComparison(three).best(lambda report: report.comparison.kl_divergence) == {0}
 
 
 @pytest.mark.parametrize("part", ["dataset", "text_hash", "window", "bos", "windows", "scored_tokens"])
@@ -125,94 +125,93 @@ def test_every_part_of_the_protocol_keeps_runs_from_comparing(report, part):
     changed = value + 1 if isinstance(value, int) else value + "x"
     other = replace(report, protocol=replace(report.protocol, **{part: changed}))
     runs = [run_of(report, "0"), run_of(other, "1")]
-    assert [obstacle.key for obstacle in side_by_side.obstacles(runs)] == [f"protocol.{part}"]
-    sheet = sheet_of(runs)
-    assert sheet.headline.startswith("These runs do not compare")
-    assert sheet.warnings == [f"protocol.{part}: {value} in 0; {changed} in 1"]
-    assert not any(cell.best for row in sheet.grids[0].rows for cell in row)
+    assert [difference.key for difference in RunComparison(runs).protocol_differences()] == [f"protocol.{part}"]
+    document = document_of(runs)
+    assert document.headline.startswith("These runs do not compare")
+    assert document.warnings == [f"protocol.{part}: {value} in 0; {changed} in 1"]
+    assert not any(cell.best for row in document.tables[0].rows for cell in row)
 
 
 def test_different_models_do_not_compare_even_under_one_name(report):
     runs = [run_of(report, "0"), run_of(replace(report, model_hash="ffff"), "1")]
-    assert [obstacle.key for obstacle in side_by_side.obstacles(runs)] == ["model"]
-    assert "ffff in 1" in sheet_of(runs).warnings[0]
+    assert [difference.key for difference in RunComparison(runs).protocol_differences()] == ["model"]
+    assert "ffff in 1" in document_of(runs).warnings[0]
 
 
 def test_the_best_is_found_among_those_that_were_measured_alike(three):
     other = replace(three[2].report, protocol=replace(three[2].report.protocol, window=256))
     runs = [three[1], three[0], run_of(other, "x"), run_of(scaled(other, 0.5), "y")]
-    assert side_by_side.best(runs, lambda report: report.comparison.kl_divergence) == {1, 3}
-    assert side_by_side.best(runs[:3], lambda report: report.comparison.kl_divergence) == {1}
+    assert RunComparison(runs).best(lambda report: report.comparison.kl_divergence) == {1, 3}
+    assert RunComparison(runs[:3]).best(lambda report: report.comparison.kl_divergence) == {1}
 
 
 def test_what_is_no_number_is_never_best(report):
     broken = replace(report, comparison=replace(report.comparison, kl_divergence=math.nan))
     figure = [run_of(broken, "0"), run_of(report, "1")]
-    assert side_by_side.best(figure, lambda report: report.comparison.kl_divergence) == {1}
-    assert side_by_side.best([run_of(broken, "0")] * 2, lambda report: report.comparison.kl_divergence) == set()
+    assert RunComparison(figure).best(lambda report: report.comparison.kl_divergence) == {1}
+    assert RunComparison([run_of(broken, "0")] * 2).best(lambda report: report.comparison.kl_divergence) == set()
 
 
 # --- layers
 
 
 def test_medians_scale_with_the_errors(three):
-    for row in side_by_side.kind_errors(three):
+    for row in RunComparison(three).kind_errors():
         assert row.errors[1:] == pytest.approx([4 * row.errors[0], 16 * row.errors[0]])
 
 
 def test_a_run_against_itself_changes_no_layer(report):
-    assert side_by_side.changed_layers([run_of(report, "0"), run_of(report, "1")], 10) == []
+    assert RunComparison([run_of(report, "0"), run_of(report, "1")]).changed_layers(10) == []
 
 
 def test_layers_that_became_better_count_as_much_as_those_that_became_worse(report):
     layers = list(report.layers)
     for index, factor in ((3, 2.0), (5, 0.1), (8, 0.0)):
         layers[index] = replace(layers[index], output_error=factor * layers[index].output_error)
-    changed = side_by_side.changed_layers([run_of(report), run_of(replace(report, layers=layers), "1")], 10)
+    changed = RunComparison([run_of(report), run_of(replace(report, layers=layers), "1")]).changed_layers(10)
     assert [row.name for row in changed] == [layers[index].name for index in (8, 5, 3)]
 
 
 @given(st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
 def test_a_ratio_gives_the_error_back(error, reference):
-    assert side_by_side.ratio(error, reference) * reference == pytest.approx(error)
+    assert LayerErrors("x", [reference, error]).ratios[0] * reference == pytest.approx(error)
 
 
 def test_ratios_of_nothing_are_one_or_infinite():
-    assert side_by_side.ratio(0.0, 0.0) == 1.0
-    assert side_by_side.ratio(0.1, 0.0) == math.inf
+    assert LayerErrors("x", [0.0, 0.0, 0.1]).ratios == [1.0, math.inf]
 
 
-def test_layers_that_only_some_runs_have_are_told_and_left_out_of_the_medians(report):
+def test_layers_that_only_some_runs_have_are_reported_and_left_out_of_the_medians(report):
     fewer = replace(report, layers=report.layers[:7], blocks=report.blocks[:1])
     runs = [run_of(report, "0"), run_of(fewer, "1")]
-    assert side_by_side.partial_layers(runs) == {(0,): [layer.name for layer in report.layers[7:]]}
-    assert all(row.errors[0] == row.errors[1] for row in side_by_side.kind_errors(runs))
-    notes = sheet_of(runs).notes
+    assert RunComparison(runs).partial_layers() == {(0,): [layer.name for layer in report.layers[7:]]}
+    assert all(row.errors[0] == row.errors[1] for row in RunComparison(runs).kind_errors())
+    notes = document_of(runs).notes
     assert any(note.startswith("only 0: 203 layers, model.layers.1.self_attn.q_proj,") for note in notes)
     assert "last block: 29 in 0; 0 in 1" in notes
 
 
-def test_models_without_a_common_layer_still_give_a_sheet(report):
+def test_models_without_a_common_layer_still_give_tables(report):
     layers = [replace(layer, name=f"x.{layer.name}") for layer in report.layers]
     other = run_of(replace(report, layers=layers, blocks=[], model_hash="ffff"), "1")
-    sheet = sheet_of([run_of(report, "0"), other])
-    assert len(sheet.grids) == 2
-    ElementTree.fromstring(render_comparison([run_of(report, "0"), other], sheet))
+    document = document_of([run_of(report, "0"), other])
+    assert len(document.tables) == 2
+    ElementTree.fromstring(comparison_html(RunComparison([run_of(report, "0"), other]), document))
 
 
 def test_errors_on_other_calibration_are_said_to_be_so(report):
     runs = [run_of(report, "0"), run_of(replace(report, calibration="c4"), "1")]
-    assert any(note.startswith("calibration differs") for note in sheet_of(runs).notes)
+    assert any(note.startswith("calibration differs") for note in document_of(runs).notes)
 
 
 # --- as text
 
 
-def test_a_reused_stage_is_told_as_reused(report):
+def test_a_reused_stage_is_reported_as_reused(report):
     stages = [replace(stage, reused=stage.name == "quantize") for stage in report.stages]
-    grid = sheet_of([run_of(report, "0"), run_of(replace(report, stages=stages), "1")]).grids[0]
-    column = grid.heading.index("quantize")
-    assert [row[column].text for row in grid.rows] == ["3 min 03 s", "reused"]
+    table = document_of([run_of(report, "0"), run_of(replace(report, stages=stages), "1")]).tables[0]
+    column = table.heading.index("quantize")
+    assert [row[column].text for row in table.rows] == ["3 min 03 s", "reused"]
 
 
 @given(
@@ -221,21 +220,21 @@ def test_a_reused_stage_is_told_as_reused(report):
     st.booleans(),
     st.integers(40, 200),
 )
-def test_a_folded_table_fits_and_loses_no_column(texts, stub, is_known, width):
+def test_a_folded_table_fits_and_loses_no_column(texts, stub, short_stub, width):
     heading = [f"head {index}" for index in range(4)]
-    grid = TextTable("title", stub, heading, [list(map(Cell, row)) for row in texts], stub_is_known=is_known)
-    parts = grid.folded(width)
+    table = TextTable("title", stub, heading, [list(map(Cell, row)) for row in texts], short_stub=short_stub)
+    parts = table.folded(width)
     assert all(sum(part.widths()) + 2 * (len(part.heading) - 1) <= width for part in parts)
     shown = {text for part in parts for text in part.heading}
     assert set(heading[:1] + heading[stub:]) <= shown
-    assert is_known or shown == set(heading)
+    assert short_stub or shown == set(heading)
 
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_terminal_shows_every_figure_within_its_width(three, width):
     terminal = FakeTerminal()
     with Console(stream=terminal, width=width) as console:
-        console.side_by_side(sheet_of(three))
+        console.show_tables(document_of(three))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -246,13 +245,13 @@ def test_a_terminal_shows_every_figure_within_its_width(three, width):
 def test_a_pipe_gets_a_row_per_run_and_no_control_codes(three):
     stream = io.StringIO()
     with Console(stream=stream) as console:
-        console.side_by_side(sheet_of(three))
+        console.show_tables(document_of(three))
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", stream.getvalue())
     assert len(re.findall(r"^2 +2 .*0\.8203 ± .*871 MB$", stream.getvalue(), re.MULTILINE)) == 1
 
 
 def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_header(three):
-    text = render_sheet(sheet_of(three))
+    text = document_markdown(document_of(three))
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(tables) == 3
     for table in tables:
@@ -264,10 +263,10 @@ def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_header(three):
 
 @pytest.fixture(scope="module")
 def page(three) -> str:
-    return render_comparison(three, sheet_of(three))
+    return comparison_html(RunComparison(three), document_of(three))
 
 
-def test_the_page_is_well_formed_and_asks_nobody_for_anything(page):
+def test_the_page_is_well_formed_and_self_contained(page):
     ElementTree.fromstring(page)
     assert len(re.findall("<svg ", page)) == 5
     assert "http" not in page.replace("http-equiv", "")
@@ -281,7 +280,7 @@ def test_no_two_elements_of_the_page_share_an_id_and_every_reference_finds_one(p
 
 
 def test_every_run_has_its_line_over_depth(three, page):
-    for label in labels(three):
+    for label in RunComparison(three).labels():
         assert page.count(f"<title>{label}: block ") == 2 * len(three[0].report.blocks)
 
 
@@ -292,15 +291,15 @@ def test_a_page_of_broken_runs_draws_what_there_is(report):
         comparison=replace(report.comparison, kl_divergence=math.nan),
     )
     runs = [run_of(broken, "0"), run_of(broken, "<1>")]
-    page = render_comparison(runs, sheet_of(runs))
+    page = comparison_html(RunComparison(runs), document_of(runs))
     ElementTree.fromstring(page)
     assert "<svg" not in page
 
 
-def test_more_runs_than_colours_are_told_apart_by_their_markers():
-    from jointq_cli.report.figures.style import look
+def test_more_runs_than_colours_are_distinguished_by_their_markers():
+    from jointq_cli.report.figures.style import series_style
 
-    assert len({look(index) for index in range(64)}) == 64
+    assert len({series_style(index) for index in range(64)}) == 64
 
 
 # --- the command
@@ -410,10 +409,12 @@ def test_wrong_usage_has_exit_code_two(arguments, capsys):
     ],
 )
 def test_a_run_after_html_is_a_run_and_not_the_file(sweep, arguments, file, capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr("jointq_cli.report.pages.comparison.draw_comparison", lambda runs: asked.append(runs) or [])
+    drawn = []
+    monkeypatch.setattr(
+        "jointq_cli.report.pages.html.comparison_figures", lambda comparison: drawn.append(comparison) or []
+    )
     assert main(["compare", *arguments]) == 0
     assert capsys.readouterr().out == f"{file}\n"
     assert "2 runs of" in Path(file).read_text(encoding="utf-8")
-    assert [run.name for run in asked[0]] == ["0", "2"]
+    assert [run.name for run in drawn[0].runs] == ["0", "2"]
     assert not list(Path().glob(".*partial"))

@@ -1,14 +1,14 @@
-"""How far a phase is and when it will end. Knows a clock and a total; draws nothing."""
+"""How many steps of a phase are done, and how long the rest will take. Knows a clock; draws nothing."""
 
 import math
 from collections.abc import Callable
 
-# Steps told of this soon after the start were finished by an earlier run, and say nothing about the speed.
-HEAD_START = 0.5  # seconds
+# Steps reported this soon after the start were finished by an earlier run, and do not count for the rate.
+RESUME_SECONDS = 0.5
 
 
-class Pace:
-    """Counts the steps of one phase."""
+class ProgressRate:
+    """Counts the steps of one phase and measures their rate."""
 
     def __init__(self, total: int, clock: Callable[[], float]) -> None:
         self.total = total
@@ -20,11 +20,11 @@ class Pace:
     def advance(self, steps: int) -> None:
         self.done += steps
         self._latest = self._clock()
-        if self._latest - self._start < HEAD_START:
+        if self._latest - self._start < RESUME_SECONDS:
             self._origin, self._origin_done = self._latest, self.done
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """From 0 to 1."""
         return min(1.0, self.done / self.total) if self.total else 1.0
 
@@ -35,7 +35,7 @@ class Pace:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the end at the speed so far, NaN while that is unknown."""
+        """Seconds until the end at the rate so far; NaN while the rate is unknown."""
         steps = self.done - self._origin_done
         if self.done >= self.total:
             return 0.0

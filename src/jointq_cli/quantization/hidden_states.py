@@ -1,0 +1,38 @@
+"""The hidden states that a walk through the blocks has reached, on disk, so that a stopped run continues from there."""
+
+from pathlib import Path
+from typing import Literal
+
+from safetensors import safe_open
+from torch import Tensor
+
+from jointq_cli.system.files import write_atomically
+from jointq_cli.system.tensor_files import read_rows, save_tensors
+
+WeightSet = Literal["original", "quantized"]
+HiddenStates = dict[WeightSet, Tensor]  # (windows, tokens, hidden) each, by the weights that computed them
+
+
+class HiddenStateFile:
+    """`hidden.safetensors` of a directory: what enters the first unfinished block, and how many blocks are finished.
+
+    Writing it is the last step of a block.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._path = directory / "hidden.safetensors"
+
+    def finished_blocks(self) -> int:
+        if not self._path.exists():
+            return 0
+        with safe_open(self._path, framework="pt") as file:
+            return int(file.metadata()["block"])
+
+    def read(self, weights: WeightSet, windows: slice = slice(None)) -> Tensor:
+        """(windows, tokens, hidden) in the dtype that the model computes in. Needs a finished block."""
+        return read_rows(self._path, weights, windows)
+
+    def write(self, finished: int, hidden: HiddenStates) -> None:
+        tensors = {str(weights): states for weights, states in hidden.items()}
+        write_atomically(self._path, lambda path: save_tensors(path, tensors, {"block": str(finished)}))

@@ -1,0 +1,80 @@
+"""What a command prints at its end: the result, its problems, metrics, details and next steps. Writes nothing."""
+
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from jointq_cli.records import EvaluationReport, RotationRecord, RunReport, StageRecord
+from jointq_cli.report import rotation_summary, summary
+from jointq_cli.report.number_format import KeyMetric, byte_size
+from jointq_cli.report.tables.table import aligned
+
+
+@dataclass(frozen=True)
+class FinalSummary:
+    """The end of a command, independent of where it is displayed."""
+
+    headline: str
+    problems: list[str]
+    metrics: list[KeyMetric]
+    details: list[tuple[str, str]]  # (label, value)
+    next_steps: list[tuple[str, str]]  # (label, path or command)
+
+    def as_text(self) -> list[str]:
+        metrics = [(metric.label, f"{metric.value}  ({metric.detail})") for metric in self.metrics]
+        problems = [f"[problem] {problem}" for problem in self.problems]
+        return [self.headline, *problems, *aligned([*metrics, *self.details, *self.next_steps])]
+
+
+def quantize_summary(report: RunReport, run_directory: Path) -> FinalSummary:
+    checkpoint = shlex.quote(f"model.path={run_directory / 'checkpoint'}")
+    return FinalSummary(
+        headline=summary.headline(report),
+        problems=summary.problems(report),
+        metrics=summary.key_metrics(report),
+        details=[
+            *summary.basis(report),
+            ("checkpoint", f"{byte_size(report.audit.checkpoint_bytes)} on disk, in the source's dtype"),
+            ("stages", _stage_costs(report.stages)),
+            ("layers", summary.layer_verdicts(report)),
+            ("tensor audit", summary.audit_verdict(report)),
+            ("reload check", report.reload_check),
+            ("protocol", report.protocol.line()),
+        ],
+        next_steps=[
+            ("results", str(run_directory)),
+            ("look at it", str(run_directory / "report.html")),
+            ("evaluate it", f"jointq evaluate {checkpoint}"),
+        ],
+    )
+
+
+def rotate_summary(record: RotationRecord, run_directory: Path) -> FinalSummary:
+    return FinalSummary(
+        headline=rotation_summary.headline(record),
+        problems=rotation_summary.problems(record),
+        metrics=rotation_summary.metrics(record),
+        details=rotation_summary.provenance(record),
+        next_steps=[("results", str(run_directory)), ("the basis", str(run_directory / "rotation"))],
+    )
+
+
+def evaluate_summary(report: EvaluationReport, run_directory: Path) -> FinalSummary:
+    reference = [("reference", report.reference)] if report.reference else []
+    return FinalSummary(
+        headline=f"perplexity {summary.perplexity_text(report.perplexity)}",
+        problems=[] if math.isfinite(report.perplexity.value) else [f"the perplexity is {report.perplexity.value}"],
+        metrics=summary.evaluation_metrics(report),
+        details=[
+            ("model", report.model),
+            *reference,
+            ("stages", _stage_costs(report.stages)),
+            ("protocol", report.protocol.line()),
+        ],
+        next_steps=[("results", str(run_directory))],
+    )
+
+
+def _stage_costs(stages: list[StageRecord]) -> str:
+    return ", ".join(f"{stage.name} {summary.stage_cost(stage)}" for stage in stages)

@@ -1,0 +1,249 @@
+"""What the report of one run says, in sentences and key metrics: the one source for the terminal, Markdown and HTML.
+
+Knows the records and how to format their numbers. Knows no markup, no file and no terminal.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from jointq_cli.records import (
+    IDENTICAL,
+    Comparison,
+    EvaluationReport,
+    LayerRecord,
+    Perplexity,
+    RunReport,
+    StageRecord,
+)
+from jointq_cli.report import rotation_summary
+from jointq_cli.report.grouping import grouped
+from jointq_cli.report.number_format import (
+    KeyMetric,
+    byte_size,
+    duration,
+    listed,
+    parameter_count,
+    percent,
+    plural,
+    plus_minus,
+    relative_change,
+    significant,
+)
+
+FALLBACK = "fallback"
+DAMPED = "damped"
+
+
+def title(report: RunReport) -> str:
+    """ "Llama-3.2-1B, GPTQ W4 g128": a local model by the name of its directory, a hub model by its id."""
+    path = Path(report.model)
+    local = path.is_absolute() or report.model.startswith(".")
+    return f"{path.name if local else report.model}, {report.quantizer}"
+
+
+def headline(report: RunReport) -> str:
+    """The result in one line."""
+    before, after = significant(report.original.value), significant(report.quantized.value)
+    simulated = f" stored, {report.simulation.activations.split()[0]} simulated" if report.simulation else ""
+    return (
+        f"{significant(report.bits_per_weight, 3)} bits per weight{simulated}; "
+        f"perplexity {before} → {after} ({relative_change(perplexity_increase(report)[0])}), "
+        f"KL {significant(report.comparison.kl_divergence, 3)} nats"
+    )
+
+
+def perplexity_increase(report: RunReport) -> tuple[float, float]:
+    """Relative increase over the original (0.05 is five percent more), and its standard error.
+
+    The standard error is that of the increase in negative log-likelihood, which is paired over windows.
+    """
+    ratio = report.quantized.value / report.original.value if report.original.value else math.nan
+    return ratio - 1, ratio * report.comparison.nll_increase_standard_error
+
+
+def perplexity_text(perplexity: Perplexity) -> str:
+    return plus_minus(perplexity.value, perplexity.standard_error)
+
+
+def kl_text(comparison: Comparison) -> str:
+    return plus_minus(comparison.kl_divergence, comparison.kl_divergence_standard_error)
+
+
+def explanation(report: RunReport) -> str:
+    """The result in full sentences, for readers who do not see such metrics daily."""
+    agreement = percent(report.comparison.top1_agreement)
+    sentences = [
+        f"{plural(len(report.layers), 'linear layer')} of {report.model} "
+        f"({parameter_count(report.parameters)} parameters) were quantised with {report.quantizer}. "
+        f"On the same {report.protocol.scored_tokens} tokens both models rank the same token first "
+        f"in {agreement} of all positions."
+    ]
+    if within_noise(report):
+        sentences.append("The change in perplexity is within two standard errors: too small for this text to show.")
+    if report.audit.packed_bytes and report.audit.source_bytes:
+        ratio = report.audit.source_bytes / report.audit.packed_bytes
+        sentences.append(
+            f"With its codes packed the model takes {byte_size(report.audit.packed_bytes)}, "
+            f"{significant(ratio, 2)} times less than the original's "
+            f"{byte_size(report.audit.source_bytes)}."
+        )
+    return " ".join(sentences)
+
+
+def basis(report: RunReport) -> list[tuple[str, str]]:
+    """Rotation and simulated activations of a run, as (label, value); empty for a run without them."""
+    found = []
+    if report.rotation is not None:
+        found.append(("rotation", rotation_summary.headline(report.rotation)))
+        found += rotation_summary.online(report.rotation)
+    if report.simulation is not None:
+        found.append(("simulated", f"{report.simulation.activations}; not in the checkpoint"))
+    return found
+
+
+def stored_and_simulated(report: RunReport) -> str:
+    """Which part of the result is stored in the checkpoint, and which part was only simulated."""
+    stored = f"In the checkpoint: weights of {significant(report.bits_per_weight, 3)} bits, dequantised"
+    if report.rotation is not None:
+        stored += f", in a basis that is absorbed ({'; '.join(rotation_summary.names(report.rotation))})"
+        if report.rotation.online:
+            stored += f" but for {' and '.join(report.rotation.online)}, which must run online: transformers refuses it"
+    if report.simulation is None:
+        return f"{stored}. Nothing is simulated."
+    return (
+        f"{stored}. Simulated while the perplexity was measured, and not in the checkpoint: activations "
+        f"{report.simulation.activations}."
+    )
+
+
+def within_noise(report: RunReport) -> bool:
+    """Whether the increase in loss is below two standard errors of the paired difference."""
+    comparison = report.comparison
+    return abs(comparison.nll_increase) < 2 * comparison.nll_increase_standard_error
+
+
+def problems(report: RunReport) -> list[str]:
+    """Reasons not to use this checkpoint without a closer look, the worst first. Empty for a clean run."""
+    found = []
+    if not report.audit.passed:
+        found.append(f"audit failed: {audit_verdict(report)}")
+    if not math.isfinite(report.quantized.value):
+        found.append(f"the quantised model's perplexity is {report.quantized.value}")
+    fallbacks = [layer.name for layer in report.layers if layer.verdict == FALLBACK]
+    if fallbacks:
+        found.append(f"{plural(len(fallbacks), 'layer')} fell back to RTN: {listed(fallbacks)}")
+    if report.rotation is not None:
+        found += rotation_summary.problems(report.rotation)
+    if report.reload_check != IDENTICAL:
+        found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
+    return found
+
+
+def audit_verdict(report: RunReport) -> str:
+    """The audit in one line: counts, or the first names of the tensors that are wrong."""
+    audit = report.audit
+    wrong = [
+        f"{len(names)} {what} ({listed(names)})"
+        for what, names in (
+            ("missing", audit.missing),
+            ("unexpected", audit.unexpected),
+            ("changed", audit.changed),
+        )
+        if names
+    ]
+    if wrong:
+        return ", ".join(wrong)
+    return f"passed: {audit.quantized} tensors quantised, {audit.identical} identical to the source"
+
+
+def layer_verdicts(report: RunReport) -> str:
+    """ "210 layers: 208 ok, 1 damped, 1 fallback"."""
+    verdicts = [layer.verdict for layer in report.layers]
+    known = ("ok", DAMPED, FALLBACK)
+    order = [*known, *sorted(set(verdicts) - set(known))]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in order if verdict in verdicts]
+    return f"{plural(len(verdicts), 'layer')}: {', '.join(counts) or 'none'}"
+
+
+def layer_notes(layer: LayerRecord) -> str:
+    """What else the quantizer reported: "dead_columns=3 condition=1.2e+06"; zero counts are left out."""
+    return " ".join(
+        f"{name}={significant(value, 3) if isinstance(value, float) else value}"
+        for name, value in layer.notes.items()
+        if value not in (0, False, None, "")
+    )
+
+
+def stage_cost(stage: StageRecord) -> str:
+    """ "12.3 s" or "reused"."""
+    return "reused" if stage.reused else duration(stage.seconds)
+
+
+def key_metrics(report: RunReport) -> list[KeyMetric]:
+    """The metrics that a slide would show."""
+    audit = report.audit
+    return [
+        KeyMetric("perplexity", perplexity_text(report.quantized), f"original {perplexity_text(report.original)}"),
+        *comparison_metrics(report.comparison),
+        KeyMetric("bits per weight", significant(report.bits_per_weight, 3), "codes, scales, zero-points, permutation"),
+        KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
+        KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
+        KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
+    ]
+
+
+def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
+    """How far the quantised model's predictions are from the original's."""
+    ratio = math.exp(comparison.nll_increase)
+    increase = relative_change(ratio - 1, ratio * comparison.nll_increase_standard_error)
+    return [
+        KeyMetric("perplexity increase", increase, "standard error of the paired difference"),
+        KeyMetric("KL divergence", kl_text(comparison), "nats per token, original || quantised"),
+        KeyMetric("top-1 agreement", percent(comparison.top1_agreement), "both put the same token first"),
+    ]
+
+
+def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
+    """The perplexity of one checkpoint and, if a reference was evaluated, its distance from that."""
+    nll = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
+    perplexity = perplexity_text(report.perplexity)
+    metrics = [KeyMetric("perplexity", perplexity, f"negative log-likelihood {nll} nats per token")]
+    return metrics + (comparison_metrics(report.comparison) if report.comparison else [])
+
+
+def total_seconds(report: RunReport | EvaluationReport) -> float:
+    """The time of this run, without the stages whose results were reused."""
+    return sum(stage.seconds for stage in report.stages if not stage.reused)
+
+
+def layers_by_kind(layers: Iterable[LayerRecord]) -> dict[str, list[LayerRecord]]:
+    return grouped(layers, lambda layer: layer.kind)
+
+
+def worst_layers(report: RunReport, count: int) -> list[LayerRecord]:
+    """The layers with the largest output error; those whose error is not finite come first."""
+
+    def error(layer: LayerRecord) -> float:
+        return layer.output_error if math.isfinite(layer.output_error) else math.inf
+
+    return sorted(report.layers, key=error, reverse=True)[:count]
+
+
+def provenance(report: RunReport) -> list[tuple[str, str]]:
+    """What the result was made from, as (label, value)."""
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return [
+        ("recipe", report.recipe),
+        ("model", f"{report.model} ({report.architecture}, {parameter_count(report.parameters)} parameters)"),
+        ("model hash", report.model_hash),
+        ("quantizer", report.quantizer),
+        *basis(report),
+        ("calibration", report.calibration),
+        ("protocol", report.protocol.line()),
+        ("reload check", report.reload_check),
+        ("tensor audit", audit_verdict(report)),
+        ("layers", layer_verdicts(report)),
+        ("device", report.device),
+        ("versions", versions),
+    ]

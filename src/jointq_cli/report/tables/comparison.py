@@ -1,0 +1,163 @@
+"""The tables of `jointq compare`: several runs, one per row, and the layers in which they differ.
+
+Knows which properties of the compared runs are shown and in which order. Knows no markup, no file and no terminal.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from jointq_cli.records import RunReport
+from jointq_cli.report import number_format, summary
+from jointq_cli.report.compare.runs import LayerErrors, RunComparison, RunDifference, accumulated_error
+from jointq_cli.report.grouping import grouped
+from jointq_cli.report.number_format import MISSING, plural, scientific, shortest_suffixes, text_or_missing
+from jointq_cli.report.tables.table import BEST_MARK, Cell, TableDocument, TextTable
+
+QUANTIZE = "quantize"  # the stage that quantises the layers
+CHANGED_LAYERS = 10
+RATIO_WIDTH = 9  # with the gap before it
+
+
+def comparison_document(comparison: RunComparison, unfinished: Sequence[str]) -> TableDocument:
+    """unfinished: paths of runs that were left out."""
+    runs, incomparable = comparison.runs, comparison.protocol_differences()
+    return TableDocument(
+        title=f"{plural(len(runs), 'run')} of {' and '.join(dict.fromkeys(run.report.model for run in runs))}",
+        headline="These runs do not compare: they were not measured alike." if incomparable else _headline(comparison),
+        warnings=[_in_words(difference, comparison) for difference in incomparable],
+        notes=_notes(comparison, unfinished),
+        tables=[_metrics(comparison), _errors(comparison), *_changed(comparison)],
+    )
+
+
+def _headline(comparison: RunComparison) -> str:
+    labels = comparison.labels()
+    sentences = [
+        f"Least {name} in {' and '.join(f'run {labels[index]}' for index in sorted(best))}: "
+        f"{text(comparison.runs[min(best)].report)}."
+        for name, metric, text in (("KL divergence", _kl, _kl_text), ("perplexity", _perplexity, _perplexity_text))
+        if (best := comparison.best(metric))
+    ]
+    return " ".join(sentences) or f"{plural(len(labels), 'run')}, of which none is best."
+
+
+def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
+    keys = ", ".join(difference.key for difference in comparison.setting_differences())
+    marked = comparison.best(_kl) | comparison.best(_perplexity)
+    reports = [run.report for run in comparison.runs]
+    last_blocks = [str(report.blocks[-1].block) if report.blocks else None for report in reports]
+    notes = [f"settings that differ: {keys or 'none'}"]
+    if marked:
+        notes.append("* the least of the runs that were measured alike")
+    if unfinished:
+        notes.append(f"not finished and left out: {', '.join(unfinished)}")
+    if len({report.calibration for report in reports}) > 1:
+        notes.append("calibration differs: the errors of layers and blocks were measured on different inputs")
+    if len(set(last_blocks)) > 1:
+        notes.append(_in_words(RunDifference("last block", last_blocks), comparison))
+    return notes + [
+        f"only {_names(comparison, indices)}: {plural(len(layers), 'layer')}, {number_format.listed(layers)}"
+        for indices, layers in comparison.partial_layers().items()
+    ]
+
+
+def _metrics(comparison: RunComparison) -> TextTable:
+    def column(text: Callable[[RunReport], str]) -> list[Cell]:
+        return [Cell(text(run.report)) for run in comparison.runs]
+
+    columns = {
+        "perplexity": _marked(comparison, _perplexity, _perplexity_text),
+        "increase": column(lambda report: number_format.relative_change(*summary.perplexity_increase(report))),
+        "KL divergence": _marked(comparison, _kl, _kl_text),
+        "top-1": column(lambda report: number_format.percent(report.comparison.top1_agreement)),
+        "bits/weight": column(lambda report: number_format.significant(report.bits_per_weight, 3)),
+        "original": column(lambda report: summary.perplexity_text(report.original)),
+        QUANTIZE: column(_quantize_cost),
+        "total time": column(lambda report: number_format.duration(summary.total_seconds(report))),
+        "peak memory": column(lambda report: number_format.byte_size(report.peak_memory)),
+    }
+    return _table_of_runs("Perplexity, KL divergence and costs", comparison, columns)
+
+
+def _errors(comparison: RunComparison) -> TextTable:
+    accumulated = LayerErrors("last block", [accumulated_error(run.report) for run in comparison.runs])
+    cells = {row.name: _error_cells(row) for row in [*comparison.kind_errors(), accumulated]}
+    title = (
+        "E_y by kind of layer and accumulated error of the last block, and how many times that of run "
+        f"{comparison.runs[0].name}"
+    )
+    note = f"medians over {plural(len(comparison.common_layers()), 'layer')} that all runs have"
+    return replace(_table_of_runs(title, comparison, cells), note=note, short_stub=True)
+
+
+def _changed(comparison: RunComparison) -> list[TextTable]:
+    changed = comparison.changed_layers(CHANGED_LAYERS)
+    reference, *others = [run.name for run in comparison.runs]
+    title = f"Layers whose E_y changed most against run {reference}, and how many times as large it is elsewhere"
+    texts = [[row.name, scientific(row.errors[0]), *map(number_format.multiple, row.ratios)] for row in changed]
+    rows = [list(map(Cell, row)) for row in texts]
+    return [TextTable(title, 1, ["layer", f"E_y of {reference}", *others], rows)] if changed else []
+
+
+def _table_of_runs(title: str, comparison: RunComparison, columns: dict[str, list[Cell]]) -> TextTable:
+    """A row per run: its name, the settings in which it differs, and `columns`, the cells by heading."""
+    differences = comparison.setting_differences()
+    keys = shortest_suffixes([difference.key for difference in differences])
+    rows = [
+        [
+            Cell(run.name),
+            *(Cell(text_or_missing(difference.values[index])) for difference in differences),
+            *(cells[index] for cells in columns.values()),
+        ]
+        for index, run in enumerate(comparison.runs)
+    ]
+    return TextTable(title, 1 + len(differences), ["run", *keys, *columns], rows)
+
+
+def _marked(
+    comparison: RunComparison, metric: Callable[[RunReport], float], text: Callable[[RunReport], str]
+) -> list[Cell]:
+    best = comparison.best(metric)
+    # Blanks as wide as the mark keep the digits aligned.
+    blank = " " * len(BEST_MARK) if best else ""
+    texts = [text(run.report) for run in comparison.runs]
+    return [Cell(text + (BEST_MARK if index in best else blank), index in best) for index, text in enumerate(texts)]
+
+
+def _error_cells(row: LayerErrors) -> list[Cell]:
+    """The error of each run and, after the reference, its ratio to the reference's."""
+    ratios = ["", *map(number_format.multiple, row.ratios)]
+    return [Cell(f"{scientific(error)}{text:>{RATIO_WIDTH}}") for error, text in zip(row.errors, ratios, strict=True)]
+
+
+def _perplexity(report: RunReport) -> float:
+    return report.quantized.value
+
+
+def _perplexity_text(report: RunReport) -> str:
+    return summary.perplexity_text(report.quantized)
+
+
+def _kl(report: RunReport) -> float:
+    return report.comparison.kl_divergence
+
+
+def _kl_text(report: RunReport) -> str:
+    return summary.kl_text(report.comparison)
+
+
+def _quantize_cost(report: RunReport) -> str:
+    return next((summary.stage_cost(stage) for stage in report.stages if stage.name == QUANTIZE), MISSING)
+
+
+def _in_words(difference: RunDifference, comparison: RunComparison) -> str:
+    """ "protocol.window: 256 in 2; 512 in the others": by value, the most frequent one last."""
+    by_value = grouped(range(len(difference.values)), lambda index: text_or_missing(difference.values[index]))
+    *rare, (common, indices) = sorted(by_value.items(), key=lambda entry: len(entry[1]))
+    others = "the others" if len(indices) > 1 else _names(comparison, indices)
+    parts = [*(f"{value} in {_names(comparison, few)}" for value, few in rare), f"{common} in {others}"]
+    return f"{difference.key}: {'; '.join(parts)}"
+
+
+def _names(comparison: RunComparison, indices: Sequence[int]) -> str:
+    return ", ".join(comparison.runs[index].name for index in indices)
