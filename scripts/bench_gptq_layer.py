@@ -101,17 +101,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    quantizer = GPTQ(
-        bits=arguments.bits,
-        group_size=arguments.group_size,
-        symmetric=False,
-        mse=True,
-        act_order=True,
-        static_groups=False,
-        damping=0.01,
-        block_size=128,
-        on_failure="error",
-    )
+    quantizer = GPTQ(arguments.bits, arguments.group_size)
     size = arguments.size
     print(f"{quantizer.describe()}, {size} x {size}, {arguments.threads} threads")
     print("\n".join(table(measure(quantizer, size, arguments.repeats))))

@@ -31,11 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from jointq_cli.quantization.quantizers import GPTQ, JointQ
-from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 
 GROUP = 128
 Solve = Callable[[Tensor, Tensor, int], Tensor]  # weight (out, in), X^T X (in, in) float64, tokens -> dequantised
@@ -81,14 +79,14 @@ def relative_error(weight: Tensor, quantized: Tensor, matrix: Tensor) -> float:
 def ours(bits: int) -> dict[str, Solve]:
     def with_(**changes: Any) -> Solve:
         def solve(weight: Tensor, matrix: Tensor, tokens: int) -> Tensor:
-            quantizer = JointQ(**{**shipped_settings(), "bits": bits, "group_size": GROUP, **changes})
+            quantizer = JointQ(bits=bits, group_size=GROUP, **changes)
             prepared = quantizer.prepare(matrix / tokens)
             return quantizer.quantize(weight, prepared, torch.float16).quantized.dequantize(torch.float32)
 
         return solve
 
     def gptq(weight: Tensor, matrix: Tensor, tokens: int) -> Tensor:
-        quantizer = GPTQ(bits, GROUP, False, True, True, False, 0.01, 128, "error")
+        quantizer = GPTQ(bits, GROUP)
         prepared = quantizer.prepare(matrix / tokens)
         return quantizer.quantize(weight, prepared, torch.float16).quantized.dequantize(torch.float32)
 
@@ -98,15 +96,6 @@ def ours(bits: int) -> dict[str, Solve]:
         "JointQ": with_(),
         "JointQ, 20 annealing sweeps": with_(annealing_sweeps=20),
     }
-
-
-def shipped_settings() -> dict[str, Any]:
-    """The quantizer's own config, so that the benchmark measures the released defaults."""
-    path = Path(__file__).parent.parent / "configs" / "quantizer" / "jointq.yaml"
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    del settings["defaults"]
-    settings["gptq"] = GptqStart(**settings["gptq"])
-    return settings
 
 
 def onecomp(bits: int) -> dict[str, Solve]:
@@ -190,7 +179,7 @@ def measure(size: int, bits_list: list[int], out_features: int, tokens: int, onl
                 "heldout_error": relative_error(weight, quantized, judge),
             }  # fmt: skip
             if name == "JointQ":
-                sweeps = shipped_settings()["max_sweeps"] + shipped_settings()["annealing_sweeps"]
+                sweeps = JointQ().max_sweeps + JointQ().annealing_sweeps
                 row["times_products"] = seconds / product_seconds(size, out_features, sweeps)
             yield row
             gc.collect()

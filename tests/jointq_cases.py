@@ -8,38 +8,16 @@ from torch import Tensor
 
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.quantization.quantizers import JointQ, Quantizer, Solution
-from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
 
 PLAIN = JointQ(
     bits=3,
     group_size=16,
-    symmetric=False,
-    act_order=False,
-    lambda_mode="fixed_lambda",
     regularization_lambda=0.0,
-    regularization_mode="diagonal",
-    regularization_gamma=1.0,
     regularization_floor=0.0,
-    regularization_reference="mean_diagonal",
     lambda_list=[0.001, 0.1, 0.5],
-    incremental_eps_y=0.03,
-    incremental_eps_w=0.10,
-    incremental_initial_skip_ew_threshold=0.3,
-    heldout_share=0.25,
-    enable_schur=True,
-    enable_clip_optimize=False,
-    enable_clip_optimize_ep=False,
-    enable_gptq=False,
-    gptq=GptqStart(mse=True, damping=0.01, block_size=128),
-    max_sweeps=3,
-    annealing_sweeps=0,
     annealing_temperature=0.2,
-    ils_enabled=False,
     ils_num_iterations=2,
     ils_num_clones=3,
-    ils_num_channels=None,
-    batch_size=None,
-    on_failure="error",
 )
 
 STARTS = ["enable_schur", "enable_clip_optimize", "enable_clip_optimize_ep", "enable_gptq"]

@@ -31,16 +31,9 @@ SOLVE = GPTQ(
 )  # fmt: skip
 
 JOINT = JointQ(
-    bits=3, group_size=32, symmetric=False, act_order=False, lambda_mode="fixed_lambda", regularization_lambda=0.01,
-    regularization_mode="diagonal", regularization_gamma=1.0, regularization_floor=0.1,
-    regularization_reference="mean_diagonal",
-    lambda_list=[0.0, 0.1, 1.0], incremental_eps_y=0.03, incremental_eps_w=0.1,
-    incremental_initial_skip_ew_threshold=0.3, heldout_share=0.25, enable_schur=True, enable_clip_optimize=False,
-    enable_clip_optimize_ep=False, enable_gptq=False, gptq=GptqStart(mse=True, damping=0.01, block_size=32),
-    max_sweeps=2, annealing_sweeps=0, annealing_temperature=0.2, ils_enabled=False, ils_num_iterations=1,
-    ils_num_clones=1, ils_num_channels=None, batch_size=None, on_failure="error",
+    bits=3, group_size=32, regularization_lambda=0.01, lambda_list=[0.0, 0.1, 1.0], max_sweeps=2,
+    annealing_temperature=0.2, ils_num_iterations=1, ils_num_clones=1, gptq=GptqStart(block_size=32),
 )  # fmt: skip
-
 
 NO_QEP = NoQep()
 QEP = Qep(

@@ -23,6 +23,7 @@ ROWS = [
     {"formats"},
     {"models", "data"},
     {"system"},
+    {"setting_rules"},
     {"records", "kernels", "errors", "__init__"},
 ]
 # (part of the package, what it may not import although the rows would let it)

@@ -405,7 +405,7 @@ def test_two_sweeps_at_once_share_their_jobs_and_end_with_the_same_bits(tmp_path
     both = [subprocess.Popen(words, cwd=tmp_path, **pipes) for _ in range(2)]
     told, waited = zip(*(process.communicate(timeout=600) for process in both), strict=True)
     assert [process.returncode for process in both] == [0, 0], (told, waited)
-    assert any("another process is at it" in text for text in waited)
+    assert any("another process runs it" in text for text in waited)
     [sweep] = (tmp_path / "runs" / "ci_smoke").iterdir()
     table = json.loads((sweep / "summary.json").read_text())
     assert [row["state"] for row in table] == ["done", "done"]

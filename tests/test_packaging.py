@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +65,7 @@ def test_an_installed_recipe_composes_outside_of_the_checkout(jointq: Path, tmp_
 
 def test_the_wheel_brings_every_recipe_and_the_bundled_model(jointq: Path, tmp_path: Path) -> None:
     listed = run(jointq, "recipes", folder=tmp_path)
-    assert all(name in listed for name in resources.options("recipe"))
+    assert all(name in listed for name in config_files.options("recipe"))
     [package] = jointq.parent.parent.glob("lib/python*/site-packages/jointq_cli")
     bundled = {path.name for path in (ROOT / "src" / "jointq_cli" / "pocket").iterdir()} - {"__pycache__"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= bundled

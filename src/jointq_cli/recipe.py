@@ -1,6 +1,6 @@
-"""What a command is asked to do, as one value: the dataclasses that live next to their maths, composed.
+"""A recipe: everything that a command needs to know, as one value composed of the dataclasses of all rooms.
 
-Knows types and nothing of yaml, Hydra or defaults: yaml holds the values, `launch` brings both together.
+Knows types. `cli.compose` fills them with the values of yaml files and of the command line.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from typing import Any
 
 from jointq_cli.data.calibration import Calibration
@@ -21,17 +21,23 @@ from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
 from jointq_cli.transforms import Rotation, Smoothing
 
 
-@dataclass(frozen=True)
+def _plain_name() -> Any:
+    form = "be a plain name, since the run directory is called by it"
+    return setting(pattern=r"(?!\.\.?$)[^/\\]+", form=form, decides=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what `jointq quantize` does."""
 
-    name: str  # part of the run directory's path
-    description: str
-    model: ModelSource
+    name: str = _plain_name()
+    description: str = setting(decides=False)
+    model: ModelSource = setting(decides=False)  # nor does the name of the option; the hash of the weights decides
     calibration: Calibration
     layers: LayerSelection
     quantizer: Quantizer
@@ -41,48 +47,48 @@ class Recipe:
     activations: Activations
     evaluation: Evaluation
     runtime: Runtime
-    output_dir: str  # run directories are made in here
-    store: str  # artifacts that runs share
+    output_dir: str = setting(decides=False)  # run directories are made in here
+    store: str = setting(decides=False)  # artifacts that runs share
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrateRecipe(Recipe):
-    """A recipe of which only the calibration tokens are made, and kept in the file `output`."""
+    """Of this recipe, `jointq calibrate` computes the calibration tokens alone and writes them to the file `output`."""
 
     output: str
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_settings(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RotateRecipe(Recipe):
-    """A recipe of which only the smoothed and rotated model is made, at full precision."""
+    """Of this recipe, `jointq rotate` writes the smoothed and rotated model alone, at full precision."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_settings(self)
         if not (self.rotation.parts or self.smoothing.places):
             raise ConfigError("rotation=none: with smoothing=none nothing changes; use rotation=hadamard or learned")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateRecipe:
     """Everything that decides what `jointq evaluate` does."""
 
-    name: str
+    name: str = _plain_name()
     model: ModelSource
-    reference: str | None  # the original, as in model.path: adds KL divergence and top-1 agreement
+    reference: str | None = setting(None, place=True)  # the original, as in model.path: adds KL divergence
     evaluation: Evaluation
     runtime: Runtime
     output_dir: str
     store: str
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_settings(self)
 
 
 RECIPES: dict[str, type[Any]] = {
@@ -92,11 +98,11 @@ RECIPES: dict[str, type[Any]] = {
     "evaluate": EvaluateRecipe,
     "calibrate": CalibrateRecipe,
 }
-"""Command -> what its primary config, a yaml file of the same name, becomes."""
+"""Command -> the type of its primary config, a yaml file of the same name."""
 
 
 def schemas() -> list[type[Any]]:
-    """The recipes and every concrete dataclass that they may hold; subclasses are found by themselves."""
+    """The recipes and every concrete dataclass that their fields may hold, subclasses included."""
     for module in pkgutil.iter_modules(quantizers.__path__, quantizers.__name__ + "."):
         importlib.import_module(module.name)
     found: dict[type[Any], None] = {}
@@ -105,17 +111,34 @@ def schemas() -> list[type[Any]]:
     return list(found)
 
 
-def keys(recipe: type[Any], prefix: str = "") -> Iterator[str]:
-    """Every key that a config of this type may have, with dots: quantizer, quantizer.bits and so on."""
+def keyed_fields(recipe: type[Any], prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every dotted key that a config of this type may have (quantizer, quantizer.bits and so on) and its field.
+
+    A key of several types, such as rotation.seed, comes once for each.
+    """
     hints = typing.get_type_hints(recipe)
     for field in dataclasses.fields(recipe):
-        yield prefix + field.name
+        yield prefix + field.name, field
         for choice in concrete(hints[field.name]):
-            yield from keys(choice, f"{prefix}{field.name}.")
+            yield from keyed_fields(choice, f"{prefix}{field.name}.")
+
+
+def keys(recipe: type[Any]) -> list[str]:
+    return [key for key, _ in keyed_fields(recipe)]
+
+
+def setting_roles(recipe: type[Any] = Recipe) -> SettingRoles:
+    """What the keys of a recipe are to a run's result, as their fields declare."""
+    found = list(keyed_fields(recipe))
+    return SettingRoles(
+        known=frozenset(key for key, _ in found),
+        undeciding=frozenset(key for key, field in found if not rule_of(field).decides),
+        dictionaries=frozenset(key for key, field in found if typing.get_origin(field.type) is dict),
+    )
 
 
 def concrete(annotation: Any) -> list[type[Any]]:
-    """The dataclasses that may stand where `annotation` does: it and its subclasses, none abstract."""
+    """`annotation` and its subclasses, those that are dataclasses and not abstract."""
     if not (isinstance(annotation, type) and dataclasses.is_dataclass(annotation)):
         return []
     below = [choice for child in annotation.__subclasses__() for choice in concrete(child)]
@@ -130,8 +153,3 @@ def _collect(choice: type[Any], found: dict[type[Any], None]) -> None:
     for field in dataclasses.fields(choice):
         for nested in concrete(hints[field.name]):
             _collect(nested, found)
-
-
-def _check_name(name: str) -> None:
-    if not name or "/" in name or "\\" in name or name in (".", ".."):
-        raise ConfigError(f"name={name}: must be a plain name, since the run directory is called by it")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from jointq_cli import __version__
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 from jointq_cli.cli.commands import completion, help
-from jointq_cli.cli.compose import Job, complete, launch
+from jointq_cli.cli.compose import Job, launch
+from jointq_cli.cli.hydra_main import complete
 from jointq_cli.cli.main import COMMANDS, COMPOSED, main
 from jointq_cli.errors import ConfigError, Interrupted, NumericsError
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
@@ -112,7 +113,7 @@ def test_the_help_of_a_command_names_every_option_of_its_groups(
     assert main(["help", command]) == 0
     assert capsys.readouterr().out == shown
     for group in help.GROUPS[command]:
-        names = resources.options(group)
+        names = config_files.options(group)
         assert len(names) < 2 or all(f"    {name} " in shown for name in names)
 
 
@@ -171,9 +172,10 @@ MISTAKES = {
         1,
         "quantizer.lambda_list=[0.2, 0.1]: must rise from value to value",
     ),
-    "quantize quantizer.lambda_list=0.1": (1, "quantizer.lambda_list=0.1: must be a list, such as [a,b]"),
+    "quantize quantizer.lambda_list=0.1": (1, "quantizer.lambda_list=0.1: must be a list of numbers, such as [1,2]"),
+    "quantize quantizer.lambda_list=[a]": (1, "quantizer.lambda_list=[a]: must be a list of numbers, such as [1,2]"),
     "quantize quantizer.batch_size=0": (1, "quantizer.batch_size=0: must be at least 1"),
-    "quantize quantizer.heldout_share=1": (1, "quantizer.heldout_share=1.0: must be between 0 and 1"),
+    "quantize quantizer.heldout_share=1": (1, "quantizer.heldout_share=1.0: must be above 0 and below 1"),
     "quantize quantizer.gptq.damping=-1": (1, "quantizer.gptq.damping=-1.0: must be at least 0"),
     "quantize quantizer.gptq.block=3": (
         1,
@@ -187,11 +189,16 @@ MISTAKES = {
     ),
     "quantize quantizer.lambda_mode=best": (
         1,
-        "quantizer.lambda_mode=best: must be fixed_lambda or incremental_lambda or heldout",
+        "quantizer.lambda_mode=best: must be one of fixed_lambda, incremental_lambda, heldout",
     ),
     "quantize quantizer.regularization_lambda=-1": (
         1,
         "quantizer.regularization_lambda=-1.0: must be at least 0 and finite",
+    ),
+    "quantize activations.layer_bits=3": (1, "activations.layer_bits=3: must be a dictionary, such as {a:1}"),
+    "quantize activations.layer_bits.o_proj=8": (
+        1,
+        "no entry activations.layer_bits.o_proj yet; add it with a plus: +activations.layer_bits.o_proj=VALUE",
     ),
     "quantize model.path=[1,2]": (1, "model.path=[1,2]: must be text"),
     "quantize layers.exclude_layer_names=lm_head": (
@@ -202,7 +209,7 @@ MISTAKES = {
     "quantize quantizer.bits=9": (1, "quantizer.bits=9: must be from 1 to 8"),
     "quantize quantizer.on_failure=shrug": (1, "quantizer.on_failure=shrug: must be"),
     "quantize calibration.strategy=best": (1, "calibration.strategy=best: must be one of concat_chunk,"),
-    "quantize runtime.dtype=int8": (1, "runtime.dtype=int8: must be auto, float32,"),
+    "quantize runtime.dtype=int8": (1, "runtime.dtype=int8: must be one of auto, float32,"),
     "quantize model=checkpoint": (1, "model.path: has no value; give one with model.path=..."),
     "quantize calibration=text": (1, "calibration.path: has no value; give one with calibration.path=..."),
     "quantize pocket_w3g128": (
@@ -214,7 +221,7 @@ MISTAKES = {
         "quantizer.bits=3,4: several values make a sweep, which needs --multirun (-m)",
     ),
     "quantize quantizer=null": (1, "quantizer=null: a group needs one of its options"),
-    "quantize ~quantizer.bits": (1, "~quantizer.bits: cannot be taken out of a recipe"),
+    "quantize ~quantizer.bits": (1, "~quantizer.bits: cannot be removed from a recipe"),
     "quantize quantizer.bits=${nothing}": (1, "quantizer.bits: Interpolation key 'nothing' not found"),
     "quantize name=a/b": (1, "name=a/b: must be a plain name"),
     "quantize output_dir=/dev/null/runs": (1, "output_dir: cannot make /dev/null/runs/pocket_w4g128/"),
@@ -364,6 +371,69 @@ def test_an_error_of_the_task_is_raised_as_it_is() -> None:
     assert caught.value is error
 
 
+# --- renamed keys
+
+OLD, NEW = "runtime.waiting_gb", "runtime.suspended_activations_gb"
+ANNOUNCED = f"{OLD} is now {NEW}; the old name still works\n"
+
+
+def test_an_old_key_on_the_command_line_sets_the_new_one_and_says_so_once(
+    jobs: list[tuple[Any, Job]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"quantize {OLD}=1 ++{OLD}=2", jobs) == 0
+    assert capsys.readouterr().err == ANNOUNCED
+    [(recipe, job)] = jobs
+    assert recipe.runtime.suspended_activations_gb == 2
+    assert job.overrides == [f"{NEW}=1", f"++{NEW}=2"]
+
+
+def test_an_old_key_in_a_recipe_sets_the_new_one_and_the_command_line_still_comes_last(
+    jobs: list[tuple[Any, Job]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(tmp_path, "mine", "runtime:\n  waiting_gb: 1.5\n")
+    for words in ("", f" {NEW}=3"):
+        assert run(f"quantize --config-dir {tmp_path} recipe=mine{words}", jobs) == 0
+        assert capsys.readouterr().err == ANNOUNCED
+    assert [recipe.runtime.suspended_activations_gb for recipe, _ in jobs] == [1.5, 3]
+    assert not any("waiting_gb" in job.config for _, job in jobs)
+
+
+def test_an_option_of_ones_own_may_have_old_keys(
+    jobs: list[tuple[Any, Job]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my" / "runtime").mkdir(parents=True)
+    own = config_files.options("runtime")["default"].read_text(encoding="utf-8")
+    (tmp_path / "my" / "runtime" / "old.yaml").write_text(own.replace("suspended_activations_gb: 4.0", "waiting_gb: 7"))
+    assert run("quantize --config-dir my runtime=old", jobs) == 0
+    assert capsys.readouterr().err == ANNOUNCED
+    assert jobs[0][0].runtime.suspended_activations_gb == 7
+
+
+@pytest.mark.parametrize("words", [f"{OLD}=1,2", "+sweep=mine"])
+def test_a_sweep_may_run_over_an_old_key(
+    words: str, jobs: list[tuple[Any, Job]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my" / "sweep").mkdir(parents=True)
+    text = f"# @package _global_\nhydra:\n  sweeper:\n    params:\n      {OLD}: 1,2\n"
+    (tmp_path / "my" / "sweep" / "mine.yaml").write_text(text)
+    assert run(f"quantize --config-dir my -m {words}", jobs) == 0
+    assert [recipe.runtime.suspended_activations_gb for recipe, _ in jobs] == [1, 2]
+    assert capsys.readouterr().err == ANNOUNCED
+
+
+def test_a_key_by_both_names_is_refused(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
+    write_recipe(tmp_path, "mine", "runtime:\n  waiting_gb: 1\n  suspended_activations_gb: 2\n")
+    with pytest.raises(ConfigError, match=f"^{OLD}: is the old name of {NEW}, which has a value too"):
+        run(f"quantize --config-dir {tmp_path} recipe=mine", jobs)
+
+
+def test_nothing_is_said_of_old_keys_that_are_not_used(
+    jobs: list[tuple[Any, Job]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"quantize {NEW}=2", jobs) == 0
+    assert capsys.readouterr().err == ""
+
+
 # --- sweeps
 
 
@@ -493,7 +563,7 @@ def test_a_changed_text_of_a_pattern_runs_its_jobs_again(tmp_path: Path) -> None
 
 def test_the_recipe_of_a_job_does_without_options_of_ones_own(tmp_path: Path, jobs: list[tuple[Any, Job]]) -> None:
     (tmp_path / "my" / "quantizer").mkdir(parents=True)
-    own = resources.options("quantizer")["gptq"].read_text().replace("damping: 0.01", "damping: 0.5")
+    own = config_files.options("quantizer")["gptq"].read_text().replace("damping: 0.01", "damping: 0.5")
     (tmp_path / "my" / "quantizer" / "mine.yaml").write_text(own)
     assert run("quantize --config-dir my quantizer=mine", jobs) == 0
     (tmp_path / "recipe").mkdir()
@@ -531,9 +601,9 @@ QUESTIONS = {
     "jointq quantize quantizer=rtn quantizer.": {
         f"quantizer.{key}=" for key in ("bits", "group_size", "symmetric", "mse")
     },
-    "jointq evaluate evaluation=": {f"evaluation={name}" for name in resources.options("evaluation")},
+    "jointq evaluate evaluation=": {f"evaluation={name}" for name in config_files.options("evaluation")},
     "jointq recipes ": {"show"},
-    "jointq recipes show ": set(resources.options("recipe")),
+    "jointq recipes show ": set(config_files.options("recipe")),
     "jointq report ": set(),
     "jointq compare ": set(),
     "jointq store ": {"ls", "size", "prune"},

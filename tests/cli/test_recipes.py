@@ -1,5 +1,6 @@
 """Every shipped yaml: it composes, has all its keys, says what it is, and its numbers are as promised."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -8,15 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 from jointq_cli.cli.commands.recipes import listing
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.cli.main import main
 from jointq_cli.quantization.quantizers import GPTQ, JointQ, Quantizer
+from jointq_cli.quantization.quantizers.jointq import GptqStart
 from jointq_cli.recipe import RECIPES, Recipe, concrete, schemas
 
-NAMES = list(resources.options("recipe"))
-GROUPS = {group: names for group, names in resources.groups().items() if group not in ("recipe", "sweep")}
+NAMES = list(config_files.options("recipe"))
+GROUPS = {group: names for group, names in config_files.groups().items() if group not in ("recipe", "sweep")}
 OPTIONS = [(group, option) for group, names in GROUPS.items() for option in names]
 PROMISED = {
     "pocket_w4g128",
@@ -49,7 +51,7 @@ def compose(*overrides: str) -> Recipe:
 
 
 def text_of(name: str) -> str:
-    return resources.options("recipe")[name].read_text(encoding="utf-8")
+    return config_files.options("recipe")[name].read_text(encoding="utf-8")
 
 
 def test_the_promised_recipes_are_there() -> None:
@@ -81,10 +83,10 @@ def test_the_command_in_the_head_of_a_recipe_is_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_what_it_is_for_and_what_it_needs(name: str) -> None:
-    path = resources.options("recipe")[name]
+    path = config_files.options("recipe")[name]
     description = yaml.safe_load(text_of(name))["description"]
-    assert resources.summary(path) == description
-    assert f"{name}\n    {description}\n    needs: {resources.needs(path)}\n" in listing()
+    assert config_files.summary(path) == description
+    assert f"{name}\n    {description}\n    needs: {config_files.needs(path)}\n" in listing()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +94,7 @@ def test_a_recipe_without_the_hub_in_its_needs_uses_none(name: str) -> None:
     recipe = compose(f"recipe={name}")
     uses = {recipe.calibration.dataset, recipe.evaluation.dataset} & {"wikitext2", "c4"}
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", recipe.model.path) and not recipe.model.path.startswith("models/")
-    assert bool(uses or on_hub) == resources.needs(resources.options("recipe")[name]).startswith("the hub")
+    assert bool(uses or on_hub) == config_files.needs(config_files.options("recipe")[name]).startswith("the hub")
 
 
 @pytest.mark.slow
@@ -121,17 +123,9 @@ def test_jointq_starts_from_the_schur_metric_alone_and_penalises_by_the_diagonal
 
 
 def test_gptq_ships_with_its_strong_settings() -> None:
-    assert compose("quantizer=gptq").quantizer == GPTQ(
-        bits=4,
-        group_size=128,
-        symmetric=False,
-        mse=True,
-        act_order=True,
-        static_groups=False,
-        damping=0.01,
-        block_size=128,
-        on_failure="error",
-    )
+    quantizer = compose("quantizer=gptq").quantizer
+    assert isinstance(quantizer, GPTQ)
+    assert (quantizer.mse, quantizer.act_order, quantizer.static_groups) == (True, True, False)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +170,41 @@ def test_an_option_has_every_key_of_its_schema_and_a_summary(group: str, option:
     reference = content.pop("defaults")[0]["/schema@_here_"]
     [schema] = [schema for schema in schemas() if schema.__name__ == reference]
     assert list(content) == list(schema.__dataclass_fields__)
-    assert resources.summary(path)
+    assert config_files.summary(path)
+
+
+SCHEMAS = {schema.__name__: schema for schema in schemas() if schema not in (*RECIPES.values(), GptqStart)}
+
+
+def default_option(schema: str) -> Path:
+    """Of the options of a type the one that a command takes by default, else the first."""
+    found = [
+        (group, option)
+        for group, option in OPTIONS
+        if f"/schema@_here_: {schema}\n" in GROUPS[group][option].read_text(encoding="utf-8")
+    ]
+    taken = {
+        entry
+        for command in RECIPES
+        for entries in yaml.safe_load((config_files.config_dir() / f"{command}.yaml").read_text())["defaults"]
+        if isinstance(entries, dict)
+        for entry in entries.items()
+    }
+    group, option = next((entry for entry in found if entry in taken), found[0])
+    return GROUPS[group][option]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_dataclass_has_the_defaults_of_its_yaml(schema: str) -> None:
+    content = yaml.safe_load(default_option(schema).read_text(encoding="utf-8"))
+    del content["defaults"]
+    assert dataclasses.asdict(SCHEMAS[schema]()) == content
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "hydra"])
+def test_every_key_of_an_option_has_a_comment(group: str, option: str) -> None:
+    lines = GROUPS[group][option].read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.match(r"\s*\w+:(?! *$)|gptq:", line) and " # " not in line] == []
 
 
 @pytest.mark.parametrize("row", range(max(len(names) for names in GROUPS.values())))
@@ -216,7 +244,10 @@ def test_recipes_lists_all_and_show_prints_one_in_full(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     "sweep",
-    [name if name == "lambda" else pytest.param(name, marks=pytest.mark.slow) for name in resources.options("sweep")],
+    [
+        name if name == "lambda" else pytest.param(name, marks=pytest.mark.slow)
+        for name in config_files.options("sweep")
+    ],
 )
 def test_every_shipped_sweep_composes_into_several_jobs(
     sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -225,4 +256,4 @@ def test_every_shipped_sweep_composes_into_several_jobs(
     seen = []
     assert launch("quantize", ["-m", f"+sweep={sweep}"], lambda recipe, job: seen.append(recipe)) == 0
     assert len(seen) == len({repr(recipe) for recipe in seen}) >= 3
-    assert resources.summary(resources.options("sweep")[sweep])
+    assert config_files.summary(config_files.options("sweep")[sweep])

@@ -22,6 +22,7 @@ from jointq_cli.data.text import Corpus, TextSource
 from jointq_cli.data.token_file import Tokens, load_tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer, tokenizer_hash
 from jointq_cli.errors import ConfigError, ModelError, ResourceError, TextError
+from jointq_cli.setting_rules import rule_of
 
 WORDS = [f"w{number}" for number in range(200)]
 BLANK, PAD, BOS, EOS = range(4)  # a blank line is a token of its own, the words begin at 4
@@ -81,6 +82,11 @@ def three_documents(tmp_path: Path) -> str:
 
 
 # --- properties
+
+
+def test_every_strategy_that_a_recipe_may_name_exists() -> None:
+    [field] = [field for field in dataclasses.fields(Calibration) if field.name == "strategy"]
+    assert rule_of(field).choices == tuple(STRATEGIES)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -305,7 +311,7 @@ def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: Pr
     ("change", "message"),
     [
         ({"num_samples": 0}, r"calibration\.num_samples=0: must be at least 1"),
-        ({"seqlen": 0}, r"calibration\.seqlen=0: must be at least 1 token"),
+        ({"seqlen": 0}, r"calibration\.seqlen=0: must be at least 1"),
         ({"seed": -1}, r"calibration\.seed=-1: must be from 0"),
         (
             {"strategy": "concat"},
@@ -314,7 +320,7 @@ def test_provenance_tells_text_tokenizer_and_cut(three_documents: str, plain: Pr
         ({"token_weighting": "rms"}, r"calibration\.token_weighting=rms: must be one of uniform, input, residual"),
         ({"token_power": -1.0}, r"calibration\.token_power=-1\.0: must be from 0 to 4"),
         ({"first_token_weight": math.inf}, r"calibration\.first_token_weight=inf: must be from 0 to 4"),
-        ({"inputs": "both"}, r"calibration\.inputs=both: must be one of original, quantized"),
+        ({"inputs": "both"}, r"calibration\.inputs=both: must be original or quantized"),
         ({"dataset": "c5"}, r"calibration\.dataset=c5: must be one of pydoc, text, wikitext2, c4"),
     ],
 )

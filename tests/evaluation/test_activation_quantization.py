@@ -13,7 +13,7 @@ from tiny_models import write_checkpoint
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.evaluation.activation_quantization import search_clips, simulated
 from jointq_cli.evaluation.activation_settings import (
@@ -33,10 +33,7 @@ GRIDS = [(bits, symmetric, clip) for bits in (2, 4, 8) for symmetric in (False, 
 
 def activations(**changes: object) -> Activations:
     """Nothing is quantised but by `changes`."""
-    values: dict[str, object] = {
-        "bits": 16, "symmetric": False, "clip_ratio": 1.0, "layer_bits": {}, "kv_bits": 16, "r3": False,
-    }  # fmt: skip
-    return Activations(**{**values, **changes})  # type: ignore[arg-type]
+    return Activations(**changes)  # type: ignore[arg-type]
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -190,7 +187,7 @@ def test_settings_out_of_range_are_refused_by_key(changes: dict[str, object], to
 
 def test_the_shipped_options_are_what_they_are_called() -> None:
     shipped = {}
-    for name, path in resources.options("activations").items():
+    for name, path in config_files.options("activations").items():
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert values.pop("defaults") == [{"/schema@_here_": "Activations"}, "_self_"]
         shipped[name] = Activations(**values).describe()

@@ -20,11 +20,7 @@ CPU = torch.device("cpu")
 
 
 def evaluation(**changes: object) -> Evaluation:
-    values: dict[str, object] = {
-        "dataset": "pydoc", "path": None, "config": None, "split": "evaluation", "column": None, "revision": None,
-        "seqlen": 8, "stride": None, "max_windows": None, "bos": "none",
-    }  # fmt: skip
-    return Evaluation(**{**values, **changes})  # type: ignore[arg-type]
+    return Evaluation(**{"seqlen": 8, **changes})  # type: ignore[arg-type]
 
 
 def targets(windows: ScoredWindows) -> list[int]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointq_cli.errors import ConfigError, ModelError, NumericsError
-from jointq_cli.formats.uniform import Grid, UniformWeight, check_bits, check_group_size, group_columns
+from jointq_cli.formats.uniform import Grid, UniformWeight, check_group_size, group_columns
 from jointq_cli.kernels import Rounding
 from jointq_cli.quantization.quantizers.scale_fit import fit, round_scale, scale_rounding
 
@@ -121,12 +121,6 @@ def test_weights_near_the_end_of_float32_are_an_error_or_finite(dtype: torch.dty
     assert rounded(normal(2, 8) * 1e-38, Grid(4, False), True, dtype).isfinite().all()
     with pytest.raises(NumericsError):
         fit(torch.tensor([[-3.3e38, 3.3e38]]), Grid(4, False), True, dtype)
-
-
-@pytest.mark.parametrize("bits", [-1, 0, 9])
-def test_bits_outside_one_to_eight_are_refused_with_the_key(bits: int) -> None:
-    with pytest.raises(ConfigError, match=rf"quantizer.bits={bits}: must be from 1 to 8"):
-        check_bits(bits)
 
 
 def test_group_sizes_that_do_not_divide_name_layers_and_what_would_divide() -> None:

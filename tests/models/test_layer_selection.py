@@ -14,9 +14,7 @@ KNOWN = [*NAMES, "lm_head"]
 
 
 def select(**fields: object) -> list[str]:
-    filters = ("include_layer_names", "include_layer_keywords", "exclude_layer_names", "exclude_layer_keywords")
-    empty: dict[str, object] = {name: [] for name in filters}
-    return LayerSelection(**{**empty, "num_layers": None, **fields}).select(NAMES, KNOWN)  # type: ignore[arg-type]
+    return LayerSelection(**{"exclude_layer_names": [], **fields}).select(NAMES, KNOWN)  # type: ignore[arg-type]
 
 
 def test_no_rules_select_every_layer_of_the_blocks() -> None:

@@ -193,7 +193,7 @@ def test_broken_statistics_are_named() -> None:
         ("perccorr", float("nan"), "from 0 to 1"),
         ("residual", 2.0, "from 0 to 1"),
         ("perccorr_mode", "best", "fixed or heldout"),
-        ("heldout_share", 1.0, "between 0 and 1"),
+        ("heldout_share", 1.0, "above 0 and below 1"),
         ("percdamp", -0.1, "at least 0"),
         ("pull", "zero", "original or corrected"),
     ],

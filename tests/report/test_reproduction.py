@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from jointq_cli.cli.replay import replay
 from jointq_cli.errors import Interrupted, JointqError, NumericsError, TextError, UntrustedResult
 from jointq_cli.formats.layer_file import save_layer
 from jointq_cli.formats.uniform import UniformWeight
-from jointq_cli.recipe import Recipe, concrete, keys
+from jointq_cli.recipe import Recipe, keys, setting_roles
 from jointq_cli.records import (
     DIFFERENT,
     IDENTICAL,
@@ -39,11 +39,9 @@ from jointq_cli.records import (
     RotationRecord,
     Simulation,
 )
-from jointq_cli.report import encode, load_record
+from jointq_cli.report import encode, load_record, reproduction
 from jointq_cli.report.compare.run_files import parse_settings
-from jointq_cli.report.reproduction import GIVEN, compare, deciding_differences
 from jointq_cli.report.reproduction.finished_run import FinishedRun, codes_file, read_finished_run
-from jointq_cli.report.reproduction.inputs import DICTIONARIES, decides
 from jointq_cli.report.reproduction.metrics import ROUNDING
 from jointq_cli.report.tables.reproduction import conclusion, render_markdown, render_text
 from jointq_cli.system.store import Store
@@ -51,7 +49,16 @@ from jointq_cli.system.tensor_files import save_tensors
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "tests" / "published" / "ci_smoke"
+ROLES = setting_roles()
 INVARIANCE = Invariance(merge=0.0, stored=0.0, rounding=0.0, dtype="float32", tokens=1)
+
+
+def compare(original: FinishedRun, replay: FinishedRun, tolerance: float | None = None) -> Reproduction:
+    return reproduction.compare(original, replay, ROLES, tolerance)
+
+
+def deciding_differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    return reproduction.deciding_differences(ours, theirs, ROLES)
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +239,14 @@ def test_every_setting_of_the_maths_decides() -> None:
     groups = ("quantizer", "qep", "rotation", "smoothing", "activations", "layers")
     maths = [key for key in keys(Recipe) if key.split(".")[0] in groups]
     assert len(maths) > 50
-    assert all(map(decides, maths))
-    assert decides("runtime.dtype")
-    assert decides("runtime.batch_tokens")
+    assert all(map(ROLES.decides, maths))
+    assert ROLES.decides("runtime.dtype")
+    assert ROLES.decides("runtime.batch_tokens")
+
+
+def test_settings_of_other_versions_decide_unless_they_are_the_machines() -> None:
+    assert ROLES.decides("quantizer.invented")
+    assert not ROLES.decides("runtime.invented")
 
 
 def test_a_setting_that_one_side_alone_knows_is_no_difference_where_nothing_else_is(run: FinishedRun) -> None:
@@ -254,27 +266,32 @@ def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_e
 
 
 def test_an_entry_of_a_dictionary_is_no_setting_that_came_with_later_code(run: FinishedRun) -> None:
-    (name,) = DICTIONARIES
+    (name,) = ROLES.dictionaries
     assert compare(run, with_setting(f"{name}.down_proj", "8")(run)).verdict == DIFFERENT
     assert compare(with_setting(f"{name}.down_proj", "8")(run), run).verdict == DIFFERENT
 
 
-def test_every_dictionary_of_a_recipe_is_known() -> None:
-    found = {
-        f"{group}.{field.name}"
-        for group in get_type_hints(Recipe)
-        for choice in concrete(get_type_hints(Recipe)[group])
-        for field in fields(choice)
-        if get_origin(get_type_hints(choice)[field.name]) is dict
-    }
-    assert found == set(DICTIONARIES)
+def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no_more() -> None:
+    assert ROLES.dictionaries == {"activations.layer_bits"}
+    assert ROLES.replayable == [
+        "calibration.path",
+        "calibration.revision",
+        "calibration.tokens",
+        "evaluation.path",
+        "evaluation.revision",
+        "model.path",
+        "model.revision",
+        "runtime.device",
+        "runtime.hessians_gb",
+        "runtime.num_threads",
+        "runtime.suspended_activations_gb",
+    ]
+    assert ROLES.undeciding - set(ROLES.replayable) == {"name", "description", "model", "output_dir", "store"}
 
 
-def test_only_what_does_not_decide_a_result_can_be_given_and_every_key_of_it_is_one() -> None:
-    assert not any(map(decides, GIVEN))
-    assert set(GIVEN) <= set(keys(Recipe))
-    undecided = {key for key in keys(Recipe) if key.startswith("runtime.") and not decides(key)}
-    assert undecided <= set(GIVEN)
+def test_the_page_on_reproducing_names_all_that_a_replay_may_change() -> None:
+    words = set(re.findall("`([^`]+)`", (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")))
+    assert [key for key in ROLES.replayable if not {key, key.removeprefix("runtime.")} & words] == []
 
 
 def test_another_basis_is_told_with_how_far_it_is(run: FinishedRun, tmp_path: Path) -> None:
@@ -604,6 +621,19 @@ def test_a_replay_computes_where_the_run_did_unless_told_otherwise(
     assert (recipe.runtime.device, recipe.runtime.num_threads, recipe.model.path) == ("cpu", 1, "./tests")
 
 
+def test_a_replay_reads_old_keys_silently_and_takes_them_as_overrides(
+    run: FinishedRun, tmp_path: Path, at_the_root: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "  waiting_gb: 4.0" in (PUBLISHED / "recipe.yaml").read_text(encoding="utf-8")
+    assert run.settings["runtime.suspended_activations_gb"] == "4.0"
+    recipe, _ = asked_again(run, tmp_path / "a")
+    assert capsys.readouterr().err == ""
+    assert recipe.runtime.suspended_activations_gb == 4
+    recipe, _ = asked_again(run, tmp_path / "b", "runtime.waiting_gb=1")
+    assert capsys.readouterr().err.startswith("runtime.waiting_gb is now ")
+    assert recipe.runtime.suspended_activations_gb == 1
+
+
 def test_an_interrupted_replay_does_not_promise_to_continue(
     run: FinishedRun, tmp_path: Path, at_the_root: None
 ) -> None:
@@ -795,7 +825,7 @@ def test_the_script_refuses_a_directory_that_has_been_used(tmp_path: Path) -> No
 
 
 REFUSED = {
-    "quantizer.bits=3": "quantizer.bits=3: a replay takes quantizer.bits from the run; it can be given runtime.device,",
+    "quantizer.bits=3": "quantizer.bits=3: a replay takes quantizer.bits from the run; it can change runtime.device,",
     "runtime.dtype=float32": "runtime.dtype=float32: a replay takes runtime.dtype from the run",
     "store=x": "store=x: a replay takes store from the run",
     "model=smollm2_135m": "model=smollm2_135m: a replay takes model from the run",
@@ -811,7 +841,7 @@ REFUSED = {
     "--directory=full": "--directory=full: must be new or empty",
     "--directory=file": "--directory=file: must be new or empty",
     "--against=full": "full: has no manifest.json",
-    "--against=full --directory=x": "--against compares two runs that are there; --directory and KEY=VALUE are for",
+    "--against=full --directory=x": "--against compares two finished runs; --directory and KEY=VALUE are for",
 }
 
 

@@ -22,7 +22,7 @@ from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.settings import Runtime
 
 RUNTIME = Runtime(
-    device="cpu", dtype="auto", num_threads=None, batch_tokens=64, waiting_gb=1.0, hessians_gb=1.0
+    device="cpu", dtype="auto", num_threads=None, batch_tokens=64, suspended_activations_gb=1.0, hessians_gb=1.0
 )  # fmt: skip
 
 

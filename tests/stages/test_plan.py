@@ -405,7 +405,7 @@ def test_memory_follows_the_block_and_not_the_number_of_blocks(load: Workload) -
 
 def test_suspended_passes_are_bounded_by_their_key(load: Workload) -> None:
     many = replace(load, calibration=Windows(100_000, 32))
-    recipe = replace(load.recipe, runtime=replace(load.recipe.runtime, waiting_gb=0.0))
+    recipe = replace(load.recipe, runtime=replace(load.recipe.runtime, suspended_activations_gb=0.0))
     spared = many.quantize().memory - replace(many, recipe=recipe).quantize().memory
     per_token = 2 * 64 + 128
     assert spared == pytest.approx(100_000 * 32 * max(4 * 64, per_token) * load.element)
@@ -468,7 +468,7 @@ def test_too_little_memory_and_disk_are_reported_with_their_keys(
     monkeypatch.setattr(machine, "available_memory", lambda: 10**8)
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**5)
     memory, disk = planned(words).warnings[-2:]
-    assert "runtime.waiting_gb=4, runtime.batch_tokens=64: " in memory
+    assert "runtime.suspended_activations_gb=4, runtime.batch_tokens=64: " in memory
     assert "0.1 GB are free" in memory
     assert disk.startswith("store=out/store: ")
 

@@ -308,7 +308,7 @@ def test_windows_in_whole_batches_have_the_hidden_states_they_have_among_all(tmp
     assert torch.equal(torch.cat(parts), whole)
 
 
-RUNTIME = Runtime("auto", "auto", None, 4096, 4.0, 16.0)
+RUNTIME = Runtime()
 
 
 class Third(Team):

@@ -7,28 +7,22 @@ import pytest
 import yaml
 
 from jointq_cli import transforms as rotation
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 from jointq_cli.errors import ConfigError
 from jointq_cli.transforms import HadamardRotation, LearnedRotation, NoRotation, NoSmoothing, SmoothQuant
 from jointq_cli.transforms.settings import SAMPLED_TOKENS
 
 
 def hadamard(**changes: object) -> HadamardRotation:
-    values: dict[str, object] = {"r1": True, "r2": True, "r4": False, "seed": 0}
-    return HadamardRotation(**{**values, **changes})  # type: ignore[arg-type]
+    return HadamardRotation(**changes)  # type: ignore[arg-type]
 
 
 def learned(**changes: object) -> LearnedRotation:
-    values: dict[str, object] = {
-        "r1": True, "r2": True, "r4": False, "seed": 0, "init": "random_hadamard", "objective": "range2",
-        "parametrization": "lie", "r1_lr": 0.01, "r1_epochs": 20, "r2_lr": 0.01, "r2_epochs": 20, "cos_lr": True,
-        "momentum": 0.9, "batch_tokens": 256, "reservoir_tokens": 256, "early_stop": True, "stop_bits": 4,
-    }  # fmt: skip
-    return LearnedRotation(**{**values, **changes})  # type: ignore[arg-type]
+    return LearnedRotation(**changes)  # type: ignore[arg-type]
 
 
 def smoothquant(**changes: object) -> SmoothQuant:
-    return SmoothQuant(**{"alpha": 0.5, "o_proj": True, "down_proj": True, **changes})  # type: ignore[arg-type]
+    return SmoothQuant(**changes)  # type: ignore[arg-type]
 
 
 NOTHING = {"r1": False, "r2": False, "r4": False}
@@ -41,21 +35,21 @@ OUT_OF_RANGE = [
         "rotation.init=zeros: must be one of random_hadamard, hadamard, orthogonal, identity,",
     ),
     (learned, {"objective": "mse"}, "rotation.objective=mse: must be one of whip, l8, range2"),
-    (learned, {"parametrization": "qr"}, "rotation.parametrization=qr: must be one of lie, qr_orth"),
+    (learned, {"parametrization": "qr"}, "rotation.parametrization=qr: must be lie or qr_orth"),
     (learned, {"r1": False, "r2": False, "r4": True}, "rotation.r1=false: with r2=false nothing is learned"),
     (hadamard, {"seed": -1}, "rotation.seed=-1: must be from 0 to"),
     (learned, {"seed": 2**63}, f"rotation.seed={2**63}: must be from 0 to"),
-    (learned, {"r1_lr": 0.0}, "rotation.r1_lr=0: must be above 0 and finite"),
+    (learned, {"r1_lr": 0.0}, "rotation.r1_lr=0.0: must be above 0 and finite"),
     (learned, {"r1_lr": math.nan}, "rotation.r1_lr=nan: must be above 0"),
-    (learned, {"r2_lr": -1.0}, "rotation.r2_lr=-1: must be above 0"),
+    (learned, {"r2_lr": -1.0}, "rotation.r2_lr=-1.0: must be above 0"),
     (learned, {"r2_lr": math.inf}, "rotation.r2_lr=inf: must be above 0"),
     (learned, {"r1_epochs": 0}, "rotation.r1_epochs=0: must be at least 1"),
     (learned, {"r2_epochs": -3}, "rotation.r2_epochs=-3: must be at least 1"),
     (learned, {"batch_tokens": 0}, "rotation.batch_tokens=0: must be at least 1"),
     (learned, {"reservoir_tokens": 15}, "rotation.reservoir_tokens=15: must be at least 16"),
-    (learned, {"momentum": 1.0}, "rotation.momentum=1: must be from 0 to below 1"),
-    (learned, {"momentum": -0.1}, "rotation.momentum=-0.1: must be from 0 to below 1"),
-    (learned, {"momentum": math.nan}, "rotation.momentum=nan: must be from 0 to below 1"),
+    (learned, {"momentum": 1.0}, "rotation.momentum=1.0: must be at least 0 and below 1"),
+    (learned, {"momentum": -0.1}, "rotation.momentum=-0.1: must be at least 0 and below 1"),
+    (learned, {"momentum": math.nan}, "rotation.momentum=nan: must be at least 0 and below 1"),
     (learned, {"stop_bits": 1}, "rotation.stop_bits=1: must be from 2 to 4"),
     (learned, {"stop_bits": 5}, "rotation.stop_bits=5: must be from 2 to 4"),
     (smoothquant, {"alpha": -0.5}, "smoothing.alpha=-0.5: must be from 0 to 1"),
@@ -135,7 +129,7 @@ def test_only_what_is_learned_says_how_many_tokens_it_wants() -> None:
 def shipped(group: str) -> dict[str, str]:
     """Option -> what it describes itself as, from the bare yaml: each option carries every value itself."""
     described = {}
-    for name, path in resources.options(group).items():
+    for name, path in config_files.options(group).items():
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         schema, own = values.pop("defaults")
         assert own == "_self_"

@@ -1,28 +1,23 @@
-"""The one border with Hydra: compose a config, make it a typed recipe, run the task, tell errors in one line.
+"""From the words of a command line to a typed recipe and the task that runs it, once or as a sweep.
 
-Above the border there are words on a command line and yaml files, below it only dataclasses. A command gives
-a task, `launch` gives it the recipe and its run directory. What goes wrong in composing is told by
-`mistakes`; with HYDRA_FULL_ERROR=1 in the environment errors keep their traceback.
+Hydra composes yaml files and overrides; beyond this module there are only dataclasses. What goes wrong in composing is
+reported in one line by `config_errors`; with HYDRA_FULL_ERROR=1 in the environment errors keep their traceback.
 """
 
 import dataclasses
 import functools
 import hashlib
-import io
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import hydra
 import yaml
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -30,32 +25,31 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from jointq_cli.cli import config_files as resources
 from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
+from jointq_cli.cli.hydra_main import command_line, errors_raised, hydra_main, overrides_and_options
+from jointq_cli.cli.recipe_file import as_recipe
+from jointq_cli.cli.renamed_keys import KeyRenamer, renamed_by
 from jointq_cli.cli.schemas import mutable_schema
-from jointq_cli.cli.sweep import Refused, Sweep, current
+from jointq_cli.cli.sweep import Sweep, SweepRefused, current
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.sweep_directory import attempt, job_key, record_failure
 
-_SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
-_FULL_ERROR = "HYDRA_FULL_ERROR"
-
 
 @dataclass(frozen=True)
 class Job:
-    """Where a task writes, how it was asked for, and who does it together."""
+    """The run that a task is to do: where it writes, how it was requested, and by which processes."""
 
     directory: Path
     overrides: list[str]
-    config: str  # yaml: the whole config, in the form of a recipe that gives this very config again
+    config: str  # yaml: the complete config, as a recipe that composes it again
     team: Team = SINGLE_PROCESS
     number: int | None = None  # in a sweep
     elsewhere: bool = False  # in another process than the one that has the terminal
 
     @property
     def label(self) -> str:
-        """Of a job among others."""
+        """For messages of one job among others; "" outside a sweep."""
         return "" if self.number is None else f"job {self.number}"
 
 
@@ -67,51 +61,54 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
 
     Returns 0, or 1 when a job of a sweep failed; the other jobs have run all the same. The same sweep again runs
     only what is not done. Raises JointqError for what a user can cause; any other exception is a bug and passes.
-    divided: the processes that torchrun has started do it together; else the first does it, and the others nothing.
+    divided: the processes that torchrun has started share the work; else rank 0 does it, and the others nothing.
     """
-    from jointq_cli.system.torchrun import (  # not above: it brings torch, and shell completion answers without
-        is_rank0,
-        process_group,
-    )
+    # Not above: it brings torch, and shell completion answers without.
+    from jointq_cli.system.torchrun import is_rank0, process_group
 
     if not divided:
         return _launch(command, arguments, task, SINGLE_PROCESS) if is_rank0() else 0
-    with process_group() as team, _in_place(team) as places:
-        return _launch(command, [*arguments, *places], task, team)
+    with process_group() as team, _silenced_unless_rank0(team) as more:
+        return _launch(command, [*arguments, *more], task, team)
 
 
 def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.recipe import RECIPES, Recipe, keys, schemas
 
-    overrides, options = _overrides_and_options(command, arguments)
+    words, options = overrides_and_options(command, arguments)
+    renamer = KeyRenamer(silent=team.rank > 0)
+    overrides = [renamer.override(word) for word in words]
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]
     groups = ["recipe"] if issubclass(recipe, Recipe) else []
-    mistakes = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
-    runner = JobRunner(command, options, task, types, mistakes, team)
-    if {"-m", "--multirun"} & set(options):
-        if team.size > 1:
-            raise UsageError("-m: several processes do one run together; the jobs of a sweep take hydra/launcher=...")
-        return _sweep(runner, command, overrides, options)
-    with command_line([*overrides, *options]), _raised_by_hydra():
-        runner.run()
+    formatter = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
+    runner = JobRunner(command, options, task, types, formatter, team)
+    with renamed_by(renamer), errors_raised():
+        if {"-m", "--multirun"} & set(options):
+            if team.size > 1:
+                raise UsageError(
+                    "-m: several processes do one run together; the jobs of a sweep take hydra/launcher=..."
+                )
+            return _sweep(runner, command, overrides, options)
+        with command_line([*overrides, *options]):
+            runner.run()
     return 0
 
 
 def _sweep(runner: "JobRunner", command: str, overrides: list[str], options: list[str]) -> int:
-    """Runs the jobs by whatever launcher Hydra is told to use, and sums up what they left on disk."""
+    """Runs the jobs by the launcher that Hydra is configured with, and sums up what they have written."""
     words = ["jointq", command, *overrides, *options]
-    sweep = Sweep(words, runner.key, runner.mistakes.format, functools.partial(print, flush=True))
+    sweep = Sweep(words, runner.key, runner.formatter.format, functools.partial(print, flush=True))
     runner.sweep = sweep
     OmegaConf.register_new_resolver("command_hash", lambda: _command_hash(words[1:]), replace=True)
-    with command_line([*overrides, sweep.override, *options]), _raised_by_hydra(), current(sweep):
+    with command_line([*overrides, sweep.override, *options]), current(sweep):
         try:
             with sweep.watched():
                 runner.run()
-        except Refused as refusal:
+        except SweepRefused as refusal:
             raise refusal.error from None
         except (_SweepStopped, KeyboardInterrupt, Interrupted) as stop:
             sweep.close(stopped=True)
@@ -120,26 +117,12 @@ def _sweep(runner: "JobRunner", command: str, overrides: list[str], options: lis
 
 
 def _command_hash(words: list[str]) -> str:
-    """What configs call a sweep's directory by: what was typed, not the time, so that the same command finds it."""
+    """Names a sweep's directory by its command, not by the time, so that the same command finds it again."""
     return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
 
 
-def complete(command: str, arguments: list[str]) -> list[str]:
-    """What Hydra answers to a shell's question. COMP_LINE, if there, must not hold the command's name.
-
-    Schemas stay empty: the yaml files have every key, and a shell should not have to wait for torch.
-    """
-    for path in resources.config_dir().rglob("*.yaml"):
-        for name in _SCHEMA_REFERENCE.findall(path.read_text(encoding="utf-8")):
-            ConfigStore.instance().store(group="schema", name=name, node={})
-    answer = io.StringIO()
-    with command_line(arguments), redirect_stdout(answer):
-        _hydra_main(command, lambda config: None)()
-    return answer.getvalue().splitlines()
-
-
 class JobRunner:
-    """Takes one composed config after the other across. Launchers send copies of it to other processes."""
+    """Turns each composed config into a recipe and runs the task with it. Launchers send copies to other processes."""
 
     def __init__(
         self,
@@ -147,38 +130,37 @@ class JobRunner:
         options: list[str],
         task: Task,
         types: dict[str, type[Any]],
-        mistakes: ConfigErrorFormatter,
+        formatter: ConfigErrorFormatter,
         team: Team,
     ) -> None:
         self._command = command
         self._options = [word for word in options if word not in ("-m", "--multirun")]
         self._task = task
         self._types = types
-        self.mistakes = mistakes
+        self.formatter = formatter
         self._team = team
         self._started = False
         self._failure: JointqError | None = None
-        self._outputs: set[str] = set()  # files that jobs were asked to write
+        self._outputs: set[str] = set()  # files that jobs are to write
         self.sweep: Sweep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sweep": None}
 
     def run(self) -> None:
+        """The job, or all jobs of the sweep, that the arguments in sys.argv ask for."""
         try:
-            _hydra_main(self._command, self._job)()
+            hydra_main(self._command, self._job)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
             if self._started:
                 raise
-            raise self.mistakes.format(error) from error
+            raise self.formatter.format(error) from error
         if self._failure is not None:
             raise self._failure
 
     def key(self, config: DictConfig) -> str:
-        """Of a job that would be run with this config, Hydra's own part included, after those asked for before.
-
-        Raises where none can be.
-        """
+        """The `job_key` of a sweep's job. config: with Hydra's own part. Raises where this job or the jobs before it
+        cannot be run."""
         choices = config.hydra.runtime.choices
         with open_dict(config):
             del config["hydra"]
@@ -190,7 +172,7 @@ class JobRunner:
                     f"gives each its own"
                 )
             self._outputs.add(output)
-        return job_key(recipe, _as_recipe(config, self._command, choices))
+        return job_key(recipe, as_recipe(config, self._command, choices))
 
     def _job(self, config: DictConfig) -> None:
         self._started = True
@@ -199,16 +181,18 @@ class JobRunner:
             self._job_of_sweep(config, context)
             return
         try:
-            self._run(*self._crossed(config, context))
+            self._run(*self._recipe_and_job(config, context))
         except JointqError as error:
             self._failure = error  # not raised here: Hydra would print more lines
 
     def _job_of_sweep(self, config: DictConfig, context: Any) -> None:
-        """A failure is kept in the job's directory, and the sweep goes on: Hydra need not hear of it."""
+        """A failure is recorded in the job's directory and kept from Hydra, so that the sweep goes on."""
         directory = Path(context.runtime.output_dir)
         try:
-            recipe, job = self._crossed(config, context)
-            attempt(directory, job_key(recipe, job.config), lambda: self._run(recipe, job), self._wait_told(job))
+            recipe, job = self._recipe_and_job(config, context)
+            waiting = f"{job.label}: another process runs it; waiting for it to end"
+            on_wait = functools.partial(print, waiting, file=sys.stderr, flush=True)
+            attempt(directory, job_key(recipe, job.config), lambda: self._run(recipe, job), on_wait)
         except Interrupted as error:
             raise _SweepStopped from error
         except JointqError as error:
@@ -219,20 +203,15 @@ class JobRunner:
         if self.sweep is not None:
             self.sweep.ended(context.job.num)
 
-    def _wait_told(self, job: Job) -> Callable[[], None]:
-        told = f"{job.label}: another process is at it; waiting for it to end"
-        return functools.partial(print, told, file=sys.stderr, flush=True)
-
-    def _crossed(self, config: DictConfig, context: Any) -> tuple[Any, Job]:
-        """The recipe, and the job it is for."""
+    def _recipe_and_job(self, config: DictConfig, context: Any) -> tuple[Any, Job]:
         directory = Path(context.runtime.output_dir)
         try:
             recipe = self._typed(OmegaConf.to_object(config), "")
         except (OmegaConfBaseException, ConfigError) as error:
             _remove_empty(directory, Path(config.output_dir).absolute())
-            raise self.mistakes.format(error) from error
+            raise self.formatter.format(error) from error
         overrides = list(context.overrides.task)
-        text = _as_recipe(config, self._command, context.runtime.choices)
+        text = as_recipe(config, self._command, context.runtime.choices)
         if context.mode != RunMode.MULTIRUN:
             return recipe, Job(directory, overrides, text, self._team)
         return recipe, Job(directory, overrides, text, SINGLE_PROCESS, context.job.num, elsewhere=self.sweep is None)
@@ -242,85 +221,23 @@ class JobRunner:
             self._task(recipe, job)
 
     def _typed(self, value: Any, path: str) -> Any:
-        """The frozen dataclass for what Hydra filled in; `path` is its key."""
+        """The frozen dataclass with the values of a mutable one; `path` is its key, with a dot at the end."""
         if not dataclasses.is_dataclass(value):
             return value
         schema = self._types[type(value).__name__]
         names = [field.name for field in dataclasses.fields(schema)]
-        for extra in vars(value).keys() - set(names):  # came with a leading +
-            raise ConfigError(self.mistakes.unknown_key(path + extra, path, schema.__name__))
+        for extra in vars(value).keys() - set(names):  # added by a leading +
+            raise ConfigError(self.formatter.unknown_key(path + extra, path, schema.__name__))
         return schema(**{name: self._typed(getattr(value, name), f"{path}{name}.") for name in names})
-
-
-def _as_recipe(config: DictConfig, command: str, choices: Mapping[str, str]) -> str:
-    """A recipe file of all values, with the group options whose types they have."""
-    values = OmegaConf.to_yaml(config, resolve=True)
-    if "recipe" not in choices:
-        return f"# What jointq {command} did, in full.\n\n{values}"
-    head = [
-        "# @package _global_",
-        f"# What jointq {command} did, in full. As FOLDER/recipe/{config.name}.yaml it does the same again:",
-        f"#   jointq {command} --config-dir FOLDER recipe={config.name}",
-        "",
-        "defaults:",
-        *(
-            f"  - override /{group}: {_bundled(group, choices[group], config)}"
-            for group in map(str, config)
-            if group in choices
-        ),
-        "",
-    ]
-    return "\n".join([*head, values])
-
-
-def _bundled(group: str, option: str, config: DictConfig) -> str:
-    """An option that is there for everybody: all values follow, so one of the same type will do.
-
-    Values of a dictionary are added to those of the option, so it may have none beyond them.
-    """
-    schema = OmegaConf.get_type(config, group)
-    texts = {name: path.read_text(encoding="utf-8") for name, path in resources.options(group).items()}
-    reference = f"/schema@_here_: {schema.__name__}\n" if schema else None
-    alike = [name for name, text in texts.items() if name == option or (reference and reference in text)]
-    fitting = [name for name in alike if _has_no_more(yaml.safe_load(texts[name]), config[group])]
-    return option if option in fitting or not fitting else fitting[0]
-
-
-def _has_no_more(option: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether every key of the option has a value, in the dictionaries that it holds too."""
-    return all(
-        key in values and (not isinstance(value, dict) or _has_no_more(value, values[key]))
-        for key, value in option.items()
-        if key != "defaults"
-    )
 
 
 class _SweepStopped(BaseException):
     """Ctrl-C in a sweep: not an Exception, since Hydra would go on with the next job."""
 
 
-def _hydra_main(command: str, function: Callable[[DictConfig], None]) -> Callable[[], None]:
-    directory = str(resources.config_dir())
-    decorate = hydra.main(version_base="1.3", config_path=directory, config_name=command)
-    main: Callable[[], None] = decorate(function)
-    return main
-
-
-def _overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Apart, since argparse refuses overrides on both sides of an option. Raises UsageError."""
-    parser = get_args_parser()
-    parser.prog, parser.usage = f"jointq {command}", "%(prog)s [KEY=VALUE ...] [OPTION ...], see --help"
-    known, rest = parser.parse_known_args(arguments)
-    for word in rest:
-        if word.startswith("-"):
-            raise UsageError(f"jointq {command} has no option {word}; settings are KEY=VALUE, see --help")
-    overrides = [*known.overrides, *rest]
-    return overrides, [word for word in arguments if word not in overrides]
-
-
 @contextmanager
-def _in_place(team: Team) -> Iterator[list[str]]:
-    """Inside, the leader of a team has the screen and the run directory, and the others nothing that is seen.
+def _silenced_unless_rank0(team: Team) -> Iterator[list[str]]:
+    """Inside, other processes than rank 0 print nothing, and their run directory is a temporary one.
 
     Yields what that takes on the command line.
     """
@@ -331,33 +248,8 @@ def _in_place(team: Team) -> Iterator[list[str]]:
         yield [f"hydra.run.dir={folder}"]
 
 
-@contextmanager
-def command_line(arguments: list[str]) -> Iterator[None]:
-    """Hydra reads sys.argv: without the command's name, and whatever started this process under ours."""
-    before = sys.argv
-    sys.argv = ["jointq", *arguments]
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-@contextmanager
-def _raised_by_hydra() -> Iterator[None]:
-    """Hydra prints errors in several lines and exits; under this variable it raises them."""
-    before = os.environ.get(_FULL_ERROR)
-    os.environ[_FULL_ERROR] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_FULL_ERROR]
-        else:
-            os.environ[_FULL_ERROR] = before
-
-
 def _remove_empty(directory: Path, above: Path) -> None:
-    """Takes back what Hydra made below `above` before the recipe was refused; never what has content."""
+    """Removes the folders below `above` that Hydra made before the recipe was refused, if they are empty."""
     with suppress(OSError):
         for folder in (directory, *directory.parents):
             if not folder.is_relative_to(above) or folder == above:

@@ -1,6 +1,6 @@
-"""Config mistakes in one line: the key as typed, the rule, the value, and what may have been meant.
+"""Config errors in one line: the key as typed, the rule, the value, and a similar key or option that exists.
 
-Knows the exceptions of Hydra and OmegaConf and the types of a recipe. Runs nothing and prints nothing.
+Knows the exceptions of Hydra and OmegaConf and the types of a recipe.
 """
 
 import dataclasses
@@ -24,11 +24,18 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 from jointq_cli.errors import ConfigError, JointqError, ResourceError
 
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # option: extra
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_KINDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, such as [a,b]",
+    dict: "a dictionary, such as {a:1}",
+}
 
 
 class UsageError(ConfigError):
@@ -38,7 +45,8 @@ class UsageError(ConfigError):
 
 
 class ConfigErrorFormatter:
-    """Tells mistakes in `overrides`, made with a config of these keys; `schemas` has its types by name."""
+    """Explains errors of Hydra and OmegaConf. keys: all that the config may have. schemas: its types by name.
+    overrides: those of the command line."""
 
     def __init__(self, keys: Iterable[str], schemas: Mapping[str, type[Any]], overrides: list[str]) -> None:
         self._schemas = schemas
@@ -46,7 +54,7 @@ class ConfigErrorFormatter:
         self._keys = list(dict.fromkeys(keys))
 
     def format(self, error: BaseException) -> JointqError:
-        """The error that says in one line what `error` means."""
+        """An error whose message says in one line what `error` means."""
         if isinstance(error, JointqError):
             return error
         if isinstance(error, MissingConfigException):
@@ -72,7 +80,7 @@ class ConfigErrorFormatter:
             others = ", ".join(name for name in self._owners(key.removeprefix(prefix)) if name != owner)
             return f"{message} with {owner}: it belongs to {others}"
         above = [name for name in self._keys if key.startswith(f"{name}.")]
-        beside = [name for name in self._keys if prefix and name.startswith(prefix)]  # of other types there
+        beside = [name for name in self._keys if prefix and name.startswith(prefix)]  # of the field's other types
         meant = _nearest(key, here, [name for name in self._keys if name not in above + beside])
         return f"{message}; did you mean {meant}?" if meant else f"{message}; there are {', '.join(here)}"
 
@@ -86,32 +94,35 @@ class ConfigErrorFormatter:
     def _broken_rule(self, error: OmegaConfBaseException, context: str) -> str:
         key = error.full_key or str(error.key)
         override = re.search(r"Error merging override \+*(.+)", context)
-        given = override.group(1) if override else f"{key}={error.value}"
+        typed = override.group(1) if override else f"{key}={error.value}"
         owner = error.object_type.__name__ if error.object_type else ""
         if isinstance(error, MissingMandatoryValue):
             return f"{key}: has no value; give one with {key}=..."
+        if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.object_type is dict:
+            return f"no entry {key} yet; add it with a plus: +{key}=VALUE"
         if isinstance(error, ConfigKeyError | ConfigAttributeError):
-            typed = re.search(r"Could not override '([^']+)'", context)
-            return self.unknown_key(typed.group(1) if typed else key, key[: key.rfind(".") + 1], owner)
-        if given.startswith("~"):
-            return f"{given}: cannot be taken out of a recipe"
+            unknown = re.search(r"Could not override '([^']+)'", context)
+            return self.unknown_key(unknown.group(1) if unknown else key, key[: key.rfind(".") + 1], owner)
+        if typed.startswith("~"):
+            return f"{typed}: cannot be removed from a recipe"
         if isinstance(error, InterpolationResolutionError):
             return f"{key}: {_first_line(error)}"
-        kind = self._kind(owner, str(error.key))
+        kind = self._kind(owner, key.rpartition(".")[2])
         if isinstance(error, ValidationError | ConfigValueError | ConfigTypeError) and kind:
-            return f"{given}: must be {kind}"
-        return f"{given}: {_first_line(error)}"
+            return f"{typed}: must be {kind}"
+        return f"{typed}: {_first_line(error)}"
 
     def _kind(self, owner: str, name: str) -> str:
-        """What a field holds, in words; empty when that is not known."""
-        schema = self._schemas.get(owner)
-        hint = typing.get_type_hints(schema).get(name) if schema else None
+        """The type of a field, or of the list that NAME[0] is in, in words; "" where it is not known."""
+        name, item, _ = name.partition("[")
+        owners = [owner] if owner in self._schemas else self._owners(name) if item else []
+        hint = typing.get_type_hints(self._schemas[owners[0]]).get(name) if owners else None
         if isinstance(hint, types.UnionType):
             parts = [_KINDS.get(part, "null") for part in typing.get_args(hint)]
             return " or ".join(parts)
-        if typing.get_origin(hint) is list:
-            return "a list, such as [a,b]"
-        return _KINDS.get(hint, "") if isinstance(hint, type) else ""
+        if hint == list[float]:
+            return "a list of numbers, such as [1,2]"
+        return _KINDS.get(typing.get_origin(hint) or hint, "")
 
     def _unknown_option(self, error: MissingConfigException) -> str:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
@@ -128,7 +139,7 @@ class ConfigErrorFormatter:
     def _unreadable(self, override: str) -> str:
         if "=" in override:
             return f"{override}: cannot be read; quote a value that has spaces or brackets: 'KEY=\"VALUE\"'"
-        recipes = resources.options("recipe")
+        recipes = config_files.options("recipe")
         close = difflib.get_close_matches(override, recipes, n=1)
         hint = f"did you mean recipe={close[0]}?" if close else "see --help"
         return f"{override}: settings are written KEY=VALUE; {hint}"
@@ -140,8 +151,8 @@ class ConfigErrorFormatter:
             return f"{sweep.group(1)}: {rule}"
         no_group = re.match(r"Could not override '([^']+)'\.\s+No match", message)
         if no_group:
-            there = ", ".join(key for key in self._keys if "." not in key)
-            return f"no such group {no_group.group(1)}; there are {there}"
+            groups = ", ".join(key for key in self._keys if "." not in key)
+            return f"no such group {no_group.group(1)}; there are {groups}"
         nulls = [word for word in self._overrides if word.lower().endswith("=null")]
         if message.startswith("Config group override must be") and nulls:
             return f"{nulls[0]}: a group needs one of its options"
@@ -156,7 +167,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _place(error: BaseException) -> str:
-    """The config file that an error is in, when it is not in an override."""
+    """The config file that an error is in, with a colon; "" for an error in an override."""
     found = re.match(r"In '([^']+)':", str(error))
     return f"{found.group(1)}.yaml: " if found else ""
 

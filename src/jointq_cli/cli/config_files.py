@@ -1,6 +1,6 @@
-"""Where the config tree lies, and what can be told about it without composing it.
+"""The config tree: its place, its groups and the head comments of its files, without composing anything.
 
-Knows files and their head comments only: no hydra, no torch, so that help and listings answer at once.
+Imports neither hydra nor torch, so that help and listings answer at once.
 """
 
 import re
@@ -37,11 +37,11 @@ def head_comment(path: Path) -> list[str]:
 
 
 def summary(path: Path) -> str:
-    """One line on what a config file is for: its description, or the first line of its head comment."""
+    """One line on the purpose of a config file: its description, or the first line of its head comment."""
     described = re.search(r"^description: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return described.group(1) if described else head_comment(path)[0]
 
 
 def needs(recipe: Path) -> str:
-    """What the head comment of a recipe says after `Needs:`."""
+    """The text after `Needs:` in the head comment of a recipe."""
     return next(line.removeprefix("Needs:").strip() for line in head_comment(recipe) if line.startswith("Needs:"))

@@ -1,4 +1,4 @@
-"""The words after `jointq` find their command.
+"""Dispatch of the words after `jointq` to a command.
 
 Imports neither torch nor hydra: help and mistyped commands answer at once.
 """
@@ -14,35 +14,29 @@ from jointq_cli.errors import AlreadyReported, JointqError
 
 COMMANDS = {
     "quantize": "quantise a model, and measure what that cost",
-    "plan": "what quantize would do and take, before it reads a weight",
+    "plan": "what quantize would do and cost, before it reads a weight",
     "rotate": "change a model's basis, and nothing else: easier to quantise, same function",
     "evaluate": "perplexity of a checkpoint, by the same protocol",
     "calibrate": "freeze a recipe's calibration tokens, for a machine without network",
     "recipes": "list the recipes that come with jointq, or show one",
     "report": "render a finished run again",
     "compare": "several finished runs, or a sweep, side by side",
-    "reproduce": "run a finished run again from what it left behind, and compare",
-    "store": "what runs have kept for one another: list it, check it, make room",
+    "reproduce": "run a finished run again from its files, and compare",
+    "store": "artifacts that runs share: list them, check them, free space",
 }
-COMPOSED = (
-    "quantize",
-    "plan",
-    "rotate",
-    "evaluate",
-    "calibrate",
-)  # these read a config, the others have an argparse each
-USAGE_ERROR = 2  # as argparse and most shells have it
-INTERRUPTED = 130  # 128 + SIGINT, where nothing was begun that could be continued
-CUT_OFF = 141  # 128 + SIGPIPE
+COMPOSED = ("quantize", "plan", "rotate", "evaluate", "calibrate")  # these read a config, the others use argparse
+USAGE_ERROR = 2  # as of argparse and most shells
+INTERRUPTED = 130  # 128 + SIGINT, where there is nothing to continue
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for an error told in one line, 2 for wrong usage."""
+    """Runs one command and returns its exit code: 0, 1 for an error reported in one line, 2 for wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Before torch: idle OpenMP threads should sleep. Where another process wants a core too, threads that spin at the
-    # end of each product made a GPTQ layer of 256 x 1024 take 0.18 s instead of 0.035 s.
+    # Set before torch is imported: idle OpenMP threads should sleep. Where another process uses a core too, threads
+    # that spin at the end of each product made a GPTQ layer of 256 x 1024 take 0.18 s instead of 0.035 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Likewise: where processes do a run together and one ends, the others say so in a line, and c10d in thirty.
+    # Likewise: where one of several processes of a run ends, the others report it in one line, and c10d in thirty.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = _dispatch(arguments)
@@ -57,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read along, as `head` does, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try once more at its end
-        return CUT_OFF
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        return BROKEN_PIPE
 
 
 def _dispatch(arguments: list[str]) -> int:

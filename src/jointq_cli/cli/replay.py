@@ -1,7 +1,6 @@
-"""A finished run, run again: the same recipe through the same border, into a fresh directory with a store of its own.
+"""A finished run, run again by its recipe, in a new directory with a store of its own.
 
-Knows how a replay is asked for, what may be changed for it, and what must be there before it begins. Knows nothing of
-how the two runs compare.
+Knows which settings a replay may change, and which files must exist before it begins. Compares nothing.
 """
 
 import glob
@@ -12,28 +11,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jointq_cli.cli.compose import Job, Task, command_line, launch
+from omegaconf import OmegaConf
+
+from jointq_cli.cli.compose import Job, Task, launch
+from jointq_cli.cli.hydra_main import command_line
+from jointq_cli.cli.renamed_keys import KeyRenamer
 from jointq_cli.errors import ConfigError, Interrupted, JointqError, ModelError, TextError, UntrustedResult
 from jointq_cli.models.sources import looks_local
-from jointq_cli.recipe import Recipe
+from jointq_cli.recipe import Recipe, setting_roles
 from jointq_cli.report.compare.run_files import parse_settings
-from jointq_cli.report.reproduction import GIVEN, deciding_differences
+from jointq_cli.report.reproduction import deciding_differences
 from jointq_cli.report.reproduction.finished_run import FinishedRun
+from jointq_cli.setting_rules import RENAMED, places
 from jointq_cli.system.inventory import entries
 
 RECIPE = "replayed"
-ADMITTED = "runtime.device, runtime.num_threads, model.path and other places of files"
+CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 
 
 def replay(run: FinishedRun, fresh: Path, overrides: list[str], typed: list[str], task: Task) -> None:
     """Runs `run` again in `fresh`, by `task`, on the device and with the threads of the first time.
 
-    overrides: of what does not decide the result. typed: the words behind `jointq`, for the manifest. A result that
-    cannot be trusted is one to compare all the same. Raises JointqError for any other override, for a directory that is
-    not fresh, for files that are not there and for a recipe that does not give the same config again, and leaves
-    nothing then; and whatever the run itself raises.
+    overrides: of settings that do not decide the result. typed: the words after `jointq`, for the manifest. A result
+    that cannot be trusted is compared all the same. Raises JointqError for any other override, for a directory that is
+    not new, for missing files and for a recipe that does not compose the same config again, and leaves nothing then;
+    and whatever the run itself raises.
     """
-    given = [_checked(override) for override in overrides]
+    changed = [_checked_key(override) for override in overrides]
     _check_fresh(fresh, run.directory)
 
     def checked_task(recipe: Recipe, job: Job) -> None:
@@ -45,37 +49,37 @@ def replay(run: FinishedRun, fresh: Path, overrides: list[str], typed: list[str]
     place = fresh.absolute()
     words = [
         f"recipe={RECIPE}",
-        *(f"{key}={_quoted(value)}" for key, value in _recorded(run, given).items() if key not in given),
+        *(f"{key}={_quoted(value)}" for key, value in _recorded(run, changed).items() if key not in changed),
         *overrides,
         f"output_dir={_quoted(str(place))}",
         f"store={_quoted(str(place / 'store'))}",
         f"hydra.run.dir={_quoted(str(place))}",
     ]
-    with _folder_of_recipes(run.directory / "recipe.yaml") as folder, _tidied(fresh), _told_to_start_anew(fresh):
+    with _folder_of_recipes(run.directory / "recipe.yaml") as folder, _tidied(fresh), _not_continued(fresh):
         launch("quantize", [*words, "--config-dir", str(folder)], checked_task)
 
 
-def _checked(override: str) -> str:
-    """Its key."""
+def _checked_key(override: str) -> str:
+    """The key of an override, if a replay may change it."""
     key, equals, _ = override.partition("=")
     if not equals:
-        raise ConfigError(f"{override}: settings are written KEY=VALUE; a replay takes {ADMITTED}")
-    if key not in GIVEN:
-        raise ConfigError(f"{override}: a replay takes {key} from the run; it can be given {ADMITTED}")
-    return key
+        raise ConfigError(f"{override}: settings are written KEY=VALUE; a replay takes {CHANGEABLE}")
+    if RENAMED.get(key, key) not in setting_roles().replayable:
+        raise ConfigError(f"{override}: a replay takes {key} from the run; it can change {CHANGEABLE}")
+    return RENAMED.get(key, key)
 
 
-def _recorded(run: FinishedRun, given: list[str]) -> dict[str, str]:
-    """By key, what the recipe left open and the manifest tells: how the run computed, and which commits it read.
+def _recorded(run: FinishedRun, changed: list[str]) -> dict[str, str]:
+    """By key, what the recipe left open and the manifest records: device, threads, and the commits that were read.
 
-    A commit of the hub means nothing where another place is given.
+    A commit of the hub means nothing where the path is changed.
     """
     texts = {section: text for section, text in run.manifest.texts.items() if "repository" in text}
     sources = {"model": run.manifest.model, **texts}
     revisions = {
         f"{section}.revision": source.get("revision", "")
         for section, source in sources.items()
-        if f"{section}.path" not in given
+        if f"{section}.path" not in changed
     }
     return {
         "runtime.device": run.manifest.device.partition(":")[0],
@@ -96,43 +100,41 @@ def _check_fresh(directory: Path, run: Path) -> None:
 
 
 def _check_places(recipe: Recipe, run: FinishedRun) -> None:
-    """Files of the first run's machine: what is not there would be found out later, or looked for on the hub."""
+    """Raises JointqError for missing files, which would otherwise be noticed later, or looked for on the hub."""
     path = recipe.model.path
     was_local = run.manifest.model.get("from") == "disk" and path == run.settings.get("model.path")
     if (was_local or looks_local(path) or path.endswith(".gguf")) and not Path(path).expanduser().exists():
         raise ModelError(
             f"model.path={path}: the model of {run.directory} is not there, seen from {Path.cwd()}; give model.path=DIR"
         )
-    texts = {
-        "calibration.tokens": recipe.calibration.tokens,
-        "calibration.path": recipe.calibration.path,
-        "evaluation.path": recipe.evaluation.path,
-    }
-    for key, pattern in texts.items():
-        file = Path(pattern or "").expanduser()
-        if pattern and not (file.exists() or glob.glob(str(file), recursive=True)):
+    for key, pattern in places(recipe):
+        file = Path(pattern).expanduser()
+        if key != "model.path" and not (file.exists() or glob.glob(str(file), recursive=True)):
             raise TextError(f"{key}={pattern}: not there, seen from {Path.cwd()}; give {key}=FILE")
 
 
 def _check_config(job: Job, run: FinishedRun) -> None:
     recipe = run.directory / "recipe.yaml"
-    differing = deciding_differences(run.settings, parse_settings(job.config, recipe))
+    differing = deciding_differences(run.settings, parse_settings(job.config, recipe), setting_roles())
     if differing:
         raise ConfigError(f"{recipe}: does not give its own config again: {', '.join(differing)}")
 
 
 @contextmanager
 def _folder_of_recipes(recipe: Path) -> Iterator[Path]:
-    """A folder for --config-dir that holds this recipe as RECIPE."""
+    """A folder for --config-dir that holds this recipe as RECIPE, by the keys of today."""
+    config = OmegaConf.load(recipe)
+    KeyRenamer(silent=True).config(config)  # the user has not written it
     with TemporaryDirectory(prefix="jointq-") as folder:
         (Path(folder) / "recipe").mkdir()
-        shutil.copyfile(recipe, Path(folder) / "recipe" / f"{RECIPE}.yaml")
+        text = f"# @package _global_\n{OmegaConf.to_yaml(config)}"
+        (Path(folder) / "recipe" / f"{RECIPE}.yaml").write_text(text, encoding="utf-8")
         yield Path(folder)
 
 
 @contextmanager
 def _tidied(directory: Path) -> Iterator[None]:
-    """Afterwards without its store, which nothing else will use; and gone, if it failed before a stage was finished."""
+    """Afterwards removes the store, which no other run will use; and the directory, if no stage was finished."""
     existed, store = directory.exists(), directory / "store"
     try:
         yield
@@ -147,16 +149,16 @@ def _tidied(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told_to_start_anew(directory: Path) -> Iterator[None]:
-    """An interrupted run says that the same command continues. This one does not."""
+def _not_continued(directory: Path) -> Iterator[None]:
+    """An interrupted run says that the same command continues. A replay does not."""
     try:
         yield
     except Interrupted as interrupted:
         raise Interrupted(
-            f"interrupted; a replay reuses nothing and starts anew; remove {directory} if it is there"
+            f"interrupted; a replay reuses nothing and starts anew; remove {directory} if it exists"
         ) from interrupted
 
 
 def _quoted(text: str) -> str:
-    """For Hydra, to which blanks and commas mean something, and digits a number."""
+    """For Hydra's grammar, where blanks and commas have a meaning, and digits are a number."""
     return "'" + text.replace("'", "\\'") + "'"

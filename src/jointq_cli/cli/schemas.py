@@ -1,7 +1,8 @@
-"""The recipes' dataclasses as Hydra needs them: the same names and fields, but not frozen.
+"""The recipes' dataclasses as Hydra needs them: the same names and fields, but mutable and without defaults.
 
-They are attributes of this module, made when they are asked for, so that a launcher can send a config to another
-process: there pickle finds them under the same name.
+Mutable, since OmegaConf does not let yaml or overrides set the fields of a frozen one. Without defaults, since a key
+that a config file lacks, or has as ???, must be reported as missing. They are attributes of this module, created on
+access, so that a launcher can send a config to another process: there pickle finds them under the same name.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ from typing import Any
 
 @functools.cache
 def mutable_schema(schema: type[Any]) -> type[Any]:
-    """The same fields without `frozen`, which OmegaConf takes for: not to be set by yaml or overrides."""
     hints = typing.get_type_hints(schema)
     fields = [(field.name, _field_type(hints[field.name])) for field in dataclasses.fields(schema)]
     bases = tuple(mutable_schema(base) for base in schema.__bases__ if dataclasses.is_dataclass(base))
@@ -20,7 +20,7 @@ def mutable_schema(schema: type[Any]) -> type[Any]:
 
 
 def __getattr__(name: str) -> type[Any]:
-    if name.startswith("__"):  # what the import system asks of any module
+    if name.startswith("__"):  # the import system looks for some in every module
         raise AttributeError(name)
     from jointq_cli.recipe import schemas  # brings torch, which shell completion does without
 

@@ -1,7 +1,7 @@
-"""A sweep while it runs: every job is checked before the first begins, a row is shown for each that ends.
+"""A sweep while it runs: every job is checked before the first begins, a row is printed for each that ends.
 
-Knows Hydra's sweeper and where jobs leave their records. The rows come from what lies on disk, so it does not matter
-whether a job ran in this process, in another one or on another machine. `launch` runs the jobs.
+Knows Hydra's sweeper and where jobs write their records. The rows come from files, so it does not matter whether a job
+ran in this process, in another one or on another machine. `compose` runs the jobs.
 """
 
 import threading
@@ -25,11 +25,11 @@ from jointq_cli.report.tables.sweep import SweepRows, sweep_document
 from jointq_cli.system.sweep_directory import DONE, ENDED, JobRecord, SweepDirectory, SweepPlan
 
 VALIDATE = "validate_batch_is_legal"  # of Hydra's sweepers: composes every job once more
-LOOK_EVERY = 2.0  # seconds between two looks at what other processes have finished
+POLL_INTERVAL = 2.0  # seconds between two checks of what other processes have finished
 
 
-class Refused(BaseException):
-    """A job breaks a rule, and none has begun. Not an Exception: of those that a callback raises, Hydra only warns."""
+class SweepRefused(BaseException):
+    """A job breaks a rule, and none has begun. Not an Exception: for those that a callback raises, Hydra only warns."""
 
     def __init__(self, error: JointqError) -> None:
         super().__init__(str(error))
@@ -39,32 +39,32 @@ class Refused(BaseException):
 class Sweep:
     """What the process that started a sweep does around its jobs.
 
-    key: of what a job is, from its config with Hydra's own part; raises where no job can be run with it. told: the
-    error in one line. tell: shows a line.
+    key: the `job_key` of a job by its config, Hydra's own part included; raises where the job cannot be run.
+    format_error: the error with a message of one line. show: prints a line.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         key: Callable[[DictConfig], str],
-        told: Callable[[BaseException], JointqError],
-        tell: Callable[[str], None],
+        format_error: Callable[[BaseException], JointqError],
+        show: Callable[[str], None],
     ) -> None:
         self._command = list(command)
         self._key = key
-        self._told = told
-        self._tell = tell
-        self._looking = threading.Lock()
+        self._format_error = format_error
+        self._show = show
+        self._showing = threading.Lock()
         self._before: dict[int, JobRecord] = {}  # of the jobs that have no row yet
         self.directory: SweepDirectory | None = None
 
     @property
     def override(self) -> str:
         """Makes Hydra call `begin`."""
-        return f"+hydra.callbacks.jointq._target_={Announcer.__module__}.{Announcer.__qualname__}"
+        return f"+hydra.callbacks.jointq._target_={SweepCallback.__module__}.{SweepCallback.__qualname__}"
 
     def begin(self, config: DictConfig) -> None:
-        """Before the first job. config: what Hydra composed for the sweep as a whole. Raises Refused."""
+        """Before the first job. config: what Hydra composed for the sweep as a whole. Raises SweepRefused."""
         try:
             directory = SweepDirectory(Path(config.hydra.sweep.dir).absolute())
             _pin(config, directory.path)
@@ -73,60 +73,61 @@ class Sweep:
             plan = SweepPlan(str(config.name), self._command, varying(jobs), keys)
             directory.write_plan(plan)
         except Exception as error:  # Hydra would print a warning, and go on
-            raise Refused(self._told(error)) from error
+            raise SweepRefused(self._format_error(error)) from error
         self._before = {number: directory.record(number) for number in range(len(jobs))}
         self._rows = SweepRows(plan.settings)
-        self._tell(f"{len(jobs)} jobs -> {shown(directory.path)}")
-        self._tell(self._rows.heading)
+        self._show(f"{len(jobs)} jobs -> {short_path(directory.path)}")
+        self._show(self._rows.heading)
         self.directory = directory
 
-    def look(self) -> None:
-        """A row for every job that has ended since the last look."""
+    def poll(self) -> None:
+        """Shows a row for every job that has ended since the last call."""
         if self.directory is None:
             return
-        with self._looking:
-            self._tell_of([number for number, before in self._before.items() if self._has_ended(number, before)])
+        with self._showing:
+            self._show_rows([number for number, before in self._before.items() if self._has_ended(number, before)])
 
     def ended(self, number: int) -> None:
-        """A job that this process has run, or found done."""
+        """Shows the row of a job that this process has run, or found done."""
         if self.directory is None:
             return
-        with self._looking:
-            self._tell_of([number] if number in self._before else [])
+        with self._showing:
+            self._show_rows([number] if number in self._before else [])
 
     def close(self, *, stopped: bool) -> int:
-        """After the last job: the rows that are missing, unless the sweep was `stopped`, and the summary in full.
+        """After the last job: shows the missing rows, unless the sweep was `stopped`, and writes the complete summary.
 
         Returns 0 where all jobs are done, else 1.
         """
         if self.directory is None:
             return 1
         if not stopped:
-            self._tell_of(list(self._before))
+            self._show_rows(list(self._before))
         write_summary(self.directory, page=True)
         jobs = load_jobs(self.directory)
         document = sweep_document(self.directory.plan().name, jobs)
-        self._tell(f"\n{document.headline}\nsummary   {shown(self.directory.path)}/summary.html, .md, .csv, .json")
+        place = short_path(self.directory.path)
+        self._show(f"\n{document.headline}\nsummary   {place}/summary.html, .md, .csv, .json")
         if best_recipe(self.directory).is_file():
-            self._tell(f"the best  {best_command(shown(self.directory.path))}")
+            self._show(f"the best  {best_command(place)}")
         return 0 if all(job.record.state == DONE for job in jobs) else 1
 
-    def _tell_of(self, numbers: Sequence[int]) -> None:
+    def _show_rows(self, numbers: Sequence[int]) -> None:
         assert self.directory is not None
         for job in load_jobs(self.directory, numbers):
             del self._before[job.number]
-            self._tell(self._rows.row(job))
+            self._show(self._rows.row(job))
         if numbers:
             write_summary(self.directory, page=False)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, what other processes finish is seen."""
+        """Inside, a thread shows the rows of jobs that other processes finish."""
         over = threading.Event()
 
         def watch() -> None:
-            while not over.wait(LOOK_EVERY):
-                self.look()
+            while not over.wait(POLL_INTERVAL):
+                self.poll()
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -150,12 +151,12 @@ class Sweep:
             HydraConfig.instance().set_config(composed)
             return self._key(composed)
         except Exception as error:
-            told = self._told(error)
-            raise type(told)(f"job {number} ({' '.join(overrides)}): {told}; no job has begun") from error
+            known = self._format_error(error)
+            raise type(known)(f"job {number} ({' '.join(overrides)}): {known}; no job has begun") from error
 
 
 def _pin(config: DictConfig, directory: Path) -> None:
-    """All jobs go into one directory, also where they differ in what it would be called by."""
+    """Fixes the sweep's directory, which Hydra would otherwise name anew by the settings of each job."""
     if any(word.lstrip("+").startswith("hydra.sweep.subdir=") for word in config.hydra.overrides.hydra):
         raise ConfigError("hydra.sweep.subdir: cannot be given, since a sweep knows its jobs by their numbers")
     quoted = str(directory).replace("'", "\\'")
@@ -180,20 +181,20 @@ def current(sweep: Sweep) -> Iterator[None]:
         setattr(Sweeper, VALIDATE, validate)
 
 
-class Announcer(Callback):
-    """Hydra makes one by its name, and so it finds the sweep in a variable of this module."""
+class SweepCallback(Callback):
+    """Hydra creates it by its name, without arguments, so it finds the sweep in a variable of this module."""
 
     def on_multirun_start(self, config: DictConfig, **unused: Any) -> None:
         _sweeps[-1].begin(config)
 
 
-def shown(path: Path) -> Path:
-    """The shorter way to write a path under the working directory."""
+def short_path(path: Path) -> Path:
+    """Relative to the working directory where the path lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def varying(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Of each job's overrides, KEY=VALUE, those that not all jobs share; of a single job all."""
+    """Of each job's overrides KEY=VALUE those that not all jobs share; for a single job all."""
     pairs = [dict(override.lstrip("+").split("=", 1) for override in overrides) for overrides in jobs]
     keys = [key for key in pairs[0] if len(jobs) == 1 or len({job.get(key) for job in pairs}) > 1] if pairs else []
     return [{key: job[key] for key in keys if key in job} for job in pairs]

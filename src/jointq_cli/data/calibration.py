@@ -17,13 +17,12 @@ from jointq_cli.data.text import Corpus, TextSource, text_hash
 from jointq_cli.data.token_file import Tokens, load_tokens
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.data.tokenizer import tokenizer_hash
-from jointq_cli.errors import ConfigError, TextError
+from jointq_cli.errors import TextError
+from jointq_cli.setting_rules import setting
 
 if TYPE_CHECKING:  # transformers takes more than a second to import
     from transformers import PreTrainedTokenizerBase
 
-INPUTS: Final = ("original", "quantized")
-WEIGHTINGS: Final = ("uniform", "input", "residual")
 # How much of a practically endless text is read, as a multiple of the requested number of tokens.
 CONCAT_POOL: Final = 4  # concat_rand draws from so much
 DROP_POOL: Final = 64  # drop_* give up after so much
@@ -55,36 +54,16 @@ class Calibration(TextSource):
     A text with fewer than num_samples windows is used with a warning, one without a window is an error.
     """
 
-    num_samples: int
-    seqlen: int
-    seed: int
-    strategy: str
-    tokens: str | None
-    inputs: str
-    token_weighting: str
-    token_power: float
-    first_token_weight: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_samples < 1:
-            raise ConfigError(f"calibration.num_samples={self.num_samples}: must be at least 1")
-        if self.seqlen < 1:
-            raise ConfigError(f"calibration.seqlen={self.seqlen}: must be at least 1 token")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"calibration.seed={self.seed}: must be from 0 to 2^63 - 1")
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(f"calibration.strategy={self.strategy}: must be one of {', '.join(STRATEGIES)}")
-        if self.inputs not in INPUTS:
-            raise ConfigError(f"calibration.inputs={self.inputs}: must be one of {', '.join(INPUTS)}")
-        if self.token_weighting not in WEIGHTINGS:
-            raise ConfigError(
-                f"calibration.token_weighting={self.token_weighting}: must be one of {', '.join(WEIGHTINGS)}"
-            )
-        for name in ("token_power", "first_token_weight"):
-            value = getattr(self, name)
-            if not 0 <= value <= 4:  # beyond, float32 runs out of range
-                raise ConfigError(f"calibration.{name}={value}: must be from 0 to 4")
+    split: str = setting("calibration")
+    num_samples: int = setting(64, least=1)
+    seqlen: int = setting(512, least=1)
+    seed: int = setting(0, least=0, most=2**63 - 1)
+    strategy: str = setting("concat_chunk", choices=("concat_chunk", "concat_rand", "drop_head", "drop_rand"))
+    tokens: str | None = setting(None, place=True)
+    inputs: str = setting("quantized", choices=("original", "quantized"))
+    token_weighting: str = setting("residual", choices=("uniform", "input", "residual"))
+    token_power: float = setting(2.0, least=0, most=4)  # beyond, float32 runs out of range
+    first_token_weight: float = setting(1.0, least=0, most=4)
 
     @property
     def weights(self) -> TokenWeights:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from jointq_cli.data import pydoc as pydoc_text
 from jointq_cli.errors import ConfigError, TextError
+from jointq_cli.setting_rules import check_settings, setting
 
 COLUMN: Final = "text"
 
@@ -54,16 +55,15 @@ class TextSource:
     Raises ConfigError for a value that is none of these.
     """
 
-    dataset: str
-    path: str | None
-    config: str | None
-    split: str
-    column: str | None
-    revision: str | None
+    dataset: str = setting("pydoc", choices=DATASETS)
+    path: str | None = setting(None, place=True)
+    config: str | None = setting(None)
+    split: str = setting("evaluation")
+    column: str | None = setting(None)
+    revision: str | None = setting(None, decides=False)  # the hash of the tokens decides
 
     def __post_init__(self) -> None:
-        if self.dataset not in DATASETS:
-            raise ConfigError(f"{self.section}.dataset={self.dataset}: must be one of {', '.join(DATASETS)}")
+        check_settings(self, self.section)
         if self.dataset == "text" and not self.path:
             raise ConfigError(f"{self.section}.dataset=text: needs {self.section}.path=FILE")
         if self.dataset == "pydoc" and self.path:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.uniform import Grid
+from jointq_cli.setting_rules import check_settings, setting
 
 UNQUANTIZED = 16  # bits from which on a tensor is not quantised
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # candidates of a search
@@ -21,22 +22,15 @@ SEARCH_TOKENS = 512  # enough for one ratio per layer
 class Activations:
     """Which activations are quantised, and how: see configs/activations/a4.yaml for what each field does."""
 
-    bits: int
-    symmetric: bool
-    clip_ratio: float | None
-    layer_bits: dict[str, int]
-    kv_bits: int
-    r3: bool
+    bits: int = setting(UNQUANTIZED, least=4, most=UNQUANTIZED)
+    symmetric: bool = setting(False)
+    clip_ratio: float | None = setting(1.0, above=0, most=1, null="for a search")
+    layer_bits: dict[str, int] = setting({}, least=4, most=UNQUANTIZED)
+    kv_bits: int = setting(UNQUANTIZED, least=2, most=UNQUANTIZED)
+    r3: bool = setting(False)
 
     def __post_init__(self) -> None:
-        _check_bits("bits", self.bits, 4)
-        for key, bits in self.layer_bits.items():
-            _check_bits(f"layer_bits.{key}", bits, 4)
-        _check_bits("kv_bits", self.kv_bits, 2)
-        if self.clip_ratio is not None and not 0 < self.clip_ratio <= 1:
-            raise ConfigError(
-                f"activations.clip_ratio={self.clip_ratio}: must be above 0 and at most 1, or null for a search"
-            )
+        check_settings(self, "activations")
 
     @property
     def simulates(self) -> bool:
@@ -121,8 +115,3 @@ def kv_clip_ratio(bits: int) -> float:
 
 def _ends_with(layer_name: str, key: str) -> bool:
     return layer_name == key or layer_name.endswith(f".{key}")
-
-
-def _check_bits(key: str, bits: int, least: int) -> None:
-    if not least <= bits <= UNQUANTIZED:
-        raise ConfigError(f"activations.{key}={bits}: must be from {least} to {UNQUANTIZED}")

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from jointq_cli.data.text import TextSource
 from jointq_cli.errors import ConfigError, TextError
-
-BOS_CHOICES = ("none", "first", "each")
+from jointq_cli.setting_rules import setting
 
 
 @dataclass(frozen=True)
@@ -20,21 +19,15 @@ class Evaluation(TextSource):
     `bos`: none, first (once, before the complete text, as in GPTQ's protocol for Llama) or each (before each window).
     """
 
-    seqlen: int
-    stride: int | None
-    max_windows: int | None
-    bos: str
+    seqlen: int = setting(512, least=2)
+    stride: int | None = setting(None)
+    max_windows: int | None = setting(None, least=1, null="for all")
+    bos: str = setting("none", choices=("none", "first", "each"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seqlen < 2:
-            raise ConfigError(f"evaluation.seqlen={self.seqlen}: must be at least 2 tokens")
         if self.stride is not None and not 1 <= self.stride <= self.seqlen:
             raise ConfigError(f"evaluation.stride={self.stride}: must be from 1 to evaluation.seqlen={self.seqlen}")
-        if self.max_windows is not None and self.max_windows < 1:
-            raise ConfigError(f"evaluation.max_windows={self.max_windows}: must be at least 1, or null for all")
-        if self.bos not in BOS_CHOICES:
-            raise ConfigError(f"evaluation.bos={self.bos}: must be one of {', '.join(BOS_CHOICES)}")
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,6 @@ class Grid:
         return codes.to(self.code_dtype)
 
 
-def check_bits(bits: int) -> None:
-    """Raises ConfigError unless 1 <= bits <= 8."""
-    if not 1 <= bits <= 8:
-        raise ConfigError(f"quantizer.bits={bits}: must be from 1 to 8")
-
-
 def group_columns(group_size: int | None, in_features: int) -> int:
     """Columns that share a scale; null and -1: all of the row."""
     return in_features if group_size in (None, -1) else int(group_size or in_features)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jointq_cli.errors import ConfigError
+from jointq_cli.setting_rules import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -13,15 +14,14 @@ class LayerSelection:
     anywhere in it. Empty includes select everything. `num_layers` keeps the first of the remaining layers.
     """
 
-    include_layer_names: list[str]
-    include_layer_keywords: list[str]
-    exclude_layer_names: list[str]
-    exclude_layer_keywords: list[str]
-    num_layers: int | None
+    include_layer_names: list[str] = setting([])
+    include_layer_keywords: list[str] = setting([])
+    exclude_layer_names: list[str] = setting(["lm_head"])
+    exclude_layer_keywords: list[str] = setting([])
+    num_layers: int | None = setting(None, least=1, null="for all")
 
     def __post_init__(self) -> None:
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ConfigError(f"layers.num_layers={self.num_layers}: must be at least 1, or null for all")
+        check_settings(self, "layers")
 
     def select(self, names: list[str], known: list[str]) -> list[str]:
         """The names to quantise, in the order of `names`.

@@ -19,8 +19,9 @@ from huggingface_hub.errors import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from jointq_cli.errors import ConfigError, ModelError, ResourceError
+from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
+from jointq_cli.setting_rules import check_settings, setting
 
 BUNDLED = Path(__file__).parents[1] / "pocket"
 GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight
@@ -32,13 +33,14 @@ UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights that re
 class ModelSource:
     """path: "pocket" (the bundled model), a local directory, a FILE.gguf, or a hub id such as org/name."""
 
-    path: str
-    revision: str | None
-    trust_remote_code: bool
+    path: str = setting(
+        "pocket", pattern=".+", form="name a model: pocket, a directory, a FILE.gguf or a hub id", place=True
+    )
+    revision: str | None = setting(None, decides=False)  # the hash of the weights decides
+    trust_remote_code: bool = setting(False)
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("model.path=: must name a model: pocket, a directory, a FILE.gguf or a hub id")
+        check_settings(self, "model")
 
 
 def fetch(source: ModelSource, converted: Callable[[Path], Path], *, offline: bool = False) -> Checkpoint:

@@ -19,7 +19,6 @@ D = sum (s - s_q) x_q^T / tokens is the drift. With alpha = beta = 1 that is the
 |(S + W X) - (S_q + W* X_q)|^2, the error of the residual stream that the next layers read.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +28,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.quantization.quantizers.statistics import Statistics
+from jointq_cli.setting_rules import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -185,29 +185,18 @@ class NoQep(QepSettings):
 class Qep(QepSettings):
     """The fields are described in configs/qep/full.yaml, the method at the top of this module."""
 
-    perccorr: float
-    residual: float
-    perccorr_mode: str
-    heldout_share: float
-    percdamp: float
-    pull: str
-    exclude_layer_keywords: list[str]
+    perccorr: float = setting(1.0, least=0, most=1)
+    residual: float = setting(0.5, least=0, most=1)
+    perccorr_mode: str = setting("fixed", choices=("fixed", "heldout"))
+    heldout_share: float = setting(0.25, above=0, below=1)
+    percdamp: float = setting(0.01, least=0)
+    pull: str = setting("original", choices=("original", "corrected"))
+    exclude_layer_keywords: list[str] = setting([])
 
     def __post_init__(self) -> None:
-        for name in ("perccorr", "residual"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                raise ConfigError(f"qep.{name}={value}: must be from 0 to 1")
-        if self.perccorr_mode not in ("fixed", "heldout"):
-            raise ConfigError(f"qep.perccorr_mode={self.perccorr_mode}: must be fixed or heldout")
-        if not 0 < self.heldout_share < 1:
-            raise ConfigError(f"qep.heldout_share={self.heldout_share}: must be between 0 and 1")
-        if not (math.isfinite(self.percdamp) and self.percdamp >= 0):
-            raise ConfigError(f"qep.percdamp={self.percdamp}: must be at least 0 and finite")
+        check_settings(self, "qep")
         if "" in self.exclude_layer_keywords:
             raise ConfigError("qep.exclude_layer_keywords=['']: every name contains an empty keyword; use qep=none")
-        if self.pull not in ("original", "corrected"):
-            raise ConfigError(f"qep.pull={self.pull}: must be original or corrected")
 
     @property
     def heldout(self) -> float:

@@ -29,7 +29,7 @@ def loop_settings(
         weights=calibration.weights,
         windows=len(tokens.windows),
         batch=windows_per_pass(runtime, tokens.windows),
-        suspended_bytes=runtime.waiting_gb * 1e9,
+        suspended_bytes=runtime.suspended_activations_gb * 1e9,
     )
 
 

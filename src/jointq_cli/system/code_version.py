@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "numba")  # whose versions may change a result's bits
 # Modules that start, show, plan and store computations. An edit there changes no artifact.
 NEUTRAL = (
-    "__init__", "cli", "errors", "pipeline", "recipe", "report", "stages.base", "stages.plan", "stages.report",
-    "system.artifact_key", "system.code_version", "system.machine", "system.store",
+    "__init__", "cli", "errors", "pipeline", "recipe", "report", "setting_rules", "stages.base", "stages.plan",
+    "stages.report", "system.artifact_key", "system.code_version", "system.machine", "system.store",
 )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""The `runtime` group of a recipe: device, precision, threads and memory limits. Knows nothing of models."""
+"""The config group `runtime`: device, precision, threads and memory limits."""
 
-import re
 from dataclasses import dataclass
 
 import torch
 
-from jointq_cli.errors import ConfigError, ResourceError
+from jointq_cli.errors import ResourceError
+from jointq_cli.setting_rules import check_settings, setting
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.machine import cpu_count
 
@@ -17,29 +17,19 @@ class Runtime:
     """The group `runtime` of a recipe.
 
     `dtype` is that of the model's own forward pass; statistics, solvers and log-likelihoods have dtypes of their own.
-    `batch_tokens` bounds the tokens of one forward pass and so the activations in memory, `waiting_gb` the activations
-    of suspended forward passes (see `resumable_forward`), `hessians_gb` the Hessians on the disk.
+    `batch_tokens` bounds the tokens of one forward pass and so the activations in memory, `suspended_activations_gb`
+    those of suspended forward passes (see `resumable_forward`), `hessians_gb` the Hessians on the disk.
     """
 
-    device: str
-    dtype: str
-    num_threads: int | None
-    batch_tokens: int
-    waiting_gb: float
-    hessians_gb: float
+    device: str = setting("auto", pattern=r"auto|cpu|cuda(:\d+)?", form="be auto, cpu, cuda or cuda:N", decides=False)
+    dtype: str = setting("auto", choices=("auto", *DTYPES))
+    num_threads: int | None = setting(None, least=1, null="for all cores", decides=False)
+    batch_tokens: int = setting(4096, least=1)
+    suspended_activations_gb: float = setting(4.0, least=0, infinite=True, decides=False)
+    hessians_gb: float = setting(16.0, least=0, infinite=True, decides=False)
 
     def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ConfigError(f"runtime.dtype={self.dtype}: must be auto, {', '.join(DTYPES)}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"runtime.device={self.device}: must be auto, cpu, cuda or cuda:N")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ConfigError(f"runtime.num_threads={self.num_threads}: must be at least 1, or null for all cores")
-        if self.batch_tokens < 1:
-            raise ConfigError(f"runtime.batch_tokens={self.batch_tokens}: must be at least 1")
-        for name in ("waiting_gb", "hessians_gb"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"runtime.{name}={getattr(self, name)}: must be at least 0")
+        check_settings(self, "runtime")
 
     def torch_device(self, team: Team = SINGLE_PROCESS) -> torch.device:
         """The device of this process: with several processes each has its own CUDA device, or all use the CPU. Raises

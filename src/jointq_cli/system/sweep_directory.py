@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.setting_rules import places
 from jointq_cli.system.code_version import package_version
 from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
@@ -28,7 +29,6 @@ PLAN, JOB, LOCK = "sweep.json", "job.json", ".job.lock"
 POLL_SECONDS = 0.5  # between two attempts to get a lock
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
 ENDED = (DONE, FAILED, INTERRUPTED)
-FILE_FIELDS = ("path", "tokens", "reference")  # fields of a recipe that may name local files
 
 
 @dataclass(frozen=True)
@@ -135,23 +135,19 @@ def load_job(directory: Path) -> JobRecord:
         return JobRecord(WAITING)
 
 
-def job_key(recipe: object, config: str) -> str:
+def job_key(recipe: Any, config: str) -> str:
     """sha256 of everything that decides a job's results: its complete config, the code, and the local files."""
     identity = [config, package_version(), *(_state_of(path) for path in _local_files(recipe))]
     return hashlib.sha256("\0".join(identity).encode()).hexdigest()
 
 
-def _local_files(value: Any) -> Iterator[Path]:
+def _local_files(recipe: Any) -> Iterator[Path]:
     """The files that a recipe names, each as a path, a directory or a glob pattern."""
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            yield from _local_files(item)
-        elif field.name in FILE_FIELDS and isinstance(item, str):
-            path = os.path.expanduser(item)
-            pattern = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path
-            found = glob.glob(pattern, recursive=True)
-            yield from (file for file in map(Path, sorted(found)) if file.is_file())
+    for _, place in places(recipe):
+        path = os.path.expanduser(place)
+        pattern = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path
+        found = glob.glob(pattern, recursive=True)
+        yield from (file for file in map(Path, sorted(found)) if file.is_file())
 
 
 def _state_of(path: Path) -> str:

@@ -1,12 +1,10 @@
-"""What a rotation and a smoothing are asked to be: the config groups `rotation` and `smoothing`.
-
-Knows values and their ranges, and nothing of models, tensors or how a rotation is learned.
-"""
+"""The config groups `rotation` and `smoothing`: which transform, and with which parameters."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jointq_cli.errors import ConfigError
+from jointq_cli.setting_rules import check_settings, setting
 
 INITS = ("random_hadamard", "hadamard", "orthogonal", "identity", "dc_aligned")
 OBJECTIVES = ("whip", "l8", "range2")
@@ -67,14 +65,14 @@ class NoRotation(Rotation):
 class HadamardRotation(Rotation):
     """Hadamard matrices with random signs on their inputs (QuaRot, arXiv 2404.00456): nothing is learned."""
 
-    r1: bool
-    r2: bool
-    r4: bool
-    seed: int
+    r1: bool = setting(True)
+    r2: bool = setting(True)
+    r4: bool = setting(False)
+    seed: int = setting(0, least=0, most=2**63 - 1)
 
     def __post_init__(self) -> None:
+        check_settings(self, "rotation")
         _check_something(self.parts)
-        _check_seed(self.seed)
 
     @property
     def parts(self) -> list[str]:
@@ -98,42 +96,29 @@ class LearnedRotation(Rotation):
     held-out tokens at `stop_bits` is kept, and learning ends when that error stops falling.
     """
 
-    r1: bool
-    r2: bool
-    r4: bool
-    seed: int
-    init: str
-    objective: str
-    parametrization: str
-    r1_lr: float
-    r1_epochs: int
-    r2_lr: float
-    r2_epochs: int
-    cos_lr: bool
-    momentum: float
-    batch_tokens: int
-    reservoir_tokens: int
-    early_stop: bool
-    stop_bits: int
+    r1: bool = setting(True)
+    r2: bool = setting(True)
+    r4: bool = setting(False)
+    seed: int = setting(0, least=0, most=2**63 - 1)
+    init: str = setting("random_hadamard", choices=INITS)
+    objective: str = setting("range2", choices=OBJECTIVES)
+    parametrization: str = setting("lie", choices=PARAMETRIZATIONS)
+    r1_lr: float = setting(0.003, above=0)
+    r1_epochs: int = setting(20, least=1)
+    r2_lr: float = setting(0.01, above=0)
+    r2_epochs: int = setting(100, least=1)
+    cos_lr: bool = setting(True)
+    momentum: float = setting(0.9, least=0, below=1)
+    batch_tokens: int = setting(1024, least=1)
+    reservoir_tokens: int = setting(SAMPLED_TOKENS, least=16)
+    early_stop: bool = setting(True)
+    stop_bits: int = setting(4, least=2, most=4)  # on finer grids the clip ratio of the error measure would decide
 
     def __post_init__(self) -> None:
+        check_settings(self, "rotation")
         _check_something(self.parts)
-        _check_seed(self.seed)
         if not (self.r1 or self.r2):
             raise ConfigError("rotation.r1=false: with r2=false nothing is learned; use rotation=hadamard")
-        for key, choices in (("init", INITS), ("objective", OBJECTIVES), ("parametrization", PARAMETRIZATIONS)):
-            if getattr(self, key) not in choices:
-                raise ConfigError(f"rotation.{key}={getattr(self, key)}: must be one of {', '.join(choices)}")
-        for key in ("r1_lr", "r2_lr"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise ConfigError(f"rotation.{key}={getattr(self, key):g}: must be above 0 and finite")
-        for key, least in (("r1_epochs", 1), ("r2_epochs", 1), ("batch_tokens", 1), ("reservoir_tokens", 16)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"rotation.{key}={getattr(self, key)}: must be at least {least}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"rotation.momentum={self.momentum:g}: must be from 0 to below 1")
-        if not 2 <= self.stop_bits <= 4:  # on finer grids the clip ratio that errors are measured with would decide
-            raise ConfigError(f"rotation.stop_bits={self.stop_bits}: must be from 2 to 4")
 
     @property
     def parts(self) -> list[str]:
@@ -197,13 +182,12 @@ class SmoothQuant(Smoothing):
     """s = max|x|^alpha / max|w|^(1 - alpha) per channel (SmoothQuant, arXiv 2211.10438, eq. 4) for the inputs of
     `o_proj` and `down_proj`; the layers that produce them are divided by s. Outputs of norms are left to R1."""
 
-    alpha: float
-    o_proj: bool
-    down_proj: bool
+    alpha: float = setting(0.5, least=0, most=1)
+    o_proj: bool = setting(True)
+    down_proj: bool = setting(True)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"smoothing.alpha={self.alpha:g}: must be from 0 to 1")
+        check_settings(self, "smoothing")
         if not (self.o_proj or self.down_proj):
             raise ConfigError("smoothing.down_proj=false: with o_proj=false nothing is left; use smoothing=none")
 
@@ -227,8 +211,3 @@ def _parts(r1: bool, r2: bool, r4: bool) -> list[str]:
 def _check_something(parts: list[str]) -> None:
     if not parts:
         raise ConfigError("rotation.r1=false: with r2=false and r4=false nothing is rotated; use rotation=none")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"rotation.seed={seed}: must be from 0 to 2^63 - 1")

@@ -14,17 +14,7 @@ from jointq_cli.kernels.reference import ReferenceKernels
 from jointq_cli.quantization.quantizers import GPTQ, RTN, Prepared
 from jointq_cli.quantization.quantizers.scale_fit import fit
 
-PLAIN = GPTQ(
-    bits=3,
-    group_size=None,
-    symmetric=False,
-    mse=False,
-    act_order=False,
-    static_groups=False,
-    damping=0.01,
-    block_size=128,
-    on_failure="error",
-)
+PLAIN = GPTQ(bits=3, group_size=None, mse=False, act_order=False)
 
 
 def gptq(**options: Any) -> GPTQ:

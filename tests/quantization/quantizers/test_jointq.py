@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.uniform import Grid, UniformWeight
-from jointq_cli.quantization.quantizers import GPTQ, RTN, Prepared, Quantizer
+from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Prepared, Quantizer
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, JointQPrepared
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
@@ -386,7 +386,7 @@ def test_a_row_has_the_same_bits_alone_among_others_and_in_any_batch(variant: st
 # --- the config
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"lambda_mode": "adaptive"}, "lambda_mode=adaptive: must be fixed_lambda or incremental_lambda or heldout"),
+    ({"lambda_mode": "adaptive"}, "lambda_mode=adaptive: must be one of fixed_lambda, incremental_lambda, heldout"),
     ({"regularization_mode": "full"}, "regularization_mode=full: must be identity or diagonal"),
     ({"regularization_reference": "trace"}, "regularization_reference=trace: must be absolute or mean_diagonal"),
     ({"on_failure": "ignore"}, "on_failure=ignore: must be error or rtn"),
@@ -403,11 +403,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"ils_num_clones": 0}, "ils_num_clones=0: must be at least 1"),
     ({"ils_num_channels": 0}, "ils_num_channels=0: must be at least 1"),
     ({"batch_size": 0}, "batch_size=0: must be at least 1"),
-    ({"heldout_share": 0.0}, "heldout_share=0.0: must be between 0 and 1"),
-    ({"heldout_share": 1.0}, "heldout_share=1.0: must be between 0 and 1"),
+    ({"heldout_share": 0.0}, "heldout_share=0.0: must be above 0 and below 1"),
+    ({"heldout_share": 1.0}, "heldout_share=1.0: must be above 0 and below 1"),
     ({"gptq": GptqStart(True, -0.1, 128)}, "gptq.damping=-0.1: must be at least 0 and finite"),
     ({"gptq": GptqStart(True, 0.1, 0)}, "gptq.block_size=0: must be at least 1"),
-    ({"lambda_list": [0.1, -1.0]}, r"lambda_list=[0.1, -1.0]: every value must be at least 0 and finite, and -1.0 is"),
+    ({"lambda_list": [0.1, -1.0]}, r"lambda_list=[0.1, -1.0]: each value must be at least 0 and finite, and -1.0 is"),
     ({"lambda_list": [], "lambda_mode": "heldout"}, "lambda_list=[]: lambda_mode=heldout needs at least one value"),
     ({"lambda_list": [0.2, 0.1], "lambda_mode": "heldout"}, "lambda_list=[0.2, 0.1]: must rise from value to value"),
     ({"lambda_list": [0.1, 0.1], "lambda_mode": "heldout"}, "lambda_list=[0.1, 0.1]: must rise from value to value"),
@@ -449,6 +449,19 @@ def test_a_group_size_that_does_not_divide_is_named_before_any_solving() -> None
 
 
 def test_a_description_names_lambda_or_how_it_is_chosen() -> None:
-    assert jointq(regularization_lambda=0.5).describe() == "JointQ W3 g16 asymmetric lambda=0.5"
-    quantizer: Quantizer = jointq(act_order=True, symmetric=True, group_size=None, lambda_mode="heldout")
-    assert quantizer.describe() == "JointQ W3 per-channel symmetric act_order heldout"
+    quantizer: Quantizer = JointQ(bits=3, group_size=16, regularization_lambda=0.5)
+    assert quantizer.describe() == "JointQ W3 g16 asymmetric lambda=0.5"
+    quantizer = JointQ(symmetric=True, group_size=None, lambda_mode="heldout")
+    assert quantizer.describe() == "JointQ W4 per-channel symmetric heldout"
+
+
+def test_a_description_names_what_differs_from_the_defaults_and_is_used() -> None:
+    assert JointQ().describe() == "JointQ W4 g128 asymmetric lambda=0.3"
+    unused = JointQ(ils_num_clones=2, annealing_temperature=0.2, lambda_list=[0.1], gptq=GptqStart(block_size=32))
+    assert unused.describe() == JointQ().describe()
+    starts = {"enable_gptq": True, "enable_schur": False}
+    used = dataclasses.replace(unused, act_order=True, ils_enabled=True, max_sweeps=5, **starts)
+    assert used.describe().removeprefix(f"{JointQ().describe()} ").split() == [
+        "act_order", "no-schur", "gptq", "gptq.block_size=32", "max_sweeps=5", "annealing_temperature=0.2", "ils",
+        "ils_num_clones=2",
+    ]  # fmt: skip

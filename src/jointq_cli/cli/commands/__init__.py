@@ -1,1 +1,1 @@
-"""What the words after `jointq` do: each module has `main(arguments) -> exit code` and little else."""
+"""The commands of `jointq`, a module each with `main(arguments) -> exit code`."""

@@ -1,4 +1,4 @@
-"""`jointq calibrate`: a recipe's calibration tokens in one file, for a machine that reaches no network."""
+"""`jointq calibrate`: a recipe's calibration tokens in one file, for a machine without network."""
 
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.pipeline import calibrate

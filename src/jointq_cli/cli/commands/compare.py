@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,  # --htm RUN would be a file again
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a sweep's, which stands for its runs"
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a sweep's for all its runs"
     )
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--markdown", action="store_true", help="print it as markdown")
@@ -58,7 +58,7 @@ def _with_a_file_for_html(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_place(file: Path) -> None:
-    """Before any work: a page takes a while to draw."""
+    """Checked before any work: a page takes a while to draw."""
     if file.is_dir():
         raise JointqError(f"{file}: is a directory; --html needs a file")
     if not file.parent.is_dir():

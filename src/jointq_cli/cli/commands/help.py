@@ -1,6 +1,6 @@
-"""`jointq COMMAND --help` for the commands that compose a config: from the config tree, without Hydra."""
+"""`jointq COMMAND --help` for the commands that compose a config, from the config tree and without Hydra."""
 
-from jointq_cli.cli import config_files as resources
+from jointq_cli.cli import config_files
 
 GROUPS = {
     "quantize": [
@@ -44,15 +44,15 @@ usage: jointq quantize [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
   jointq quantize -m quantizer.bits=4,3,2                  a sweep: one run per value
   jointq quantize -m +sweep=lambda                         a sweep that comes with jointq (docs/sweeps.md)""",
     "plan": """\
-Tell what quantize would do with the same words: its stages, which of them are there already, time, memory, disk.
+Show what quantize would do with the same arguments: its stages, which of them the store has, time, memory, disk.
 
 Reads configs and headers only, and writes nothing.
 
 usage: jointq plan [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
 
   jointq plan                                              the bundled model
-  jointq plan recipe=pocket_w4a4 quantizer.bits=3          any words that quantize takes
-  jointq plan model.path=DIR calibration=c4                a model whose weights nobody has read yet""",
+  jointq plan recipe=pocket_w4a4 quantizer.bits=3          any arguments of quantize
+  jointq plan model.path=DIR calibration=c4                a model before its weights are read""",
     "rotate": """\
 Smooth and rotate a model: its activations and weights become easier to quantise, its function stays.
 
@@ -70,7 +70,7 @@ usage: jointq evaluate model.path=DIR [reference=DIR] [GROUP=OPTION ...] [KEY=VA
   jointq evaluate model.path=DIR evaluation=wikitext2
   jointq evaluate model.path=DIR evaluation=text evaluation.path=FILE.txt""",
     "calibrate": """\
-Freeze the calibration tokens of a recipe in a file, for a machine that reaches no network.
+Freeze the calibration tokens of a recipe in a file, for a machine without network.
 
 usage: jointq calibrate [recipe=NAME] [output=FILE.safetensors] [GROUP=OPTION ...] [KEY=VALUE ...]
 
@@ -83,7 +83,7 @@ Options
   --cfg job             print the composed config and stop: every key with its value
   -m, --multirun        run a sweep over comma-separated values
   --config-dir DIR      a folder of your own configs, such as DIR/recipe/mine.yaml
-  --info defaults       how the config was put together
+  --info defaults       how the config was composed
   --hydra-help          all options of Hydra"""
 
 
@@ -96,9 +96,9 @@ def text(command: str) -> str:
     """Usage, examples, every group with its options, options."""
     parts = [OPENINGS[command], "Groups"]
     for group in GROUPS[command]:
-        names = resources.options(group)
+        names = config_files.options(group)
         if len(names) > 1:
-            parts.append(_group(group, {name: resources.summary(path) for name, path in names.items()}))
+            parts.append(_group(group, {name: config_files.summary(path) for name, path in names.items()}))
     return "\n\n".join([*parts, OPTIONS])
 
 

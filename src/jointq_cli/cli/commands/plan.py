@@ -1,4 +1,4 @@
-"""`jointq plan`: what quantize would do with the same words, what that takes, and what there is already."""
+"""`jointq plan`: the stages of quantize with the same arguments, their costs, and which of them the store has."""
 
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.cli.config_errors import UsageError
@@ -9,8 +9,8 @@ from jointq_cli.report import Console
 
 def main(arguments: list[str]) -> int:
     if {"-m", "--multirun"} & set(arguments) or any(_key(word) == "hydra.mode" for word in arguments):
-        raise UsageError("jointq plan tells of one run; give each setting of the sweep by itself, without -m")
-    # Hydra would make the directory of a run that there will not be.
+        raise UsageError("jointq plan covers one run; plan each setting of the sweep separately, without -m")
+    # Without hydra.run.dir: Hydra would make the directory, although nothing is run.
     return launch("plan", [word for word in arguments if _key(word) != "hydra.run.dir"], run, divided=False)
 
 

@@ -1,4 +1,4 @@
-"""`jointq quantize`: a recipe in, a checkpoint and a report of what it costs out."""
+"""`jointq quantize`: from a recipe to a quantised checkpoint and a report of its quality."""
 
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.errors import UntrustedResult
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(recipe: Recipe, job: Job) -> None:
-    """Raises UntrustedResult when the run went through but its result cannot be trusted."""
+    """Raises UntrustedResult when the run was completed but its result cannot be trusted."""
     directory = RunDirectory(job.directory)
     directory.claim(recipe.model.path)
     directory.write_recipe(job.config)

@@ -1,4 +1,4 @@
-"""`jointq report`: a finished run, rendered again from its report.json, or a sweep as far as it is."""
+"""`jointq report`: a finished run, rendered again from its report.json, or a sweep, finished or not."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`jointq reproduce`: a finished run, run again from what it left behind, and where the two part."""
+"""`jointq reproduce`: a finished run, run again from its files, and where the two differ."""
 
 import argparse
 import os
@@ -13,14 +13,15 @@ JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0 if the runs are identical or, where a tolerance is given, within it; else 1."""
+    """Returns 0 if the runs are identical or within the tolerance, if there is one; else 1."""
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.against is not None and (parsed.overrides or parsed.directory):
-        raise JointqError("--against compares two runs that are there; --directory and KEY=VALUE are for a replay")
+        raise JointqError("--against compares two finished runs; --directory and KEY=VALUE are for a replay")
     _check_alone()
-    # Not above: these bring torch, and --help answers without.
+    # Not above: these import torch, and --help answers without.
     from jointq_cli.cli.commands.quantize import run
     from jointq_cli.cli.replay import replay
+    from jointq_cli.recipe import setting_roles
     from jointq_cli.records import DIFFERENT
     from jointq_cli.report import encode
     from jointq_cli.report.reproduction import compare
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     place = parsed.against or parsed.directory or fresh_beside(parsed.run_directory)
     if parsed.against is None:
         replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
-    found = compare(original, read_finished_run(place), parsed.tolerance)
+    found = compare(original, read_finished_run(place), setting_roles(), parsed.tolerance)
     if parsed.against is None:
         write_text_atomically(place / JSON, encode(found))
         write_text_atomically(place / MARKDOWN, render_markdown(found))
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _check_alone() -> None:
-    """Raises JointqError under torchrun; all but one process tell nothing of it."""
+    """Raises JointqError under torchrun, of which rank 0 alone reports."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1":
         error = JointqError(f"WORLD_SIZE={size}: a replay is run by one process, so start it without torchrun")
@@ -57,19 +58,19 @@ def _parser() -> argparse.ArgumentParser:
         "run_directory",
         type=Path,
         metavar="RUN",
-        help="its recipe.yaml, manifest.json and report.json will do; with its codes/ more can be said",
+        help="needs recipe.yaml, manifest.json and report.json; with codes/ differences are counted",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="what does not decide the result: runtime.num_threads, runtime.device, model.path",
+        help="settings that do not decide the result: runtime.num_threads, runtime.device, model.path",
     )
     parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="where the replay goes (reproduced_DATE beside RUN)"
+        "--directory", type=Path, metavar="DIR", help="directory of the replay (default: reproduced_DATE beside RUN)"
     )
     parser.add_argument(
-        "--against", type=Path, metavar="OTHER", help="compare with another finished run, and run nothing"
+        "--against", type=Path, metavar="OTHER", help="compare with another finished run instead of a replay"
     )
     parser.add_argument(
         "--tolerance",

@@ -1,4 +1,4 @@
-"""`jointq rotate`: a model in another basis, at full precision, and the proof that it computes the same."""
+"""`jointq rotate`: a model in another basis, at full precision, checked to compute the same function."""
 
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.errors import JointqError
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(recipe: RotateRecipe, job: Job) -> None:
-    """Raises JointqError when the run went through but its result cannot be trusted."""
+    """Raises JointqError when the run was completed but its result cannot be trusted."""
     directory = RunDirectory(job.directory)
     directory.claim(recipe.model.path)
     directory.write_recipe(job.config)

@@ -1,4 +1,4 @@
-"""`jointq store`: what runs have kept for one another; lists it, checks it, and makes room."""
+"""`jointq store`: the artifacts that runs share; lists them, checks them, and frees space."""
 
 import argparse
 import math
@@ -16,8 +16,8 @@ from jointq_cli.system.files import translated_disk_errors
 from jointq_cli.system.inventory import Entry
 
 WORDS = {
-    "ls": "every artifact: its size, when it was made and last used, its state",
-    "size": "how much each stage takes, and how much of that would be freed",
+    "ls": "every artifact: its size, when it was written and last used, its state",
+    "size": "the size of each stage's artifacts, and how much of it could be freed",
     "prune": "remove what is not in use: old, least recently used, unfinished, or all",
 }
 DEFAULT = Path("runs/store")
@@ -33,18 +33,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("jointq store", description="What runs have kept for one another.")
+    parser = argparse.ArgumentParser("jointq store", description="Artifacts that runs share.")
     words = parser.add_subparsers(metavar="WORD", required=True)
     ls, size, prune = (words.add_parser(word, help=text, description=text) for word, text in WORDS.items())
     for each, run in ((ls, _ls), (size, _size), (prune, _prune)):
         each.add_argument("--store", type=Path, default=DEFAULT, metavar="DIR", help=f"the store ({DEFAULT})")
         each.set_defaults(run=run)
     ls.add_argument("--verify", action="store_true", help="read every byte; exit with 1 if some are wrong")
-    prune.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     which = prune.add_mutually_exclusive_group(required=True)
-    which.add_argument("--older-than", type=_amount, metavar="DAYS", help="what was not used for so many days")
-    which.add_argument("--to", type=_amount, metavar="GB", help="least recently used first, until so much is left")
-    which.add_argument("--partial", action="store_true", help="what stopped runs have left unfinished")
+    which.add_argument("--older-than", type=_amount, metavar="DAYS", help="what was not used for this many days")
+    which.add_argument("--to", type=_amount, metavar="GB", help="least recently used first, until this much is left")
+    which.add_argument("--partial", action="store_true", help="unfinished artifacts of stopped runs")
     which.add_argument("--all", action="store_true", help="everything")
     return parser
 
@@ -53,8 +53,8 @@ def _ls(parsed: argparse.Namespace) -> int:
     entries = inventory.entries(parsed.store)
     damages = _damages(parsed.store, entries) if parsed.verify else {}
     states = [_state(parsed.store, entry, damages) for entry in entries]
-    told = [f"{entry.name}: {damages[entry.path]}" for entry in entries if entry.path in damages]
-    _show(artifacts_document(str(parsed.store), entries, states, told, time.time()))
+    notes = [f"{entry.name}: {damages[entry.path]}" for entry in entries if entry.path in damages]
+    _show(artifacts_document(str(parsed.store), entries, states, notes, time.time()))
     if damages:
         raise JointqError(f"{parsed.store}: {len(damages)} damaged; a run that wants one of them makes it anew")
     return 0
@@ -79,7 +79,7 @@ def _prune(parsed: argparse.Namespace) -> int:
 
 
 def _candidates(parsed: argparse.Namespace, entries: Sequence[Entry], now: float) -> tuple[list[Entry], float]:
-    """Which entries may go, and how many bytes have to."""
+    """Which entries may be removed, and how many bytes must be."""
     if parsed.to is not None:
         return list(entries), sum(entry.size for entry in entries) - parsed.to * 1e9
     if parsed.older_than is not None:

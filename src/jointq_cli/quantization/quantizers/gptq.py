@@ -13,7 +13,6 @@ where a tie between two levels was resolved differently. Rows are independent of
 the BLAS chooses for the products.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.errors import ConfigError
 from jointq_cli.formats.uniform import UniformWeight, group_columns
 from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.quantizers.cholesky import factorize
@@ -29,6 +27,7 @@ from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.scale_fit import fit
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
+from jointq_cli.setting_rules import setting
 
 Notes = dict[str, float | int | str | bool]
 
@@ -50,21 +49,12 @@ class GptqPrepared(Prepared):
 class GPTQ(UniformQuantizer):
     """See the module. `damping` is a fraction of the Hessian's mean diagonal."""
 
-    mse: bool
-    act_order: bool  # columns with the largest activations first; groups follow that order unless static_groups
-    static_groups: bool  # groups of neighbouring columns, with scales fitted to the original weights
-    damping: float
-    block_size: int
-    on_failure: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ConfigError(f"quantizer.damping={self.damping}: must be at least 0 and finite")
-        if self.block_size < 1:
-            raise ConfigError(f"quantizer.block_size={self.block_size}: must be at least 1")
-        if self.on_failure not in ("error", "rtn"):
-            raise ConfigError(f"quantizer.on_failure={self.on_failure}: must be error or rtn")
+    mse: bool = setting(True)
+    act_order: bool = setting(True)  # columns in order of falling activation energy, groups too unless static_groups
+    static_groups: bool = setting(False)  # groups of neighbouring columns, with scales fitted to the original weights
+    damping: float = setting(0.01, least=0)
+    block_size: int = setting(128, least=1)
+    on_failure: str = setting("error", choices=("error", "rtn"))
 
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
         return 4.0 * hessian_product(out_features, in_features)

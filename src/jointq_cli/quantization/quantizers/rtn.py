@@ -10,13 +10,14 @@ from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.quantizers.scale_fit import fit
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
+from jointq_cli.setting_rules import setting
 
 
 @dataclass(frozen=True)
 class RTN(UniformQuantizer):
     """Min/max range per group with zero inside it; `mse` shrinks the range where that lowers sum |error|^2.4."""
 
-    mse: bool
+    mse: bool = setting(True)
 
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
         return 0.5 * hessian_product(out_features, in_features)

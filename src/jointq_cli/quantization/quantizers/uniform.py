@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import NumericsError
-from jointq_cli.formats.uniform import Grid, UniformWeight, check_bits, check_group_size, grid_label, group_columns
+from jointq_cli.formats.uniform import Grid, UniformWeight, check_group_size, grid_label, group_columns
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut
+from jointq_cli.setting_rules import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class FailedPreparation(Prepared):
 class UniformQuantizer(Quantizer):
     """Base of the quantizers whose result is a UniformWeight. group_size null or -1: one scale per row."""
 
-    bits: int
-    group_size: int | None
-    symmetric: bool
+    bits: int = setting(4, least=1, most=8)
+    group_size: int | None = setting(128)
+    symmetric: bool = setting(False)
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
+        check_settings(self, "quantizer")
         check_group_size(self.group_size, {})
 
     @property

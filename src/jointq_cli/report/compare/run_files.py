@@ -13,6 +13,7 @@ import yaml
 
 from jointq_cli.errors import JointqError
 from jointq_cli.report.compare.runs import ComparedRun
+from jointq_cli.setting_rules import RENAMED
 from jointq_cli.system.record_json import load_report
 from jointq_cli.system.sweep_directory import DONE, SweepDirectory
 
@@ -87,7 +88,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def load_settings(path: Path) -> dict[str, str]:
-    """Each value of a recipe.yaml as text by dotted key, and the chosen option by group. Raises JointqError."""
+    """Each value of a recipe.yaml as text by dotted key, and the chosen option by group. Raises JointqError.
+
+    A key that has been renamed is under its new name.
+    """
     try:
         return parse_settings(path.read_text(encoding="utf-8"), path)
     except OSError as error:
@@ -104,7 +108,7 @@ def parse_settings(text: str, path: Path) -> dict[str, str]:
         raise JointqError(f"{path}: not valid yaml ({error})") from error
     if not isinstance(recipe, dict):
         raise JointqError(f"{path}: not a recipe, which has keys with values")
-    return dict(_settings(recipe))
+    return {RENAMED.get(key, key): value for key, value in _settings(recipe)}
 
 
 def _settings(recipe: dict[str, Any]) -> Iterator[tuple[str, str]]:

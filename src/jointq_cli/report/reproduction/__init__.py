@@ -4,6 +4,6 @@
 """
 
 from jointq_cli.report.reproduction.comparison import compare
-from jointq_cli.report.reproduction.inputs import GIVEN, NAMES, deciding_differences
+from jointq_cli.report.reproduction.inputs import deciding_differences
 
-__all__ = ["GIVEN", "NAMES", "compare", "deciding_differences"]
+__all__ = ["compare", "deciding_differences"]

@@ -19,9 +19,12 @@ from jointq_cli.records import (
 from jointq_cli.report.reproduction import artifacts, environment, inputs, metrics
 from jointq_cli.report.reproduction.finished_run import FinishedRun
 from jointq_cli.report.summary import problems
+from jointq_cli.setting_rules import SettingRoles
 
 
-def compare(original: FinishedRun, replay: FinishedRun, tolerance: float | None = None) -> Reproduction:
+def compare(
+    original: FinishedRun, replay: FinishedRun, roles: SettingRoles, tolerance: float | None = None
+) -> Reproduction:
     """tolerance: relative, for both perplexities and KL divergence. It applies to runs with the same config on the same
     tokens whose hardware or libraries can round differently. None: the runs must be identical."""
     runs = (original, replay)
@@ -40,7 +43,7 @@ def compare(original: FinishedRun, replay: FinishedRun, tolerance: float | None 
         *map(metrics.metric_step, replayed),
     ]
     results_are_identical = all(step.same for step in steps_after_config)
-    steps = [inputs.config(*runs, results_are_identical), *steps_after_config]
+    steps = [inputs.config(*runs, roles, results_are_identical), *steps_after_config]
     rounding = environment.rounding_differences(*runs)
     return Reproduction(
         original=str(original.directory),

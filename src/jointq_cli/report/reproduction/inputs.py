@@ -5,55 +5,36 @@ from collections.abc import Iterator, Mapping
 from jointq_cli.records import REQUESTED, ComparedStep
 from jointq_cli.report.number_format import before_after
 from jointq_cli.report.reproduction.finished_run import FinishedRun
+from jointq_cli.setting_rules import SettingRoles
 
 Settings = Mapping[str, str]  # values as text by dotted key, and the option by group
 
-NAMES = ("name", "description", "output_dir", "store")  # what a run is called and where it lies
-FREE_RUNTIME = ("runtime.device", "runtime.num_threads", "runtime.waiting_gb", "runtime.hessians_gb")
-DECIDING_RUNTIME = ("runtime.dtype", "runtime.batch_tokens")
-# Where something lies whose content the hashes tell.
-PLACES = (
-    "model.path",
-    "model.revision",
-    "calibration.path",
-    "calibration.tokens",
-    "calibration.revision",
-    "evaluation.path",
-    "evaluation.revision",
-)
-GIVEN = (*FREE_RUNTIME, *PLACES)  # what a replay may have otherwise
-OF_PLACES_ONLY = ("model",)  # the group, of which only places are left
-DICTIONARIES = ("activations.layer_bits",)  # whose entries are keys of a user's own
 TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}
 HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 MOST_NAMED = 3  # settings in one message
 
 
-def decides(key: str) -> bool:
-    """Whether a setting has an influence on the result of a run."""
-    if key.startswith("runtime."):
-        return key in DECIDING_RUNTIME
-    return key not in (*NAMES, *PLACES, *OF_PLACES_ONLY)
-
-
-def deciding_differences(ours: Settings, theirs: Settings) -> list[str]:
+def deciding_differences(ours: Settings, theirs: Settings, roles: SettingRoles) -> list[str]:
     """Such as "quantizer.bits 4 → 3", for each deciding setting that both runs have."""
+    shared = {key for key in (*ours, *theirs) if (key in ours and key in theirs) or roles.is_entry(key)}
     return [
         f"{key} {before_after(ours.get(key), theirs.get(key))}"
         for key in dict.fromkeys([*ours, *theirs])
-        if decides(key) and ours.get(key) != theirs.get(key) and ((key in ours and key in theirs) or _is_entry(key))
+        if key in shared and roles.decides(key) and ours.get(key) != theirs.get(key)
     ]
 
 
-def config(original: FinishedRun, replay: FinishedRun, results_are_identical: bool) -> ComparedStep:
+def config(
+    original: FinishedRun, replay: FinishedRun, roles: SettingRoles, results_are_identical: bool
+) -> ComparedStep:
     """A setting that only one run has was added or removed by another version of the code, where it has an implicit
     value. Only identical results show that it is the same value."""
     ours, theirs = original.settings, replay.settings
-    differing = deciding_differences(ours, theirs)
+    differing = deciding_differences(ours, theirs, roles)
     if differing:
         return ComparedStep("config", REQUESTED, False, _first_of(differing))
-    one_sided = [*_only_in(ours, theirs, "the original"), *_only_in(theirs, ours, "the replay")]
+    one_sided = [*_only_in(ours, theirs, "the original", roles), *_only_in(theirs, ours, "the replay", roles)]
     if one_sided and not results_are_identical:
         return ComparedStep("config", REQUESTED, False, f"not known to be the same: {'; '.join(one_sided)}")
     return ComparedStep("config", REQUESTED, True, "; ".join(one_sided))
@@ -63,12 +44,8 @@ def hashes(original: FinishedRun, replay: FinishedRun) -> list[ComparedStep]:
     return [_hash(name, original, replay) for name in HASHES]
 
 
-def _is_entry(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in DICTIONARIES)
-
-
-def _only_in(ours: Settings, theirs: Settings, run: str) -> Iterator[str]:
-    found = [f"{key}={value}" for key, value in ours.items() if decides(key) and key not in theirs]
+def _only_in(ours: Settings, theirs: Settings, run: str, roles: SettingRoles) -> Iterator[str]:
+    found = [f"{key}={value}" for key, value in ours.items() if roles.decides(key) and key not in theirs]
     if found:
         yield f"only {run} has {_first_of(found)}"
 

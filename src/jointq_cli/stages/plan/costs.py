@@ -250,7 +250,9 @@ class Workload:
     def _suspended(self) -> float:
         """Bytes in suspended forward passes: queries, keys, values and residual stream, or the widest layer's input."""
         per_token = max(4 * self.shapes.hidden, 2 * self.shapes.hidden + self.shapes.widest) * self.element
-        return min(self.recipe.runtime.waiting_gb * 1e9, self._streams * self.calibration.tokens * per_token)
+        return min(
+            self.recipe.runtime.suspended_activations_gb * 1e9, self._streams * self.calibration.tokens * per_token
+        )
 
     def _group_memory(self, one: InputGroup) -> float:
         """Bytes while an input's statistics are collected (moments, and one pass with float32 copies), or while its

@@ -108,7 +108,8 @@ def _shortages(estimate: RunEstimate, recipe: Recipe) -> list[str]:
     if estimate.memory > estimate.memory_available:
         stage = max(estimate.stages, key=lambda stage: stage.memory).name
         runtime = recipe.runtime
-        keys = f"runtime.waiting_gb={runtime.waiting_gb:g}, runtime.batch_tokens={runtime.batch_tokens}"
+        suspended = f"runtime.suspended_activations_gb={runtime.suspended_activations_gb:g}"
+        keys = f"{suspended}, runtime.batch_tokens={runtime.batch_tokens}"
         found.append(
             f"{keys}: stage {stage} takes about {estimate.memory / 1e9:.3g} GB of memory, and "
             f"{estimate.memory_available / 1e9:.3g} GB are free; lower these, or calibration.num_samples"

@@ -9,6 +9,7 @@ H_l, `search` the local search.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +24,32 @@ from jointq_cli.quantization.quantizers.jointq.search import Search, SearchResul
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
+from jointq_cli.setting_rules import changed, check_settings, setting
 
 
 @dataclass(frozen=True)
 class GptqStart:
     """Settings of GPTQ as a start of the search; bits, groups and symmetry are JointQ's."""
 
-    mse: bool
-    damping: float
-    block_size: int
+    mse: bool = setting(True)
+    damping: float = setting(0.01, least=0)
+    block_size: int = setting(128, least=1)
+
+
+def _tries_lambdas(jointq: "JointQ") -> bool:
+    return jointq.lambda_mode != "fixed_lambda"
+
+
+def _is_incremental(jointq: "JointQ") -> bool:
+    return jointq.lambda_mode == "incremental_lambda"
+
+
+def _is_diagonal(jointq: "JointQ") -> bool:
+    return jointq.regularization_mode == "diagonal"
+
+
+def _iterates(jointq: "JointQ") -> bool:
+    return jointq.ils_enabled
 
 
 @dataclass(frozen=True)
@@ -51,77 +69,43 @@ class JointQPrepared(Prepared):
 class JointQ(UniformQuantizer):
     """See the module, and configs/quantizer/jointq.yaml for what each field does."""
 
-    act_order: bool
-    lambda_mode: str
-    regularization_lambda: float
-    regularization_mode: str
-    regularization_gamma: float
-    regularization_floor: float
-    regularization_reference: str
-    lambda_list: list[float]
-    incremental_eps_y: float
-    incremental_eps_w: float
-    incremental_initial_skip_ew_threshold: float | None
-    heldout_share: float
-    enable_schur: bool
-    enable_clip_optimize: bool
-    enable_clip_optimize_ep: bool
-    enable_gptq: bool
-    gptq: GptqStart
-    max_sweeps: int
-    annealing_sweeps: int
-    annealing_temperature: float
-    ils_enabled: bool
-    ils_num_iterations: int
-    ils_num_clones: int
-    ils_num_channels: int | None
-    batch_size: int | None
-    on_failure: str
+    act_order: bool = setting(False)
+    lambda_mode: str = setting("fixed_lambda", choices=("fixed_lambda", "incremental_lambda", "heldout"))
+    regularization_lambda: float = setting(0.3, least=0)
+    regularization_mode: str = setting("diagonal", choices=("identity", "diagonal"))
+    regularization_gamma: float = setting(1.0, least=0, used=_is_diagonal)
+    regularization_floor: float = setting(0.1, least=0, used=_is_diagonal)
+    regularization_reference: str = setting("mean_diagonal", choices=("absolute", "mean_diagonal"))
+    lambda_list: list[float] = setting([0.001, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5], least=0, used=_tries_lambdas)
+    incremental_eps_y: float = setting(0.03, least=0, used=_is_incremental)
+    incremental_eps_w: float = setting(0.1, least=0, used=_is_incremental)
+    incremental_initial_skip_ew_threshold: float | None = setting(0.3, least=0, null="for never", used=_is_incremental)
+    heldout_share: float = setting(0.25, above=0, below=1, used=lambda jointq: jointq.lambda_mode == "heldout")
+    enable_schur: bool = setting(True)
+    enable_clip_optimize: bool = setting(False)
+    enable_clip_optimize_ep: bool = setting(False)
+    enable_gptq: bool = setting(False)
+    gptq: GptqStart = setting(GptqStart(), used=lambda jointq: jointq.enable_gptq)
+    max_sweeps: int = setting(3, least=0)
+    annealing_sweeps: int = setting(0, least=0)
+    annealing_temperature: float = setting(
+        0.15, least=0, used=lambda jointq: jointq.annealing_sweeps > 0 or jointq.ils_enabled
+    )
+    ils_enabled: bool = setting(False)
+    ils_num_iterations: int = setting(10, least=1, used=_iterates)
+    ils_num_clones: int = setting(8, least=1, used=_iterates)
+    ils_num_channels: int | None = setting(None, least=1, null="for all", used=_iterates)
+    batch_size: int | None = setting(None, least=1, null="to choose it by device")
+    on_failure: str = setting("error", choices=("error", "rtn"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_settings(self.gptq, "quantizer.gptq")
         for complaint in self._complaints():
             raise ConfigError(f"quantizer.{complaint}")
 
     def _complaints(self) -> Iterator[str]:
-        yield from self._choices()
-        yield from self._ranges()
-        yield from self._combinations()
-
-    def _choices(self) -> Iterator[str]:
-        for name, allowed in {
-            "lambda_mode": ("fixed_lambda", "incremental_lambda", "heldout"),
-            "regularization_mode": ("identity", "diagonal"),
-            "regularization_reference": ("absolute", "mean_diagonal"),
-            "on_failure": ("error", "rtn"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                yield f"{name}={getattr(self, name)}: must be {' or '.join(allowed)}"
-
-    def _ranges(self) -> Iterator[str]:
-        for name in (
-            "regularization_lambda", "regularization_gamma", "regularization_floor", "incremental_eps_y",
-            "incremental_eps_w", "max_sweeps",
-            "annealing_sweeps", "annealing_temperature", "incremental_initial_skip_ew_threshold",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                yield f"{name}={value}: must be at least 0 and finite"
-        for name in ("ils_num_iterations", "ils_num_clones", "ils_num_channels", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"{name}={value}: must be at least 1"
-        if not 0 < self.heldout_share < 1:
-            yield f"heldout_share={self.heldout_share}: must be between 0 and 1"
-        if not (math.isfinite(self.gptq.damping) and self.gptq.damping >= 0):
-            yield f"gptq.damping={self.gptq.damping}: must be at least 0 and finite"
-        if self.gptq.block_size < 1:
-            yield f"gptq.block_size={self.gptq.block_size}: must be at least 1"
-        bad = [value for value in self.lambda_list if not (math.isfinite(value) and value >= 0)]
-        if bad:
-            yield f"lambda_list={self.lambda_list}: every value must be at least 0 and finite, and {bad[0]} is not"
-
-    def _combinations(self) -> Iterator[str]:
+        """What is wrong with settings in combination, by key."""
         if self.lambda_mode != "fixed_lambda" and not self.lambda_list:
             yield f"lambda_list=[]: lambda_mode={self.lambda_mode} needs at least one value"
         if self.lambda_mode != "fixed_lambda" and self.lambda_list != sorted(set(self.lambda_list)):
@@ -371,23 +355,19 @@ class JointQ(UniformQuantizer):
         return solved.with_rows(worst, total)
 
     def _describe_options(self) -> list[str]:
-        """Settings that decide the result, where they are not the defaults."""
-        fixed = self.lambda_mode == "fixed_lambda"
-        gamma = "" if self.regularization_gamma == 1 else f"^{self.regularization_gamma:g}"
-        shape = "identity" if self.regularization_mode == "identity" else f"diagonal{gamma}"
-        starts = ("enable_clip_optimize", "enable_clip_optimize_ep", "enable_gptq")
-        shown = {
-            "act_order": self.act_order,
-            f"lambda={self.regularization_lambda:g}" if fixed else self.lambda_mode: True,
-            shape: shape != "diagonal",
-            "absolute": self.regularization_reference == "absolute",
-            "no-schur": not self.enable_schur,
-            **{name.removeprefix("enable_"): getattr(self, name) for name in starts},
-            f"sweeps={self.max_sweeps}": self.max_sweeps != 3,
-            f"annealing={self.annealing_sweeps}": self.annealing_sweeps > 0,
-            "ils": self.ils_enabled,
-        }
-        return [text for text, differs in shown.items() if differs]
+        """Lambda or how it is chosen, and all else that differs from the defaults."""
+        strength = f"lambda={self.regularization_lambda:g}" if self.lambda_mode == "fixed_lambda" else self.lambda_mode
+        stated = ("bits", "group_size", "symmetric", "regularization_lambda", "lambda_mode")
+        return [strength, *(_option(name, value) for name, value in changed(self).items() if name not in stated)]
+
+
+def _option(name: str, value: Any) -> str:
+    """Such as act_order, no-schur, max_sweeps=5."""
+    if isinstance(value, bool):
+        return f"{'' if value else 'no-'}{name.removeprefix('enable_').removesuffix('_enabled')}"
+    if isinstance(value, GptqStart):
+        return " ".join(_option(f"{name}.{part}", item) for part, item in changed(value).items())
+    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def _share(cost: Tensor, signal: float) -> float:

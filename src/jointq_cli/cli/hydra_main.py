@@ -1,0 +1,77 @@
+"""Hydra's entry point, called from Python: its arguments in sys.argv, its errors as exceptions, its completions."""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from jointq_cli.cli import config_files
+from jointq_cli.cli.config_errors import UsageError
+
+_SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def hydra_main(command: str, function: Callable[[DictConfig], None]) -> None:
+    """Composes the primary config of `command` by the arguments in sys.argv, and calls `function` with it."""
+    decorate = hydra.main(version_base="1.3", config_path=str(config_files.config_dir()), config_name=command)
+    main: Callable[[], None] = decorate(function)
+    main()
+
+
+def overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Separated, since argparse refuses overrides on both sides of an option. Raises UsageError."""
+    parser = get_args_parser()
+    parser.prog, parser.usage = f"jointq {command}", "%(prog)s [KEY=VALUE ...] [OPTION ...], see --help"
+    known, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-"):
+            raise UsageError(f"jointq {command} has no option {word}; settings are KEY=VALUE, see --help")
+    overrides = [*known.overrides, *rest]
+    return overrides, [word for word in arguments if word not in overrides]
+
+
+def complete(command: str, arguments: list[str]) -> list[str]:
+    """Hydra's completions for a shell. COMP_LINE, if it is set, must not contain the command's name.
+
+    Schemas are registered empty: the yaml files have every key, and a shell should not have to wait for torch.
+    """
+    for path in config_files.config_dir().rglob("*.yaml"):
+        for name in _SCHEMA_REFERENCE.findall(path.read_text(encoding="utf-8")):
+            ConfigStore.instance().store(group="schema", name=name, node={})
+    answer = io.StringIO()
+    with command_line(arguments), redirect_stdout(answer):
+        hydra_main(command, lambda config: None)
+    return answer.getvalue().splitlines()
+
+
+@contextmanager
+def command_line(arguments: list[str]) -> Iterator[None]:
+    """Inside, sys.argv, which Hydra reads, has these arguments, without the command's name."""
+    before = sys.argv
+    sys.argv = ["jointq", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def errors_raised() -> Iterator[None]:
+    """Inside, Hydra raises its errors, where it would print them in several lines and exit."""
+    before = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FULL_ERROR]
+        else:
+            os.environ[_FULL_ERROR] = before
