@@ -88,7 +88,7 @@ class Context:
                 resumable=stage.resumable,
                 together=stage.together,
             )
-            return artifact and _marked(timer, artifact)
+            return None if artifact is None else _marked(timer, artifact)
 
     def reuse(self, stage: Stage) -> Artifact:
         """The result of a stage that is part of another step, which announces it."""
