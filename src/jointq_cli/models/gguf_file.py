@@ -90,8 +90,8 @@ def _field(reader: GGUFReader, key: str, default: Any = None) -> Any:
 def _lost_tensors(reader: GGUFReader, model: Any) -> list[str]:
     """The tensors of the file that transformers has not put into the model."""
     architecture = _field(reader, "general.architecture")
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    known = set(get_gguf_hf_weights_map(model, processor))  # type: ignore[no-untyped-call]
+    processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    known = set(get_gguf_hf_weights_map(model, processor(config=model.config.to_dict())))
     known |= {name.removesuffix(".weight") for name in known}
     names = (tensor.name for tensor in reader.tensors)
     # Processors put experts, all those of a block in one tensor, into parameters with other names.
