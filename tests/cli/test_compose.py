@@ -18,6 +18,7 @@ from jointq_cli.cli.main import COMMANDS, COMPOSED, main
 from jointq_cli.errors import ConfigError, Interrupted, NumericsError
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
 from jointq_cli.recipe import RECIPES, Recipe, concrete, keys
+from jointq_cli.system.run_directory import claimed
 
 
 @pytest.fixture(autouse=True)
@@ -659,3 +660,54 @@ def test_keys_cover_every_quantizer() -> None:
 def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
     assert {GPTQ, RTN, JointQ} <= set(concrete(Quantizer))
     assert Quantizer not in concrete(Quantizer)
+
+
+# --- two processes at once
+
+ONE_SECOND = """
+import datetime, sys
+import hydra.core.utils as utils
+
+class Noon(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 1, 12, 0, 0)
+
+utils.datetime = Noon
+from jointq_cli.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def at_once(*commands: list[str]) -> list[tuple[int, str]]:
+    """Exit codes and standard errors of processes that start together, in the same second by their clocks."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", ONE_SECOND, *words], env=env, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True)
+        for words in commands
+    ]  # fmt: skip
+    return [(process.returncode, err) for process in started for _, err in [process.communicate(timeout=300)]]
+
+
+SHORT = ["evaluate", "evaluation.seqlen=32", "evaluation.max_windows=4"]
+
+
+def test_two_runs_of_one_second_have_a_directory_each(tmp_path: Path) -> None:
+    runs = [[*SHORT, f"evaluation.max_windows={count}"] for count in (3, 4)]
+    assert at_once(*runs) == [(0, "")] * 2
+    for directory in tmp_path.glob("runs/evaluate/*"):
+        windows = json.loads((directory / "evaluation.json").read_text())["protocol"]["windows"]
+        assert f"max_windows: {windows}\n" in (directory / "recipe.yaml").read_text()
+    assert {path.name for path in tmp_path.glob("runs/evaluate/*")} == {
+        "2026-01-01_12-00-00",
+        "2026-01-01_12-00-00_2",
+    }
+
+
+def test_two_runs_into_one_given_directory_do_not_mix(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", new=False):
+        [(code, err)] = at_once([*SHORT, "hydra.run.dir=run"])
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"hydra.run.dir={tmp_path}/run: another run is writing there" in err
+    assert not list((tmp_path / "run").iterdir())

@@ -45,6 +45,7 @@ class Job:
     config: str  # yaml: the complete config, as a recipe that composes it again
     team: Team = SINGLE_PROCESS
     number: int | None = None  # in a sweep
+    new: bool = False  # the directory is named after the time, so that a run never shares it with another
     elsewhere: bool = False  # in another process than the one that has the terminal
 
     @property
@@ -213,7 +214,9 @@ class JobRunner:
         overrides = list(context.overrides.task)
         text = as_recipe(config, self._command, context.runtime.choices)
         if context.mode != RunMode.MULTIRUN:
-            return recipe, Job(directory, overrides, text, self._team)
+            # Of two runs that start in the same second, Hydra gives both the same directory.
+            new = "${now:" in str(OmegaConf.to_container(context.run, resolve=False))
+            return recipe, Job(directory, overrides, text, self._team, new=new)
         return recipe, Job(directory, overrides, text, SINGLE_PROCESS, context.job.num, elsewhere=self.sweep is None)
 
     def _run(self, recipe: Any, job: Job) -> None:
