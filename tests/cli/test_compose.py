@@ -482,6 +482,28 @@ def test_another_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs" / "pocket_w4g128").iterdir())) == 2
 
 
+def test_another_sweep_into_one_directory_is_refused_before_any_job_begins(tmp_path: Path) -> None:
+    done: list[int] = []
+    task = failing_on(ValueError(), 9, done)
+    there = "hydra.sweep.dir=there"
+    assert launch("quantize", ["-m", "quantizer.bits=3,4", there], task) == 0
+    before = {file: file.read_bytes() for file in tmp_path.glob("there/*") if file.is_file()}
+    for words in (["quantizer.bits=3,2"], ["quantizer.bits=3,4", "quantizer=rtn"], ["quantizer.bits=3"]):
+        rule = r"hydra\.sweep\.dir=.*/there: has the sweep of `jointq quantize quantizer.bits=3,4 .* -m`"
+        with pytest.raises(ConfigError, match=rule):
+            launch("quantize", ["-m", *words, there], task)
+    assert done == [3, 4]
+    assert {file: file.read_bytes() for file in tmp_path.glob("there/*") if file.is_file()} == before
+
+
+def test_a_sweep_in_a_given_directory_continues_by_another_launcher_and_with_more_jobs(tmp_path: Path) -> None:
+    done: list[int] = []
+    task = failing_on(ValueError(), 9, done)
+    for words in (["quantizer.bits=3,4"], ["quantizer.bits=3,4", "hydra/launcher=basic"], ["quantizer.bits=3,4,2"]):
+        assert launch("quantize", ["-m", *words, "hydra.sweep.dir=there"], task) == 0
+    assert done == [3, 4, 2]
+
+
 def test_a_job_whose_text_has_changed_runs_again(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     done: list[int] = []

@@ -71,7 +71,7 @@ class Sweep:
             jobs = _jobs(config)
             keys = [self._key_of(config, number, overrides) for number, overrides in enumerate(jobs)]
             plan = SweepPlan(str(config.name), self._command, varying(jobs), keys)
-            directory.write_plan(plan)
+            directory.begin(plan)
         except Exception as error:  # Hydra would print a warning, and go on
             raise SweepRefused(self._format_error(error)) from error
         self._before = {number: directory.record(number) for number in range(len(jobs))}
