@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from jointq_cli import __version__
 from jointq_cli.cli import config_files
 from jointq_cli.cli.commands import completion, help
 from jointq_cli.cli.compose import Job, launch
+from jointq_cli.cli.config_errors import UsageError
 from jointq_cli.cli.hydra_main import complete
 from jointq_cli.cli.main import COMMANDS, COMPOSED, main
 from jointq_cli.errors import ConfigError, Interrupted, NumericsError
@@ -480,6 +482,36 @@ def test_another_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:
     for bits in ("3,4", "3,2"):
         assert launch("quantize", ["-m", f"quantizer.bits={bits}"], failing_on(ValueError(), 9, [])) == 0
     assert len(list((tmp_path / "runs" / "pocket_w4g128").iterdir())) == 2
+
+
+SWEPT = {
+    "quantize +sweep=lambda": "quantizer.regularization_lambda: needs -m: jointq quantize -m +sweep=lambda",
+    "rotate --config-dir my +sweep=mine": "a sweep over model: needs -m: jointq rotate -m +sweep=mine",
+    "calibrate +sweep=calibration_size": "needs -m: jointq calibrate -m +sweep=calibration_size",
+    "evaluate --config-dir my +sweep=mine": "needs -m: jointq evaluate -m +sweep=mine --config-dir my",
+    "quantize recipe=pocket_rotations quantizer=rtn": "over rotation, activations: needs -m: jointq quantize -m",
+    "plan +sweep=bits name=x": "for its first job: jointq plan quantizer=rtn quantizer.bits=4 +sweep=bits name=x",
+}
+
+
+@pytest.mark.parametrize("words", SWEPT)
+def test_one_run_of_a_sweep_is_refused_with_the_right_command(
+    words: str, jobs: list[tuple[Any, Job]], tmp_path: Path
+) -> None:
+    (tmp_path / "my" / "sweep").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      model: pocket,tinyllama\n"
+    (tmp_path / "my" / "sweep" / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(SWEPT[words])) as refused:
+        run(words, jobs)
+    assert not jobs
+    assert not list(tmp_path.glob("runs/*"))
+    if "calibrate" not in words:  # which needs an output for each job
+        assert run(str(refused.value).partition("jointq ")[2], jobs) == 0
+
+
+def test_a_job_of_a_sweep_can_be_run_alone(jobs: list[tuple[Any, Job]]) -> None:
+    assert run("quantize recipe=pocket_rotations rotation=none quantizer=rtn activations=none", jobs) == 0
+    assert len(jobs) == 1
 
 
 def test_another_sweep_into_one_directory_is_refused_before_any_job_begins(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from jointq_cli.cli.hydra_main import command_line, errors_raised, hydra_main, o
 from jointq_cli.cli.recipe_file import as_recipe
 from jointq_cli.cli.renamed_keys import KeyRenamer, renamed_by
 from jointq_cli.cli.schemas import mutable_schema
-from jointq_cli.cli.sweep import Sweep, SweepRefused, current
+from jointq_cli.cli.sweep import Sweep, SweepRefused, current, job_overrides
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.sweep_directory import attempt, job_key, record_failure
@@ -88,7 +89,7 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     formatter = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
     runner = JobRunner(command, options, task, types, formatter, team)
     with renamed_by(renamer), errors_raised():
-        if {"-m", "--multirun"} & set(options):
+        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*options, *overrides}:
             if team.size > 1:
                 raise UsageError(
                     "-m: several processes do one run together; the jobs of a sweep take hydra/launcher=..."
@@ -207,6 +208,8 @@ class JobRunner:
     def _recipe_and_job(self, config: DictConfig, context: Any) -> tuple[Any, Job]:
         directory = Path(context.runtime.output_dir)
         try:
+            if context.mode != RunMode.MULTIRUN:
+                self._refuse_sweep(context)
             recipe = self._typed(OmegaConf.to_object(config), "")
         except (OmegaConfBaseException, ConfigError) as error:
             _remove_empty(directory, Path(config.output_dir).absolute())
@@ -218,6 +221,16 @@ class JobRunner:
             new = "${now:" in str(OmegaConf.to_container(context.run, resolve=False))
             return recipe, Job(directory, overrides, text, self._team, new=new)
         return recipe, Job(directory, overrides, text, SINGLE_PROCESS, context.job.num, elsewhere=self.sweep is None)
+
+    def _refuse_sweep(self, context: Any) -> None:
+        """Raises UsageError where a config sweeps, though one run is requested, over keys that the words leave open."""
+        chosen = {word.lstrip("+").partition("=")[0] for word in context.overrides.task}
+        swept = [key for key in context.sweeper.get("params") or () if key not in chosen]
+        if swept:
+            first = shlex.join(["jointq", self._command, *job_overrides(context)[0]])
+            every = shlex.join(["jointq", self._command, "-m", *sys.argv[1:]])
+            way = f"for its first job: {first}" if self._command == "plan" else f"needs -m: {every}"
+            raise UsageError(f"a sweep over {', '.join(swept)}: {way}")
 
     def _run(self, recipe: Any, job: Job) -> None:
         with command_line([self._command, *job.overrides, *self._options]):

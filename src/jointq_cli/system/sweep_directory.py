@@ -65,8 +65,8 @@ class SweepDirectory:
         return (self.path / PLAN).is_file()
 
     def begin(self, plan: SweepPlan) -> None:
-        """Writes the plan. Raises ConfigError where the directory has another sweep, whose jobs it would replace: one by
-        another command of which not all jobs are the same."""
+        """Writes the plan. Raises ConfigError where the directory has another sweep, whose jobs it would replace: one
+        by another command, unless the jobs of `plan` begin with its jobs."""
         with translated_disk_errors(self.path), _lock(self.path / PLAN_LOCK, lambda: None):
             if self.exists:
                 last = self.plan()
