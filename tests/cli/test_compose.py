@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -714,6 +715,27 @@ def test_keys_cover_every_quantizer() -> None:
 def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
     assert {GPTQ, RTN, JointQ} <= set(concrete(Quantizer))
     assert Quantizer not in concrete(Quantizer)
+
+
+@pytest.mark.parametrize("words", [["quantize"], ["quantize", "-m", "quantizer.bits=3,4"], ["evaluate"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_time_is_one_line_that_says_how_to_go_on(
+    number: signal.Signals, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(recipe: Any, job: Job) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(f"jointq_cli.cli.commands.{words[0]}.run", stopped)
+    assert main(words) == 75
+    assert capsys.readouterr().err == "error: interrupted; what is finished is kept, and the same command continues\n"
+
+
+def test_a_signal_while_libraries_load_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.import_module", lambda name: os.kill(os.getpid(), signal.SIGTERM))
+    assert [main([command]) for command in ("quantize", "compare")] == [75, 130]
+    assert capsys.readouterr().err.splitlines() == [f"error: {Interrupted()}", "interrupted"]
 
 
 # --- two processes at once

@@ -95,8 +95,11 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
                     "-m: several processes do one run together; the jobs of a sweep take hydra/launcher=..."
                 )
             return _sweep(runner, command, overrides, options)
-        with command_line([*overrides, *options]):
-            runner.run()
+        try:
+            with command_line([*overrides, *options]):
+                runner.run()
+        except KeyboardInterrupt:  # before the run can stop in order, or a second Ctrl-C
+            raise Interrupted from None
     return 0
 
 
@@ -114,7 +117,7 @@ def _sweep(runner: "JobRunner", command: str, overrides: list[str], options: lis
             raise refusal.error from None
         except (_SweepStopped, KeyboardInterrupt, Interrupted) as stop:
             sweep.close(stopped=True)
-            raise Interrupted("interrupted; what is done is kept, and the same command does the rest") from stop
+            raise Interrupted from stop
     return sweep.close(stopped=False)
 
 
@@ -248,7 +251,7 @@ class JobRunner:
 
 
 class _SweepStopped(BaseException):
-    """Ctrl-C in a sweep: not an Exception, since Hydra would go on with the next job."""
+    """A signal in a sweep: not an Exception, since Hydra would go on with the next job."""
 
 
 @contextmanager
