@@ -120,7 +120,8 @@ class Context:
 
 @contextmanager
 def open_context(store: str, runtime: Runtime, console: Console, team: Team) -> Iterator[Context]:
-    """The context of a command, over the store in this directory. Inside, Ctrl-C takes effect at the next `pause`."""
+    """The context of a command, over the store in this directory. Inside, Ctrl-C and the like take effect at the next
+    `pause`."""
     root = Path(store)
     with (
         deferred() as interrupts,
@@ -130,7 +131,7 @@ def open_context(store: str, runtime: Runtime, console: Console, team: Team) -> 
     ):
         try:
             yield Context(opened, console, runtime, use_device(runtime, team), team, interrupts.raise_if_requested)
-        except PeerProcessError:  # Ctrl-C reaches all processes, and one of them has ended before this one noticed
+        except PeerProcessError:  # a signal reaches all processes, and one of them has ended before this one noticed
             interrupts.raise_if_requested()
             raise
 
