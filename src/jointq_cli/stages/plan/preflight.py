@@ -3,11 +3,13 @@
 Shown by `plan` and by the run itself before it computes, one line each, with the key to change. Knows sizes only.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
+from jointq_cli.records import FULL_COVERAGE
 from jointq_cli.stages.plan.model_sizes import Shapes
 
 LEAST_TOKENS_PER_COLUMN = 4  # of calibration; with fewer than one the Hessian is singular
@@ -20,6 +22,7 @@ def preflight_warnings(
     """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
         *model.checkpoint.warnings,
+        _left_out(shapes),
         *_beyond_positions(recipe, model),
         _few_tokens(calibrated, shapes),
         _short_text(recipe, scored),
@@ -37,6 +40,20 @@ def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:
         for part, length in lengths.items()
         if limit and length > limit
     ]
+
+
+def _left_out(shapes: Shapes) -> str:
+    share = 1 - sum(shapes.left_out.values())
+    if share >= FULL_COVERAGE:
+        return ""
+    kinds = ", ".join(f"{kind}: {part:.2g} %" for kind, part in _largest(shapes.left_out))
+    return f"layers: only {100 * share:.2g} % of the weights of the blocks are quantised; left out are {kinds}"
+
+
+def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
+    """The kinds that have a percent of the weights at least, or the largest one; in percent."""
+    parts = [(kind, 100 * part) for kind, part in left_out.items()]
+    return [pair for pair in parts if pair[1] >= 1] or parts[:1]
 
 
 def _few_tokens(calibrated: int, shapes: Shapes) -> str:
