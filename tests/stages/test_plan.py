@@ -466,6 +466,45 @@ def test_experts_that_are_left_out_are_named_in_plan_run_and_report(tmp_path: Pa
     assert "| bits per parameter |" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # the calibration windows are cut from the start of the text, and so are the evaluated ones
+        (["calibration.split=evaluation"], "4 of 4 windows hold text of the calibration windows"),
+        (["calibration.split=evaluation", "calibration.strategy=drop_head", "evaluation.max_windows=1"], "windows"),
+        ([], None),
+    ],
+)
+def test_a_text_that_calibrates_and_evaluates_is_noticed(
+    words: list[str], changes: list[str], expected: str | None
+) -> None:
+    def noticed(warnings: list[str]) -> list[str]:
+        return [text for text in warnings if text.startswith("evaluation.split=evaluation: ")]
+
+    found = noticed(planned([*words, *changes]).warnings)
+    assert noticed(quantized([*words, *changes])["warnings"]) == found
+    assert len(found) == (expected is not None)
+    assert (expected or "") in "".join(found)
+
+
+def test_a_copy_of_the_calibration_file_is_noticed(words: list[str], tmp_path: Path) -> None:
+    text = " ".join(str(number**3) for number in range(20_000))
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(text)
+    files = [
+        "calibration=text", f"calibration.path={tmp_path / 'one.txt'}", "calibration.strategy=concat_rand",
+        "evaluation=text", f"evaluation.path={tmp_path / 'two.txt'}",
+    ]  # fmt: skip
+    [warning, *_] = planned([*files, *words]).warnings
+    assert warning.startswith(f"evaluation.path={tmp_path / 'two.txt'}: the text of calibration, though other windows")
+
+
+def test_a_split_of_the_hub_for_both_is_noticed_before_it_is_fetched(words: list[str]) -> None:
+    both = [*words, "calibration=wikitext2", "evaluation=wikitext2", "evaluation.split=train"]
+    assert planned(both).warnings[0].startswith("evaluation.split=train: the text of calibration;")
+    assert not any("the text of" in text for text in planned([*both, "evaluation.split=test"]).warnings)
+
+
 def test_enough_tokens_give_no_warning(words: list[str]) -> None:
     words = [*words, "calibration.num_samples=32", f"evaluation.max_windows={LEAST_SCORED // 31 + 1}"]
     assert planned(words).warnings == []
