@@ -12,7 +12,7 @@ import pytest
 
 from jointq_cli.cli.main import main
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
-from jointq_cli.records import Comparison, EvaluationReport, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport
 from jointq_cli.report import encode
 from jointq_cli.report.compare.run_files import find_runs
 from jointq_cli.report.compare.sweep import best, load_jobs
@@ -71,6 +71,16 @@ def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_c
     chosen = best(jobs)
     assert chosen is not None
     assert chosen.number == 1
+
+
+def test_rows_have_the_bits_of_the_complete_checkpoint(tmp_path: Path, report: RunReport) -> None:
+    partly = replace(report, coverage=Coverage(0.4, {"mlp.experts": 0.6}, 11.2, 12.1))
+    directory = sweep_of(tmp_path, partly, [14.0], [{KEY: "1"}])
+    [table, *_] = sweep_document("mine", load_jobs(directory)).tables
+    assert table.rows[0][table.heading.index("bits/model")].text == "12.1"
+    write_summary(directory, page=False)
+    [row] = json.loads((tmp_path / "summary.json").read_text())
+    assert (row["block_bits_per_weight"], row["checkpoint_bits_per_parameter"]) == (11.2, 12.1)
 
 
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
