@@ -17,9 +17,11 @@ from jointq_cli.stages import model as model_stage
 from jointq_cli.stages.base import Context, Stage, open_context, windows_per_pass
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.model import fetch_model
+from jointq_cli.system import artifact_key
 from jointq_cli.system.distributed import SINGLE_PROCESS
 from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.settings import Runtime
+from jointq_cli.system.torchrun import process_group
 
 RUNTIME = Runtime(
     device="cpu", dtype="auto", num_threads=None, batch_tokens=64, suspended_activations_gb=1.0, hessians_gb=1.0
@@ -94,6 +96,34 @@ def test_a_gguf_file_is_converted_once_and_its_hash_noted(
     assert first.directory == second.directory
     assert cached_hash(context.store.root, file, [file]) is not None
     assert cached_hash(context.store.root, first.directory, first.hashed_files) == first.content_hash
+
+
+def test_weights_are_checked_again_for_other_code_of_the_model(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bool] = []
+    monkeypatch.setattr(model_stage, "check_finite", lambda checkpoint, code: checked.append(code))
+    directory = write_checkpoint(tmp_path / "model")
+
+    def fetch(*, trusted: bool) -> None:
+        fetch_model(context, ModelSource(str(directory), revision=None, trust_remote_code=trusted))
+
+    fetch(trusted=False)
+    fetch(trusted=True)
+    fetch(trusted=True)
+    (directory / "modeling_own.py").write_text("uses_more = True\n")
+    fetch(trusted=True)
+    fetch(trusted=False)
+    assert checked == [False, True, True]
+
+
+def test_the_collectives_are_code_of_what_several_processes_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(artifact_key, "code_version", lambda modules: asked.append(modules) or "")
+    alone = stage([], "input")
+    for step in (alone, replace(alone, together=True)):
+        assert step.key is not None
+    assert [asked[1] - asked[0], asked[0] - asked[1]] == [{process_group.__module__}, set()]
 
 
 @pytest.mark.parametrize(("length", "expected"), [(16, 4), (64, 1), (65, 1), (1000, 1)])

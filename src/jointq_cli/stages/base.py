@@ -28,6 +28,8 @@ from jointq_cli.system.interrupts import deferred
 from jointq_cli.system.settings import Runtime
 from jointq_cli.system.store import Artifact, Store
 
+COLLECTIVES = "jointq_cli.system.torchrun"  # what processes compute together; no stage imports it
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -56,7 +58,8 @@ class Stage:
     def key(self) -> str | None:
         """The key of its artifact; None where an input is not known."""
         known = [key for key in self.inputs if key is not None]
-        return artifact_key(self.kind, self.spec, known, self.module) if len(known) == len(self.inputs) else None
+        modules = (self.module, COLLECTIVES) if self.together else (self.module,)
+        return artifact_key(self.kind, self.spec, known, *modules) if len(known) == len(self.inputs) else None
 
 
 @dataclass(frozen=True)

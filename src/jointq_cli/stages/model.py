@@ -40,12 +40,13 @@ def conversion(file: Path, digest: str) -> Stage:
 
 
 def _verification(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
-    """That the weights of a checkpoint hold no NaN or Inf: an empty artifact."""
+    """That the weights of a checkpoint hold no NaN or Inf: an empty artifact. Which tensors are used depends on the
+    model's code."""
     return Stage(
         name="model",
         kind="verified",
         module=__name__,
         spec={},
-        inputs=(checkpoint.content_hash,),
+        inputs=(checkpoint.content_hash, *([checkpoint.code_hash] if trust_remote_code else [])),
         make=lambda scratch, context: check_finite(checkpoint, trust_remote_code),
     )

@@ -13,14 +13,14 @@ from typing import Any
 from jointq_cli.system.code_version import code_version
 
 
-def artifact_key(kind: str, spec: object, inputs: Sequence[str], module: str) -> str:
+def artifact_key(kind: str, spec: object, inputs: Sequence[str], *modules: str) -> str:
     """sha256, 64 hex digits, over the canonical JSON of its arguments and the sources that they name.
 
     spec: settings, as dataclasses, containers and plain values; TypeError for anything else. inputs: keys and content
-    hashes of what the artifact is made from. module: full name of the module whose code makes it; the modules of the
+    hashes of what the artifact is made from. modules: full names of those whose code makes it; the modules of the
     dataclasses in `spec` count too.
     """
-    code = code_version({module, *_modules(spec)})
+    code = code_version({*modules, *_modules(spec)})
     identity = {"stage": kind, "spec": _canonical(spec), "inputs": list(inputs), "code": code}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
