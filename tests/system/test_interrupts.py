@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -28,6 +30,19 @@ def test_the_first_signal_waits_for_a_safe_point_and_the_second_does_not(
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_the_exit_code_is_that_of_the_command_also_after_a_signal_in_exec() -> None:
+    script = """
+import os, signal, sys
+from jointq_cli.system.interrupts import handled_by, raise_at_once
+with handled_by(raise_at_once):
+    try:
+        exec("os.kill(os.getpid(), signal.SIGINT)")
+    except KeyboardInterrupt:
+        sys.exit(75)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 75
 
 
 def test_a_hangup_that_is_ignored_stays_ignored() -> None:

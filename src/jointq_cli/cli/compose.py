@@ -34,6 +34,7 @@ from jointq_cli.cli.schemas import mutable_schema
 from jointq_cli.cli.sweep import Sweep, SweepRefused, current, job_overrides
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.files import encoded
 from jointq_cli.system.sweep_directory import attempt, job_key, record_failure
 
 
@@ -123,7 +124,7 @@ def _sweep(runner: "JobRunner", command: str, overrides: list[str], options: lis
 
 def _command_hash(words: list[str]) -> str:
     """Names a sweep's directory by its command, not by the time, so that the same command finds it again."""
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
+    return hashlib.sha256(encoded("\0".join(words))).hexdigest()[:8]
 
 
 class JobRunner:
@@ -263,7 +264,7 @@ def _silenced_unless_rank0(team: Team) -> Iterator[list[str]]:
     if team.rank == 0:
         yield []
         return
-    with TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with TemporaryDirectory() as folder, open(os.devnull, "w", errors="replace") as nowhere, redirect_stdout(nowhere):
         yield [f"hydra.run.dir={folder}"]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.errors import TextError
-from jointq_cli.system.files import translated_disk_errors, write_atomically
+from jointq_cli.system.files import check_utf8, translated_disk_errors, write_atomically
 
 if TYPE_CHECKING:  # transformers takes more than a second to import
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +80,7 @@ def load_tokens(path: Path, tokenizer: "PreTrainedTokenizerBase | None") -> Toke
 def _read_frozen(path: Path) -> tuple[Tensor, dict[str, str]]:
     if not path.is_file():
         raise _bad_file(path, "no such file")
+    check_utf8(path)
     try:
         with safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {})["provenance"])

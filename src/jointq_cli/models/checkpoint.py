@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from jointq_cli.errors import ModelError, NumericsError
-from jointq_cli.system.files import file_hash
+from jointq_cli.system.files import check_utf8, encoded, file_hash
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,6 +71,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path, content_hash: str | None = None) -> None:
         """content_hash: where it is known already; otherwise the property of that name reads every weight."""
+        check_utf8(directory)
         self.directory = directory
         if content_hash is not None:
             self.content_hash = content_hash
@@ -284,4 +285,4 @@ def require_finite(name: str, tensor: torch.Tensor, place: Path) -> None:
 
 def _named_hash(files: Iterable[Path]) -> str:
     """sha256 over names and bytes of files."""
-    return hashlib.sha256("".join(file.name + file_hash(file) for file in files).encode()).hexdigest()
+    return hashlib.sha256(encoded("".join(file.name + file_hash(file) for file in files))).hexdigest()

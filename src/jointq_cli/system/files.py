@@ -75,6 +75,16 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def check_utf8(path: Path) -> None:
+    """Raises ResourceError for a path that safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ResourceError(
+            f"{path}: has bytes that are not UTF-8, and safetensors opens no such file; rename it, or name a link to it"
+        ) from error
+
+
 def link_files(source: Path, target: Path, pattern: str = "*") -> None:
     """Makes `target` hold the files of `source` that match `pattern`, and no other files.
 

@@ -18,6 +18,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FORWARDED_WITHIN = 1.0
 
 
+class Stopped(KeyboardInterrupt):
+    """Not KeyboardInterrupt itself: once that has left a call of exec(), as in the making of a dataclass, Python ends
+    by SIGINT instead of its exit code, even if it was caught."""
+
+
 class Interrupts:
     """Remembers the first signal; a second one raises KeyboardInterrupt at once."""
 
@@ -34,7 +39,7 @@ class Interrupts:
         if not self._requested:
             self._since = time.monotonic()
         elif time.monotonic() - self._since > _FORWARDED_WITHIN:
-            raise KeyboardInterrupt
+            raise Stopped
         self._requested = True
 
 
@@ -65,4 +70,4 @@ def handled_by(handler: Callable[[int, FrameType | None], Any] | signal.Handlers
 
 def raise_at_once(signum: int, frame: FrameType | None) -> None:
     """A handler: raises KeyboardInterrupt."""
-    raise KeyboardInterrupt
+    raise Stopped

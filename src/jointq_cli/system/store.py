@@ -14,7 +14,7 @@ from typing import Self
 
 from jointq_cli.errors import ResourceError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
-from jointq_cli.system.files import discard_unfinished, sync, sync_tree, translated_disk_errors
+from jointq_cli.system.files import check_utf8, discard_unfinished, sync, sync_tree, translated_disk_errors
 from jointq_cli.system.integrity import CONTENTS, find_damage, write_contents
 from jointq_cli.system.inventory import (
     MARKER,
@@ -64,6 +64,7 @@ class Store:
         self._pause = pause
         self._log = log
         self._locks: dict[str, Lock] = {}  # shared locks by name of the artifact
+        check_utf8(root)
         with translated_disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             check_inside(root)

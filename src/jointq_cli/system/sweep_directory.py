@@ -23,7 +23,7 @@ from typing import Any
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.setting_rules import places
 from jointq_cli.system.code_version import package_version
-from jointq_cli.system.files import translated_disk_errors, write_text_atomically
+from jointq_cli.system.files import encoded, translated_disk_errors, write_text_atomically
 from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 
 PLAN, JOB, LOCK, PLAN_LOCK = "sweep.json", "job.json", ".job.lock", ".sweep.lock"
@@ -147,7 +147,7 @@ def load_job(directory: Path) -> JobRecord:
 def job_key(recipe: Any, config: str) -> str:
     """sha256 of everything that decides a job's results: its complete config, the code, and the local files."""
     identity = [config, package_version(), *(_state_of(path) for path in _local_files(recipe))]
-    return hashlib.sha256("\0".join(identity).encode()).hexdigest()
+    return hashlib.sha256(encoded("\0".join(identity))).hexdigest()
 
 
 def _local_files(recipe: Any) -> Iterator[Path]:
