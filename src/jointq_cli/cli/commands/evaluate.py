@@ -6,7 +6,7 @@ from jointq_cli.pipeline import evaluate
 from jointq_cli.recipe import EvaluateRecipe
 from jointq_cli.report import Console
 from jointq_cli.report.summary import evaluation_problems
-from jointq_cli.system.run_directory import RunDirectory
+from jointq_cli.system.run_directory import claimed
 
 
 def main(arguments: list[str]) -> int:
@@ -15,10 +15,10 @@ def main(arguments: list[str]) -> int:
 
 def run(recipe: EvaluateRecipe, job: Job) -> None:
     """Raises UntrustedResult when the evaluation was completed but its result cannot be used."""
-    directory = RunDirectory(job.directory)
-    directory.write_recipe(job.config)
-    directory.write_overrides(job.overrides)
-    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
-        found = evaluation_problems(evaluate(recipe, directory, console, job.team))
-        if found:
-            raise UntrustedResult(f"{'; '.join(found)}; see {directory.path / 'evaluation.json'}")
+    with claimed(job.directory, new=job.new) as directory:
+        directory.write_recipe(job.config)
+        directory.write_overrides(job.overrides)
+        with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
+            found = evaluation_problems(evaluate(recipe, directory, console, job.team))
+            if found and job.team.rank == 0:  # one process says it
+                raise UntrustedResult(f"{'; '.join(found)}; see {directory.path / 'evaluation.json'}")
