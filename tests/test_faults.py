@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 
 from jointq_cli.cli.main import main
@@ -411,3 +412,70 @@ def test_two_sweeps_at_once_share_their_jobs_and_end_with_the_same_bits(tmp_path
     assert [row["state"] for row in table] == ["done", "done"]
     rows = [[line for line in text.splitlines() if line.startswith(("  0", "  1"))] for text in outputs]
     assert rows[0] == rows[1]  # figures and times: each job was run by one of them
+
+
+# --- activations that overflow
+
+
+def scale_weight(model: Path, name: str, factor: float) -> None:
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], Path]:
+    """Scales one weight of a small float32 model, so that float16 is too narrow."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+
+    def make(name: str, factor: float) -> Path:
+        scale_weight(write_checkpoint(tmp_path / "model"), name, factor)
+        return tmp_path / "model"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("weight", "factor", "place"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", 1.5e4, "model.layers.1"),
+        ("model.layers.1.mlp.down_proj.weight", 1.5e5, "after block 1 (model.layers.1)"),
+        ("model.embed_tokens.weight", 1e6, "the embeddings"),  # infinite in float16
+    ],
+)
+@pytest.mark.parametrize("solver", [["quantizer=gptq"], ["quantizer=jointq", "qep=full"]])
+def test_an_overflow_is_reported_with_block_dtype_and_key(
+    overflowing: Callable[[str, float], Path],
+    capsys: pytest.CaptureFixture[str],
+    weight: str,
+    factor: float,
+    place: str,
+    solver: list[str],
+) -> None:
+    overflowing(weight, factor)
+    assert main([*WORDS, "rotation=none", *solver, "quantizer.group_size=32", "runtime.dtype=float16"]) == 1
+    [line] = [text for text in capsys.readouterr().err.splitlines() if text]
+    assert place in line
+    assert "NaN or Inf in float16" in line
+    assert "use runtime.dtype=bfloat16 or runtime.dtype=float32" in line
+
+
+def test_an_evaluation_whose_activations_overflow_fails(
+    overflowing: Callable[[str, float], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overflowing("model.layers.2.mlp.down_proj.weight", 1.5e5)
+    words = [word for word in WORDS if word.startswith(("evaluation", "model.path"))]
+    assert main(["evaluate", *words, "output_dir=out", "runtime.dtype=float16"]) == 1
+    assert "after block 2 (model.layers.2) hold NaN or Inf in float16" in capsys.readouterr().err
+
+
+def test_logits_that_overflow_are_a_problem_of_the_evaluation(
+    overflowing: Callable[[str, float], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overflowing("lm_head.weight", 1e6)
+    words = [word for word in WORDS if word.startswith(("evaluation", "model.path"))]
+    assert main(["evaluate", *words, "output_dir=out", "runtime.dtype=float16"]) == 1
+    err = capsys.readouterr().err
+    assert "the perplexity is nan in float16; try runtime.dtype=float32; see " in err

@@ -4,14 +4,17 @@ Knows how windows are cut, but no model, no device, and not where the text comes
 `seqlen` consecutive tokens of text.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
+from jointq_cli.data.chat import Chat, chat_text, template_of
 from jointq_cli.data.corpus import open_corpus
 from jointq_cli.data.text import Corpus, TextSource, text_hash
 from jointq_cli.data.token_file import Tokens, load_tokens
@@ -43,8 +46,8 @@ class Calibration(TextSource):
 
     Document boundaries: each document is encoded as the tokenizer encodes a text of its own (most Llamas: with a
     BOS first). If the tokenizer adds no special tokens, concatenation appends its EOS to each document, or a blank
-    line if it has no EOS. WikiText-2 consists of lines, not of documents: concatenation joins them with a blank
-    line and encodes them at once, as GPTQ does.
+    line if it has no EOS. Conversations have the special tokens of the chat template alone. WikiText-2 consists of
+    lines, not of documents: concatenation joins them with a blank line and encodes them at once, as GPTQ does.
 
     tokens: a file of frozen tokens to use instead of the text; seqlen must be that of the file, and its first
     num_samples windows are taken. inputs: the activations that statistics are computed from, those of the original
@@ -133,6 +136,7 @@ class TokenizedCorpus:
         self.documents_read: list[str] = []
         self.tokens = 0
         self.longest = 0  # tokens of the longest document
+        self.chat_template: str | None = None  # where a conversation has been read
 
     def documents(self) -> Iterator[Tensor]:
         """Each document as ids (tokens,) int64, encoded as a text of its own."""
@@ -144,18 +148,21 @@ class TokenizedCorpus:
         if self.corpus.running:
             yield self.running_text(special=True)
             return
-        separator = self._separator()
         for text in self._texts(None):
-            yield self._counted(torch.cat([self._encode(text, special=True), separator]))
+            yield self._counted(torch.cat([self._encode(text, special=True), self._separator]))
 
     def running_text(self, special: bool) -> Tensor:
         """The evaluation text, joined and encoded at once: ids (tokens,) int64. special: with BOS or EOS."""
-        joined = self.corpus.joint.join(self._texts(self.corpus.evaluated))
+        texts = list(self._texts(self.corpus.evaluated))
+        joined = ("" if self.chat_template else self.corpus.joint).join(texts)
         return self._counted(self._encode(joined, special))
 
     def provenance(self) -> dict[str, str]:
+        template = self.chat_template
+        chat = {} if template is None else {"chat_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
         return {
             **self.corpus.provenance,
+            **chat,
             "documents": str(len(self.documents_read)),
             "text_tokens": str(self.tokens),
             "text_sha256": text_hash(self.documents_read),
@@ -163,26 +170,34 @@ class TokenizedCorpus:
         }
 
     def _texts(self, limit: int | None) -> Iterator[str]:
-        for text in self.corpus.documents:
+        for document in self.corpus.documents:
+            text = document if isinstance(document, str) else self._chat_text(document)
             self.documents_read.append(text)
             yield text
             if limit is not None and len(self.documents_read) >= limit:
                 return
+
+    def _chat_text(self, chat: Chat) -> str:
+        if self.chat_template is None:
+            self.chat_template = template_of(self.tokenizer, self.corpus.column)
+        return chat_text(chat, self.tokenizer, self.corpus.column)
 
     def _counted(self, ids: Tensor) -> Tensor:
         self.tokens += len(ids)
         self.longest = max(self.longest, len(ids))
         return ids
 
+    @cached_property
     def _separator(self) -> Tensor:
-        """The ids after each document: none where the tokenizer itself adds special tokens."""
-        if self.tokenizer.num_special_tokens_to_add(pair=False):
+        """The ids after each document: none where the tokenizer itself, or a chat template, adds special tokens."""
+        if self.chat_template is not None or self.tokenizer.num_special_tokens_to_add(pair=False):
             return torch.empty(0, dtype=torch.int64)
         if self.tokenizer.eos_token_id is not None:
             return torch.tensor([self.tokenizer.eos_token_id])
         return self._encode("\n\n", special=False)
 
     def _encode(self, text: str, special: bool) -> Tensor:
+        special = special and self.chat_template is None  # a template writes its own
         # verbose=False: no warning about a text longer than the model's context, which is intended.
         encoded = self.tokenizer(text, add_special_tokens=special, truncation=False, padding=False, verbose=False)
         return torch.tensor(encoded["input_ids"], dtype=torch.int64)

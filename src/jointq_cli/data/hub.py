@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from jointq_cli.data.text import Corpus, HubDataset, TextSource, cell_text, one_line
+from jointq_cli.data.chat import Document
+from jointq_cli.data.text import Corpus, HubDataset, TextSource, one_line, row_document
 from jointq_cli.errors import ResourceError, TextError
 
 HUB_TIMEOUT: Final = 10.0  # seconds to wait for the hub's first answer
@@ -70,11 +71,11 @@ def _cached_commit(source: TextSource, hub: HubDataset, table: Any) -> str:
     return commit
 
 
-def _hub_rows(source: TextSource, hub: HubDataset, table: Any) -> Iterator[str]:
+def _hub_rows(source: TextSource, hub: HubDataset, table: Any) -> Iterator[Document]:
     for row in _fetched(source, hub, table):
-        text = cell_text(source, row, None)
-        if hub.running or text.strip():
-            yield text
+        document = row_document(source, row, None)
+        if hub.running or (document.strip() if isinstance(document, str) else document):
+            yield document
 
 
 def _fetched(source: TextSource, hub: HubDataset, table: Any) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,18 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
-from jointq_cli.data.text import COLUMN, HUB, Corpus, TextSource, cell_text, column_names, has_column, one_line
+from jointq_cli.data.chat import Document
+from jointq_cli.data.text import (
+    COLUMN,
+    HUB,
+    Corpus,
+    TextSource,
+    column_names,
+    columns,
+    has_column,
+    one_line,
+    row_document,
+)
 from jointq_cli.errors import TextError
 
 PLAIN: Final = (".txt", ".raw", ".md")
@@ -31,7 +42,7 @@ def local_corpus(source: TextSource) -> Corpus:
     texts = chain.from_iterable(reader(source, file) for reader, file in zip(readers, files, strict=True))
     hub = HUB.get(source.dataset)
     if hub is None:
-        return Corpus(texts, provenance)
+        return Corpus(texts, provenance, column=f"{source.section}.column={source.column or COLUMN}")
     return Corpus(texts, provenance, hub.running, hub.joint, evaluated=hub.evaluated)
 
 
@@ -47,7 +58,7 @@ def _files(source: TextSource) -> list[Path]:
     return found
 
 
-def _reader(source: TextSource, file: Path) -> Callable[[TextSource, Path], Iterator[str]]:
+def _reader(source: TextSource, file: Path) -> Callable[[TextSource, Path], Iterator[Document]]:
     suffix = _suffix(file)
     if suffix in PLAIN:
         return _wikitext_rows if source.dataset == "wikitext2" else _whole_file
@@ -74,11 +85,11 @@ def _open(file: Path) -> IO[bytes]:
     return file.open("rb")
 
 
-def _whole_file(source: TextSource, file: Path) -> Iterator[str]:
+def _whole_file(source: TextSource, file: Path) -> Iterator[Document]:
     yield _decoded(source, file)
 
 
-def _wikitext_rows(source: TextSource, file: Path) -> Iterator[str]:
+def _wikitext_rows(source: TextSource, file: Path) -> Iterator[Document]:
     """The rows that the hub has of the raw file: lines with their newline, blank ones as empty strings."""
     lines = _decoded(source, file).split("\n")
     for line in lines[:-1]:
@@ -101,26 +112,25 @@ def _decoded(source: TextSource, file: Path) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def _table_rows(source: TextSource, file: Path) -> Iterator[str]:
-    """The texts of one column; rows without the column, or without text in it, are skipped."""
+def _table_rows(source: TextSource, file: Path) -> Iterator[Document]:
+    """The texts or conversations of one column; rows without the column, or without text in it, are skipped."""
     if file.stat().st_size == 0:
         raise _bad(source, file, "is empty")
-    column = source.column or COLUMN
     names: dict[str, None] = {}
     is_found = has_text = False
     for row in _rows(source, file):
-        if not has_column(row, column):
+        if not all(has_column(row, column) for column in columns(source)):
             names.update(dict.fromkeys(column_names(row)))
             continue
         is_found = True
-        text = cell_text(source, row, file)
-        if text.strip():
+        document = row_document(source, row, file)
+        if document.strip() if isinstance(document, str) else document:
             has_text = True
-            yield text
+            yield document
     if names and not is_found:
-        cell_text(source, names, file)  # raises: none of the rows has the column
+        row_document(source, names, file)  # raises: none of the rows has the column
     if not has_text:
-        raise _bad(source, file, f"is empty: no row has text in column {column!r}")
+        raise _bad(source, file, f"is empty: no row has text in column {source.column or COLUMN!r}")
 
 
 def _rows(source: TextSource, file: Path) -> Iterator[dict[str, Any]]:
@@ -128,7 +138,7 @@ def _rows(source: TextSource, file: Path) -> Iterator[dict[str, Any]]:
     kind = TABLES.get(suffix, "parquet")
     try:
         if kind == "parquet":
-            yield from _parquet_rows(file, source.column or COLUMN)
+            yield from _parquet_rows(file, columns(source))
         else:
             with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="" if kind == "csv" else "\n") as lines:
                 yield from _json_rows(lines) if kind == "json" else _csv_rows(lines, "\t" if suffix == ".tsv" else ",")
@@ -183,13 +193,13 @@ def _unlimited_cells() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
-    """Rows with the one column only; a row of empty cells if there is no such column. Raises ValueError."""
+def _parquet_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows with these columns only; a row of empty cells if there is none of them. Raises ValueError."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file) as table:
         names = table.schema_arrow.names
-        wanted = [name for name in names if name in (column, column.partition(".")[0])]
+        wanted = [name for name in names if any(name in (one, one.partition(".")[0]) for one in columns)]
         if not wanted:
             yield dict.fromkeys(names)
             return

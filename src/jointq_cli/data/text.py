@@ -5,12 +5,14 @@ chooses between these.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from jointq_cli.data import pydoc as pydoc_text
+from jointq_cli.data.chat import Document, instruction, messages
 from jointq_cli.errors import ConfigError, TextError
 from jointq_cli.setting_rules import check_settings, setting
 
@@ -48,9 +50,11 @@ class TextSource:
     dataset: `pydoc` (the documentation that this Python installation carries), `text` (local files),
     `wikitext2` or `c4` (the hub; with `path` a local copy). path: a file or a glob. A .txt, .raw or .md file
     is one document; for wikitext2 it is the raw file with a row on each line. .jsonl, .ndjson, .json, .csv, .tsv
-    and .parquet have one document per row, in `column` (null: "text"; "meta.text" for a key of a nested object).
-    All but .parquet may be compressed, as .gz or .zst. config and revision apply to the hub only. split names a
-    part of pydoc, wikitext2 or c4, and is only a label for `text`.
+    and .parquet have one document per row, in `column` (null: "text"; "meta.text" for a key of a nested object). A
+    column of messages (role and content, or ShareGPT's from and value), or three columns instruction+input+output, are
+    conversations: they become text through the tokenizer's chat template. All but .parquet may be compressed, as .gz or
+    .zst. config and revision apply to the hub only. split names a part of pydoc, wikitext2 or c4, and is only a label
+    for `text`.
 
     Raises ConfigError for a value that is none of these.
     """
@@ -96,12 +100,13 @@ class TextSource:
 class Corpus:
     """An opened text. `documents` can be iterated once, and is read only as far as it is iterated."""
 
-    documents: Iterator[str]
+    documents: Iterator[Document]
     provenance: dict[str, str]  # dataset, split, revision; config or files where there are any
     running: bool = False  # documents are the lines of one continuous text: join them with `joint`
     joint: str = "\n\n"  # the separator of documents in a running or an evaluation text
     streamed: bool = False  # practically endless
     evaluated: int | None = None  # the number of documents in an evaluation text, None for all
+    column: str = ""  # the key that names the column, for messages
 
 
 def text_hash(parts: list[str]) -> str:
@@ -131,21 +136,43 @@ def column_names(row: dict[str, Any]) -> list[str]:
     return names
 
 
-def cell_text(source: TextSource, row: dict[str, Any], place: Path | None) -> str:
-    """The text of a table's row, "" for null. place: its file, None for the hub. Raises TextError where the row has no
-    such column, or something other than text in it."""
+def columns(source: TextSource) -> list[str]:
+    """The columns of a table that a document is read from: one, or three of an instruction, its input and output."""
     column = source.column or COLUMN
+    several = re.split("[+,]", column)
+    return several if len(several) == 3 else [column]
+
+
+def row_document(source: TextSource, row: dict[str, Any], place: Path | None) -> Document:
+    """The text or the conversation of a table's row, "" for null. place: its file, None for the hub. Raises TextError
+    where the row has no such column, or neither text nor messages in it."""
+    names = columns(source)
+    if len(names) == 3:
+        task, context, answer = (_cell_text(source, row, name, place) for name in names)
+        return instruction(task, context, answer)
+    value = _found(source, row, names[0], place)
+    chat = messages(value)
+    return _cell_text(source, row, names[0], place) if chat is None else chat
+
+
+def _found(source: TextSource, row: dict[str, Any], column: str, place: Path | None) -> Any:
     where = place if place is not None else source.dataset
     if not has_column(row, column):
         raise TextError(
             f"{source.section}.column={column}: {where} has no such column; it has {', '.join(column_names(row))}"
         )
-    value = _cell(row, column)
+    return _cell(row, column)
+
+
+def _cell_text(source: TextSource, row: dict[str, Any], column: str, place: Path | None) -> str:
+    value = _found(source, row, column, place)
     if value is None:
         return ""
     if isinstance(value, str):
         return value
-    raise TextError(f"{source.section}.column={column}: {where} holds {type(value).__name__} there, not text")
+    where = place if place is not None else source.dataset
+    kind = type(value).__name__
+    raise TextError(f"{source.section}.column={column}: {where} holds {kind} there, not text or messages")
 
 
 def _cell(row: dict[str, Any], column: str) -> Any:

@@ -47,6 +47,7 @@ class Tokens:
         origin = self.provenance
         count, seqlen = self.windows.shape
         text = f"{origin['dataset']}/{origin['split']} {count} x {seqlen} tokens"
+        text += " through the chat template" if "chat_template_sha256" in origin else ""
         return f"{text} {origin['strategy']} seed {origin['seed']} tokens={self.hash[:16]}"
 
 

@@ -78,7 +78,7 @@ def perplexity(nll: Tensor, tokens: Tensor) -> Perplexity:
     perplexity times that.
     """
     mean, error = _ratio(nll, tokens)
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.inf if mean >= 700 else math.exp(mean)
     return Perplexity(value, value * error, mean, error)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jointq_cli.errors import ModelError
+from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models import online_rotation as online
 from jointq_cli.models.checkpoint import Checkpoint, require_finite
 from jointq_cli.models.skeleton import (
@@ -160,7 +160,7 @@ class BlockwiseModel:
         """Inputs (batch, tokens, hidden) of the first block; records how the blocks are called. Needs `outer`.
 
         windows: (batch, tokens) int64. Raises ModelError where the model cannot be run block by block, or cannot take
-        these tokens.
+        these tokens; NumericsError for NaN or Inf.
         """
         shape = tuple(windows.shape)
         hidden, calls = self._record_calls(windows.to(self.device))
@@ -170,15 +170,27 @@ class BlockwiseModel:
                 "the tokens; it cannot be run block by block"
             )
         self._calls[shape] = calls
+        self.require_finite_activations("the embeddings", hidden)
         return hidden
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Output (batch, tokens, hidden) of block `index` for an input of the same shape. Needs `block(index)`, and
-        an earlier call of `embed` with the same shape of windows."""
+        an earlier call of `embed` with the same shape of windows. Raises NumericsError for NaN or Inf in the output."""
         call = self._calls[tuple(hidden.shape[:2])][index]
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
+        self.require_finite_activations(f"the hidden states after block {index} ({self.prefix(index)[:-1]})", states)
         return states
+
+    def require_finite_activations(self, name: str, states: Tensor) -> None:
+        """Raises NumericsError, with the setting to change, for activations with NaN or Inf."""
+        if not bool(torch.isfinite(states).all()):
+            dtype = str(self.dtype).removeprefix("torch.")
+            key = {
+                torch.float16: "its largest number is 65504; use runtime.dtype=bfloat16 or runtime.dtype=float32",
+                torch.float32: "the weights themselves are at fault",
+            }.get(self.dtype, "use runtime.dtype=float32")
+            raise NumericsError(f"{self.source.directory}: {name} hold NaN or Inf in {dtype}: {key}")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of hidden states (batch, tokens, hidden) after the last block. Needs

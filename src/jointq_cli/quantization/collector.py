@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 
-import torch
 from torch import Tensor, nn
 
 from jointq_cli.errors import NumericsError
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import Accumulator
 from jointq_cli.quantization.block import BlockForward, BlockStructure, GroupInput, Layer
 from jointq_cli.quantization.hidden_states import WeightSet
@@ -25,7 +25,7 @@ class Collector:
     """
 
     settings: LoopSettings
-    device: torch.device
+    model: StreamedModel
     pause: Callable[[], None]
     team: Team
 
@@ -56,11 +56,26 @@ class Collector:
         with naming(layers[0]):
             heldout = _held_out(*accumulators)
             everything = accumulators[0]
-            return Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout)
+            statistics = Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout)
+        self._require_finite(layers[0], statistics)
+        return statistics
+
+    def _require_finite(self, layer: Layer, statistics: Statistics) -> None:
+        """NaN or Inf in a feature of any token is on the diagonal of H and C, and in that feature's row of D."""
+        cross, drift = statistics.cross, statistics.drift
+        for sums in (
+            statistics.hessian.diagonal(),
+            None if cross is None else cross.diagonal(),
+            None if drift is None else drift[:, 0],
+        ):
+            if sums is not None:
+                self.model.require_finite_activations(f"the inputs of {layer.name}", sums)
 
     def _accumulator(self, layer: Layer, cross: bool, drift: bool) -> Accumulator:
         module = layer.module
-        return Accumulator(module.in_features, self.device, cross=cross, drift=module.out_features if drift else 0)
+        return Accumulator(
+            module.in_features, self.model.device, cross=cross, drift=module.out_features if drift else 0
+        )
 
     def _token_weights(self, layer: Layer, current: GroupInput, factor: float) -> Tensor | None:
         assert current.inputs is not None

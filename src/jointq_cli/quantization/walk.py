@@ -49,7 +49,7 @@ def walk(
     if not any(complete.values()):
         windows = windows[: settings.batch]
     hidden = _entering(model, windows, settings.batch, complete, file, team)
-    collector = Collector(settings, model.device, pause, team)
+    collector = Collector(settings, model, pause, team)
     for index in range(finished, len(model)):
         yield BlockVisit(model, index, hidden, collector)
         if index + 1 == len(model):

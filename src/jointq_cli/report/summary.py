@@ -13,6 +13,7 @@ from jointq_cli.records import (
     EvaluationReport,
     LayerRecord,
     Perplexity,
+    Protocol,
     RunReport,
     StageRecord,
 )
@@ -137,8 +138,8 @@ def problems(report: RunReport) -> list[str]:
     found = []
     if not report.audit.passed:
         found.append(f"audit failed: {audit_verdict(report)}")
-    if not math.isfinite(report.quantized.value):
-        found.append(f"the quantised model's perplexity is {report.quantized.value}")
+    found += perplexity_problems("the original model's perplexity", report.original, report.protocol)
+    found += perplexity_problems("the quantised model's perplexity", report.quantized, report.protocol)
     fallbacks = [layer.name for layer in report.layers if layer.verdict == FALLBACK]
     if fallbacks:
         found.append(f"{plural(len(fallbacks), 'layer')} fell back to RTN: {listed(fallbacks)}")
@@ -147,6 +148,13 @@ def problems(report: RunReport) -> list[str]:
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
     return found
+
+
+def perplexity_problems(name: str, perplexity: Perplexity, protocol: Protocol) -> list[str]:
+    if math.isfinite(perplexity.value):
+        return []
+    wider = "" if protocol.dtype == "float32" else "; try runtime.dtype=float32"
+    return [f"{name} is {perplexity.value} in {protocol.dtype}{wider}"]
 
 
 def audit_verdict(report: RunReport) -> str:
@@ -227,6 +235,14 @@ def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
         KeyMetric("KL divergence", kl_text(comparison), "nats per token, original || quantised"),
         KeyMetric("top-1 agreement", percent(comparison.top1_agreement), "both put the same token first"),
     ]
+
+
+def evaluation_problems(report: EvaluationReport) -> list[str]:
+    """Reasons not to use the result of `jointq evaluate`."""
+    found = perplexity_problems("the perplexity", report.perplexity, report.protocol)
+    if report.comparison is not None and not math.isfinite(report.comparison.nll_increase):
+        found += [f"the difference from the reference is {report.comparison.nll_increase}"] if not found else []
+    return found
 
 
 def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:

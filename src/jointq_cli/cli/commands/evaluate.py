@@ -1,9 +1,11 @@
 """`jointq evaluate`: the perplexity of any checkpoint, and its distance from a reference."""
 
 from jointq_cli.cli.compose import Job, launch
+from jointq_cli.errors import UntrustedResult
 from jointq_cli.pipeline import evaluate
 from jointq_cli.recipe import EvaluateRecipe
 from jointq_cli.report import Console
+from jointq_cli.report.summary import evaluation_problems
 from jointq_cli.system.run_directory import claimed
 
 
@@ -12,8 +14,11 @@ def main(arguments: list[str]) -> int:
 
 
 def run(recipe: EvaluateRecipe, job: Job) -> None:
+    """Raises UntrustedResult when the evaluation was completed but its result cannot be used."""
     with claimed(job.directory, new=job.new) as directory:
         directory.write_recipe(job.config)
         directory.write_overrides(job.overrides)
         with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
-            evaluate(recipe, directory, console, job.team)
+            found = evaluation_problems(evaluate(recipe, directory, console, job.team))
+            if found and job.team.rank == 0:  # one process says it
+                raise UntrustedResult(f"{'; '.join(found)}; see {directory.path / 'evaluation.json'}")

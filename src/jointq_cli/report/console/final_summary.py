@@ -1,6 +1,5 @@
 """What a command prints at its end: the result, its problems, metrics, details and next steps. Writes nothing."""
 
-import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def evaluate_summary(report: EvaluationReport, run_directory: Path) -> FinalSumm
     reference = [("reference", report.reference)] if report.reference else []
     return FinalSummary(
         headline=f"perplexity {summary.perplexity_text(report.perplexity)}",
-        problems=[] if math.isfinite(report.perplexity.value) else [f"the perplexity is {report.perplexity.value}"],
+        problems=summary.evaluation_problems(report),
         metrics=summary.evaluation_metrics(report),
         details=[
             ("model", report.model),
