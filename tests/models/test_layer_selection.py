@@ -60,6 +60,13 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_names_it(key: str) -> N
         select(**{key: ["qproj"]})
 
 
+def test_the_default_exclusion_fits_models_whose_head_has_another_name() -> None:
+    names = [name for name in NAMES if name != "lm_head"]
+    assert LayerSelection().select(names, [*names, "embed_out"]) == names
+    with pytest.raises(ConfigError, match="'lm_head' matches none"):
+        LayerSelection(include_layer_names=["lm_head"]).select(names, [*names, "embed_out"])
+
+
 def test_rules_that_leave_nothing_are_an_error() -> None:
     with pytest.raises(ConfigError, match="select none of the model's 9 linear layers"):
         select(exclude_layer_keywords=["proj"])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, edit_config, write_checkpoint
+import transformers
+from tiny_models import FAMILIES, GROUPED, edit_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ModelError
@@ -45,6 +46,56 @@ def test_logits_need_no_forward_pass_before_them(family: str, tmp_path: Path) ->
     walk(walked, windows(), batch=5)
     with walked.outer(), fresh.outer():
         assert torch.equal(walked.logits(hidden), fresh.logits(hidden))
+
+
+MIXERS = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
+WITH_MORE_OUTPUTS = {  # blocks return two values (Bamba), and three (RWKV)
+    "bamba": lambda: transformers.BambaConfig(
+        **{**GROUPED, "num_hidden_layers": 2}, attn_layer_indices=[1],
+        mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+    ),
+    "rwkv": lambda: transformers.RwkvConfig(**MIXERS, context_length=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WITH_MORE_OUTPUTS)
+@torch.no_grad()
+def test_blocks_may_return_more_than_hidden_states(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, WITH_MORE_OUTPUTS[family])
+    directory = write_checkpoint(tmp_path, family)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    expected = loaded(windows(), use_cache=False).logits
+    streamed = StreamedModel(Checkpoint(directory), CPU, torch.float32)
+    torch.testing.assert_close(walk(streamed, windows(), batch=2), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_do_not_depend_on_what_the_config_lets_a_model_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}
+    monkeypatch.setitem(FAMILIES, "granitemoe", lambda: transformers.GraniteMoeConfig(**sizes))
+    directory = write_checkpoint(tmp_path, "granitemoe")
+    plain = walk(StreamedModel(Checkpoint(directory), CPU, torch.float32), windows(), batch=5)
+    edit_config(directory, return_dict=False, output_router_logits=True)
+    assert torch.equal(walk(StreamedModel(Checkpoint(directory), CPU, torch.float32), windows(), batch=5), plain)
+
+
+@torch.no_grad()
+def test_blocks_that_receive_several_streams_are_refused_before_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.Gemma3nTextConfig(
+        **{**GROUPED, "num_hidden_layers": 2}, head_dim=16, vocab_size_per_layer_input=256,
+        hidden_size_per_layer_input=16, altup_num_inputs=2, laurel_rank=8, sliding_window=8, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    monkeypatch.setitem(FAMILIES, "gemma3n", lambda: config)
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "gemma3n")), CPU, torch.float32)
+    with pytest.raises(ModelError, match=r"hidden states of shape \[2, 5, 24, 64\], not \(batch, tokens, hidden\)"):
+        model.embed_all(windows(), batch=5)
 
 
 @torch.no_grad()

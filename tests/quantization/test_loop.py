@@ -6,7 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_cases import CPU, FULL, JOINT, NO_QEP, QEP, ROUND, SOLVE, WEIGHED, file_hashes, granite, quantize, windows
+from loop_cases import (
+    CPU,
+    EQUAL,
+    FULL,
+    JOINT,
+    NO_QEP,
+    QEP,
+    ROUND,
+    SOLVE,
+    WEIGHED,
+    file_hashes,
+    granite,
+    quantize,
+    windows,
+)
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -15,13 +30,14 @@ from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.audit import audit
 from jointq_cli.formats.layer_file import load_layer
-from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.checkpoint import SINGLE, Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import Block
 from jointq_cli.quantization.qep import Correction, Qep, QepSettings
 from jointq_cli.quantization.quantizers import RTN, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
+from jointq_cli.system.tensor_files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -566,3 +582,27 @@ def test_a_layer_that_falls_back_to_rtn_is_not_corrected(quantizer: Quantizer, t
     _, _, records = quantize(directory, tmp_path / "work", replace(quantizer, on_failure="rtn"), qep=FULL)
     assert records[0].verdict == "fallback"
     assert "alpha" not in records[0].notes
+
+
+@pytest.mark.parametrize(
+    "weights", [EQUAL, TokenWeights("input", power=2.0, first_token=1.0)], ids=lambda w: w.weighting
+)
+@pytest.mark.parametrize(
+    "quantizer", [ROUND, SOLVE, replace(JOINT, lambda_mode="heldout")], ids=lambda q: type(q).__name__
+)
+def test_a_layer_whose_inputs_are_all_zero_is_rounded(
+    quantizer: Quantizer, weights: TokenWeights, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    tensors = load_file(directory / SINGLE)
+    tensors["model.layers.1.self_attn.v_proj.weight"].zero_()
+    save_tensors(directory / SINGLE, tensors)
+    *_, records = quantize(directory, tmp_path / "run", quantizer, qep=FULL, weights=weights)
+    name = "model.layers.1.self_attn.o_proj"
+    assert [record.name for record in records if record.verdict == "no input"] == [name]
+    expected = replace(ROUND, bits=quantizer.bits, mse=True) if quantizer is not ROUND else ROUND  # type: ignore[attr-defined]
+    weight = tensors[f"{name}.weight"]
+    rounded = expected.quantize(weight, Prepared(), torch.float32).quantized.dequantize(torch.float32)
+    assert torch.equal(
+        load_layer(tmp_path / "run" / "layers" / f"{name}.safetensors").dequantize(torch.float32), rounded
+    )

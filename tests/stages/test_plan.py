@@ -510,6 +510,11 @@ def test_enough_tokens_give_no_warning(words: list[str]) -> None:
     assert planned(words).warnings == []
 
 
+def test_a_head_that_is_not_excluded_is_said_to_be_left_out(words: list[str]) -> None:
+    warnings = planned([*words, "layers.exclude_layer_names=[]"]).warnings
+    assert warnings[-1].startswith("layers.exclude_layer_names=[]: the head is not quantised all the same")
+
+
 def test_a_short_text_is_not_said_to_be_cut(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("some words " * 20)
     words = [*words, "evaluation=text", f"evaluation.path={tmp_path / 'short.txt'}", "evaluation.max_windows=1000"]

@@ -44,7 +44,7 @@ class LayerSelection:
         """The names to quantise, in the order of `names`.
 
         names: linear layers inside the decoder blocks. known: every linear layer of the model; patterns are checked
-        against these, so that `lm_head` may be excluded although it is not in a block. routers: left out unless
+        against these, so that the head may be excluded although it is not in a block. routers: left out unless
         included by name.
         Raises ConfigError for a pattern that matches no layer, and when no layer is left.
         """
@@ -72,7 +72,11 @@ class LayerSelection:
             ("exclude_layer_keywords", _contains),
         ):
             for pattern in getattr(self, key):
-                if not any(matches(name, [pattern]) for name in known):
+                is_default = (key, pattern) == (
+                    "exclude_layer_names",
+                    "lm_head",
+                )  # other models name their head otherwise
+                if not is_default and not any(matches(name, [pattern]) for name in known):
                     raise ConfigError(
                         f"layers.{key}: {pattern!r} matches none of the model's {len(known)} linear layers"
                     )

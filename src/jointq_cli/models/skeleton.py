@@ -29,6 +29,7 @@ def build_skeleton(source: TensorSource, dtype: torch.dtype, trust_remote_code: 
     """
     try:
         config = _config(source, trust_remote_code)
+        _request_plain_outputs(config)
         with init_empty_weights(include_buffers=False):
             module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         _compute_buffers(module)
@@ -130,6 +131,14 @@ def _compute_buffers(module: Any) -> None:
     for part in module.modules():
         part.__dict__.pop("_is_hf_initialized", None)
     module.initialize_weights()
+
+
+def _request_plain_outputs(config: Any) -> None:
+    """Lets the forward pass return an object with logits and no more, whatever the config says: router logits would
+    need outputs of experts that only run inside the blocks."""
+    config.return_dict = True
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
 
 
 def _config(source: TensorSource, trust_remote_code: bool) -> Any:

@@ -30,6 +30,8 @@ from jointq_cli.models.skeleton import (
 from jointq_cli.models.tensor_source import TensorSource
 from jointq_cli.system.machine import release_freed_memory
 
+_MOST_OUTPUTS = 3  # RWKV's blocks return hidden states, a state and attention weights
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -62,7 +64,7 @@ class BlockwiseModel:
         if online.needs_online(source.config):
             online.attach(self.blocks, source.config)
         self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
-        self._wraps_output = False  # whether blocks return a tuple around the hidden states
+        self._outputs = 0  # the length of the tuple that blocks return, hidden states first; 0 for a plain tensor
         self._module_names = module_names(self.module, source)
         self._stored_names = {name: stored for stored, name in self._module_names.items()}
         move_buffers(self.module, device)
@@ -216,16 +218,20 @@ class BlockwiseModel:
             return states
 
         failure: Exception | None = None
+        outputs = self._outputs
         with self._replaced_blocks(record):
             try:
                 self.module.base_model(input_ids=windows, use_cache=False)
             except (RuntimeError, IndexError, TypeError, ValueError) as error:
                 failure = error
         is_complete = failure is None and len(calls) == len(self) and all(x.shape == inputs[0].shape for x in inputs)
-        if not is_complete and len(inputs) > 1 and not self._wraps_output:
-            # The model unpacks the output of its blocks and took element 0 of our tensor: return tuples instead.
-            self._wraps_output = True
-            return self._record_calls(windows)
+        if not is_complete and inputs and outputs < _MOST_OUTPUTS:
+            # The model unpacks the output of its blocks, and may have taken our tensor apart: return a longer tuple.
+            self._outputs = outputs + 1
+            try:
+                return self._record_calls(windows)
+            except ModelError:
+                self._outputs = outputs  # what the first attempt found is the reason
         if failure is not None:
             raise ModelError(
                 f"{self.source.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
@@ -235,6 +241,11 @@ class BlockwiseModel:
             raise ModelError(
                 f"{self.source.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
                 "after the other; it cannot be run block by block"
+            )
+        if inputs[0].dim() != 3:
+            raise ModelError(
+                f"{self.source.directory}: {type(self.module).__name__} passes its blocks hidden states of shape "
+                f"{list(inputs[0].shape)}, not (batch, tokens, hidden); it cannot be run block by block"
             )
         return inputs[0], calls
 
@@ -246,7 +257,7 @@ class BlockwiseModel:
             def call(*args: Any, **kwargs: Any) -> Any:
                 states, args, kwargs = _split_hidden(args, kwargs)
                 output = forward(index, states, args, kwargs)
-                return (output,) if self._wraps_output else output
+                return (output, *[None] * (self._outputs - 1)) if self._outputs else output
 
             return call
 

@@ -96,7 +96,7 @@ def naming(layer: Layer) -> Iterator[None]:
 
 
 def _held_out(everything: Accumulator, held: Accumulator | None = None) -> HeldOut | None:
-    if held is None:
+    if held is None or everything.tokens == 0:  # weights by energy: all inputs are zero
         return None
     if not 0 < held.tokens < everything.tokens:
         raise NumericsError(

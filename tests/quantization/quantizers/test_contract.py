@@ -60,6 +60,15 @@ def test_every_quantizer_of_the_package_is_under_this_contract() -> None:
     }
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_without_input_is_rounded_to_nearest_whatever_happens_on_failure(kind: type[Quantizer]) -> None:
+    weight, hessian = layer()
+    solution = solve(build(kind, 4, 16, False), weight, torch.zeros_like(hessian))
+    plain = solve(build(RTN, 4, 16, False), weight, hessian)
+    assert (solution.verdict, solution.damping) == ("no input", None)
+    assert torch.equal(solution.quantized.dequantize(torch.float32), plain.quantized.dequantize(torch.float32))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("kind", KINDS)

@@ -238,8 +238,6 @@ def bad_hessian(kind: str) -> Tensor:
             hessian[3, 4] = float("nan")
         case "inf":
             hessian[3, 3] = float("inf")
-        case "zero":
-            hessian.zero_()
         case "indefinite":
             hessian.fill_(-1e9).fill_diagonal_(1.0)
     return hessian
@@ -250,7 +248,6 @@ def bad_hessian(kind: str) -> Tensor:
     [
         ("nan", "the Hessian holds NaN or Inf"),
         ("inf", "the Hessian holds NaN or Inf"),
-        ("zero", "the Hessian is zero: no calibration token reached this layer"),
         ("indefinite", "the Hessian is singular even with"),
     ],
 )

@@ -60,8 +60,12 @@ class GPTQ(UniformQuantizer):
         return 4.0 * hessian_product(out_features, in_features)
 
     @property
+    def _rtn(self) -> RTN:
+        return RTN(self.bits, self.group_size, self.symmetric, self.mse)
+
+    @property
     def _fallback(self) -> RTN | None:
-        return RTN(self.bits, self.group_size, self.symmetric, self.mse) if self.on_failure == "rtn" else None
+        return self._rtn if self.on_failure == "rtn" else None
 
     def _permutes(self, groups: int) -> bool:
         return self.act_order and not self.static_groups and groups > 1

@@ -22,6 +22,10 @@ class RTN(UniformQuantizer):
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
         return 0.5 * hessian_product(out_features, in_features)
 
+    @property
+    def _rtn(self) -> "RTN":
+        return self
+
     def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> Prepared:
         return Prepared()
 

@@ -26,6 +26,13 @@ class FailedPreparation(Prepared):
 
 
 @dataclass(frozen=True)
+class NoInput(Prepared):
+    """All calibration inputs are zero, as after pruned heads: there is nothing to solve for, and nothing to correct."""
+
+    failed: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class UniformQuantizer(Quantizer):
     """Base of the quantizers whose result is a UniformWeight. group_size null or -1: one scale per row."""
 
@@ -61,6 +68,8 @@ class UniformQuantizer(Quantizer):
         )
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
+        if not bool(hessian.diagonal().any()):
+            return NoInput()
         try:
             return self._prepare(hessian, heldout)
         except NumericsError as error:
@@ -72,6 +81,8 @@ class UniformQuantizer(Quantizer):
         if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
             raise NumericsError("the weight holds NaN or Inf")
         self.check({"this layer": weight.shape[1]})
+        if isinstance(prepared, NoInput):
+            return replace(self._rtn.quantize(weight, Prepared(), scale_dtype), verdict="no input")
         fallback = self._fallback
         try:
             if isinstance(prepared, FailedPreparation):
@@ -89,6 +100,11 @@ class UniformQuantizer(Quantizer):
 
     def _describe_options(self) -> list[str]:
         return []
+
+    @property
+    @abstractmethod
+    def _rtn(self) -> "UniformQuantizer":
+        """Rounding to nearest on the same grid."""
 
     @property
     def _fallback(self) -> "UniformQuantizer | None":

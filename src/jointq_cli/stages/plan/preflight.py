@@ -31,6 +31,7 @@ def preflight_warnings(
         _few_tokens(calibrated, shapes),
         _short_text(recipe, scored),
         _untied(recipe, model, shapes),
+        _head_left_out(recipe),
     ]
     return [text for text in found if text]
 
@@ -118,3 +119,9 @@ def _untied(recipe: Recipe, model: StreamedModel, shapes: Shapes) -> str:
         f"rotation.r1=true: unties input and output embeddings, and the checkpoint grows by {grown / 1e6:,.0f} MB "
         f"({100 * share:.0f} %); rotation.r1=false keeps them tied"
     )
+
+
+def _head_left_out(recipe: Recipe) -> str:
+    if recipe.layers.exclude_layer_names:
+        return ""
+    return "layers.exclude_layer_names=[]: the head is not quantised all the same, nor is any layer outside the blocks"

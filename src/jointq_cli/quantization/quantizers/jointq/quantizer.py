@@ -202,8 +202,12 @@ class JointQ(UniformQuantizer):
         return lambdas * (6 + 5 * self.max_sweeps + 4 * random) * hessian_product(out_features, in_features)
 
     @property
+    def _rtn(self) -> RTN:
+        return RTN(self.bits, self.group_size, self.symmetric, mse=True)
+
+    @property
     def _fallback(self) -> RTN | None:
-        return RTN(self.bits, self.group_size, self.symmetric, mse=True) if self.on_failure == "rtn" else None
+        return self._rtn if self.on_failure == "rtn" else None
 
     def _permutes(self, groups: int) -> bool:
         return self.act_order and groups > 1
