@@ -31,7 +31,6 @@ def conversion(file: Path, digest: str) -> Stage:
     return Stage(
         name="model",
         kind="convert",
-        module=__name__,
         spec={"dtype": str(GGUF_DTYPE)},
         inputs=(digest,),
         make=lambda scratch, context: convert_gguf(file, scratch),
@@ -43,7 +42,6 @@ def _verification(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
     return Stage(
         name="model",
         kind="verified",
-        module=__name__,
         spec={},
         inputs=(checkpoint.content_hash,),
         make=lambda scratch, context: check_finite(checkpoint, trust_remote_code),
