@@ -26,7 +26,7 @@ def report_run(console: Console, report: RunReport, clock) -> None:
     with console:
         console.header([("recipe", report.recipe), ("protocol", report.protocol.line())])
         with console.stage("tokens") as stage:
-            stage.reused()
+            stage.is_reused = True
         with console.stage("quantize"), console.bar("quantising layers", len(report.layers)) as bar:
             for layer in report.layers:
                 clock.sleep(1.0)
@@ -100,7 +100,7 @@ def test_a_stage_reports_its_seconds_or_that_it_was_reused(clock):
     stream = io.StringIO()
     with Console(stream=stream, clock=clock) as console:
         with console.stage("tokens") as reused:
-            reused.reused()
+            reused.is_reused = True
         with console.stage("evaluate") as slow:
             clock.sleep(12.34)
     assert "[progress] tokens reused\n" in stream.getvalue()

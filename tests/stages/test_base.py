@@ -39,7 +39,7 @@ def stage(made: list[Path], *inputs: str | None) -> Stage:
         made.append(scratch)
         (scratch / "result").write_text("1")
 
-    return Stage("some step", "kind", "jointq_cli.stages.tokens", {"bits": 4}, inputs, make)
+    return Stage("some step", "kind", {"bits": 4}, inputs, make)
 
 
 def test_a_stage_runs_once_and_is_recorded_each_time(context: Context) -> None:

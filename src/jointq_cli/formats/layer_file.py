@@ -11,10 +11,8 @@ from jointq_cli.system.tensor_files import save_tensors
 
 def save_layer(path: Path, weight: StoredWeight) -> None:
     """Raises OSError."""
-    uniform = (
-        weight.kind == UniformWeight.kind
-    )  # written without a kind, with the same bytes as before there were others
-    save_tensors(path, weight.to_tensors(), None if uniform else {"kind": weight.kind})
+    # Uniform weights are written without a kind, with the same bytes as before there were others.
+    save_tensors(path, weight.to_tensors(), None if weight.kind == UniformWeight.kind else {"kind": weight.kind})
 
 
 def load_layer(path: Path) -> StoredWeight:

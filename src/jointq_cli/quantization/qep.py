@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.quantization.quantizers.cholesky import factorize
+from jointq_cli.quantization.quantizers.cholesky import Factor, factorize
 from jointq_cli.quantization.quantizers.statistics import Statistics
 from jointq_cli.setting_rules import check_settings, setting
 
@@ -64,22 +64,10 @@ class NoCorrection(Correction):
 
 
 @dataclass(frozen=True)
-class Inverse:
-    """(H + R)^-1 = U^T U, U (in, in) float64, and the damping that the factorisation needed."""
-
-    upper: Tensor
-    damping: float
-    damping_retries: int
-
-    def applied_to(self, rows: Tensor) -> Tensor:
-        return rows @ self.upper.T @ self.upper
-
-
-@dataclass(frozen=True)
 class QepCorrection(Correction):
     """W* = W + (alpha W C + beta D) (H + R)^-1, where a selector may choose alpha for each layer."""
 
-    inverse: Inverse
+    factor: Factor  # of H + R
     cross: Tensor  # C (in, in) float64
     drift: Tensor | None  # D (out, in) float64
     alpha: float
@@ -101,16 +89,16 @@ class QepCorrection(Correction):
         if self.drift is not None:
             step += self.beta * self.drift
             notes["beta"] = self.beta
-        if self.inverse.damping_retries:
-            notes["qep_damping"] = self.inverse.damping
-        return Corrected((exact + self.inverse.applied_to(step)).float(), notes)
+        if self.factor.damping_retries:
+            notes["qep_damping"] = self.factor.damping
+        return Corrected((exact + self.factor.times_inverse(step)).float(), notes)
 
 
 @dataclass(frozen=True)
 class AlphaSelector:
     """Chooses alpha on held-out tokens, for steps that are computed from the other tokens."""
 
-    inverse: Inverse  # of the other tokens, as `cross` and `drift`
+    factor: Factor  # of H + R over the other tokens, as `cross` and `drift`
     cross: Tensor
     drift: Tensor | None
     held_hessian: Tensor
@@ -123,10 +111,10 @@ class AlphaSelector:
         A parabola in alpha: with the layer's own step A = W C (H + R)^-1 and B = beta D (H + R)^-1 the error is
         |(W (X - X_q) + beta (S - S_q) - B X_q) - alpha A X_q|^2.
         """
-        step = self.inverse.applied_to(weight @ self.cross)
+        step = self.factor.times_inverse(weight @ self.cross)
         wanted = weight @ self.held_cross
         if self.drift is not None and self.held_drift is not None:
-            wanted += self.held_drift - self.inverse.applied_to(self.drift) @ self.held_hessian
+            wanted += self.held_drift - self.factor.times_inverse(self.drift) @ self.held_hessian
         curvature = torch.sum((step @ self.held_hessian) * step).item()
         slope = torch.sum(wanted * step).item()
         return min(1.0, max(0.0, slope / curvature)) if curvature > 0 else 0.0
@@ -224,9 +212,9 @@ class Qep(QepSettings):
 
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
         assert statistics.cross is not None  # because of `corrects`
-        inverse = self._inverse(statistics.hessian, ridge)
+        factor = self._factor(statistics.hessian, ridge)
         selector = self._selector(statistics, ridge)
-        return QepCorrection(inverse, statistics.cross, statistics.drift, self.perccorr, self.residual, selector)
+        return QepCorrection(factor, statistics.cross, statistics.drift, self.perccorr, self.residual, selector)
 
     def _selector(self, statistics: Statistics, ridge: Tensor | None) -> AlphaSelector | None:
         if self.perccorr_mode == "fixed":
@@ -237,7 +225,7 @@ class Qep(QepSettings):
         assert cross is not None
         drifts = None if drift is None or held.drift is None else (drift, held.drift)
         return AlphaSelector(
-            inverse=self._inverse(held.complement(statistics.hessian), ridge),
+            factor=self._factor(held.complement(statistics.hessian), ridge),
             cross=held.without(cross, held.cross),
             drift=None if drifts is None else self.residual * held.without(*drifts),
             held_hessian=held.hessian,
@@ -245,9 +233,8 @@ class Qep(QepSettings):
             held_drift=None if drifts is None else self.residual * drifts[1],
         )
 
-    def _inverse(self, hessian: Tensor, ridge: Tensor | None) -> Inverse:
+    def _factor(self, hessian: Tensor, ridge: Tensor | None) -> Factor:
         order = torch.arange(len(hessian), device=hessian.device)
         extra = ridge if self.pull == "original" else None
         damping = self.percdamp if extra is None else 0.0
-        factor = factorize(hessian, order, damping, extra, torch.float64, key="qep.percdamp")
-        return Inverse(factor.upper, factor.damping, factor.damping_retries)
+        return factorize(hessian, order, damping, extra, torch.float64, key="qep.percdamp")

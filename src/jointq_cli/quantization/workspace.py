@@ -19,7 +19,7 @@ from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.layer_file import load_layer, save_layer
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.records import BlockRecord, LayerRecord
-from jointq_cli.system.files import write_atomically
+from jointq_cli.system.files import write_atomically, write_text_atomically
 from jointq_cli.system.tensor_files import save_tensors
 
 
@@ -67,9 +67,4 @@ class Workspace:
 
 
 def _write_record(path: Path, record: LayerRecord | BlockRecord) -> None:
-    text = json.dumps(dataclasses.asdict(record)) + "\n"
-    write_atomically(path, lambda scratch: _write(scratch, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text_atomically(path, json.dumps(dataclasses.asdict(record)) + "\n")

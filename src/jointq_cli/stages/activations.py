@@ -31,7 +31,6 @@ def activations_stage(
     return Stage(
         name="activations",
         kind="activations",
-        module=__name__,
         spec={"tokens": sampled, "batch": batch, "dtype": str(model.dtype), "device": model.device.type},
         inputs=(*model.identity, tokens.hash),
         make=make,

@@ -35,17 +35,16 @@ COLLECTIVES = "jointq_cli.system.torchrun"  # what processes compute together; n
 class Stage:
     """One step of a command whose result the store keeps.
 
-    name: as console and report show it. kind: what the store calls such artifacts. module: `__name__` of the module
-    whose code computes it, for the code version. spec: the settings that decide the result. inputs: keys of stages and
-    hashes of contents that it is computed from; None for one that is not known.
+    name: as console and report show it. kind: what the store calls such artifacts. spec: the settings that decide the
+    result. inputs: keys of stages and hashes of contents that it is computed from; None for one that is not known.
 
-    make(scratch directory, context) computes the result. resumable and together: see `Store.reuse`. cost: of the whole
-    stage. finished_blocks: how many blocks a scratch directory has finished.
+    make(scratch directory, context) computes the result; the module that defines it decides the code version. resumable
+    and together: see `Store.reuse`. cost: of the whole stage. finished_blocks: how many blocks a scratch directory has
+    finished.
     """
 
     name: str
     kind: str
-    module: str
     spec: object
     inputs: tuple[str | None, ...]
     make: Callable[[Path, "Context"], None]
@@ -58,8 +57,10 @@ class Stage:
     def key(self) -> str | None:
         """The key of its artifact; None where an input is not known."""
         known = [key for key in self.inputs if key is not None]
-        modules = (self.module, COLLECTIVES) if self.together else (self.module,)
-        return artifact_key(self.kind, self.spec, known, *modules) if len(known) == len(self.inputs) else None
+        if len(known) < len(self.inputs):
+            return None
+        modules = (self.make.__module__, COLLECTIVES) if self.together else (self.make.__module__,)
+        return artifact_key(self.kind, self.spec, known, *modules)
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ class Context:
         """The result of a stage, from the store or computed; announced and timed."""
         with self.timed(stage.name) as timer:
             artifact = self.reuse(stage)
-            if artifact.reused:
-                timer.reused()
+            timer.is_reused = artifact.reused
             return artifact
 
     def reuse(self, stage: Stage) -> Artifact:

@@ -44,7 +44,6 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
     return Stage(
         name="hessians",
         kind="hessians",
-        module=__name__,
         spec={
             "layers": layers_in(model, loop),
             "weights": loop.weights.canonical,

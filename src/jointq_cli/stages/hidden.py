@@ -24,7 +24,6 @@ def hidden_stage(model: StreamedModel, windows: ScoredWindows, batch: int, name:
     return Stage(
         name=name,
         kind="hidden",
-        module=__name__,
         spec={"batch": batch, "dtype": str(model.dtype), "device": model.device.type},
         inputs=(*model.identity, windows.hash),
         make=make,

@@ -32,7 +32,6 @@ def conversion(file: Path, digest: str) -> Stage:
     return Stage(
         name="model",
         kind="convert",
-        module=__name__,
         spec={"dtype": str(GGUF_DTYPE)},
         inputs=(digest,),
         make=lambda scratch, context: convert_gguf(file, scratch),
@@ -45,7 +44,6 @@ def _verification(checkpoint: Checkpoint, trust_remote_code: bool) -> Stage:
     return Stage(
         name="model",
         kind="verified",
-        module=__name__,
         spec={},
         inputs=(checkpoint.content_hash, *([checkpoint.code_hash] if trust_remote_code else [])),
         make=lambda scratch, context: check_finite(checkpoint, trust_remote_code),

@@ -74,7 +74,6 @@ def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hes
     return Stage(
         name="quantize",
         kind="quantize",
-        module=__name__,
         spec={
             "quantizer": loop.quantizer,
             "qep": loop.qep,

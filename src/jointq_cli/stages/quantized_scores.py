@@ -72,7 +72,6 @@ def quantized_scores_stage(
     return Stage(
         name="evaluate quantized",
         kind="scores",
-        module=__name__,
         spec={"batch": batch, "activations": activations if activations.simulates else None},
         inputs=(quantize.key, hidden.key),
         make=make,

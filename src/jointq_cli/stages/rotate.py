@@ -113,7 +113,6 @@ def _rotate_stage(
     return Stage(
         name="rotate",
         kind="rotated",
-        module=__name__,
         spec={
             "rotation": rotation,
             "smoothing": smoothing,

@@ -37,7 +37,6 @@ def _scores_stage(
     return Stage(
         name="score",
         kind="scores",
-        module=__name__,
         spec={"batch": batch, "dtype": str(model.dtype)},
         inputs=(*model.identity, hidden.key),
         make=make,

@@ -48,7 +48,7 @@ def tokens_stage(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
     def make(scratch: Path, context: Context) -> None:
         save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
 
-    return Stage(CALIBRATION, "tokens", __name__, spec, (tokenizer_hash(tokenizer),), make)
+    return Stage(CALIBRATION, "tokens", spec, (tokenizer_hash(tokenizer),), make)
 
 
 def read_stored(directory: Path, tokenizer: PreTrainedTokenizerBase) -> Tokens:

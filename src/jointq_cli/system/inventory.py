@@ -72,10 +72,6 @@ def check_inside(root: Path) -> None:
             raise JointqError(f"{place}: must be a directory of the store itself and on its disk; give another store")
 
 
-def artifact_path(root: Path, name: str) -> Path:
-    return root / name
-
-
 def partial_path(root: Path, name: str) -> Path:
     return root / PARTIAL / name
 

@@ -18,8 +18,7 @@ NOT_FINITE = ("nan", "inf", "-inf")
 
 def encode(record: Any) -> str:
     """A record, or a list of records, as indented JSON. Raises TypeError for values that JSON cannot represent."""
-    plain = _strings_for_not_finite(_plain(record))
-    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_report(path: Path) -> RunReport:
@@ -49,15 +48,14 @@ class _Mismatch(Exception):
     """A JSON value that does not fit the field's type."""
 
 
-def _plain(record: Any) -> Any:
-    return [_plain(item) for item in record] if isinstance(record, list) else dataclasses.asdict(record)
-
-
-def _strings_for_not_finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """With dictionaries for dataclasses, and strings for floats that are not finite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {key: _strings_for_not_finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strings_for_not_finite(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -77,7 +75,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         kinds = [argument for argument in arguments if argument is not type(None)]
         return None if value is None and len(kinds) < len(arguments) else _decode(kinds[0], value, where)
-    return value if kind is Any else _decode_plain(kind, value, where)
+    if kind is Any:
+        return value
+    if kind is float and (value in NOT_FINITE or (isinstance(value, int) and not isinstance(value, bool))):
+        return float(value)
+    return _checked(kind, value, where)
 
 
 def _decode_record(kind: type[Any], value: Any, where: str) -> Any:
@@ -97,12 +99,6 @@ def _decode_record(kind: type[Any], value: Any, where: str) -> Any:
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-
-
-def _decode_plain(kind: type, value: Any, where: str) -> Any:
-    if kind is float and (value in NOT_FINITE or (isinstance(value, int) and not isinstance(value, bool))):
-        return float(value)
-    return _checked(kind, value, where)
 
 
 def _checked(kind: type, value: Any, where: str) -> Any:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from jointq_cli.errors import ResourceError
@@ -19,7 +18,6 @@ from jointq_cli.system.integrity import CONTENTS, find_damage, write_contents
 from jointq_cli.system.inventory import (
     MARKER,
     Entry,
-    artifact_path,
     check_inside,
     delete,
     delete_locked,
@@ -74,9 +72,7 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -104,7 +100,7 @@ class Store:
         name = artifact_name(kind, key)
         if self._team.rank > 0:
             self._assist(name, make, together)
-            return Artifact(artifact_path(self.root, name), key, reused=False)
+            return Artifact(self.root / name, key, reused=False)
         computed = False
 
         def compute_together(scratch: Path) -> None:
@@ -118,7 +114,7 @@ class Store:
         if together:
             self._team.broadcast(False)
         self._team.barrier()
-        return Artifact(artifact_path(self.root, name), key, reused=not computed)
+        return Artifact(self.root / name, key, reused=not computed)
 
     def make_room(self, kind: str, key: str, *, budget: int, size: int) -> bool:
         """Whether `reuse` of a large artifact keeps all artifacts of its kind within `budget` bytes together.
@@ -139,16 +135,16 @@ class Store:
             make(partial_path(self.root, name))
         self._team.barrier()
         if not self._acquire(name, is_new=True):
-            place = artifact_path(self.root, name)
+            place = self.root / name
             raise ResourceError(f"{place}: does not exist for process {self._team.rank}; all must see the same disk")
 
     def path(self, kind: str, key: str) -> Path:
         """The directory of an artifact, which need not exist."""
-        return artifact_path(self.root, artifact_name(kind, key))
+        return self.root / artifact_name(kind, key)
 
     def _acquire(self, name: str, *, is_new: bool = False) -> bool:
         """Whether the artifact exists and is intact; if so, keeps a shared lock, so that it cannot be removed."""
-        final = artifact_path(self.root, name)
+        final = self.root / name
         lock = self._locks.pop(name, None) or self._lock(name, Kind.SHARED)
         try:
             intact = final.is_dir() and (is_new or find_damage(final) is None)
@@ -165,7 +161,7 @@ class Store:
 
     def _compute(self, name: str, make: Callable[[Path], None], resumable: bool) -> bool:
         """Computes an artifact and renames it into the store; False where another process has done so first."""
-        final, scratch = artifact_path(self.root, name), partial_path(self.root, name)
+        final, scratch = self.root / name, partial_path(self.root, name)
         with self._lock(name, Kind.EXCLUSIVE):
             if os.path.lexists(final):
                 damage = find_damage(final) if final.is_dir() else "is not a directory"

@@ -62,8 +62,8 @@ class NoRotation(Rotation):
 
 
 @dataclass(frozen=True)
-class HadamardRotation(Rotation):
-    """Hadamard matrices with random signs on their inputs (QuaRot, arXiv 2404.00456): nothing is learned."""
+class SeededRotation(Rotation):
+    """Base of the rotations that consist of chosen parts and begin at random."""
 
     r1: bool = setting(True)
     r2: bool = setting(True)
@@ -72,22 +72,28 @@ class HadamardRotation(Rotation):
 
     def __post_init__(self) -> None:
         check_settings(self, "rotation")
-        _check_something(self.parts)
+        if not self.parts:
+            raise ConfigError("rotation.r1=false: with r2=false and r4=false nothing is rotated; use rotation=none")
 
     @property
     def parts(self) -> list[str]:
-        return _parts(self.r1, self.r2, self.r4)
+        return [part for part in ("R1", "R2", "R4") if getattr(self, part.lower())]
 
     @property
     def seeds(self) -> dict[str, int]:
         return {"rotation.seed": self.seed}
+
+
+@dataclass(frozen=True)
+class HadamardRotation(SeededRotation):
+    """Hadamard matrices with random signs on their inputs (QuaRot, arXiv 2404.00456): nothing is learned."""
 
     def describe(self) -> str:
         return f"{'+'.join(self.parts)} random Hadamard seed={self.seed}"
 
 
 @dataclass(frozen=True)
-class LearnedRotation(Rotation):
+class LearnedRotation(SeededRotation):
     """R1 (one for the model) and R2 (one per KV head) minimise an objective of the rotated activations; R4 is fixed.
 
     objective: a mean over tokens of RMS 1, see `objectives`. parametrization: how a step stays orthogonal, see
@@ -96,10 +102,6 @@ class LearnedRotation(Rotation):
     held-out tokens at `stop_bits` is kept, and learning ends when that error stops falling.
     """
 
-    r1: bool = setting(True)
-    r2: bool = setting(True)
-    r4: bool = setting(False)
-    seed: int = setting(0, least=0, most=2**63 - 1)
     init: str = setting("random_hadamard", choices=INITS)
     objective: str = setting("range2", choices=OBJECTIVES)
     parametrization: str = setting("lie", choices=PARAMETRIZATIONS)
@@ -115,22 +117,13 @@ class LearnedRotation(Rotation):
     stop_bits: int = setting(4, least=2, most=4)  # on finer grids the clip ratio of the error measure would decide
 
     def __post_init__(self) -> None:
-        check_settings(self, "rotation")
-        _check_something(self.parts)
+        super().__post_init__()
         if not (self.r1 or self.r2):
             raise ConfigError("rotation.r1=false: with r2=false nothing is learned; use rotation=hadamard")
 
     @property
-    def parts(self) -> list[str]:
-        return _parts(self.r1, self.r2, self.r4)
-
-    @property
     def sampled_tokens(self) -> int:
         return self.reservoir_tokens
-
-    @property
-    def seeds(self) -> dict[str, int]:
-        return {"rotation.seed": self.seed}
 
     def learning_cost(self, hidden: int, heads: int, blocks: int, tokens: int) -> LearningCost:
         """The constants were fitted to measured runs (docs/plan.md)."""
@@ -202,12 +195,3 @@ class SmoothQuant(Smoothing):
 def changes_basis(rotation: Rotation, smoothing: Smoothing) -> bool:
     """Whether the two change anything at all."""
     return bool(rotation.parts or smoothing.places)
-
-
-def _parts(r1: bool, r2: bool, r4: bool) -> list[str]:
-    return [name for name, wanted in (("R1", r1), ("R2", r2), ("R4", r4)) if wanted]
-
-
-def _check_something(parts: list[str]) -> None:
-    if not parts:
-        raise ConfigError("rotation.r1=false: with r2=false and r4=false nothing is rotated; use rotation=none")

@@ -33,6 +33,10 @@ class Factor:
     damping_retries: int
     condition: float
 
+    def times_inverse(self, rows: Tensor) -> Tensor:
+        """rows (..., n) H^-1, for a factor in the original order."""
+        return rows @ self.upper.T @ self.upper
+
 
 def factorize(
     hessian: Tensor,

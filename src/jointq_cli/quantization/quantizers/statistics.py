@@ -27,7 +27,7 @@ class HeldOut:
 
     def complement(self, everything: Tensor) -> Tensor:
         """The Hessian (in, in) of the other tokens, from that of all tokens; new memory."""
-        rest = (everything - self.share * self.hessian).div_(1.0 - self.share)
+        rest = self.without(everything, self.hessian)
         # Columns that are zero for all other tokens contain rounding errors of either sign.
         unreached = rest.diagonal() <= 1e-12 * everything.diagonal()
         rest[unreached] = 0.0

@@ -8,14 +8,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
-from jointq_cli.report.console.displays import Display, LogDisplay, PhaseBar, PlainDisplay, State, closing
+from jointq_cli.report.console.displays import Display, LogDisplay, PhaseBar, PlainDisplay, State
 from jointq_cli.report.console.final_summary import FinalSummary, evaluate_summary, quantize_summary, rotate_summary
 from jointq_cli.report.console.log_file import LogFile
 from jointq_cli.report.number_format import plural
@@ -29,13 +29,9 @@ class StageTimer:
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self.name = name
         self.seconds = 0.0  # set when the stage ends
-        self.is_reused = False
+        self.is_reused = False  # whether the result came from the store
         self._clock = clock
         self._start = clock()
-
-    def reused(self) -> None:
-        """Marks that the result came from the store."""
-        self.is_reused = True
 
     def record(self) -> StageRecord:
         """Its row in the report, valid after its end. Peak memory is that of the process so far."""

@@ -5,8 +5,7 @@ Knows when a line is due and no control codes. `terminal` has the displays with 
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal, TextIO
 
 from jointq_cli.records import LayerRecord
@@ -76,15 +75,6 @@ class Display:
 
     def close(self) -> None:
         """Restores the terminal, whatever is still open."""
-
-
-@contextmanager
-def closing(bar: PhaseBar) -> Iterator[PhaseBar]:
-    """Closes the bar at the end, also after an error."""
-    try:
-        yield bar
-    finally:
-        bar.close()
 
 
 def outcome(state: State, seconds: float) -> str:

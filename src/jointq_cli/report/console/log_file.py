@@ -8,7 +8,6 @@ import logging
 import warnings
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from jointq_cli.system.files import translated_disk_errors
@@ -44,9 +43,7 @@ class LogFile:
         logging.captureWarnings(True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if warnings.showwarning is not self._show_warning:
             logging.captureWarnings(False)
         for logger in self._loggers:

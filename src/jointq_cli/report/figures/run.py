@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from jointq_cli.records import BlockRecord, LayerRecord, RunReport
 from jointq_cli.report import summary
@@ -11,27 +12,21 @@ from jointq_cli.report.figures.rotation import rotation_figures
 from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.number_format import duration, relative_change, scientific
 
+OUTPUT_ERROR, WEIGHT_ERROR = attrgetter("output_error"), attrgetter("weight_error")
+
 
 def run_figures(report: RunReport) -> list[SvgFigure]:
     """All figures for which the report has data."""
     layers = report.layers
     return [
-        *_over_depth("E_y", "Output error over depth", layers, _output_error, "Relative error of each layer's output"),
-        *_over_depth("E_w", "Weight error over depth", layers, _weight_error, "Relative error of each weight matrix"),
+        *_over_depth("E_y", "Output error over depth", layers, OUTPUT_ERROR, "Relative error of each layer's output"),
+        *_over_depth("E_w", "Weight error over depth", layers, WEIGHT_ERROR, "Relative error of each weight matrix"),
         *_accumulated(report.blocks),
         *(rotation_figures(report.rotation) if report.rotation else []),
         *_by_kind(layers),
         *_perplexities(report),
         *_times(report),
     ]
-
-
-def _output_error(layer: LayerRecord) -> float:
-    return layer.output_error
-
-
-def _weight_error(layer: LayerRecord) -> float:
-    return layer.weight_error
 
 
 def _over_depth(

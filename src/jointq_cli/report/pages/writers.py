@@ -27,8 +27,8 @@ def write_report(report: RunReport, directory: RunDirectory) -> None:
 def layers_csv(layers: Sequence[LayerRecord]) -> str:
     """One row per layer at full precision. Columns are the fields of LayerRecord; the notes are JSON."""
     names = [field.name for field in dataclasses.fields(LayerRecord)]
-    rows = ({name: getattr(layer, name) for name in names} for layer in layers)
-    return csv_text(names, (row | {"notes": json.dumps(row["notes"], sort_keys=True)} for row in rows))
+    rows = (dataclasses.asdict(layer) | {"notes": json.dumps(layer.notes, sort_keys=True)} for layer in layers)
+    return csv_text(names, rows)
 
 
 def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:

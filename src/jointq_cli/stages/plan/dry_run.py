@@ -31,7 +31,7 @@ from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
 from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage
 from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.integrity import has_expected_sizes
-from jointq_cli.system.inventory import artifact_path, partial_path
+from jointq_cli.system.inventory import partial_path
 from jointq_cli.system.store import artifact_name
 from jointq_cli.transforms import changes_basis
 
@@ -184,7 +184,7 @@ def _find(stage: Stage, store: Path) -> Path | None:
     """The result of a stage, if the store has it with files of the right sizes."""
     if stage.key is None:
         return None
-    path = artifact_path(store, artifact_name(stage.kind, stage.key))
+    path = store / artifact_name(stage.kind, stage.key)
     return path if path.is_dir() and has_expected_sizes(path) else None
 
 

@@ -6,7 +6,9 @@ search computes with numbers near 1 and a layer scaled by 2^k is solved with the
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +17,13 @@ from jointq_cli.formats.uniform import Grid, UniformWeight
 from jointq_cli.kernels import Rounding
 from jointq_cli.quantization.quantizers.gptq import GPTQ, GptqPrepared
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
-from jointq_cli.quantization.quantizers.jointq.row_tiles import over_tiles
 from jointq_cli.quantization.quantizers.jointq.search import PADDING, Search, SearchResult, State
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 from jointq_cli.quantization.quantizers.statistics import output_error, weight_error
 
+_CPU_ROWS = 256  # the errors of a tile of so many rows fit in cache
+
+T = TypeVar("T")
 Solve = Callable[[Search, Tensor, State | None], SearchResult]
 
 
@@ -118,3 +122,21 @@ def _with_rows(tensor: Tensor, rows: int, value: float) -> Tensor:
     if len(tensor) == rows:
         return tensor
     return torch.cat([tensor, tensor.new_full((rows - len(tensor), tensor.shape[1]), value)])
+
+
+def over_tiles(rows: int, batch_size: int | None, device: torch.device, solve: Callable[[slice], T]) -> list[T]:
+    """The results of `solve` on consecutive slices of at most `batch_size` rows.
+
+    batch_size None: all rows at once on a GPU, tiles of 256 on a CPU. On a CPU each tile is solved by one thread: with
+    torch's own threads the bits of a product would depend on their number.
+    """
+    size = batch_size or (_CPU_ROWS if device.type == "cpu" else rows)
+    tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    if device.type != "cpu":
+        return [solve(tile) for tile in tiles]
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(solve, tiles))
+    finally:
+        torch.set_num_threads(threads)  # new threads inherit what the pool's threads have set

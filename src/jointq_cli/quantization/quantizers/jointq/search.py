@@ -130,7 +130,7 @@ class Search:
     def _solve_group(self, state: State, t: int, wanted: Tensor, correlation: Tensor, metric: Tensor) -> None:
         """Solves group t and writes it to `state`: clip search weighted by the metric's diagonal, then flips."""
         levels, scale = self._clip(wanted, metric.diagonal().contiguous())
-        self._kernels(target=wanted).flip_search(
+        kernels.for_device(wanted.device).flip_search(
             correlation, metric, levels @ metric, levels, scale, self.grid.box, self.rounding, guarded=False
         )
         state.levels[:, self.metric.span(t)] = levels
@@ -142,7 +142,7 @@ class Search:
         widest = self.grid.covering_scale(low, high).clamp_min_(2.0**-100)  # weights are near 1: below it, all are 0
         levels = torch.empty_like(wanted)
         scale = torch.empty_like(widest)
-        self._kernels(target=wanted).weighted_clip(
+        kernels.for_device(wanted.device).weighted_clip(
             wanted, weights, low, widest, levels, scale, self.grid.box, CLIP_STEPS
         )
         return levels, scale
@@ -174,7 +174,7 @@ class Search:
         error = target - state.values(self.metric)
         steps = torch.zeros(len(target), dtype=torch.int64, device=target.device)
         decrease = torch.zeros(len(target), dtype=torch.float64, device=target.device)
-        flip_search = self._kernels(target).flip_search
+        flip_search = kernels.for_device(target.device).flip_search
         for t in range(self.metric.groups):
             correlation, metric, products, levels, scale = self._group(error, state, t)
             taken, gained = flip_search(
@@ -196,7 +196,7 @@ class Search:
             for t in range(self.metric.groups):
                 noise = torch.empty(shape, dtype=target.dtype).exponential_(generator=generator).to(target.device)
                 correlation, metric, products, levels, scale = self._group(error, state, t)
-                self._kernels(target).anneal(
+                kernels.for_device(target.device).anneal(
                     correlation, metric, products, levels, scale, self.grid.box, self.rounding,
                     temperature=current, noise=noise,
                 )  # fmt: skip
@@ -226,9 +226,6 @@ class Search:
 
     def _empty(self, target: Tensor) -> State:
         return State(torch.empty_like(target), target.new_empty(len(target), self.metric.groups))
-
-    def _kernels(self, target: Tensor) -> type[kernels.Kernels]:
-        return kernels.for_device(target.device)
 
 
 def _padded(rows: Tensor, available: int) -> Tensor:
