@@ -228,7 +228,8 @@ class JobRunner:
 
     def _refuse_sweep(self, context: Any) -> None:
         """Raises UsageError where a config sweeps, though one run is requested, over keys that the words leave open."""
-        chosen = {word.lstrip("+").partition("=")[0] for word in context.overrides.task}
+        words = map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ())
+        chosen = {word.lstrip("+").partition("=")[0] for word in words}
         swept = [key for key in context.sweeper.get("params") or () if key not in chosen]
         if swept:
             first = shlex.join(["jointq", self._command, *job_overrides(context)[0]])
