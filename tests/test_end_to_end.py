@@ -160,10 +160,13 @@ def wait_for(process: subprocess.Popen[str], directory: Path, layers: int) -> No
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_with_75_and_the_same_command_continues(finished: tuple[Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_with_75_and_the_same_command_continues(
+    number: signal.Signals, finished: tuple[Path, str], tmp_path: Path
+) -> None:
     process = start(tmp_path, *SMOKE)
     wait_for(process, tmp_path, layers=5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75
     assert len(err.splitlines()) == 1

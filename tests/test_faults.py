@@ -309,15 +309,15 @@ def test_kill_9_at_any_step_of_the_store_leaves_a_whole_artifact_or_none(step: s
     script = STEP.format(kill=KILL, step=STEPS[step])
     killed = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    told: list[str] = []
-    with Store(tmp_path, log=told.append) as store:
+    logged: list[str] = []
+    with Store(tmp_path, log=logged.append) as store:
         artifact = store.reuse("stage", "0" * 64, make)
     assert {file.name: file.read_text() for file in artifact.path.iterdir() if file.name != CONTENTS} == {
         "a": "1",
         "b": "2",
     }
     assert artifact.reused == (step == "when it has its name")
-    assert bool(told) == (step in ("before a damaged one is taken away", "while a damaged one is moved away"))
+    assert bool(logged) == (step in ("before a damaged one is taken away", "while a damaged one is moved away"))
     assert main(["store", "prune", "--all", "--store", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.rglob("*")} == {inventory.MARKER, "partial", "locks"}
 
@@ -403,11 +403,11 @@ def test_two_sweeps_at_once_share_their_jobs_and_end_with_the_same_bits(tmp_path
     words = [sys.executable, "-m", "jointq_cli", "quantize", "-m", "recipe=ci_smoke", "quantizer.bits=4,3"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(words, cwd=tmp_path, **pipes) for _ in range(2)]
-    told, waited = zip(*(process.communicate(timeout=600) for process in both), strict=True)
-    assert [process.returncode for process in both] == [0, 0], (told, waited)
-    assert any("another process runs it" in text for text in waited)
+    outputs, errors = zip(*(process.communicate(timeout=600) for process in both), strict=True)
+    assert [process.returncode for process in both] == [0, 0], (outputs, errors)
+    assert any("another process runs it" in text for text in errors)
     [sweep] = (tmp_path / "runs" / "ci_smoke").iterdir()
     table = json.loads((sweep / "summary.json").read_text())
     assert [row["state"] for row in table] == ["done", "done"]
-    rows = [[line for line in text.splitlines() if line.startswith(("  0", "  1"))] for text in told]
+    rows = [[line for line in text.splitlines() if line.startswith(("  0", "  1"))] for text in outputs]
     assert rows[0] == rows[1]  # figures and times: each job was run by one of them

@@ -46,6 +46,19 @@ FAMILIES = {
     "falcon": lambda: transformers.FalconConfig(**SIZES),  # its blocks return tuples
 }
 
+EXPERTS = {  # their experts are parameters, not linear layers
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **GROUPED,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=128,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=32,
+    ),
+}
+
 
 def write_checkpoint(
     directory: Path,
@@ -60,7 +73,7 @@ def write_checkpoint(
 
     norm_spread: of the norms' weights around their initial ones or zeros, with which fusing them would be no test.
     """
-    config = FAMILIES[family]()
+    config = (FAMILIES | EXPERTS)[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     with torch.random.fork_rng():

@@ -9,7 +9,7 @@
     |-- UntrustedResult         a run completed, but its result should not be used as it is
     |-- PeerProcessError        another process of the run has ended
     |-- AlreadyReported         an error whose message another process prints
-    `-- Interrupted             Ctrl-C; everything finished is kept, exit code 75
+    `-- Interrupted             Ctrl-C, SIGTERM, SIGHUP; everything finished is kept, exit code 75
 
 A message is one line and names the key or file as the user typed it, the rule, and the value.
 Any other exception that escapes is a bug of jointq and keeps its traceback.
@@ -60,6 +60,9 @@ class AlreadyReported(JointqError):
 
 
 class Interrupted(JointqError):
-    """The user asked to stop; the same command continues. Exit code 75 is EX_TEMPFAIL of sysexits.h."""
+    """The user or the system asked to stop; the same command continues. Exit code 75 is EX_TEMPFAIL of sysexits.h."""
 
     exit_code = 75
+
+    def __init__(self, message: str = "interrupted; what is finished is kept, and the same command continues") -> None:
+        super().__init__(message)

@@ -26,7 +26,7 @@ from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
-from jointq_cli.stages.plan.preflight import preflight_warnings
+from jointq_cli.stages.plan.preflight import preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
@@ -53,7 +53,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
 
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
-        for warning in preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored):
+        warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
+        for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)

@@ -10,6 +10,7 @@ from typing import Any
 IDENTICAL = "identical"  # the verdict of a reload check without a difference, and of a replay that is the same run
 WITHIN_TOLERANCE = "within the tolerance"
 DIFFERENT = "different"
+FULL_COVERAGE = 0.95  # of the weights of the decoder blocks: below, a run warns about what is left out
 REQUESTED, COMPUTED, MEASURED = "asked", "made", "measured"  # the parts of a run that a replay compares
 
 
@@ -188,6 +189,20 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """How much of the model was quantised. Weights are its matrices; norms and biases do not count."""
+
+    share: float  # of the weights of all decoder blocks that were quantised
+    left_out: dict[str, float]  # the others by kind, such as mlp.experts.up_proj, as shares of the same total
+    block_bits: float  # bits per weight over all weights of the decoder blocks
+    checkpoint_bits: float  # bits per parameter over the complete checkpoint, its codes packed
+
+    @property
+    def is_complete(self) -> bool:
+        return self.share >= FULL_COVERAGE
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """One stage of the pipeline. The result of a `reused` stage came from the store."""
 
@@ -250,6 +265,7 @@ class RunReport:
     versions: dict[str, str]
     device: str
     warnings: list[str] = field(default_factory=list)
+    coverage: Coverage | None = None  # None in older reports
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,13 @@ from jointq_cli import __version__
 from jointq_cli.cli import config_files
 from jointq_cli.cli.commands import completion, help
 from jointq_cli.cli.compose import Job, launch
+from jointq_cli.cli.config_errors import UsageError
 from jointq_cli.cli.hydra_main import complete
 from jointq_cli.cli.main import COMMANDS, COMPOSED, main
 from jointq_cli.errors import ConfigError, Interrupted, NumericsError
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
 from jointq_cli.recipe import RECIPES, Recipe, concrete, keys
+from jointq_cli.system.run_directory import claimed
 
 
 @pytest.fixture(autouse=True)
@@ -481,6 +485,58 @@ def test_another_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs" / "pocket_w4g128").iterdir())) == 2
 
 
+SWEPT = {
+    "quantize +sweep=lambda": "quantizer.regularization_lambda: needs -m: jointq quantize -m +sweep=lambda",
+    "rotate --config-dir my +sweep=mine": "a sweep over model: needs -m: jointq rotate -m +sweep=mine",
+    "calibrate +sweep=calibration_size": "needs -m: jointq calibrate -m +sweep=calibration_size",
+    "evaluate --config-dir my +sweep=mine": "needs -m: jointq evaluate -m +sweep=mine --config-dir my",
+    "quantize recipe=pocket_rotations quantizer=rtn": "over rotation, activations: needs -m: jointq quantize -m",
+    "plan +sweep=bits name=x": "for its first job: jointq plan quantizer=rtn quantizer.bits=4 +sweep=bits name=x",
+}
+
+
+@pytest.mark.parametrize("words", SWEPT)
+def test_one_run_of_a_sweep_is_refused_with_the_right_command(
+    words: str, jobs: list[tuple[Any, Job]], tmp_path: Path
+) -> None:
+    (tmp_path / "my" / "sweep").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      model: pocket,tinyllama\n"
+    (tmp_path / "my" / "sweep" / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(SWEPT[words])) as refused:
+        run(words, jobs)
+    assert not jobs
+    assert not list(tmp_path.glob("runs/*"))
+    if "calibrate" not in words:  # which needs an output for each job
+        assert run(str(refused.value).partition("jointq ")[2], jobs) == 0
+
+
+def test_a_job_of_a_sweep_can_be_run_alone(jobs: list[tuple[Any, Job]]) -> None:
+    assert run("quantize recipe=pocket_rotations rotation=none quantizer=rtn activations=none", jobs) == 0
+    assert len(jobs) == 1
+
+
+def test_another_sweep_into_one_directory_is_refused_before_any_job_begins(tmp_path: Path) -> None:
+    done: list[int] = []
+    task = failing_on(ValueError(), 9, done)
+    there = "hydra.sweep.dir=there"
+    assert launch("quantize", ["-m", "quantizer.bits=3,4", there], task) == 0
+    before = {file: file.read_bytes() for file in tmp_path.glob("there/*") if file.is_file()}
+    for words in (["quantizer.bits=3,2"], ["quantizer.bits=3,4", "quantizer=rtn"], ["quantizer.bits=3"]):
+        rule = r"hydra\.sweep\.dir=.*/there: has the sweep of `jointq quantize quantizer.bits=3,4 .* -m`"
+        with pytest.raises(ConfigError, match=rule):
+            launch("quantize", ["-m", *words, there], task)
+    assert done == [3, 4]
+    assert {file: file.read_bytes() for file in tmp_path.glob("there/*") if file.is_file()} == before
+
+
+def test_a_sweep_in_a_given_directory_continues_by_another_launcher_and_with_more_jobs(tmp_path: Path) -> None:
+    done: list[int] = []
+    task = failing_on(ValueError(), 9, done)
+    for words in (["quantizer.bits=3,4"], ["quantizer.bits=3,4", "hydra/launcher=basic"], ["quantizer.bits=3,4,2"]):
+        assert launch("quantize", ["-m", *words, "hydra.sweep.dir=there"], task) == 0
+    assert done == [3, 4, 2]
+
+
 def test_a_job_whose_text_has_changed_runs_again(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     done: list[int] = []
@@ -659,3 +715,75 @@ def test_keys_cover_every_quantizer() -> None:
 def test_subclasses_of_a_field_are_found_and_the_abstract_base_is_not() -> None:
     assert {GPTQ, RTN, JointQ} <= set(concrete(Quantizer))
     assert Quantizer not in concrete(Quantizer)
+
+
+@pytest.mark.parametrize("words", [["quantize"], ["quantize", "-m", "quantizer.bits=3,4"], ["evaluate"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_time_is_one_line_that_says_how_to_go_on(
+    number: signal.Signals, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(recipe: Any, job: Job) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(f"jointq_cli.cli.commands.{words[0]}.run", stopped)
+    assert main(words) == 75
+    assert capsys.readouterr().err == "error: interrupted; what is finished is kept, and the same command continues\n"
+
+
+def test_a_signal_while_libraries_load_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.import_module", lambda name: os.kill(os.getpid(), signal.SIGTERM))
+    assert [main([command]) for command in ("quantize", "compare")] == [75, 130]
+    assert capsys.readouterr().err.splitlines() == [f"error: {Interrupted()}", "interrupted"]
+
+
+# --- two processes at once
+
+ONE_SECOND = """
+import datetime, sys
+import hydra.core.utils as utils
+
+class Noon(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 1, 12, 0, 0)
+
+utils.datetime = Noon
+from jointq_cli.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def at_once(*commands: list[str]) -> list[tuple[int, str]]:
+    """Exit codes and standard errors of processes that start together, in the same second by their clocks."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", ONE_SECOND, *words], env=env, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True)
+        for words in commands
+    ]  # fmt: skip
+    return [(process.returncode, err) for process in started for _, err in [process.communicate(timeout=300)]]
+
+
+SHORT = ["evaluate", "evaluation.seqlen=32", "evaluation.max_windows=4"]
+
+
+def test_two_runs_of_one_second_have_a_directory_each(tmp_path: Path) -> None:
+    runs = [[*SHORT, f"evaluation.max_windows={count}"] for count in (3, 4)]
+    assert at_once(*runs) == [(0, "")] * 2
+    for directory in tmp_path.glob("runs/evaluate/*"):
+        windows = json.loads((directory / "evaluation.json").read_text())["protocol"]["windows"]
+        assert f"max_windows: {windows}\n" in (directory / "recipe.yaml").read_text()
+    assert {path.name for path in tmp_path.glob("runs/evaluate/*")} == {
+        "2026-01-01_12-00-00",
+        "2026-01-01_12-00-00_2",
+    }
+
+
+def test_two_runs_into_one_given_directory_do_not_mix(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", new=False):
+        [(code, err)] = at_once([*SHORT, "hydra.run.dir=run"])
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"hydra.run.dir={tmp_path}/run: another run is writing there" in err
+    assert not list((tmp_path / "run").iterdir())

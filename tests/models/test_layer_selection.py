@@ -1,9 +1,10 @@
 """Layer selection: the reference's rules in the reference's order, and no pattern that does nothing."""
 
 import pytest
+from torch import nn
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.models.layer_selection import LayerSelection
+from jointq_cli.models.layer_selection import LayerSelection, find_routers
 
 NAMES = [
     f"model.layers.{block}.{kind}"
@@ -20,6 +21,20 @@ def select(**fields: object) -> list[str]:
 def test_no_rules_select_every_layer_of_the_blocks() -> None:
     assert select() == NAMES
     assert select(exclude_layer_names=["lm_head"]) == NAMES
+
+
+def test_routers_are_found_by_name_and_shape() -> None:
+    routers = [
+        "mlp.gate",
+        "block_sparse_moe.gate",
+        "mlp.shared_expert_gate",
+        "block_sparse_moe.router.layer",
+        "router.proj",
+    ]
+    others = ["mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"]
+    linear = {name: nn.Linear(64, 4, device="meta") for name in [*routers, *others]}
+    assert find_routers(linear) == set(routers)
+    assert find_routers({"mlp.gate": nn.Linear(64, 128, device="meta")}) == set()  # of a gated MLP
 
 
 def test_a_name_matches_complete_components_only() -> None:

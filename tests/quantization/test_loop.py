@@ -246,11 +246,11 @@ class HeldOutSpy(RTN):
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         assert heldout is not None
-        APART.append((hessian.clone(), heldout))
+        HELD_OUT.append((hessian.clone(), heldout))
         return super().prepare(hessian)
 
 
-APART: list[tuple[Tensor, HeldOut]] = []
+HELD_OUT: list[tuple[Tensor, HeldOut]] = []
 
 
 # windows, windows per forward pass, requested share: how many of the last windows are held out
@@ -272,14 +272,14 @@ def test_the_last_passes_are_held_out_and_some_are_left(
 ) -> None:
     directory = write_checkpoint(tmp_path / "model")
     tokens = windows(count)
-    APART.clear()
+    HELD_OUT.clear()
     quantizer = HeldOutSpy(**vars(ROUND), share=share)
     quantize(
         directory, tmp_path / "work", quantizer, inputs, lambda name: "layers.0" in name, tokens=tokens, batch=batch
     )
     seen = tmp_path / "work" / "checkpoint" if inputs == "quantized" else directory
-    assert len(APART) == len(LLAMA_GROUPS)
-    for (everything, part), kind in zip(APART, LLAMA_GROUPS, strict=True):
+    assert len(HELD_OUT) == len(LLAMA_GROUPS)
+    for (everything, part), kind in zip(HELD_OUT, LLAMA_GROUPS, strict=True):
         assert part.share == pytest.approx(held / count)
         name = f"model.layers.0.{kind}"
         torch.testing.assert_close(everything, hessian_by_hooks(seen, tokens, name), rtol=1e-4, atol=1e-5)
@@ -353,8 +353,8 @@ def test_cross_terms_pair_the_original_model_with_the_one_quantised_so_far(suspe
     names = [f"model.layers.{block}.{kind}" for block in range(3) for kind in LLAMA_GROUPS[:3]]  # not down_proj
     assert len(CROSS_TERMS) == len(names)
     for found, name in zip(CROSS_TERMS, names, strict=True):
-        original, given = inputs_by_hooks(directory, name), inputs_by_hooks(tmp_path / "work" / "checkpoint", name)
-        torch.testing.assert_close(found, (original - given).T @ given / len(given), rtol=1e-3, atol=1e-5)
+        original, quantized = inputs_by_hooks(directory, name), inputs_by_hooks(tmp_path / "work" / "checkpoint", name)
+        torch.testing.assert_close(found, (original - quantized).T @ quantized / len(quantized), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -538,8 +538,8 @@ def test_the_drift_is_the_error_of_the_residual_stream_before_a_layer_writes(fam
         ):
             place = f"model.layers.{block}."
             lost = inputs_by_hooks(directory, place + norm) - inputs_by_hooks(result, place + norm)
-            given = inputs_by_hooks(result, place + layer)
-            torch.testing.assert_close(drift, lost.T @ given / len(given) / factor, rtol=1e-2, atol=1e-4)
+            quantized = inputs_by_hooks(result, place + layer)
+            torch.testing.assert_close(drift, lost.T @ quantized / len(quantized) / factor, rtol=1e-2, atol=1e-4)
 
 
 def test_tokens_are_weighed_by_the_residual_stream_after_a_layer_that_writes(tmp_path: Path) -> None:
@@ -558,9 +558,7 @@ RESIDUAL = replace(QEP, perccorr=1.0, residual=1.0, percdamp=0.0, pull="correcte
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("suspended", [0.0, 1e9])
-def test_what_the_stream_has_lost_is_what_its_writers_make_up_for(
-    family: str, suspended: float, tmp_path: Path
-) -> None:
+def test_writers_compensate_the_error_of_the_residual_stream(family: str, suspended: float, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", family)
     tokens = windows(40)
     kept = lambda name: "layers.0." in name or "layers.1." in name  # noqa: E731

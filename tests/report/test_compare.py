@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jointq_cli.cli.main import main
-from jointq_cli.records import RunReport
+from jointq_cli.records import Coverage, RunReport
 from jointq_cli.report import Console, encode
 from jointq_cli.report.compare.run_files import find_runs, load_runs
 from jointq_cli.report.compare.runs import ComparedRun, LayerErrors, RunComparison
@@ -52,6 +52,17 @@ def scaled(report: RunReport, factor: float) -> RunReport:
         comparison=replace(report.comparison, kl_divergence=factor * report.comparison.kl_divergence),
         quantized=replace(report.quantized, value=report.quantized.value + factor),
     )
+
+
+def test_bits_are_those_of_the_layers_of_the_blocks_and_of_the_checkpoint(report: RunReport) -> None:
+    partly = replace(report, coverage=Coverage(0.4, {"mlp.experts": 0.6}, 11.2, 12.1))
+    runs = [run_of(report, "0"), run_of(partly, "1")]
+    [table, *_] = comparison_document(RunComparison(runs), []).tables
+    bits = [
+        [row[number].text for row in table.rows]
+        for number in map(table.heading.index, ("bits/weight", "bits/block", "bits/model"))
+    ]
+    assert bits == [["4.31", "4.31"], ["-", "11.2"], ["-", "12.1"]]
 
 
 def run_of(report: RunReport, called: str = "0", /, **settings: str) -> ComparedRun:

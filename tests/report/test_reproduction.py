@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -792,6 +793,26 @@ def test_a_replay_lies_beside_its_run_wherever_it_is_named_from(
     (directory / "checkpoint").mkdir()
     monkeypatch.chdir(directory / "checkpoint")
     assert fresh_beside(Path("..")).parent == tmp_path
+
+
+def test_two_replays_of_one_second_lie_in_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Noon":
+            return cls(2026, 1, 1, 12)
+
+    monkeypatch.setattr("jointq_cli.cli.commands.reproduce.datetime", Noon)
+    assert fresh_beside(tmp_path / "run") != fresh_beside(tmp_path / "run")
+
+
+def test_a_replay_leaves_alone_what_another_is_writing(
+    run: FinishedRun, tmp_path: Path, at_the_root: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()  # the other one has begun after this one found the directory empty
+    monkeypatch.setattr("jointq_cli.cli.replay._check_fresh", lambda directory, run: None)
+    with pytest.raises(JointqError, match=r"--directory=.*: another replay is writing there"):
+        asked_again(run, tmp_path)
+    assert (tmp_path / "store").is_dir()
 
 
 @pytest.mark.parametrize("place", [".", "codes/again", "../run/x"])

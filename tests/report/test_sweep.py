@@ -12,7 +12,7 @@ import pytest
 
 from jointq_cli.cli.main import main
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
-from jointq_cli.records import Comparison, EvaluationReport, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport
 from jointq_cli.report import encode
 from jointq_cli.report.compare.run_files import find_runs
 from jointq_cli.report.compare.sweep import best, load_jobs
@@ -45,7 +45,7 @@ def sweep_of(
 ) -> SweepDirectory:
     """None: a job that has not begun."""
     directory = SweepDirectory(place)
-    directory.write_plan(SweepPlan("mine", ["jointq", "quantize", "-m"], list(settings), ["key"] * len(settings)))
+    directory.begin(SweepPlan("mine", ["jointq", "quantize", "-m"], list(settings), ["key"] * len(settings)))
     for number, perplexity in enumerate(perplexities):
         if perplexity is not None:
             run = directory.run(number)
@@ -71,6 +71,16 @@ def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_c
     chosen = best(jobs)
     assert chosen is not None
     assert chosen.number == 1
+
+
+def test_rows_have_the_bits_of_the_complete_checkpoint(tmp_path: Path, report: RunReport) -> None:
+    partly = replace(report, coverage=Coverage(0.4, {"mlp.experts": 0.6}, 11.2, 12.1))
+    directory = sweep_of(tmp_path, partly, [14.0], [{KEY: "1"}])
+    [table, *_] = sweep_document("mine", load_jobs(directory)).tables
+    assert table.rows[0][table.heading.index("bits/model")].text == "12.1"
+    write_summary(directory, page=False)
+    [row] = json.loads((tmp_path / "summary.json").read_text())
+    assert (row["block_bits_per_weight"], row["checkpoint_bits_per_parameter"]) == (11.2, 12.1)
 
 
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
@@ -203,7 +213,7 @@ def test_an_attempt_that_fails_is_recorded_and_repeated(tmp_path: Path, error: E
 
 def test_a_job_whose_process_is_gone_was_interrupted(tmp_path: Path) -> None:
     directory = SweepDirectory(tmp_path)
-    directory.write_plan(SweepPlan("mine", [], [{}], ["key"]))
+    directory.begin(SweepPlan("mine", [], [{}], ["key"]))
     seen: list[str] = []
     attempt(directory.run(0), "key", lambda: seen.append(directory.record(0).state))
     assert seen == [RUNNING]
@@ -222,7 +232,7 @@ def test_a_job_json_that_is_cut_off_counts_as_none(tmp_path: Path) -> None:
 
 def test_what_is_done_with_another_key_waits_to_be_run_again(half_done: SweepDirectory) -> None:
     plan = half_done.plan()
-    half_done.write_plan(replace(plan, keys=["another", "key", "key", "key"]))
+    half_done.begin(replace(plan, keys=["another", "key", "key", "key"]))
     assert [job.record.state for job in load_jobs(half_done)] == [WAITING, DONE, FAILED, WAITING]
 
 
@@ -238,7 +248,7 @@ def test_a_job_whose_report_was_deleted_runs_again(tmp_path: Path) -> None:
 
 def test_a_best_recipe_does_not_outlive_its_job(half_done: SweepDirectory) -> None:
     write_summary(half_done, page=False)
-    half_done.write_plan(replace(half_done.plan(), keys=["another"] * 4))
+    half_done.begin(replace(half_done.plan(), keys=["another"] * 4))
     write_summary(half_done, page=False)
     assert not (half_done.path / "recipe" / "best.yaml").exists()
 

@@ -42,13 +42,13 @@ def stage(made: list[Path], *inputs: str | None) -> Stage:
 
 def test_a_stage_runs_once_and_is_recorded_each_time(context: Context) -> None:
     made: list[Path] = []
-    asked = stage(made, "input")
-    assert not context.has(asked)
-    results = [context.run(asked) for _ in range(2)]
+    step = stage(made, "input")
+    assert not context.has(step)
+    results = [context.run(step) for _ in range(2)]
     assert [result.reused for result in results] == [False, True]
     assert len(made) == 1
-    assert context.has(asked)
-    assert (context.directory(asked) / "result").read_text() == "1"
+    assert context.has(step)
+    assert (context.directory(step) / "result").read_text() == "1"
     assert [(record.name, record.reused) for record in context.records] == [("some step", False), ("some step", True)]
 
 

@@ -26,6 +26,7 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
+from jointq_cli.report.number_format import significant
 from jointq_cli.stages import model as model_stage
 from jointq_cli.stages import quantize as quantize_stage
 from jointq_cli.stages.plan.costs import Windows, Workload, total
@@ -440,6 +441,68 @@ def test_a_run_shows_the_warnings_of_its_plan(words: list[str]) -> None:
     keys = [warning.split(":")[0] for warning in warnings]
     assert keys == ["evaluation.seqlen=128", "calibration.num_samples", "evaluation.max_windows", "rotation.r1=true"]
     assert quantized(words)["warnings"] == warnings
+
+
+def test_experts_that_are_left_out_are_named_in_plan_run_and_report(tmp_path: Path) -> None:
+    words = [*TINY, f"model.path={write_checkpoint(tmp_path / 'model', 'granitemoe')}"]
+    [warning] = [text for text in planned(words).warnings if text.startswith("layers:")]
+    assert warning == (
+        "layers: only 11 % of the weights of the blocks are quantised; left out are "
+        "block_sparse_moe.experts.gate_up_proj: 59 %, block_sparse_moe.experts.down_proj: 30 %"
+    )
+    report = quantized(words)
+    coverage = report["coverage"]
+    assert warning in report["warnings"]
+    assert coverage["share"] == pytest.approx(12288 / (12288 + 98304 + 256))
+    assert coverage["block_bits"] == pytest.approx(
+        report["bits_per_weight"] * coverage["share"] + 32 * (1 - coverage["share"])
+    )
+    assert coverage["checkpoint_bits"] == pytest.approx(8 * report["audit"]["packed_bytes"] / report["parameters"])
+    text = Path("out/run/report.md").read_text()
+    assert (
+        f"bits per weight in 11.1 % of the blocks' weights ({significant(coverage['block_bits'], 3)} in all of them)"
+        in text
+    )
+    assert "| bits per parameter |" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # the calibration windows are cut from the start of the text, and so are the evaluated ones
+        (["calibration.split=evaluation"], "4 of 4 windows hold text of the calibration windows"),
+        (["calibration.split=evaluation", "calibration.strategy=drop_head", "evaluation.max_windows=1"], "windows"),
+        ([], None),
+    ],
+)
+def test_a_text_that_calibrates_and_evaluates_is_noticed(
+    words: list[str], changes: list[str], expected: str | None
+) -> None:
+    def noticed(warnings: list[str]) -> list[str]:
+        return [text for text in warnings if text.startswith("evaluation.split=evaluation: ")]
+
+    found = noticed(planned([*words, *changes]).warnings)
+    assert noticed(quantized([*words, *changes])["warnings"]) == found
+    assert len(found) == (expected is not None)
+    assert (expected or "") in "".join(found)
+
+
+def test_a_copy_of_the_calibration_file_is_noticed(words: list[str], tmp_path: Path) -> None:
+    text = " ".join(str(number**3) for number in range(20_000))
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(text)
+    files = [
+        "calibration=text", f"calibration.path={tmp_path / 'one.txt'}", "calibration.strategy=concat_rand",
+        "evaluation=text", f"evaluation.path={tmp_path / 'two.txt'}",
+    ]  # fmt: skip
+    [warning, *_] = planned([*files, *words]).warnings
+    assert warning.startswith(f"evaluation.path={tmp_path / 'two.txt'}: the text of calibration, though other windows")
+
+
+def test_a_split_of_the_hub_for_both_is_noticed_before_it_is_fetched(words: list[str]) -> None:
+    both = [*words, "calibration=wikitext2", "evaluation=wikitext2", "evaluation.split=train"]
+    assert planned(both).warnings[0].startswith("evaluation.split=train: the text of calibration;")
+    assert not any("the text of" in text for text in planned([*both, "evaluation.split=test"]).warnings)
 
 
 def test_enough_tokens_give_no_warning(words: list[str]) -> None:

@@ -407,8 +407,8 @@ def test_too_few_tokens_to_measure_with_are_refused_in_one_line(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert place("few", "rotation=hadamard", "calibration.num_samples=1", command="rotate") == 1
-    told = capsys.readouterr().err
-    assert told == "error: calibration.num_samples=1: must make at least 64 tokens for a rotation, not 32\n"
+    error = capsys.readouterr().err
+    assert error == "error: calibration.num_samples=1: must make at least 64 tokens for a rotation, not 32\n"
 
 
 def test_a_recipe_is_rotated_once_for_both_commands(place: Place, hadamard: RunReport) -> None:
@@ -459,7 +459,7 @@ REFUSED = {
         ["smoothing=smoothquant"],
         "jointq does not know which tensors",
     ),
-    "R1 where norms stand behind": (
+    "R1 where norms follow the layers": (
         "quantize",
         "gemma3",
         ["rotation=hadamard"],

@@ -233,12 +233,13 @@ def test_a_process_that_finds_no_other_says_so_and_fails(rank: int) -> None:
     assert last.startswith("error: the processes do not find each other: ")
 
 
-def test_ctrl_c_ends_a_process_that_waits_for_the_others() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_that_waits_for_the_others(number: signal.Signals) -> None:
     process = start(0, 2, free_port(), [HERE / "distributed_cases.py", "connecting", "300"], HERE)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("process 0 is waiting")
-    process.send_signal(signal.SIGINT)
-    assert [code for code, _, _ in ended([process])] == [-signal.SIGINT]
+    process.send_signal(number)
+    assert [code for code, _, _ in ended([process])] == [-number]
 
 
 def test_a_malformed_world_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,13 +384,16 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_with_one_line_and_any_number_of_processes_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_with_one_line_and_any_number_of_processes_continues(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     processes = start_all(2, SMOKE, tmp_path)
     while layer_files(tmp_path) < 5 and processes[0].poll() is None:
         time.sleep(0.01)
     for _ in range(2):  # by the terminal to all, and by torchrun once more
         for process in processes:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
     found = ended(processes)
     assert [code for code, _, _ in found] == [Interrupted.exit_code] * 2
     assert "".join(err for _, _, err in found).count("\n") == 1

@@ -14,7 +14,7 @@ import yaml
 from jointq_cli.errors import ConfigError, ResourceError
 from jointq_cli.system import files as disk
 from jointq_cli.system import machine
-from jointq_cli.system.run_directory import RunDirectory, build_manifest
+from jointq_cli.system.run_directory import RunDirectory, build_manifest, claimed, new_directory
 
 
 def test_recipe_and_overrides_are_kept_as_yaml(tmp_path):
@@ -166,3 +166,34 @@ def test_the_commit_is_that_of_this_project_or_none(monkeypatch, tmp_path):
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "site-packages" / "jointq_cli" / "machine.py"))
     assert machine.project_commit() is None
+
+
+def test_a_directory_that_is_being_written_is_refused_to_a_second_run(tmp_path):
+    with claimed(tmp_path / "run", new=False) as run:
+        run.write_recipe("a")
+        with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.*/run: another run is writing there"):
+            claimed(tmp_path / "run", new=False).__enter__()
+    assert [file.name for file in run.path.iterdir()] == ["recipe.yaml"]
+    with claimed(tmp_path / "run", new=False) as again:  # a second run after the first
+        assert again.path == run.path
+
+
+def test_runs_that_are_named_after_the_same_second_get_a_directory_each(tmp_path):
+    with claimed(tmp_path / "12-00", new=True) as first:
+        first.write_recipe("a")
+        with claimed(tmp_path / "12-00", new=True) as second:
+            second.write_recipe("b")
+    with claimed(tmp_path / "12-00", new=True) as third:  # the clock was put back
+        assert [run.path.name for run in (first, second, third)] == ["12-00", "12-00_2", "12-00_3"]
+    assert first.recipe.read_text() == "a"
+
+
+def test_the_recipe_hash_is_that_of_the_recipe_as_requested(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.write_recipe("mine")
+    directory.recipe.write_text("of somebody else")
+    assert directory.recipe_hash == hashlib.sha256(b"mine").hexdigest()
+
+
+def test_each_new_directory_is_another_one(tmp_path):
+    assert [new_directory(tmp_path / "a").name for _ in range(3)] == ["a", "a_2", "a_3"]

@@ -198,7 +198,8 @@ def large(store: Store, bits: int, *, size: int, budget: int) -> Artifact | None
     def make(scratch: Path) -> None:
         (scratch / "data").write_bytes(bytes(size))
 
-    return store.reuse_within("large", key(bits), make, budget=budget + LISTS, size=size)
+    fits = store.make_room("large", key(bits), budget=budget + LISTS, size=size)
+    return store.reuse("large", key(bits), make) if fits else None
 
 
 def dated(artifact: Artifact | None, seconds: float) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from jointq_cli.cli.hydra_main import command_line, errors_raised, hydra_main, o
 from jointq_cli.cli.recipe_file import as_recipe
 from jointq_cli.cli.renamed_keys import KeyRenamer, renamed_by
 from jointq_cli.cli.schemas import mutable_schema
-from jointq_cli.cli.sweep import Sweep, SweepRefused, current
+from jointq_cli.cli.sweep import Sweep, SweepRefused, current, job_overrides
 from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.sweep_directory import attempt, job_key, record_failure
@@ -45,6 +46,7 @@ class Job:
     config: str  # yaml: the complete config, as a recipe that composes it again
     team: Team = SINGLE_PROCESS
     number: int | None = None  # in a sweep
+    new: bool = False  # the directory is named after the time, so that a run never shares it with another
     elsewhere: bool = False  # in another process than the one that has the terminal
 
     @property
@@ -87,14 +89,17 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     formatter = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
     runner = JobRunner(command, options, task, types, formatter, team)
     with renamed_by(renamer), errors_raised():
-        if {"-m", "--multirun"} & set(options):
+        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*options, *overrides}:
             if team.size > 1:
                 raise UsageError(
                     "-m: several processes do one run together; the jobs of a sweep take hydra/launcher=..."
                 )
             return _sweep(runner, command, overrides, options)
-        with command_line([*overrides, *options]):
-            runner.run()
+        try:
+            with command_line([*overrides, *options]):
+                runner.run()
+        except KeyboardInterrupt:  # before the run can stop in order, or a second Ctrl-C
+            raise Interrupted from None
     return 0
 
 
@@ -112,7 +117,7 @@ def _sweep(runner: "JobRunner", command: str, overrides: list[str], options: lis
             raise refusal.error from None
         except (_SweepStopped, KeyboardInterrupt, Interrupted) as stop:
             sweep.close(stopped=True)
-            raise Interrupted("interrupted; what is done is kept, and the same command does the rest") from stop
+            raise Interrupted from stop
     return sweep.close(stopped=False)
 
 
@@ -206,6 +211,8 @@ class JobRunner:
     def _recipe_and_job(self, config: DictConfig, context: Any) -> tuple[Any, Job]:
         directory = Path(context.runtime.output_dir)
         try:
+            if context.mode != RunMode.MULTIRUN:
+                self._refuse_sweep(context)
             recipe = self._typed(OmegaConf.to_object(config), "")
         except (OmegaConfBaseException, ConfigError) as error:
             _remove_empty(directory, Path(config.output_dir).absolute())
@@ -213,8 +220,20 @@ class JobRunner:
         overrides = list(context.overrides.task)
         text = as_recipe(config, self._command, context.runtime.choices)
         if context.mode != RunMode.MULTIRUN:
-            return recipe, Job(directory, overrides, text, self._team)
+            # Of two runs that start in the same second, Hydra gives both the same directory.
+            new = "${now:" in str(OmegaConf.to_container(context.run, resolve=False))
+            return recipe, Job(directory, overrides, text, self._team, new=new)
         return recipe, Job(directory, overrides, text, SINGLE_PROCESS, context.job.num, elsewhere=self.sweep is None)
+
+    def _refuse_sweep(self, context: Any) -> None:
+        """Raises UsageError where a config sweeps, though one run is requested, over keys that the words leave open."""
+        chosen = {word.lstrip("+").partition("=")[0] for word in context.overrides.task}
+        swept = [key for key in context.sweeper.get("params") or () if key not in chosen]
+        if swept:
+            first = shlex.join(["jointq", self._command, *job_overrides(context)[0]])
+            every = shlex.join(["jointq", self._command, "-m", *sys.argv[1:]])
+            way = f"for its first job: {first}" if self._command == "plan" else f"needs -m: {every}"
+            raise UsageError(f"a sweep over {', '.join(swept)}: {way}")
 
     def _run(self, recipe: Any, job: Job) -> None:
         with command_line([self._command, *job.overrides, *self._options]):
@@ -232,7 +251,7 @@ class JobRunner:
 
 
 class _SweepStopped(BaseException):
-    """Ctrl-C in a sweep: not an Exception, since Hydra would go on with the next job."""
+    """A signal in a sweep: not an Exception, since Hydra would go on with the next job."""
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from jointq_cli import __version__
-from jointq_cli.errors import AlreadyReported, JointqError
+from jointq_cli.errors import AlreadyReported, Interrupted, JointqError
+from jointq_cli.system.interrupts import handled_by, raise_at_once
 
 COMMANDS = {
     "quantize": "quantise a model, and measure what that cost",
@@ -26,7 +27,7 @@ COMMANDS = {
 }
 COMPOSED = ("quantize", "plan", "rotate", "evaluate", "calibrate")  # these read a config, the others use argparse
 USAGE_ERROR = 2  # as of argparse and most shells
-INTERRUPTED = 130  # 128 + SIGINT, where there is nothing to continue
+INTERRUPTED = 130  # 128 + SIGINT; of commands that have nothing to continue
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
@@ -39,21 +40,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Likewise: where one of several processes of a run ends, the others report it in one line, and c10d in thirty.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()
-        return code
+        with handled_by(raise_at_once):
+            code = _dispatch(arguments)
+            sys.stdout.flush()
+            return code
     except JointqError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if not isinstance(error, AlreadyReported):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        return _reported(error)
     except KeyboardInterrupt:
+        if arguments and arguments[0] in COMPOSED:
+            return _reported(Interrupted())
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
         return BROKEN_PIPE
+
+
+def _reported(error: JointqError) -> int:
+    if not isinstance(error, AlreadyReported):
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -23,6 +23,7 @@ from jointq_cli.report.compare.run_files import parse_settings
 from jointq_cli.report.reproduction import deciding_differences
 from jointq_cli.report.reproduction.finished_run import FinishedRun
 from jointq_cli.setting_rules import RENAMED, places
+from jointq_cli.system.files import translated_disk_errors
 from jointq_cli.system.inventory import entries
 
 RECIPE = "replayed"
@@ -134,8 +135,17 @@ def _folder_of_recipes(recipe: Path) -> Iterator[Path]:
 
 @contextmanager
 def _tidied(directory: Path) -> Iterator[None]:
-    """Afterwards removes the store, which no other run will use; and the directory, if no stage was finished."""
+    """Afterwards removes the store, which no other run will use; and the directory, if no stage was finished.
+
+    Raises JointqError where another replay has begun in the directory: its store exists.
+    """
     existed, store = directory.exists(), directory / "store"
+    with translated_disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            store.mkdir()
+        except FileExistsError as error:
+            raise JointqError(f"--directory={directory}: another replay is writing there") from error
     try:
         yield
     except JointqError:

@@ -68,10 +68,10 @@ class Sweep:
         try:
             directory = SweepDirectory(Path(config.hydra.sweep.dir).absolute())
             _pin(config, directory.path)
-            jobs = _jobs(config)
+            jobs = job_overrides(config.hydra)
             keys = [self._key_of(config, number, overrides) for number, overrides in enumerate(jobs)]
             plan = SweepPlan(str(config.name), self._command, varying(jobs), keys)
-            directory.write_plan(plan)
+            directory.begin(plan)
         except Exception as error:  # Hydra would print a warning, and go on
             raise SweepRefused(self._format_error(error)) from error
         self._before = {number: directory.record(number) for number in range(len(jobs))}
@@ -200,11 +200,11 @@ def varying(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     return [{key: job[key] for key in keys if key in job} for job in pairs]
 
 
-def _jobs(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job, in the order of their numbers."""
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+def job_overrides(hydra: Any) -> list[list[str]]:
+    """The overrides of every job, in the order of their numbers. hydra: Hydra's own part of a config."""
+    params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    words = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${hydra:job.num} is each job's own
+    words = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${hydra:job.num} is each job's own
     assert isinstance(words, list)
     overrides = parser.parse_overrides([*params, *words])
     [jobs] = BasicSweeper.split_arguments(overrides, None)

@@ -1,9 +1,25 @@
-"""Which linear layers are quantised: the rules of the reference implementation (OneComp), in its order."""
+"""Which linear layers are quantised: the rules of the reference implementation (OneComp), in its order, and routers.
 
+Routers of experts are small, and an error of theirs sends tokens to other experts: they are left out by default.
+"""
+
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+from torch import nn
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.setting_rules import check_settings, setting
+
+# A part of the name of a router: mlp.gate, block_sparse_moe.router.layer, mlp.shared_expert_gate. The gate of a gated
+# MLP may have the same name, but it has more outputs than inputs.
+_ROUTER = re.compile(r"(^|\.)(router|gate|router_gate|moe_gate|shared_expert_gate)(\.|$)")
+
+
+def find_routers(linear: Mapping[str, nn.Linear]) -> set[str]:
+    """Those of the linear layers (by name) that choose or weight experts."""
+    return {name for name, layer in linear.items() if _ROUTER.search(name) and layer.out_features < layer.in_features}
 
 
 @dataclass(frozen=True)
@@ -11,7 +27,8 @@ class LayerSelection:
     """Filters over the names of a model's linear layers, applied in the order of the fields.
 
     A *name* must match a layer's full name or its last components (`lm_head`, `mlp.down_proj`); a *keyword* may occur
-    anywhere in it. Empty includes select everything. `num_layers` keeps the first of the remaining layers.
+    anywhere in it. Empty includes select everything, but routers are included by a name only. `num_layers` keeps the
+    first of the remaining layers.
     """
 
     include_layer_names: list[str] = setting([])
@@ -23,17 +40,20 @@ class LayerSelection:
     def __post_init__(self) -> None:
         check_settings(self, "layers")
 
-    def select(self, names: list[str], known: list[str]) -> list[str]:
+    def select(self, names: list[str], known: list[str], routers: Collection[str] = ()) -> list[str]:
         """The names to quantise, in the order of `names`.
 
         names: linear layers inside the decoder blocks. known: every linear layer of the model; patterns are checked
-        against these, so that the head may be excluded although it is not in a block.
+        against these, so that the head may be excluded although it is not in a block. routers: left out unless
+        included by name.
         Raises ConfigError for a pattern that matches no layer, and when no layer is left.
         """
         self._refuse_unmatched_patterns(known)
         chosen = list(names)
         if self.include_layer_names:
             chosen = [name for name in chosen if _named(name, self.include_layer_names)]
+        else:
+            chosen = [name for name in chosen if name not in routers]
         if self.include_layer_keywords:
             chosen = [name for name in chosen if _contains(name, self.include_layer_keywords)]
         chosen = [name for name in chosen if not _named(name, self.exclude_layer_names)]
@@ -52,10 +72,7 @@ class LayerSelection:
             ("exclude_layer_keywords", _contains),
         ):
             for pattern in getattr(self, key):
-                is_default = (key, pattern) == (
-                    "exclude_layer_names",
-                    "lm_head",
-                )  # other models name their head otherwise
+                is_default = (key, pattern) == ("exclude_layer_names", "lm_head")  # some heads have other names
                 if not is_default and not any(matches(name, [pattern]) for name in known):
                     raise ConfigError(
                         f"layers.{key}: {pattern!r} matches none of the model's {len(known)} linear layers"

@@ -3,8 +3,8 @@
     for groups of layers that share an input, in the order they run:
         Hessian of that input  ->  QEP  ->  quantizer  ->  the dequantised weight in the block
 
-The hidden states of the calibration windows pass through every block with its original and with its quantised weights.
-Only the first batch does where no statistics depend on it: it shows how far the two have drifted apart.
+The hidden states of the calibration windows pass through every block with its original and with its quantised weights:
+all of them where statistics depend on them, otherwise the first batch, for the error that is recorded for each block.
 """
 
 import time

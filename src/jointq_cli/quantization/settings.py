@@ -27,7 +27,7 @@ class LoopSettings:
         if self.heldout and self.windows <= self.batch:
             raise ConfigError(
                 f"calibration.num_samples={self.windows}: must be more than the {self.batch} windows of one forward "
-                "pass, for whole passes are held out; lower runtime.batch_tokens"
+                "pass, because complete passes are held out; lower runtime.batch_tokens"
             )
         if self.quantizer.heldout and self.qep.heldout and self.quantizer.heldout != self.qep.heldout:
             raise ConfigError(

@@ -47,10 +47,18 @@ def headline(report: RunReport) -> str:
     before, after = significant(report.original.value), significant(report.quantized.value)
     simulated = f" stored, {report.simulation.activations.split()[0]} simulated" if report.simulation else ""
     return (
-        f"{significant(report.bits_per_weight, 3)} bits per weight{simulated}; "
+        f"{significant(report.bits_per_weight, 3)} bits per weight{partly(report)}{simulated}; "
         f"perplexity {before} → {after} ({relative_change(perplexity_increase(report)[0])}), "
         f"KL {significant(report.comparison.kl_divergence, 3)} nats"
     )
+
+
+def partly(report: RunReport) -> str:
+    """What `bits_per_weight` leaves out, where that is much; "" otherwise."""
+    found = report.coverage
+    if found is None or found.is_complete:
+        return ""
+    return f" in {percent(found.share)} of the blocks' weights ({significant(found.block_bits, 3)} in all of them)"
 
 
 def perplexity_increase(report: RunReport) -> tuple[float, float]:
@@ -104,7 +112,8 @@ def basis(report: RunReport) -> list[tuple[str, str]]:
 
 def stored_and_simulated(report: RunReport) -> str:
     """Which part of the result is stored in the checkpoint, and which part was only simulated."""
-    stored = f"In the checkpoint: weights of {significant(report.bits_per_weight, 3)} bits, dequantised"
+    bits = f"{significant(report.bits_per_weight, 3)} bits{partly(report)}"
+    stored = f"In the checkpoint: weights of {bits}, dequantised"
     if report.rotation is not None:
         stored += f", in a basis that is absorbed ({'; '.join(rotation_summary.names(report.rotation))})"
         if report.rotation.online:
@@ -183,13 +192,29 @@ def stage_cost(stage: StageRecord) -> str:
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
     audit = report.audit
+    stored = "of the quantised layers: codes, scales, zero-points, permutation"
     return [
         KeyMetric("perplexity", perplexity_text(report.quantized), f"original {perplexity_text(report.original)}"),
         *comparison_metrics(report.comparison),
-        KeyMetric("bits per weight", significant(report.bits_per_weight, 3), "codes, scales, zero-points, permutation"),
+        KeyMetric(
+            "bits per weight",
+            significant(report.bits_per_weight, 3),
+            stored,
+        ),
+        *_coverage_metrics(report),
         KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
         KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
         KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
+    ]
+
+
+def _coverage_metrics(report: RunReport) -> list[KeyMetric]:
+    if report.coverage is None:
+        return []
+    share = f"of all weights of the blocks; {percent(report.coverage.share)} of them are quantised"
+    return [
+        KeyMetric("bits per block weight", significant(report.coverage.block_bits, 3), share),
+        KeyMetric("bits per parameter", significant(report.coverage.checkpoint_bits, 3), "of the complete checkpoint"),
     ]
 
 

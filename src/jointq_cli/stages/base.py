@@ -74,21 +74,10 @@ class Context:
     def run(self, stage: Stage) -> Artifact:
         """The result of a stage, from the store or computed; announced and timed."""
         with self.timed(stage.name) as timer:
-            return _marked(timer, self.reuse(stage))
-
-    def run_within(self, stage: Stage, budget: int, size: int) -> Artifact | None:
-        """As `run`, where all artifacts of this kind may take `budget` bytes: see `Store.reuse_within`."""
-        with self.timed(stage.name) as timer:
-            artifact = self.store.reuse_within(
-                stage.kind,
-                _key(stage),
-                lambda scratch: stage.make(scratch, self),
-                budget=budget,
-                size=size,
-                resumable=stage.resumable,
-                together=stage.together,
-            )
-            return artifact and _marked(timer, artifact)
+            artifact = self.reuse(stage)
+            if artifact.reused:
+                timer.reused()
+            return artifact
 
     def reuse(self, stage: Stage) -> Artifact:
         """The result of a stage that is part of another step, which announces it."""
@@ -99,6 +88,10 @@ class Context:
             resumable=stage.resumable,
             together=stage.together,
         )
+
+    def make_room(self, stage: Stage, budget: int, size: int) -> bool:
+        """Whether the result of a stage may be kept: see `Store.make_room`."""
+        return self.store.make_room(stage.kind, _key(stage), budget=budget, size=size)
 
     def directory(self, stage: Stage) -> Path:
         """Where the store keeps the result of a stage, once it has been run."""
@@ -127,7 +120,8 @@ class Context:
 
 @contextmanager
 def open_context(store: str, runtime: Runtime, console: Console, team: Team) -> Iterator[Context]:
-    """The context of a command, over the store in this directory. Inside, Ctrl-C takes effect at the next `pause`."""
+    """The context of a command, over the store in this directory. Inside, Ctrl-C and the like take effect at the next
+    `pause`."""
     root = Path(store)
     with (
         deferred() as interrupts,
@@ -137,7 +131,7 @@ def open_context(store: str, runtime: Runtime, console: Console, team: Team) -> 
     ):
         try:
             yield Context(opened, console, runtime, use_device(runtime, team), team, interrupts.raise_if_requested)
-        except PeerProcessError:  # Ctrl-C reaches all processes, and one of them has ended before this one noticed
+        except PeerProcessError:  # a signal reaches all processes, and one of them has ended before this one noticed
             interrupts.raise_if_requested()
             raise
 
@@ -165,9 +159,3 @@ def windows_per_pass(runtime: Runtime, windows: Tensor) -> int:
 def _key(stage: Stage) -> str:
     assert stage.key is not None, f"{stage.name}: run before its inputs were hashed"
     return stage.key
-
-
-def _marked(timer: StageTimer, artifact: Artifact) -> Artifact:
-    if artifact.reused:
-        timer.reused()
-    return artifact

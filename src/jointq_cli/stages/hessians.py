@@ -20,11 +20,11 @@ def share_hessians(context: Context, model: StreamedModel, tokens: Tokens, loop:
     if not can_share(model, loop, budget):
         _note_no_room(context, f"they take up to {size / 1e9:.3g} GB")
         return None
-    artifact = context.run_within(hessians_stage(model, tokens, loop), budget, size)
-    if artifact is None:
+    stage = hessians_stage(model, tokens, loop)
+    if not context.make_room(stage, budget, size):
         _note_no_room(context, "those of runs that are under way take the rest")
         return None
-    return Hessians(artifact.path)
+    return Hessians(context.run(stage).path)
 
 
 def can_share(model: StreamedModel, loop: LoopSettings, budget: float) -> bool:

@@ -10,6 +10,7 @@ from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.formats.audit import audit
+from jointq_cli.models.coverage import coverage
 from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
@@ -87,6 +88,7 @@ def finish_run(
         reload_check=measured.reload_check,
         audit=audited,
         bits_per_weight=_bits_per_weight(quantized),
+        coverage=coverage(rotated.model, quantized.layers, audited.packed_bytes),
         layers=quantized.layers,
         blocks=quantized.blocks,
         stages=context.records,

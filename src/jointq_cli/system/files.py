@@ -66,7 +66,13 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    path.write_bytes(encoded(text))
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8. A byte of a path that is not UTF-8, which Python holds as a surrogate, becomes an escape such as \\udcff,
+    which JSON and yaml read back."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def link_files(source: Path, target: Path, pattern: str = "*") -> None:

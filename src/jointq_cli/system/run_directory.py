@@ -3,18 +3,23 @@
 Knows nothing of what the reports say or how a model is stored.
 """
 
+import hashlib
+import itertools
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.system import machine
-from jointq_cli.system.files import file_hash, translated_disk_errors, write_text_atomically
+from jointq_cli.system.files import encoded, translated_disk_errors, write_text_atomically
+from jointq_cli.system.locks import Kind, Lock, try_lock
 
+LOCK = ".run.lock"  # exists while a run writes, which holds it
 # The files that are reproducible to the byte; the others contain times or a log.
 RESULTS = ("rotation/*.safetensors", "codes/*.safetensors", "checkpoint/*")
 
@@ -39,7 +44,7 @@ class Manifest:
     cpu: str | None = None  # name and instruction sets, as `machine.cpu` returns them
     gpu: str | None = None
     processes: int = 1
-    recipe_sha256: str | None = None  # of recipe.yaml, to detect that a later run has overwritten it
+    recipe_sha256: str | None = None  # of recipe.yaml as requested, to detect that a later run has overwritten it
     model: dict[str, str] = field(default_factory=dict)  # as `sources.provenance` returns it
 
 
@@ -92,6 +97,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.recipe_hash: str | None = None  # sha256 of the recipe that this run has written
         with translated_disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
@@ -161,14 +167,10 @@ class RunDirectory:
                 "another hydra.run.dir"
             )
 
-    @property
-    def recipe_hash(self) -> str | None:
-        """sha256 of recipe.yaml, None where there is none."""
-        return file_hash(self.recipe) if self.recipe.is_file() else None
-
     def write_recipe(self, text: str) -> None:
         """text: the resolved recipe as yaml."""
         self.write(self.recipe, text)
+        self.recipe_hash = hashlib.sha256(encoded(text)).hexdigest()
 
     def write_overrides(self, overrides: Sequence[str]) -> None:
         """overrides: as typed, such as "quantizer.bits=3"."""
@@ -181,3 +183,56 @@ class RunDirectory:
 
     def write(self, path: Path, text: str) -> None:
         write_text_atomically(path, text)
+
+
+@contextmanager
+def claimed(path: Path, *, new: bool) -> Iterator[RunDirectory]:
+    """The run directory at `path`; inside, no other run writes there.
+
+    new: if another run writes or has written there, `path`_2, `path`_3 and so on instead. Else raises ConfigError while
+    another run is writing there.
+    """
+    for place in _numbered(path) if new else [path]:
+        run = RunDirectory(place)
+        if (lock := _claim(run, new)) is not None:
+            break
+    else:
+        raise ConfigError(
+            f"hydra.run.dir={path}: another run is writing there; wait until it ends, or name another directory"
+        )
+    with lock:
+        try:
+            yield run
+        finally:
+            with suppress(OSError):  # a disk that has become read-only
+                lock.discard_file()
+
+
+def _claim(run: RunDirectory, new: bool) -> Lock | None:
+    with translated_disk_errors(run.path):
+        lock = try_lock(run.path / LOCK, Kind.EXCLUSIVE)
+        if lock is None or not (new and run.recipe.exists()):
+            return lock
+        lock.discard_file()
+        lock.release()
+        return None
+
+
+def new_directory(path: Path) -> Path:
+    """Creates `path`, or where that exists `path`_2, `path`_3 and so on: each call creates another one."""
+    with translated_disk_errors(path):
+        return next(place for place in _numbered(path) if _makes(place))
+
+
+def _makes(directory: Path) -> bool:
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}_{number}")

@@ -119,30 +119,18 @@ class Store:
         self._team.barrier()
         return Artifact(artifact_path(self.root, name), key, reused=not computed)
 
-    def reuse_within(
-        self,
-        kind: str,
-        key: str,
-        make: Callable[[Path], None],
-        *,
-        budget: int,
-        size: int,
-        resumable: bool = False,
-        together: bool = False,
-    ) -> Artifact | None:
-        """As `reuse`, for large artifacts: all artifacts of this kind together may take `budget` bytes.
+    def make_room(self, kind: str, key: str, *, budget: int, size: int) -> bool:
+        """Whether `reuse` of a large artifact keeps all artifacts of its kind within `budget` bytes together.
 
-        size: the expected bytes of this one. Before it is computed, least recently used artifacts of its kind are
-        removed. Returns None, and removes nothing, if that cannot free enough because the others are in use.
+        size: the expected bytes of this one. If it does not exist, least recently used artifacts of its kind are
+        removed. False, and nothing is removed, if that cannot free enough because the others are in use.
         """
         name = artifact_name(kind, key)
         fits = False
         if self._team.rank == 0:
             with translated_disk_errors(self.root):
-                fits = self._acquire(name) or self._make_room(kind, name, budget - size)
-        if not self._team.broadcast(fits):
-            return None
-        return self.reuse(kind, key, make, resumable=resumable, together=together)
+                fits = self._acquire(name) or self._reduce(kind, name, budget - size)
+        return self._team.broadcast(fits)
 
     def _assist(self, name: str, make: Callable[[Path], None], together: bool) -> None:
         """What `reuse` does on ranks other than 0."""
@@ -195,7 +183,7 @@ class Store:
             sync(self.root)
         return True
 
-    def _make_room(self, kind: str, name: str, room: int) -> bool:
+    def _reduce(self, kind: str, name: str, room: int) -> bool:
         """Whether the other artifacts of this kind take at most `room` bytes, if necessary after least recently used
         ones have been removed. Removes none if that would not be enough."""
         others = [entry for entry in entries(self.root) if entry.stage == kind and entry.name != name]

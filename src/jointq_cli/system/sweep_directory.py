@@ -13,19 +13,20 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jointq_cli.errors import Interrupted, JointqError
+from jointq_cli.errors import ConfigError, Interrupted, JointqError
 from jointq_cli.setting_rules import places
 from jointq_cli.system.code_version import package_version
 from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.locks import Kind, Lock, is_locked, try_lock
 
-PLAN, JOB, LOCK = "sweep.json", "job.json", ".job.lock"
+PLAN, JOB, LOCK, PLAN_LOCK = "sweep.json", "job.json", ".job.lock", ".sweep.lock"
 POLL_SECONDS = 0.5  # between two attempts to get a lock
 WAITING, RUNNING, DONE, FAILED, INTERRUPTED = "waiting", "running", "done", "failed", "interrupted"
 ENDED = (DONE, FAILED, INTERRUPTED)
@@ -63,10 +64,18 @@ class SweepDirectory:
     def exists(self) -> bool:
         return (self.path / PLAN).is_file()
 
-    def write_plan(self, plan: SweepPlan) -> None:
-        with translated_disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.path / PLAN, json.dumps(asdict(plan), indent=2, ensure_ascii=False) + "\n")
+    def begin(self, plan: SweepPlan) -> None:
+        """Writes the plan. Raises ConfigError where the directory has another sweep, whose jobs it would replace: one
+        by another command, unless the jobs of `plan` begin with its jobs."""
+        with translated_disk_errors(self.path), _lock(self.path / PLAN_LOCK, lambda: None):
+            if self.exists:
+                last = self.plan()
+                if last.command != plan.command and last.keys != plan.keys[: len(last.keys)]:
+                    raise ConfigError(
+                        f"hydra.sweep.dir={self.path}: has the sweep of `{shlex.join(last.command)}`; name another "
+                        "directory, or remove this one"
+                    )
+            write_text_atomically(self.path / PLAN, json.dumps(asdict(plan), indent=2, ensure_ascii=False) + "\n")
 
     def plan(self) -> SweepPlan:
         try:

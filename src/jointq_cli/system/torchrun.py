@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from jointq_cli.errors import AlreadyReported, JointqError, PeerProcessError, ResourceError
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
+from jointq_cli.system.interrupts import handled_by
 
 T = TypeVar("T")
 
@@ -135,19 +136,18 @@ def _rendezvous() -> tuple[Any, Team]:
 
 @contextmanager
 def _waiting_notice() -> Iterator[None]:
-    """Prints a line if the rendezvous takes long. Inside, Ctrl-C ends the process at once: c10d blocks in C++, where no
-    Python handler runs."""
+    """Prints a line if the rendezvous takes long. Inside, Ctrl-C and the like end the process at once: c10d blocks in
+    C++, where no Python handler runs."""
     rank, host, port = (os.environ.get(name, "") for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     notice = f"process {rank} is waiting for the others, {_world_size()} in all, at {host}:{port}"
     timer = threading.Timer(_NOTICE_AFTER, print, [notice], {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGINT, handler)
+    with handled_by(signal.SIG_DFL):
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _fails_first(store: Any) -> bool:

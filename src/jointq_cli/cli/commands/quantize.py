@@ -6,7 +6,7 @@ from jointq_cli.pipeline import quantize
 from jointq_cli.recipe import Recipe
 from jointq_cli.report import Console
 from jointq_cli.report.summary import problems
-from jointq_cli.system.run_directory import RunDirectory
+from jointq_cli.system.run_directory import claimed
 
 
 def main(arguments: list[str]) -> int:
@@ -15,12 +15,12 @@ def main(arguments: list[str]) -> int:
 
 def run(recipe: Recipe, job: Job) -> None:
     """Raises UntrustedResult when the run was completed but its result cannot be trusted."""
-    directory = RunDirectory(job.directory)
-    directory.claim(recipe.model.path)
-    directory.write_recipe(job.config)
-    directory.write_overrides(job.overrides)
-    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
-        report = quantize(recipe, directory, console, job.team)
-        found = problems(report) if report else []
-        if found:
-            raise UntrustedResult(f"{'; '.join(found)}; see {directory.report_markdown}")
+    with claimed(job.directory, new=job.new) as directory:
+        directory.claim(recipe.model.path)
+        directory.write_recipe(job.config)
+        directory.write_overrides(job.overrides)
+        with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
+            report = quantize(recipe, directory, console, job.team)
+            found = problems(report) if report else []
+            if found:
+                raise UntrustedResult(f"{'; '.join(found)}; see {directory.report_markdown}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jointq_cli.errors import AlreadyReported, JointqError
 from jointq_cli.system.files import write_text_atomically
+from jointq_cli.system.run_directory import new_directory
 
 JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 
@@ -31,7 +32,12 @@ def main(arguments: list[str]) -> int:
     original = read_finished_run(parsed.run_directory)
     place = parsed.against or parsed.directory or fresh_beside(parsed.run_directory)
     if parsed.against is None:
-        replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
+        try:
+            replay(original, place, parsed.overrides, ["reproduce", *arguments], run)
+        finally:
+            if parsed.directory is None:
+                with suppress(OSError):
+                    place.rmdir()  # if the replay has left nothing
     found = compare(original, read_finished_run(place), setting_roles(), parsed.tolerance)
     if parsed.against is None:
         write_text_atomically(place / JSON, encode(found))
@@ -89,4 +95,4 @@ def _share(text: str) -> float:
 
 
 def fresh_beside(run: Path) -> Path:
-    return run.resolve().parent / f"reproduced_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return new_directory(run.resolve().parent / f"reproduced_{datetime.now():%Y-%m-%d_%H-%M-%S}")

@@ -6,7 +6,7 @@ from jointq_cli.pipeline import rotate
 from jointq_cli.recipe import RotateRecipe
 from jointq_cli.report import Console
 from jointq_cli.report.rotation_summary import problems
-from jointq_cli.system.run_directory import RunDirectory
+from jointq_cli.system.run_directory import claimed
 
 
 def main(arguments: list[str]) -> int:
@@ -15,11 +15,11 @@ def main(arguments: list[str]) -> int:
 
 def run(recipe: RotateRecipe, job: Job) -> None:
     """Raises JointqError when the run was completed but its result cannot be trusted."""
-    directory = RunDirectory(job.directory)
-    directory.claim(recipe.model.path)
-    directory.write_recipe(job.config)
-    directory.write_overrides(job.overrides)
-    with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
-        found = problems(rotate(recipe, directory, console, job.team))
-        if found:
-            raise JointqError(f"{'; '.join(found)}; see {directory.rotation}")
+    with claimed(job.directory, new=job.new) as directory:
+        directory.claim(recipe.model.path)
+        directory.write_recipe(job.config)
+        directory.write_overrides(job.overrides)
+        with Console(directory.log, quiet=job.elsewhere, brief=job.label) as console:
+            found = problems(rotate(recipe, directory, console, job.team))
+            if found:
+                raise JointqError(f"{'; '.join(found)}; see {directory.rotation}")

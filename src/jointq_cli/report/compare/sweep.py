@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import Comparison, EvaluationReport, Perplexity, Protocol, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, Perplexity, Protocol, RunReport
 from jointq_cli.report import summary
 from jointq_cli.report.compare.run_files import EVALUATION, REPORT
 from jointq_cli.system.record_json import load_record, load_report
@@ -30,6 +30,7 @@ class SweepMeasurement:
     bits_per_weight: float | None
     peak_memory: int | None
     seconds: float
+    coverage: Coverage | None = None
 
     @property
     def increase(self) -> tuple[float, float]:
@@ -101,6 +102,7 @@ def _of_run(report: RunReport) -> SweepMeasurement:
         bits_per_weight=report.bits_per_weight,
         peak_memory=report.peak_memory,
         seconds=summary.total_seconds(report),
+        coverage=report.coverage,
     )
 
 

@@ -57,6 +57,8 @@ def _row(job: SweepJob) -> dict[str, Any]:
         "kl_divergence_standard_error": comparison and comparison.kl_divergence_standard_error,
         "top1_agreement": comparison and comparison.top1_agreement,
         "bits_per_weight": measured and measured.bits_per_weight,
+        "block_bits_per_weight": measured and measured.coverage and measured.coverage.block_bits,
+        "checkpoint_bits_per_parameter": measured and measured.coverage and measured.coverage.checkpoint_bits,
         "peak_memory": measured and measured.peak_memory,
     }
     return {

@@ -13,7 +13,6 @@ from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.records import COMPUTED, ComparedStep, RunReport
 from jointq_cli.report.number_format import before_after, percent, plural
 from jointq_cli.report.reproduction.finished_run import CODES, FinishedRun, code_files, codes_file
-from jointq_cli.report.reproduction.order import position
 
 ROTATION = "rotation/rotation.safetensors"
 CHECKPOINT = "checkpoint/"
@@ -45,7 +44,7 @@ def codes(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     others = f", and in {len(differing)} of {of_all}" if len(differing) > 1 else ""
     how = _difference(first, original, replay, lambda *paths: _codes_difference(*map(load_layer, paths)))
     where = f"first in {name}{_block(name, original.report)}{others}{_no_hash(first, original, replay)}"
-    return ComparedStep("codes", COMPUTED, False, f"{where}: {how}" if how else where, position(name, original.report))
+    return ComparedStep("codes", COMPUTED, False, f"{where}: {how}" if how else where, original.position(name))
 
 
 def checkpoint(original: FinishedRun, replay: FinishedRun) -> ComparedStep:

@@ -33,13 +33,13 @@ def compare(
         *inputs.hashes(*runs),
         artifacts.rotation(*runs),
         artifacts.codes(*runs),
-        metrics.layers(*runs),
-        metrics.blocks(*runs),
+        metrics.compare_records("layers", *runs),
+        metrics.compare_records("blocks", *runs),
         artifacts.checkpoint(*runs),
-        metrics.audit(*runs),
+        metrics.compare_records("audit", *runs),
         metrics.reload_check(*runs),
-        metrics.simulation(*runs),
-        metrics.likelihoods(*runs),
+        metrics.compare_records("simulation", *runs),
+        metrics.compare_records("likelihoods", *runs),
         *map(metrics.metric_step, replayed),
     ]
     results_are_identical = all(step.same for step in steps_after_config)

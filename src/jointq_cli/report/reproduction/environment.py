@@ -49,18 +49,10 @@ def _changes(names: Iterable[str], ours: Mapping[str, str | None], theirs: Mappi
 
 def _environment(run: FinishedRun) -> dict[str, str | None]:
     manifest = run.manifest
+    hardware = {name: getattr(manifest, name) for name in HARDWARE}
     return {
         **manifest.versions,
-        "commit": _short(manifest.commit),
+        "commit": manifest.commit and manifest.commit[:12] + manifest.commit[40:],  # which may end in DIRTY
         "platform": manifest.platform,
-        "device": manifest.device,
-        "gpu": manifest.gpu,
-        "cpu": manifest.cpu,
-        "threads": str(manifest.threads),
-        "processes": str(manifest.processes),
+        **{name: None if value is None else str(value) for name, value in hardware.items()},
     }
-
-
-def _short(commit: str | None) -> str | None:
-    """Twelve digits, and "-dirty" if there were uncommitted changes."""
-    return None if commit is None else commit[:12] + commit[40:]

@@ -29,6 +29,16 @@ class FinishedRun:
     report: RunReport
     files: dict[str, str]  # sha256 of each file that the run has written, by its path in the directory
 
+    def position(self, name: str) -> int:
+        """Of a layer, or of a block, which comes after its layers, in the order of the run; unknown names come last."""
+        layers, blocks = self.report.layers, self.report.blocks
+        order = [
+            entry
+            for block in sorted({layer.block for layer in layers} | {block.block for block in blocks})
+            for entry in (*(layer.name for layer in layers if layer.block == block), block_name(block))
+        ]
+        return order.index(name) if name in order else len(order)
+
 
 def read_finished_run(directory: Path) -> FinishedRun:
     """Raises JointqError, which says what is missing or has changed, for anything but a finished `jointq quantize`."""
@@ -46,6 +56,10 @@ def read_finished_run(directory: Path) -> FinishedRun:
     _check_recipe(directory / "recipe.yaml", manifest)
     _check_unchanged(directory, manifest.files)
     return FinishedRun(directory, settings, manifest, report, manifest.files or _hashed(directory, report))
+
+
+def block_name(block: int) -> str:
+    return f"block {block}"
 
 
 def codes_file(layer: str) -> str:

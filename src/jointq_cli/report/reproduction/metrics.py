@@ -3,15 +3,14 @@
 NaN equals NaN here, as a run that measures it again is the same run. Knows no tolerance.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from jointq_cli.records import MEASURED, ComparedStep, ReplayedMetric, RunReport
 from jointq_cli.report.number_format import before_after, plural, relative_change, significant
-from jointq_cli.report.reproduction.finished_run import FinishedRun
-from jointq_cli.report.reproduction.order import block_name, position
+from jointq_cli.report.reproduction.finished_run import FinishedRun, block_name
 
 ROUNDING = 1e-9  # relative: of float64 sums whose order depends on the threads; one changed code has a larger effect
 
@@ -23,16 +22,48 @@ METRICS: dict[str, Callable[[RunReport], float]] = {
 }
 
 
-def layers(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    return _records("layers", _layers(original.report), _layers(replay.report), original.report)
+def _without(record: Record, *names: str) -> Record:
+    return {key: value for key, value in record.items() if key not in names}
 
 
-def blocks(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    return _records("blocks", _blocks(original.report), _blocks(replay.report), original.report)
+def _flat(record: Record, field: str) -> Record:
+    """The record with the entries of one dictionary field as fields of their own."""
+    return _without(record, field) | {f"{field}.{name}": value for name, value in record[field].items()}
 
 
-def audit(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    return _records("audit", _audit(original.report), _audit(replay.report))
+# Without times, without labels, which older reports lack, and without METRICS, which are steps of their own.
+RECORDS: dict[str, Callable[[RunReport], dict[str, Record]]] = {
+    "layers": lambda report: {
+        layer.name: _without(_flat(asdict(layer), "notes"), "seconds", "label") for layer in report.layers
+    },
+    "blocks": lambda report: {block_name(block.block): asdict(block) for block in report.blocks},
+    "audit": lambda report: {"audit": asdict(report.audit)},
+    "simulation": lambda report: (
+        {"simulation": _flat(asdict(report.simulation), "clip_ratios")} if report.simulation else {}
+    ),
+    "likelihoods": lambda report: {
+        "original": _without(asdict(report.original), "value"),
+        "quantised": _without(asdict(report.quantized), "value"),
+        "comparison": _without(asdict(report.comparison), "kl_divergence"),
+    },
+}
+IN_MODEL_ORDER = ("layers", "blocks")
+
+
+def compare_records(name: str, original: FinishedRun, replay: FinishedRun) -> ComparedStep:
+    """name: of RECORDS."""
+    ours, theirs = (RECORDS[name](run.report) for run in (original, replay))
+    gaps = {key: _record_gaps(ours.get(key, {}), theirs.get(key, {})) for key in ours | theirs}
+    differing = [key for key, found in gaps.items() if max(found.values(), default=0.0) > ROUNDING]
+    if differing:
+        first = differing[0]
+        key = next(key for key, gap in gaps[first].items() if gap > ROUNDING)
+        values = _values(*(side.get(first, {}).get(key) for side in (ours, theirs)))
+        where = f"{len(differing)} of {len(gaps)}, {first} first" if len(gaps) > 1 else first
+        position = original.position(first) if name in IN_MODEL_ORDER else None
+        return ComparedStep(name, MEASURED, False, f"{where}: {key} {values}", position)
+    largest = max((gap for found in gaps.values() for gap in found.values()), default=0.0)
+    return ComparedStep(name, MEASURED, True, f"{plural(len(gaps), 'record')}{_rounding(largest)}" if gaps else "none")
 
 
 def reload_check(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
@@ -40,18 +71,6 @@ def reload_check(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     return ComparedStep(
         "reload check", MEASURED, ours == theirs, ours if ours == theirs else before_after(ours, theirs)
     )
-
-
-def simulation(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    """Activations and their clip ratios."""
-    if original.report.simulation is None and replay.report.simulation is None:
-        return ComparedStep("simulation", MEASURED, True, "none")
-    return _records("simulation", _simulation(original.report), _simulation(replay.report))
-
-
-def likelihoods(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    """Log-likelihoods, top-1 agreement and standard errors."""
-    return _records("likelihoods", _likelihoods(original.report), _likelihoods(replay.report))
 
 
 def replayed_metrics(original: FinishedRun, replay: FinishedRun) -> list[ReplayedMetric]:
@@ -65,66 +84,6 @@ def metric_step(metric: ReplayedMetric) -> ComparedStep:
         detail = f"{significant(metric.original)}{_rounding(abs(metric.change))}"
         return ComparedStep(metric.name, MEASURED, True, detail)
     return ComparedStep(metric.name, MEASURED, False, _values(metric.original, metric.replay))
-
-
-def _layers(report: RunReport) -> dict[str, Record]:
-    """Without their times, and their labels, which older reports lack."""
-    records = {layer.name: _flat(dataclasses.asdict(layer), "notes") for layer in report.layers}
-    return {
-        name: {key: value for key, value in record.items() if key not in ("seconds", "label")}
-        for name, record in records.items()
-    }
-
-
-def _blocks(report: RunReport) -> dict[str, Record]:
-    return {block_name(block.block): dataclasses.asdict(block) for block in report.blocks}
-
-
-def _audit(report: RunReport) -> dict[str, Record]:
-    return {"audit": dataclasses.asdict(report.audit)}
-
-
-def _simulation(report: RunReport) -> dict[str, Record]:
-    if report.simulation is None:
-        return {}
-    return {"simulation": _flat(dataclasses.asdict(report.simulation), "clip_ratios")}
-
-
-def _likelihoods(report: RunReport) -> dict[str, Record]:
-    """Without METRICS, which are steps of their own."""
-    records = {
-        "original": dataclasses.asdict(report.original),
-        "quantised": dataclasses.asdict(report.quantized),
-        "comparison": dataclasses.asdict(report.comparison),
-    }
-    return {
-        name: {key: value for key, value in record.items() if key not in ("value", "kl_divergence")}
-        for name, record in records.items()
-    }
-
-
-def _flat(record: Record, field: str) -> Record:
-    """The record with the entries of one dictionary field as fields of their own."""
-    rest = {key: value for key, value in record.items() if key != field}
-    return rest | {f"{field}.{name}": value for name, value in record[field].items()}
-
-
-def _records(
-    name: str, ours: dict[str, Record], theirs: dict[str, Record], order: RunReport | None = None
-) -> ComparedStep:
-    """order: a report with the order of the layers and blocks that the records are about, None for other records."""
-    gaps = {key: _record_gaps(ours.get(key, {}), theirs.get(key, {})) for key in ours | theirs}
-    differing = [key for key, found in gaps.items() if max(found.values(), default=0.0) > ROUNDING]
-    if differing:
-        first = differing[0]
-        key = next(key for key, gap in gaps[first].items() if gap > ROUNDING)
-        values = _values(*(side.get(first, {}).get(key) for side in (ours, theirs)))
-        where = f"{len(differing)} of {len(gaps)}, {first} first" if len(gaps) > 1 else first
-        return ComparedStep(
-            name, MEASURED, False, f"{where}: {key} {values}", None if order is None else position(first, order)
-        )
-    largest = max((gap for found in gaps.values() for gap in found.values()), default=0.0)
-    return ComparedStep(name, MEASURED, True, f"{plural(len(gaps), 'record')}{_rounding(largest)}")
 
 
 def _values(ours: Any, theirs: Any) -> str:

@@ -71,12 +71,18 @@ def _metrics(comparison: RunComparison) -> TextTable:
         "KL divergence": _marked(comparison, _kl, _kl_text),
         "top-1": column(lambda report: number_format.percent(report.comparison.top1_agreement)),
         "bits/weight": column(lambda report: number_format.significant(report.bits_per_weight, 3)),
+        "bits/block": column(lambda report: _bits(report.coverage.block_bits if report.coverage else None)),
+        "bits/model": column(lambda report: _bits(report.coverage.checkpoint_bits if report.coverage else None)),
         "original": column(lambda report: summary.perplexity_text(report.original)),
         QUANTIZE: column(_quantize_cost),
         "total time": column(lambda report: number_format.duration(summary.total_seconds(report))),
         "peak memory": column(lambda report: number_format.byte_size(report.peak_memory)),
     }
     return _table_of_runs("Perplexity, KL divergence and costs", comparison, columns)
+
+
+def _bits(value: float | None) -> str:
+    return number_format.text_or_missing(None if value is None else number_format.significant(value, 3))
 
 
 def _errors(comparison: RunComparison) -> TextTable:

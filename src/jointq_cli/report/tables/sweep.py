@@ -91,7 +91,7 @@ def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
 
 def _jobs(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> TextTable:
     keys = _keys([job.settings for job in jobs])
-    metrics = ["perplexity", "increase", "KL divergence", "top-1", "bits/weight", "time", "state"]
+    metrics = ["perplexity", "increase", "KL divergence", "top-1", "bits/weight", "bits/model", "time", "state"]
     rows = [
         [
             Cell(str(job.number)),
@@ -108,8 +108,9 @@ def _cells(job: SweepJob, is_best: bool) -> list[Cell]:
     measured = job.measured
     top1 = percent(measured.comparison.top1_agreement) if measured and measured.comparison else MISSING
     bits = significant(measured.bits_per_weight, 3) if measured and measured.bits_per_weight else MISSING
+    model = significant(measured.coverage.checkpoint_bits, 3) if measured and measured.coverage else MISSING
     mark = BEST_MARK if is_best else " " * len(BEST_MARK)
-    texts = [increase, divergence, top1, bits, time, job.record.state]
+    texts = [increase, divergence, top1, bits, model, time, job.record.state]
     return [Cell(perplexity + mark, is_best), *map(Cell, texts)]
 
 

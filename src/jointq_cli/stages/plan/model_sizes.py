@@ -1,10 +1,11 @@
 """The sizes of a model: its blocks, their linear layers, and its parameters outside of blocks. Reads no weight."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from jointq_cli.models.coverage import left_out
 from jointq_cli.models.streamed import StreamedModel
 
 
@@ -35,6 +36,7 @@ class Shapes:
     outside: int  # parameters as stored: a tied head counts once
     is_tied: bool
     inputs: tuple[InputGroup, ...]  # of the layers to quantise, in all blocks
+    left_out: Mapping[str, float]  # kinds of weights that are not quantised: shares of the weights of all blocks
 
     @property
     def widest(self) -> int:
@@ -50,7 +52,7 @@ class Shapes:
         return self.vocabulary * self.hidden
 
 
-def shapes_of(model: StreamedModel, selected: Iterable[str]) -> Shapes:
+def shapes_of(model: StreamedModel, selected: list[str]) -> Shapes:
     """selected: full names of the layers to quantise, in the order of the model."""
     config: Any = model.module.config.get_text_config()  # of a model with vision as well
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
@@ -64,7 +66,8 @@ def shapes_of(model: StreamedModel, selected: Iterable[str]) -> Shapes:
         in_blocks=sum(sizes),
         outside=model.checkpoint.parameters - sum(sizes),
         is_tied=not model.stores(f"{head}.weight"),
-        inputs=tuple(_inputs(model, list(selected))),
+        inputs=tuple(_inputs(model, selected)),
+        left_out=left_out(model, selected),
     )
 
 

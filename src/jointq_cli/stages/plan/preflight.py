@@ -3,14 +3,20 @@
 Shown by `plan` and by the run itself before it computes, one line each, with the key to change. Knows sizes only.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from jointq_cli.evaluation.windows import Evaluation
+from jointq_cli.data.calibration import Calibration
+from jointq_cli.data.overlap import windows_in
+from jointq_cli.data.token_file import Tokens
+from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
+from jointq_cli.records import FULL_COVERAGE
 from jointq_cli.stages.plan.model_sizes import Shapes
 
 LEAST_TOKENS_PER_COLUMN = 4  # of calibration; with fewer than one the Hessian is singular
+SHARED = 0.1  # of a window's runs of 32 tokens; less is boilerplate that texts of one kind share
 LEAST_SCORED = 4000  # tokens; with fewer the standard error of a perplexity is about ten percent
 
 
@@ -20,6 +26,7 @@ def preflight_warnings(
     """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
         *model.checkpoint.warnings,
+        _left_out(shapes),
         *_beyond_positions(recipe, model),
         _few_tokens(calibrated, shapes),
         _short_text(recipe, scored),
@@ -38,6 +45,43 @@ def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:
         for part, length in lengths.items()
         if limit and length > limit
     ]
+
+
+def shared_text(recipe: Recipe, tokens: Tokens | None, windows: ScoredWindows | None) -> list[str]:
+    """A warning where the model is evaluated on text that it was calibrated on. None: not on this machine yet; then the
+    settings alone are compared."""
+    evaluation = recipe.evaluation
+    key = f"evaluation.path={evaluation.path}" if evaluation.path else f"evaluation.split={evaluation.split}"
+    if tokens is None or windows is None:
+        found = "the text of calibration" if _same_source(recipe.calibration, evaluation) else ""
+    elif count := int((windows_in(tokens.windows, windows.ids) >= SHARED).sum()):
+        found = f"{count} of {len(windows.ids)} windows hold text of the calibration windows"
+    else:
+        hashes = [origin.get("text_sha256") for origin in (tokens.provenance, windows.provenance)]
+        found = "the text of calibration, though other windows of it" if hashes[0] and len(set(hashes)) == 1 else ""
+    return [f"{key}: {found}; the perplexity will be too good, evaluate on other text"] if found else []
+
+
+def _same_source(calibration: Calibration, evaluation: Evaluation) -> bool:
+    """Whether both settings name the same text."""
+    if calibration.tokens:
+        return False
+    names = ("dataset", "path", "split", "config", "column", "revision")
+    return all(getattr(calibration, name) == getattr(evaluation, name) for name in names)
+
+
+def _left_out(shapes: Shapes) -> str:
+    share = 1 - sum(shapes.left_out.values())
+    if share >= FULL_COVERAGE:
+        return ""
+    kinds = ", ".join(f"{kind}: {part:.2g} %" for kind, part in _largest(shapes.left_out))
+    return f"layers: only {100 * share:.2g} % of the weights of the blocks are quantised; left out are {kinds}"
+
+
+def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
+    """The kinds that have a percent of the weights at least, or the largest one; in percent."""
+    parts = [(kind, 100 * part) for kind, part in left_out.items()]
+    return [pair for pair in parts if pair[1] >= 1] or parts[:1]
 
 
 def _few_tokens(calibrated: int, shapes: Shapes) -> str:
