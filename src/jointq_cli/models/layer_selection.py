@@ -72,10 +72,7 @@ class LayerSelection:
             ("exclude_layer_keywords", _contains),
         ):
             for pattern in getattr(self, key):
-                is_default = (key, pattern) == (
-                    "exclude_layer_names",
-                    "lm_head",
-                )  # other models name their head otherwise
+                is_default = (key, pattern) == ("exclude_layer_names", "lm_head")  # some heads have other names
                 if not is_default and not any(matches(name, [pattern]) for name in known):
                     raise ConfigError(
                         f"layers.{key}: {pattern!r} matches none of the model's {len(known)} linear layers"
