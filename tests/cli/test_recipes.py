@@ -54,13 +54,19 @@ def text_of(name: str) -> str:
     return config_files.options("recipe")[name].read_text(encoding="utf-8")
 
 
+def compose_recipe(name: str, *overrides: str) -> Recipe:
+    """Of a recipe that is a sweep, one job."""
+    one_job = ["rotation=none", "quantizer=rtn", "activations=none"] if "params:" in text_of(name) else []
+    return compose(f"recipe={name}", *one_job, *overrides)
+
+
 def test_the_promised_recipes_are_there() -> None:
     assert set(NAMES) >= PROMISED
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_composes_and_is_called_as_its_file(name: str) -> None:
-    recipe = compose(f"recipe={name}")
+    recipe = compose_recipe(name)
     assert isinstance(recipe, Recipe)
     assert recipe.name == name
 
@@ -68,7 +74,7 @@ def test_a_recipe_composes_and_is_called_as_its_file(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_recipe_tells_bits_and_group(name: str) -> None:
     promised = re.search(r"_w(\d)g(\d+)$", name)
-    quantizer = compose(f"recipe={name}").quantizer
+    quantizer = compose_recipe(name).quantizer
     assert promised is None or (quantizer.bits, quantizer.group_size) == tuple(map(int, promised.groups()))
 
 
@@ -91,7 +97,7 @@ def test_a_recipe_says_what_it_is_for_and_what_it_needs(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_without_the_hub_in_its_needs_uses_none(name: str) -> None:
-    recipe = compose(f"recipe={name}")
+    recipe = compose_recipe(name)
     uses = {recipe.calibration.dataset, recipe.evaluation.dataset} & {"wikitext2", "c4"}
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", recipe.model.path) and not recipe.model.path.startswith("models/")
     assert bool(uses or on_hub) == config_files.needs(config_files.options("recipe")[name]).startswith("the hub")
@@ -101,7 +107,7 @@ def test_a_recipe_without_the_hub_in_its_needs_uses_none(name: str) -> None:
 @pytest.mark.parametrize("quantizer", sorted(set(GROUPS["quantizer"]) - {"jointq"}))
 def test_every_recipe_takes_the_other_quantizers_too(quantizer: str) -> None:
     for name in NAMES:
-        compose(f"recipe={name}", f"quantizer={quantizer}")
+        compose_recipe(name, f"quantizer={quantizer}")
 
 
 def test_the_default_recipe_is_the_bundled_model_with_jointq() -> None:
@@ -153,7 +159,7 @@ def show(name: str) -> str:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("llama", "tiny", "qwen"))])
 def test_hub_recipes_evaluate_by_the_gptq_protocol(name: str) -> None:
-    recipe = compose(f"recipe={name}")
+    recipe = compose_recipe(name)
     assert (recipe.evaluation.dataset, recipe.evaluation.split) == ("wikitext2", "test")
     assert (recipe.evaluation.seqlen, recipe.evaluation.stride, recipe.evaluation.max_windows) == (
         2048,
