@@ -11,9 +11,7 @@ from jointq_cli.system.tensor_files import save_tensors
 
 def save_layer(path: Path, weight: StoredWeight) -> None:
     """Raises OSError."""
-    uniform = (
-        weight.kind == UniformWeight.kind
-    )  # written without a kind, with the same bytes as before there were others
+    uniform = weight.kind == UniformWeight.kind  # without a kind its file has the bytes that it always had
     save_tensors(path, weight.to_tensors(), None if uniform else {"kind": weight.kind})
 
 
