@@ -641,7 +641,7 @@ def test_an_interrupted_replay_does_not_promise_to_continue(
     def stopped(recipe: Recipe, job: Job) -> None:
         raise Interrupted("the same command continues here")
 
-    with pytest.raises(Interrupted, match="starts anew") as caught:
+    with pytest.raises(Interrupted, match="starts from the beginning") as caught:
         replay(run, tmp_path / "fresh", [], ["reproduce"], stopped)
     assert "continues" not in str(caught.value)
 

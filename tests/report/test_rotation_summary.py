@@ -43,8 +43,8 @@ def test_a_rotated_report_comes_back_from_its_json_as_it_was(rotated: RunReport,
 def test_a_rotation_comes_back_from_its_json_as_it_was(record: RotationRecord, tmp_path: Path) -> None:
     (tmp_path / "rotation.json").write_text(encode(record), encoding="utf-8")
     assert load_record(RotationRecord, tmp_path / "rotation.json") == record
-    (tmp_path / "courses.json").write_text(encode(record.courses), encoding="utf-8")
-    assert load_record(list[RotationTraining], tmp_path / "courses.json") == record.courses
+    (tmp_path / "training.json").write_text(encode(record.courses), encoding="utf-8")
+    assert load_record(list[RotationTraining], tmp_path / "training.json") == record.courses
 
 
 def test_the_headline_distinguishes_what_is_stored_from_what_is_simulated(

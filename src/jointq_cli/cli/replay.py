@@ -165,7 +165,7 @@ def _not_continued(directory: Path) -> Iterator[None]:
         yield
     except Interrupted as interrupted:
         raise Interrupted(
-            f"interrupted; a replay reuses nothing and starts anew; remove {directory} if it exists"
+            f"interrupted; a replay reuses nothing and starts from the beginning; remove {directory} if it exists"
         ) from interrupted
 
 

@@ -26,7 +26,7 @@ from jointq_cli.transforms.solve import hadamard_constructions, solve_basis
 
 _RECORD = "rotation.json"
 _TENSORS = "rotation.safetensors"
-_TRAINING = "courses.json"
+_TRAINING = "training.json"
 
 
 @dataclass(frozen=True)

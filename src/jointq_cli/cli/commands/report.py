@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--terminal", action="store_true", help="the closing table (default)")
     forms.add_argument("--markdown", action="store_true", help="print it as markdown")
-    forms.add_argument("--html", action="store_true", help="write report.html anew")
+    forms.add_argument("--html", action="store_true", help="write report.html again")
     parsed = parser.parse_args(arguments)
     sweep = SweepDirectory(parsed.run_directory)
     if sweep.exists:

@@ -56,7 +56,7 @@ def _ls(parsed: argparse.Namespace) -> int:
     notes = [f"{entry.name}: {damages[entry.path]}" for entry in entries if entry.path in damages]
     _show(artifacts_document(str(parsed.store), entries, states, notes, time.time()))
     if damages:
-        raise JointqError(f"{parsed.store}: {len(damages)} damaged; a run that wants one of them makes it anew")
+        raise JointqError(f"{parsed.store}: {len(damages)} damaged; a run that wants one of them computes it again")
     return 0
 
 
