@@ -186,7 +186,7 @@ def key_metrics(report: RunReport) -> list[KeyMetric]:
     return [
         KeyMetric("perplexity", perplexity_text(report.quantized), f"original {perplexity_text(report.original)}"),
         *comparison_metrics(report.comparison),
-        KeyMetric("bits per weight", significant(report.bits_per_weight, 3), "codes, scales, zero-points, permutation"),
+        KeyMetric("bits per weight", significant(report.bits_per_weight, 3), "packed codes and all that they need"),
         KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
         KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
         KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
