@@ -138,7 +138,7 @@ MISTAKES = {
         1,
         "recipe=pocket_w4g12: did you mean pocket_w4g128? It must be one of ci_",
     ),
-    "quantize quantizer=gtpq": (1, "quantizer=gtpq: did you mean gptq? It must be one of gptq, jointq, rtn"),
+    "quantize quantizer=gtpq": (1, "quantizer=gtpq: did you mean gptq? It must be one of "),
     "quantize quantizer.bit=4": (1, "no such key quantizer.bit; did you mean quantizer.bits?"),
     "quantize quantiser.bits=4": (1, "no such key quantiser.bits; did you mean quantizer.bits?"),
     "quantize quantiser=gptq": (1, "no such key quantiser; did you mean quantizer?"),
@@ -293,6 +293,33 @@ def test_hydra_full_error_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -
 def write_recipe(folder: Path, name: str, body: str) -> None:
     (folder / "recipe").mkdir()
     (folder / "recipe" / f"{name}.yaml").write_text(f"# @package _global_\nname: {name}\ndescription: d\n{body}")
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (
+            "/schema@_here_: RTM",
+            "quantizer/mine.yaml: /schema@_here_: no dataclass called RTM is the type of a setting; did",
+        ),
+        (
+            "/schema@_here_: UniformQuantizer",
+            "quantizer/mine.yaml: /schema@_here_: UniformQuantizer is abstract: it lacks _p",
+        ),
+        (
+            "",
+            "quantizer/mine.yaml: no such key quantizer.bits; the file of an option of quantizer begins with",
+        ),
+    ],
+)
+def test_an_own_option_of_no_usable_class_is_an_error_that_names_its_file(
+    first: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quantizer").mkdir()
+    defaults = f"- {first}\n  - _self_" if first else "- _self_"
+    (tmp_path / "quantizer" / "mine.yaml").write_text(f"defaults:\n  {defaults}\nbits: 4\n")
+    assert main(["quantize", "--config-dir", str(tmp_path), "quantizer=mine"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 # --- from a composed config to a job

@@ -119,6 +119,10 @@ def test_the_default_recipe_is_the_bundled_model_with_jointq() -> None:
     assert (recipe.quantizer.bits, recipe.quantizer.group_size, recipe.quantizer.symmetric) == (4, 128, False)
 
 
+def test_the_default_recipe_asks_for_no_bits_so_that_any_quantizer_can_be_chosen() -> None:
+    assert "quantizer" not in yaml.safe_load(text_of("pocket_w4g128"))
+
+
 def test_jointq_starts_from_the_schur_metric_alone_and_penalises_by_the_diagonal() -> None:
     quantizer = compose().quantizer
     assert isinstance(quantizer, JointQ)

@@ -5,6 +5,7 @@ Knows the exceptions of Hydra and OmegaConf and the types of a recipe.
 
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -74,7 +75,9 @@ class ConfigErrorFormatter:
         """`key` does not exist. `prefix`, empty or with a dot at its end, does, and is of type `owner`."""
         message = f"no such key {key}"
         if owner not in self._schemas:
-            return message
+            group = prefix.removesuffix(".")
+            rule = f"; the file of an option of {group} begins with `- /schema@_here_: CLASSNAME` in its defaults"
+            return message + (rule if group in config_files.groups() else "")
         here = [prefix + field.name for field in dataclasses.fields(self._schemas[owner])]
         if key in self._keys:
             others = ", ".join(name for name in self._owners(key.removeprefix(prefix)) if name != owner)
@@ -130,11 +133,23 @@ class ConfigErrorFormatter:
             return f"no config called {option}"
         if group == "hydra/launcher" and option in LAUNCHERS:
             return f"hydra/launcher={option}: is not installed; pip install 'jointq[{LAUNCHERS[option]}]'"
+        if group == "schema":
+            return _place(error) + self._unknown_schema(option)
         if not error.options:
             return f"{group}={option}: there is no config group {group}"
         close = difflib.get_close_matches(option, error.options, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? It " if close else ""
         return f"{group}={option}: {hint}must be one of {', '.join(error.options)}"
+
+    def _unknown_schema(self, name: str) -> str:
+        """The first line of an option's file names a class that no setting can hold."""
+        bases = {base for schema in self._schemas.values() for base in schema.__mro__ if dataclasses.is_dataclass(base)}
+        for child in (child for base in bases for child in base.__subclasses__() if child.__name__ == name):
+            if inspect.isabstract(child):
+                return f"/schema@_here_: {name} is abstract: it lacks {', '.join(sorted(child.__abstractmethods__))}"
+        close = difflib.get_close_matches(name, self._schemas, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"/schema@_here_: no dataclass called {name} is the type of a setting{hint}"
 
     def _unreadable(self, override: str) -> str:
         if "=" in override:

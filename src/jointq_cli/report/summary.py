@@ -200,15 +200,11 @@ def stage_cost(stage: StageRecord) -> str:
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
     audit = report.audit
-    stored = "of the quantised layers: codes, scales, zero-points, permutation"
+    stored = "of the quantised layers: packed codes and all that they need"
     return [
         KeyMetric("perplexity", perplexity_text(report.quantized), f"original {perplexity_text(report.original)}"),
         *comparison_metrics(report.comparison),
-        KeyMetric(
-            "bits per weight",
-            significant(report.bits_per_weight, 3),
-            stored,
-        ),
+        KeyMetric("bits per weight", significant(report.bits_per_weight, 3), stored),
         *_coverage_metrics(report),
         KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
         KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
