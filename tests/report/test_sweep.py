@@ -80,13 +80,25 @@ def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunR
     assert sweep_figures(jobs) == []
 
 
-def test_a_job_measured_otherwise_is_not_compared(tmp_path: Path, report: RunReport) -> None:
+def test_no_job_is_best_among_jobs_measured_otherwise(tmp_path: Path, report: RunReport) -> None:
     directory = sweep_of(tmp_path, report, [14.0, 1.0], [{KEY: "1"}, {KEY: "2"}])
     other = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
     (directory.run(1) / "report.json").write_text(encode(other), encoding="utf-8")
     jobs = load_jobs(directory)
-    assert best(jobs) is jobs[0]
-    assert any("not all measured alike" in note for note in sweep_document("mine", jobs).notes)
+    assert best(jobs) is None
+    assert (
+        "No best job: results do not compare, since the jobs differ in window." in sweep_document("mine", jobs).headline
+    )
+    write_summary(directory, page=False)
+    assert not (tmp_path / "recipe" / "best.yaml").exists()
+
+
+def test_no_job_is_best_among_several_models(tmp_path: Path, report: RunReport) -> None:
+    directory = sweep_of(tmp_path, report, [14.0, 13.0, 12.0], [{KEY: value} for value in "123"])
+    other = replace(measured(report, 12.0), model_hash="another")
+    (directory.run(2) / "report.json").write_text(encode(other), encoding="utf-8")
+    assert best(load_jobs(directory)) is None
+    assert "the jobs differ in model." in sweep_document("mine", load_jobs(directory)).headline
 
 
 def test_every_row_has_its_settings_under_their_heading(half_done: SweepDirectory) -> None:
@@ -241,15 +253,6 @@ def test_a_best_recipe_does_not_outlive_its_job(half_done: SweepDirectory) -> No
     half_done.write_plan(replace(half_done.plan(), keys=["another"] * 4))
     write_summary(half_done, page=False)
     assert not (half_done.path / "recipe" / "best.yaml").exists()
-
-
-def test_the_best_is_of_those_that_most_were_measured_with(tmp_path: Path, report: RunReport) -> None:
-    directory = sweep_of(tmp_path, report, [1.0, 14.0, 13.0], [{KEY: value} for value in "123"])
-    odd = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
-    (directory.run(0) / "report.json").write_text(encode(odd), encoding="utf-8")
-    chosen = best(load_jobs(directory))
-    assert chosen is not None
-    assert chosen.number == 2
 
 
 def test_compare_leaves_out_what_the_sweep_does_not_call_done(half_done: SweepDirectory) -> None:
