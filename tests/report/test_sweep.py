@@ -1,6 +1,7 @@
 """A sweep as rows, tables, files and figures, from records as jobs write them. No model is loaded."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import pytest
 from jointq_cli.cli.main import main
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
 from jointq_cli.records import Comparison, EvaluationReport, RunReport
-from jointq_cli.report import encode
+from jointq_cli.report import Console, encode
 from jointq_cli.report.compare.run_files import find_runs
 from jointq_cli.report.compare.sweep import best, load_jobs
 from jointq_cli.report.figures.sweep import sweep_figures
@@ -259,3 +260,23 @@ def test_compare_leaves_out_what_the_sweep_does_not_call_done(half_done: SweepDi
     found = find_runs([half_done.path])
     assert [path.name for path in found.finished] == ["0", "1"]
     assert [path.name for path in found.unfinished] == ["2", "3"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])  # True: in another process, whose output is a log of its own
+def test_without_a_terminal_a_job_shows_its_warnings_and_progress(quiet: bool) -> None:
+    stream = io.StringIO()
+    with Console(quiet=quiet, brief="job 3", stream=stream) as console:
+        console.header([("recipe", "mine")])
+        with console.stage("quantize"), console.bar("block 0", 2) as bar:
+            bar.advance(2)
+        console.warn("few tokens")
+    shown = stream.getvalue()
+    assert "[progress] job 3: block 0 2/2" in shown
+    assert "[progress] job 3: quantize" in shown
+    assert "[warning] job 3: few tokens" in shown
+    assert "recipe" not in shown
+
+
+def test_the_summary_lists_the_warnings_of_each_job(tmp_path: Path, troubled: RunReport) -> None:
+    jobs = load_jobs(sweep_of(tmp_path, troubled, [14.0, 13.0], [{KEY: "1"}, {KEY: "2"}]))
+    assert sweep_document("mine", jobs).warnings == [f"job {number}: {troubled.warnings[0]}" for number in (0, 1)]

@@ -6,7 +6,7 @@ Knows the files of a job and which measurements are comparable. Knows no table a
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
@@ -29,6 +29,7 @@ class SweepMeasurement:
     bits_per_weight: float | None
     peak_memory: int | None
     seconds: float
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def increase(self) -> tuple[float, float]:
@@ -104,6 +105,7 @@ def _of_run(report: RunReport) -> SweepMeasurement:
         bits_per_weight=report.bits_per_weight,
         peak_memory=report.peak_memory,
         seconds=summary.total_seconds(report),
+        warnings=report.warnings,
     )
 
 

@@ -55,7 +55,10 @@ def sweep_document(name: str, jobs: Sequence[SweepJob]) -> TableDocument:
     return TableDocument(
         title=f"{name}: sweep of {plural(len(jobs), 'job')}",
         headline=_headline(chosen, jobs),
-        warnings=[f"job {job.number} {job.record.state}: {job.record.error}" for job in jobs if job.record.error],
+        warnings=[
+            *(f"job {job.number} {job.record.state}: {job.record.error}" for job in jobs if job.record.error),
+            *(f"job {job.number}: {text}" for job in jobs if job.measured for text in job.measured.warnings),
+        ],
         notes=_notes(jobs, chosen),
         tables=[_jobs(jobs, chosen)],
     )
