@@ -1,6 +1,7 @@
 """A sweep as rows, tables, files and figures, from records as jobs write them. No model is loaded."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import pytest
 from jointq_cli.cli.main import main
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
 from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport
-from jointq_cli.report import encode
+from jointq_cli.report import Console, encode
 from jointq_cli.report.compare.run_files import find_runs
 from jointq_cli.report.compare.sweep import best, load_jobs
 from jointq_cli.report.figures.sweep import sweep_figures
@@ -90,13 +91,25 @@ def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunR
     assert sweep_figures(jobs) == []
 
 
-def test_a_job_measured_otherwise_is_not_compared(tmp_path: Path, report: RunReport) -> None:
+def test_no_job_is_best_among_jobs_measured_otherwise(tmp_path: Path, report: RunReport) -> None:
     directory = sweep_of(tmp_path, report, [14.0, 1.0], [{KEY: "1"}, {KEY: "2"}])
     other = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
     (directory.run(1) / "report.json").write_text(encode(other), encoding="utf-8")
     jobs = load_jobs(directory)
-    assert best(jobs) is jobs[0]
-    assert any("not all measured alike" in note for note in sweep_document("mine", jobs).notes)
+    assert best(jobs) is None
+    assert (
+        "No best job: results do not compare, since the jobs differ in window." in sweep_document("mine", jobs).headline
+    )
+    write_summary(directory, page=False)
+    assert not (tmp_path / "recipe" / "best.yaml").exists()
+
+
+def test_no_job_is_best_among_several_models(tmp_path: Path, report: RunReport) -> None:
+    directory = sweep_of(tmp_path, report, [14.0, 13.0, 12.0], [{KEY: value} for value in "123"])
+    other = replace(measured(report, 12.0), model_hash="another")
+    (directory.run(2) / "report.json").write_text(encode(other), encoding="utf-8")
+    assert best(load_jobs(directory)) is None
+    assert "the jobs differ in model." in sweep_document("mine", load_jobs(directory)).headline
 
 
 def test_every_row_has_its_settings_under_their_heading(half_done: SweepDirectory) -> None:
@@ -253,16 +266,27 @@ def test_a_best_recipe_does_not_outlive_its_job(half_done: SweepDirectory) -> No
     assert not (half_done.path / "recipe" / "best.yaml").exists()
 
 
-def test_the_best_is_of_those_that_most_were_measured_with(tmp_path: Path, report: RunReport) -> None:
-    directory = sweep_of(tmp_path, report, [1.0, 14.0, 13.0], [{KEY: value} for value in "123"])
-    odd = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
-    (directory.run(0) / "report.json").write_text(encode(odd), encoding="utf-8")
-    chosen = best(load_jobs(directory))
-    assert chosen is not None
-    assert chosen.number == 2
-
-
 def test_compare_leaves_out_what_the_sweep_does_not_call_done(half_done: SweepDirectory) -> None:
     found = find_runs([half_done.path])
     assert [path.name for path in found.finished] == ["0", "1"]
     assert [path.name for path in found.unfinished] == ["2", "3"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])  # True: in another process, whose output is a log of its own
+def test_without_a_terminal_a_job_shows_its_warnings_and_progress(quiet: bool) -> None:
+    stream = io.StringIO()
+    with Console(quiet=quiet, brief="job 3", stream=stream) as console:
+        console.header([("recipe", "mine")])
+        with console.stage("quantize"), console.bar("block 0", 2) as bar:
+            bar.advance(2)
+        console.warn("few tokens")
+    shown = stream.getvalue()
+    assert "[progress] job 3: block 0 2/2" in shown
+    assert "[progress] job 3: quantize" in shown
+    assert "[warning] job 3: few tokens" in shown
+    assert "recipe" not in shown
+
+
+def test_the_summary_lists_the_warnings_of_each_job(tmp_path: Path, troubled: RunReport) -> None:
+    jobs = load_jobs(sweep_of(tmp_path, troubled, [14.0, 13.0], [{KEY: "1"}, {KEY: "2"}]))
+    assert sweep_document("mine", jobs).warnings == [f"job {number}: {troubled.warnings[0]}" for number in (0, 1)]

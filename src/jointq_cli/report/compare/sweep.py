@@ -4,10 +4,9 @@ Knows the files of a job and which measurements are comparable. Knows no table a
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
@@ -31,6 +30,7 @@ class SweepMeasurement:
     peak_memory: int | None
     seconds: float
     coverage: Coverage | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def increase(self) -> tuple[float, float]:
@@ -65,15 +65,19 @@ def load_jobs(directory: SweepDirectory, numbers: Iterable[int] | None = None) -
 
 
 def best(jobs: Sequence[SweepJob]) -> SweepJob | None:
-    """The finished job with the lowest perplexity among those of the most frequent protocol and reference model; the
-    first of equals."""
+    """The finished job with the lowest perplexity, the first of equals; None where jobs were measured unlike."""
     finished = [job for job in jobs if job.score < math.inf]
-    identities = [(job.measured.protocol, job.measured.original) for job in finished if job.measured]
-    if not identities:
-        return None
-    [(common, _)] = Counter(identities).most_common(1)
-    comparable = [job for job, identity in zip(finished, identities, strict=True) if identity == common]
-    return min(comparable, key=lambda job: job.score)
+    return None if unlike(jobs) else min(finished, key=lambda job: job.score, default=None)
+
+
+def unlike(jobs: Sequence[SweepJob]) -> list[str]:
+    """What differs between the measurements of jobs, so that they do not compare: parts of the protocol, or the model
+    that each was measured against."""
+    measured = [job.measured for job in jobs if job.measured]
+    parts = [
+        part.name for part in fields(Protocol) if len({getattr(each.protocol, part.name) for each in measured}) > 1
+    ]
+    return [*(["model"] if len({each.original for each in measured}) > 1 else []), *parts]
 
 
 def _load_job(directory: SweepDirectory, number: int, settings: dict[str, str]) -> SweepJob:
@@ -103,6 +107,7 @@ def _of_run(report: RunReport) -> SweepMeasurement:
         peak_memory=report.peak_memory,
         seconds=summary.total_seconds(report),
         coverage=report.coverage,
+        warnings=report.warnings,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
-from jointq_cli.report.console.displays import Display, LogDisplay, PhaseBar, PlainDisplay, State
+from jointq_cli.report.console.displays import BriefPlainDisplay, Display, LogDisplay, PhaseBar, PlainDisplay, State
 from jointq_cli.report.console.final_summary import FinalSummary, evaluate_summary, quantize_summary, rotate_summary
 from jointq_cli.report.console.log_file import LogFile
 from jointq_cli.report.number_format import plural
@@ -44,10 +44,10 @@ class StageTimer:
 class Console:
     """Reports a run on a display and in a log. Leaving its context restores the terminal and Python's warnings.
 
-    log_path: the log file, None for none. quiet: display nothing. brief: if not empty, display nothing but warnings and
-    one live line that begins with this text, for a job of a sweep. stream: standard output if None; a terminal gets
-    colours and live progress bars, anything else plain lines. width: columns, None to ask the terminal. Raises
-    ResourceError when the log cannot be written.
+    log_path: the log file, None for none. quiet: display nothing, unless `brief` and not on a terminal. brief: if not
+    empty, display nothing but warnings and progress, in lines that begin with this text, for a job of a sweep. stream:
+    standard output if None; a terminal gets colours and live progress bars, anything else plain lines. width: columns,
+    None to ask the terminal. Raises ResourceError when the log cannot be written.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class Console:
 
 def _display(stream: TextIO, quiet: bool, brief: str, width: int | None, clock: Callable[[], float]) -> Display:
     is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    if quiet or (brief and not is_terminal):
+    if quiet and (is_terminal or not brief):  # the output of a job on another machine is a log of its own
         return Display(clock)
     if not is_terminal:
-        return PlainDisplay(stream, clock)
+        return BriefPlainDisplay(brief, stream, clock) if brief else PlainDisplay(stream, clock)
     from jointq_cli.report.console.terminal import BriefDisplay, TerminalDisplay  # rich takes a while to import
 
     return BriefDisplay(brief, stream, clock, width) if brief else TerminalDisplay(stream, clock, width)

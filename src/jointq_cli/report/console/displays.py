@@ -155,6 +155,38 @@ class PlainDisplay(LogDisplay):
             os.close(null)
 
 
+class BriefPlainDisplay(PlainDisplay):
+    """Only progress and warnings, for one job of a sweep; the rest is in the log of the job."""
+
+    def __init__(self, label: str, stream: TextIO, clock: Callable[[], float]) -> None:
+        super().__init__(stream, clock)
+        self._label = label
+
+    def header(self, pairs: list[tuple[str, str]]) -> None:
+        pass
+
+    def stage_starts(self, name: str) -> None:
+        pass
+
+    def stage_ends(self, name: str, state: State, seconds: float) -> None:
+        super().stage_ends(f"{self._label}: {name}", state, seconds)
+
+    def bar(self, description: str, total: int) -> PhaseBar:
+        return super().bar(f"{self._label}: {description}", total)
+
+    def layer(self, record: LayerRecord) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        super().warn(f"{self._label}: {text}")
+
+    def summary(self, summary: FinalSummary) -> None:
+        pass
+
+
 class PlainPhaseBar(PhaseBar):
     """A line after each tenth of the phase, but at most one per LEAST_PAUSE."""
 

@@ -6,7 +6,7 @@ Knows jobs and what they measured. Knows no markup and no terminal.
 from collections.abc import Sequence
 
 from jointq_cli.report import summary
-from jointq_cli.report.compare.sweep import SweepJob, best
+from jointq_cli.report.compare.sweep import SweepJob, best, unlike
 from jointq_cli.report.number_format import (
     MISSING,
     duration,
@@ -55,7 +55,10 @@ def sweep_document(name: str, jobs: Sequence[SweepJob]) -> TableDocument:
     return TableDocument(
         title=f"{name}: sweep of {plural(len(jobs), 'job')}",
         headline=_headline(chosen, jobs),
-        warnings=[f"job {job.number} {job.record.state}: {job.record.error}" for job in jobs if job.record.error],
+        warnings=[
+            *(f"job {job.number} {job.record.state}: {job.record.error}" for job in jobs if job.record.error),
+            *(f"job {job.number}: {text}" for job in jobs if job.measured for text in job.measured.warnings),
+        ],
         notes=_notes(jobs, chosen),
         tables=[_jobs(jobs, chosen)],
     )
@@ -64,6 +67,8 @@ def sweep_document(name: str, jobs: Sequence[SweepJob]) -> TableDocument:
 def _headline(chosen: SweepJob | None, jobs: Sequence[SweepJob]) -> str:
     done = sum(job.record.state == DONE for job in jobs)
     so_far = "" if done == len(jobs) else f"{done} of {plural(len(jobs), 'job')} done. "
+    if different := unlike(jobs):
+        return f"{so_far}No best job: results do not compare, since the jobs differ in {', '.join(different)}."
     if chosen is None or chosen.measured is None:
         return f"{so_far}No perplexity to compare."
     keys = shortest_suffixes(list(chosen.settings))
@@ -77,10 +82,7 @@ def _headline(chosen: SweepJob | None, jobs: Sequence[SweepJob]) -> str:
 
 def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
     protocols = {job.measured.protocol.line() for job in jobs if job.measured}
-    originals = {job.measured.original for job in jobs if job.measured}
     notes = [f"protocol: {line}" for line in sorted(protocols)]
-    if len(protocols) > 1 or len(originals) > 1:
-        notes.append("these jobs were not all measured alike: only results of one model and protocol compare")
     if chosen is not None:
         mark = BEST_MARK.strip()
         notes.append(f"{mark} the least perplexity; chosen on this text, it is a little too good for any other")
