@@ -574,11 +574,14 @@ def test_writers_compensate_the_error_of_the_residual_stream(family: str, suspen
 
 
 @pytest.mark.parametrize("quantizer", [SOLVE, JOINT])
-def test_a_layer_that_falls_back_to_rtn_is_not_corrected(quantizer: Quantizer, tmp_path: Path) -> None:
+def test_a_layer_that_falls_back_to_rtn_is_not_corrected(
+    quantizer: Quantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NumericsError("no factor")
+
     directory = write_checkpoint(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model.model.layers[0].input_layernorm.weight.data.zero_()  # so that no token reaches the first layers
-    model.save_pretrained(directory)
+    monkeypatch.setattr(type(quantizer), "_prepare", fail)
     _, _, records = quantize(directory, tmp_path / "work", replace(quantizer, on_failure="rtn"), qep=FULL)
     assert records[0].verdict == "fallback"
     assert "alpha" not in records[0].notes
@@ -588,7 +591,7 @@ def test_a_layer_that_falls_back_to_rtn_is_not_corrected(quantizer: Quantizer, t
     "weights", [EQUAL, TokenWeights("input", power=2.0, first_token=1.0)], ids=lambda w: w.weighting
 )
 @pytest.mark.parametrize(
-    "quantizer", [ROUND, SOLVE, replace(JOINT, lambda_mode="heldout")], ids=lambda q: type(q).__name__
+    "quantizer", [ROUND, SOLVE, JOINT, replace(JOINT, lambda_mode="heldout")], ids=["RTN", "GPTQ", "JointQ", "heldout"]
 )
 def test_a_layer_whose_inputs_are_all_zero_is_rounded(
     quantizer: Quantizer, weights: TokenWeights, tmp_path: Path

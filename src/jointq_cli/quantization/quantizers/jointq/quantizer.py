@@ -162,7 +162,7 @@ class JointQ(UniformQuantizer):
 
     def join(self, parts: Sequence[Solution]) -> Solution:
         joined = super().join(parts)
-        if joined.verdict == "fallback":
+        if joined.verdict in ("fallback", "no input"):  # rounded to nearest, without a search
             return joined
         signals = [part.signal for part in parts]
         rows = [float(part.quantized.shape[0]) for part in parts]
