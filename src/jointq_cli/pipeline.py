@@ -45,7 +45,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
     Returns the report on rank 0, None elsewhere.
     """
     with open_context(recipe.store, recipe.runtime, console, team) as context:
-        original = _original(context, recipe.model)
+        original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
@@ -78,7 +78,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
 def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RotationRecord:
     """Smooths and rotates a model at full precision, and leaves it in the run directory."""
     with open_context(recipe.store, recipe.runtime, console, team) as context:
-        original = _original(context, recipe.model)
+        original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
         console.header(header(recipe, original, tokens, [], team))
@@ -96,11 +96,11 @@ def evaluate(
 ) -> EvaluationReport:
     """Perplexity of a checkpoint and, with a reference, how far its predictions are from the reference's."""
     with open_context(recipe.store, recipe.runtime, console, team) as context:
-        model = _original(context, recipe.model)
+        model = _open_model(context, recipe.model)
         reference = model
         if recipe.reference is not None:
             code = recipe.model.trust_remote_code
-            reference = _original(context, ModelSource(recipe.reference, revision=None, trust_remote_code=code))
+            reference = _open_model(context, ModelSource(recipe.reference, revision=None, trust_remote_code=code))
         tokenizer = load_tokenizer(model.checkpoint.directory, recipe.model.trust_remote_code)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
@@ -143,5 +143,5 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
         return estimate
 
 
-def _original(context: Context, source: ModelSource) -> StreamedModel:
+def _open_model(context: Context, source: ModelSource) -> StreamedModel:
     return context.open_model(fetch_model(context, source), source.trust_remote_code)

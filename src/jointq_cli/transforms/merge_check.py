@@ -35,16 +35,17 @@ def write_rotated(rotated: RotatedTensors, probe: Tensor, on_block: Callable[[],
     shards = [rotated.directory / f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     outer = model.outer_tensors()
     _save(rotated, shards[0], outer)
-    with model.outer(outer):
+    with model.outer(outer):  # not over the blocks: on a GPU both would be in memory
         hidden = model.embed(probe)
-        for index, shard in enumerate(shards[1:]):
-            tensors = model.block_tensors(index)
-            with model.block(index, tensors):
-                model.run_all(index, hidden, batch=1)
-            _save(rotated, shard, tensors)
-            on_block()
-        (rotated.directory / INDEX).unlink(missing_ok=True)
-        write_index(rotated.directory, shards)
+    for index, shard in enumerate(shards[1:]):
+        tensors = model.block_tensors(index)
+        with model.block(index, tensors):
+            model.run_all(index, hidden, batch=1)
+        _save(rotated, shard, tensors)
+        on_block()
+    (rotated.directory / INDEX).unlink(missing_ok=True)
+    write_index(rotated.directory, shards)
+    with model.outer(outer):
         return model.logits(hidden)[0].float().cpu()
 
 
