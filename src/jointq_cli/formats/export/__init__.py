@@ -1,0 +1,1 @@
+"""Packed checkpoints for the runtimes that serve models."""

@@ -1,0 +1,95 @@
+"""The contract of an exporter: a frozen dataclass that writes a quantised model in the layout of a runtime."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.uniform import UniformWeight
+from jointq_cli.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A quantised model to export, or one that is yet to be quantised, of which exporters look at the forms only.
+
+    checkpoint: its dequantised form; before it is quantised, the original. forms: by name of a weight in the
+    checkpoint, the form of each quantised one, tensors on the meta device. linear: names in the checkpoint of the
+    weights of all linear layers, quantised or not. load: the stored weight of one name in `forms`, on the CPU.
+    """
+
+    checkpoint: Checkpoint
+    forms: Mapping[str, StoredWeight]
+    linear: Sequence[str]
+    load: Callable[[str], StoredWeight]
+
+    def load_uniform(self, name: str) -> UniformWeight:
+        weight = self.load(name)
+        assert isinstance(weight, UniformWeight), f"{name}: {weight.kind}"
+        return weight
+
+    @cached_property
+    def plain(self) -> list[str]:
+        """Names of the tensors that are not quantised."""
+        return [name for name in self.checkpoint.tensors if name not in self.forms]
+
+
+class Exporter(ABC):
+    """Writes a quantised model for one runtime. Its fields are the settings of `jointq export` for this format."""
+
+    format: ClassVar[str]
+    tolerance: ClassVar[float] = 0.0  # largest difference between a decoded and a stored weight, in steps of the grid
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The format and its type, such as "gguf-q4_0": names the directory of the export."""
+
+    @abstractmethod
+    def check(self, model: QuantizedModel) -> list[str]:
+        """What a user should know of this export: which runtimes do not take it, what it cannot hold.
+
+        Reads no weight. Raises ConfigError, in one line with a way out, where the format cannot hold the model.
+        """
+
+    @abstractmethod
+    def write(self, model: QuantizedModel, directory: Path) -> None:
+        """Writes weights, config and tokenizer into an empty directory, one tensor in memory at a time."""
+
+    @abstractmethod
+    def reader(self, model: QuantizedModel, directory: Path) -> Callable[[str], Tensor]:
+        """What reads the written files: name of a weight in the checkpoint -> its value, quantised ones in float32.
+
+        Shares no code with `write`, or code that has an oracle of its own: exports are verified by it.
+        """
+
+    @abstractmethod
+    def commands(self, name: str) -> list[tuple[str, str]]:
+        """(runtime, shell command) that serve the export from the directory `name`, for its README."""
+
+
+def uniform_forms(model: QuantizedModel, word: str) -> dict[str, UniformWeight]:
+    """The forms of all quantised weights. word: as the user named the export. Raises ConfigError where one is not
+    uniform."""
+    found: dict[str, UniformWeight] = {}
+    for name, form in model.forms.items():
+        if not isinstance(form, UniformWeight):
+            raise ConfigError(f"export={word}: {name} is stored as {form.label}, which the format cannot hold")
+        found[name] = form
+    return found
+
+
+def refuse_permutation(forms: Mapping[str, UniformWeight], word: str) -> None:
+    """Raises ConfigError where the columns of a layer are grouped in another order."""
+    name = next((name for name, form in forms.items() if form.permutation is not None), None)
+    if name is not None:
+        raise ConfigError(
+            f"export={word}: {name} has its columns grouped in another order (act_order), which the format cannot hold; "
+            "quantizer.static_groups=true or quantizer.act_order=false, or export=gptq (which vLLM does not take)"
+        )

@@ -1,0 +1,35 @@
+"""Codes packed without gaps into 32-bit words, the layout that compressed-tensors, GPTQ and MLX share."""
+
+import torch
+from torch import Tensor
+
+WORD = 32
+
+
+def packed_words(count: int, bits: int) -> int:
+    """Words that `count` codes take."""
+    return -(-count * bits // WORD)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Packs each row of `codes` (rows, count), integers in [0, 2^bits): code i has the bits i * bits to (i + 1) * bits
+    of the row, counted from the lowest bit of the first word. Returns int32 (rows, packed_words(count, bits)); unused
+    bits at the end are 0."""
+    rows, count = codes.shape
+    codes = codes.to(torch.int64)
+    words = torch.zeros(rows, packed_words(count, bits) + 1, dtype=torch.int64)
+    first = torch.arange(count) * bits
+    word, shift = first // WORD, first % WORD
+    # A code may have its upper bits in the next word. Bits do not overlap, so sums are unions.
+    words.index_add_(1, word, (codes << shift) & 0xFFFFFFFF)
+    words.index_add_(1, word + 1, (codes << shift) >> WORD)
+    return words[:, :-1].to(torch.int32)
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: int64 (rows, count), each code cut out of the two words that it may lie in."""
+    first = torch.arange(count) * bits
+    word, shift = first // WORD, first % WORD
+    low = words.to(torch.int64) & 0xFFFFFFFF
+    high = torch.nn.functional.pad(low[:, 1:], (0, 1))
+    return ((low | (high << WORD))[:, word] >> shift) & ((1 << bits) - 1)
