@@ -150,6 +150,18 @@ class UniformWeight(StoredWeight):
     def record_fields(self) -> dict[str, Any]:
         return super().record_fields() | {"bits": self.bits, "group_size": self.group_size}
 
+    def unsigned_codes(self) -> Tensor:
+        """(out, in) uint8: the codes counted from 0, as packed formats store them."""
+        return (self.codes.to(torch.int16) + self._lowest_offset).to(torch.uint8)
+
+    def unsigned_zero_point(self) -> Tensor:
+        """(out, groups) uint8: the zero-point of `unsigned_codes`."""
+        return (self.zero_point.to(torch.int16) + self._lowest_offset).to(torch.uint8)
+
+    @property
+    def _lowest_offset(self) -> int:
+        return -Grid(self.bits, self.symmetric).lowest
+
     def column_groups(self) -> Tensor:
         """(in,) int64: the group of each column."""
         order = torch.arange(self.codes.shape[1], device=self.codes.device)

@@ -69,15 +69,16 @@ class Checkpoint:
     incomplete or damaged, and for a quantised checkpoint.
     """
 
-    def __init__(self, directory: Path, content_hash: str | None = None) -> None:
-        """content_hash: where it is known already; otherwise the property of that name reads every weight."""
+    def __init__(self, directory: Path, content_hash: str | None = None, *, packed: bool = False) -> None:
+        """content_hash: where it is known already; otherwise the property of that name reads every weight. packed:
+        whether the checkpoint may be a quantised one, whose packed tensors the caller understands."""
         check_utf8(directory)
         self.directory = directory
         if content_hash is not None:
             self.content_hash = content_hash
         self.config = _read_config(directory)
         self.tensors = _read_headers(directory)
-        if sign := _sign_of_quantisation(self.config, self.tensors):
+        if not packed and (sign := _sign_of_quantisation(self.config, self.tensors)):
             raise ModelError(f"{directory}: is quantised already ({sign})")
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:

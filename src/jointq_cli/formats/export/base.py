@@ -90,6 +90,6 @@ def refuse_permutation(forms: Mapping[str, UniformWeight], word: str) -> None:
     name = next((name for name, form in forms.items() if form.permutation is not None), None)
     if name is not None:
         raise ConfigError(
-            f"export={word}: {name} has its columns grouped in another order (act_order), which the format cannot hold; "
-            "quantizer.static_groups=true or quantizer.act_order=false, or export=gptq (which vLLM does not take)"
+            f"export={word}: {name} has its columns grouped in another order (act_order), which the format cannot "
+            "hold; quantizer.static_groups=true or quantizer.act_order=false, or export=gptq (which vLLM does not take)"
         )
