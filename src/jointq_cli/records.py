@@ -280,6 +280,7 @@ class EvaluationReport:
     comparison: Comparison | None  # with the reference, if there is one
     stages: list[StageRecord]
     versions: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
