@@ -1,6 +1,6 @@
 """Each command's data path from top to bottom, one stage per line.
 
-    tokens -> (rotate) -> quantize -> checkpoint -> evaluate -> report
+    tokens -> (rotate) -> quantize -> checkpoint -> (export) -> evaluate -> report
 
 Each stage reads artifacts and writes one through the store. Nothing here computes, and nothing here knows Hydra. Where
 several processes share a run, all of them take every line, and rank 0 alone writes.
@@ -13,20 +13,23 @@ import torch
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
+from jointq_cli.formats.export import Exporter
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
-from jointq_cli.records import EvaluationReport, RotationRecord, RunEstimate, RunReport
-from jointq_cli.report import Console, encode
+from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunEstimate, RunReport
+from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
+from jointq_cli.stages.export import export_all, link_exports
+from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
-from jointq_cli.stages.plan.preflight import evaluation_warnings, preflight_warnings, shared_text
+from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
@@ -37,6 +40,7 @@ from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files
 from jointq_cli.system.machine import versions
 from jointq_cli.system.run_directory import RunDirectory
+from jointq_cli.system.settings import Runtime
 
 
 def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RunReport | None:
@@ -54,6 +58,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
+        warnings += export_warnings(recipe, original, layers)
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
@@ -64,6 +69,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         quantized = quantize_model(context, rotated.model, tokens, loop)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
+        exports = export_all(context, rotated.model, quantized, recipe.exporters)
+        team.on_rank0(link_exports, exports, run.exports)
 
         batch = windows_per_pass(recipe.runtime, windows.ids)
         hidden = hidden_stage(original, windows, batch)
@@ -72,7 +79,10 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
-        return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured)
+        records = [export.record for export in exports]
+        return team.on_rank0(
+            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records
+        )
 
 
 def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RotationRecord:
@@ -124,6 +134,28 @@ def evaluate(
         run.write(run.path / "evaluation.json", encode(report))
         console.show_evaluation(report, run.path)
         return report
+
+
+def export(directory: Path, exporters: list[Exporter], output: Path | None, console: Console) -> list[ExportRecord]:
+    """Writes packed checkpoints of a finished run, by default into it; its report lists them then.
+
+    output: the directory of the only export. Raises JointqError where one exists already.
+    """
+    finished = open_finished(directory, use_device(Runtime()))
+    for warning in finished.check(exporters):
+        console.warn(warning)
+    places = [output or finished.run.exports / exporter.label for exporter in exporters]
+    for place in places:
+        refuse_existing(place)
+    records = []
+    for exporter, place in zip(exporters, places, strict=True):
+        with console.stage(f"export {exporter.label}"):
+            records.append(write_beside(finished.model, exporter, place))
+    if output is None:
+        report = with_exports(finished.report, records)
+        write_report(report, finished.run)
+    console.show_exports(records, places)
+    return records
 
 
 def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = SINGLE_PROCESS) -> Tokens:

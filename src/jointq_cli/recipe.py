@@ -16,6 +16,7 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.activation_settings import Activations
 from jointq_cli.evaluation.windows import Evaluation
+from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
@@ -47,12 +48,18 @@ class Recipe:
     activations: Activations
     evaluation: Evaluation
     runtime: Runtime
+    export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
     output_dir: str = setting(decides=False)  # run directories are made in here
     store: str = setting(decides=False)  # artifacts that runs share
 
     def __post_init__(self) -> None:
         check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
+        exporters_of(self.export)
+
+    @property
+    def exporters(self) -> list[Exporter]:
+        return exporters_of(self.export)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,20 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class ExportRecord:
+    """A packed checkpoint in the layout of a runtime, as it was read back from its files."""
+
+    format: str  # such as "gguf-q4_0": the name of its directory
+    files: dict[str, int]  # bytes by name
+    weight_bytes: int  # of the files that hold weights
+    bits_per_weight: float  # over the quantised layers, as the format stores them
+    worst_error: float  # of a quantised weight, in steps of its grid; 0 where the format holds it exactly
+    rounded: dict[str, float] = field(default_factory=dict)  # other tensors that the format rounds: relative error
+    warnings: list[str] = field(default_factory=list)  # what the runtimes cannot do with it
+    commands: dict[str, str] = field(default_factory=dict)  # by runtime, run in the directory: what serves it
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """One stage of the pipeline. The result of a `reused` stage came from the store."""
 
@@ -266,6 +280,7 @@ class RunReport:
     device: str
     warnings: list[str] = field(default_factory=list)
     coverage: Coverage | None = None  # None in older reports
+    exports: list[ExportRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jointq_cli.records import (
     IDENTICAL,
     Comparison,
     EvaluationReport,
+    ExportRecord,
     LayerRecord,
     Perplexity,
     Protocol,
@@ -197,6 +198,19 @@ def stage_cost(stage: StageRecord) -> str:
     return "reused" if stage.reused else duration(stage.seconds)
 
 
+def exports(report: RunReport) -> list[tuple[str, str]]:
+    """Each packed checkpoint of a run, as (label, value)."""
+    return [(f"export {record.format}", export_line(record)) for record in report.exports]
+
+
+def export_line(record: ExportRecord) -> str:
+    """The size of a packed checkpoint and how exactly it holds the weights."""
+    size, bits = byte_size(record.weight_bytes), significant(record.bits_per_weight, 3)
+    exact = f"within {significant(record.worst_error, 2)} steps" if record.worst_error else "exact"
+    rounded = f"; {plural(len(record.rounded), 'other tensor')} rounded" if record.rounded else ""
+    return f"{size}, {bits} bits per weight; read back from its files: {exact}{rounded}"
+
+
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
     audit = report.audit
@@ -280,6 +294,7 @@ def provenance(report: RunReport) -> list[tuple[str, str]]:
         ("protocol", report.protocol.line()),
         ("reload check", report.reload_check),
         ("tensor audit", audit_verdict(report)),
+        *exports(report),
         ("layers", layer_verdicts(report)),
         ("device", report.device),
         ("versions", versions),

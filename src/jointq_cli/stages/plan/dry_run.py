@@ -20,6 +20,7 @@ from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
+from jointq_cli.stages.export import export_stage
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
@@ -129,9 +130,11 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
 
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
     computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
+    exports = [_known(export_stage(shaped, layers, quantize, exporter), model) for exporter in recipe.exporters]
+    exporting = [(stage, status(stage)) for stage in exports]
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
     return DryRun(
-        stages=computing + evaluating,
+        stages=computing + exporting + evaluating,
         layers=layers,
         calibration=Windows(*tokens.windows.shape),
         evaluation=Windows(*windows.ids.shape),

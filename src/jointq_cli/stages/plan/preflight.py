@@ -13,6 +13,7 @@ from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
+from jointq_cli.stages.export import check_exports, model_to_quantize
 from jointq_cli.stages.plan.model_sizes import Shapes
 
 LEAST_TOKENS_PER_COLUMN = 4  # of calibration; with fewer than one the Hessian is singular
@@ -34,6 +35,13 @@ def preflight_warnings(
         _head_left_out(recipe),
     ]
     return [text for text in found if text]
+
+
+def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
+    """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+    online = [part for part in recipe.rotation.parts if part == "R4"]
+    planned = model_to_quantize(model, layers, recipe.quantizer)
+    return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
 
 
 def evaluation_warnings(
