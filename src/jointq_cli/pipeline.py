@@ -12,6 +12,7 @@ import torch
 
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
+from jointq_cli.evaluation.engines import require_installed
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.formats.export import Exporter
 from jointq_cli.models.sources import ModelSource
@@ -21,6 +22,7 @@ from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, R
 from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
+from jointq_cli.stages.engine import engine_path, score_in_engine
 from jointq_cli.stages.export import export_all, link_exports
 from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
@@ -107,6 +109,8 @@ def evaluate(
     recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS
 ) -> EvaluationReport:
     """Perplexity of a checkpoint and, with a reference, how far its predictions are from the reference's."""
+    if recipe.engine is not None:
+        require_installed(recipe.engine)
     with open_context(recipe.store, recipe.runtime, console, team) as context:
         model = _open_model(context, recipe.model)
         reference = model
@@ -119,7 +123,13 @@ def evaluate(
         console.header([("model", recipe.model.path), ("protocol", described.line())])
         for warning in evaluation_warnings(recipe, model, reference, described.scored_tokens):
             console.warn(warning)
-        scores = score_model(context, model, reference, windows)
+        if recipe.engine is None:
+            scores, engine, problems = score_model(context, model, reference, windows), None, []
+        else:
+            path = engine_path(recipe.model.path, model.checkpoint)
+            expected = reference if recipe.reference else None
+            measured = score_in_engine(context, recipe.engine, path, expected, tokenizer, windows)
+            scores, engine, problems = measured.scores, measured.engine, measured.problems
         report = EvaluationReport(
             model=recipe.model.path,
             model_hash=model.checkpoint.content_hash,
@@ -130,6 +140,8 @@ def evaluate(
             stages=context.records,
             versions=versions(),
             warnings=list(console.warnings),
+            engine=engine,
+            problems=problems,
         )
         run.write(run.path / "evaluation.json", encode(report))
         console.show_evaluation(report, run.path)

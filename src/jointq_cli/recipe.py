@@ -15,6 +15,7 @@ from typing import Any
 from jointq_cli.data.calibration import Calibration
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.activation_settings import Activations
+from jointq_cli.evaluation.engines import ENGINES
 from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
@@ -89,6 +90,7 @@ class EvaluateRecipe:
     name: str = _plain_name()
     model: ModelSource
     reference: str | None = setting(None, place=True)  # the original, as in model.path: adds KL divergence
+    engine: str | None = setting(None, choices=tuple(ENGINES), null="for jointq's own")  # that computes the model
     evaluation: Evaluation
     runtime: Runtime
     output_dir: str

@@ -246,6 +246,14 @@ def test_evaluations_without_a_reference_rank_by_perplexity(tmp_path: Path, repo
     assert figure.caption == "in the circle: the job with the least perplexity"
 
 
+def test_an_engine_without_logits_leaves_perplexity_to_rank_by(tmp_path: Path, report: RunReport) -> None:
+    jobs = load_jobs(evaluations(tmp_path, report, [18.0, 12.0, 15.0], [0.1, math.nan, 0.2]))
+    document = sweep_document("mine", jobs)
+    assert "Least perplexity in job 1 (path=1): 12.00 ± 0.55 (-33" in document.headline
+    assert not [cell.text for row in document.tables[0].rows for cell in row if "nan" in cell.text]
+    assert len(sweep_figures(jobs)) == 1
+
+
 def test_only_the_reference_itself_is_nothing_to_rank(tmp_path: Path, report: RunReport) -> None:
     jobs = load_jobs(evaluations(tmp_path, report, [12.0], [0.0]))
     assert sweep_document("mine", jobs).headline == "No KL divergence to compare."

@@ -240,8 +240,11 @@ def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
     """How far the quantised model's predictions are from the original's."""
     ratio = math.exp(comparison.nll_increase)
     increase = relative_change(ratio - 1, ratio * comparison.nll_increase_standard_error)
+    change = KeyMetric("perplexity increase", increase, "standard error of the paired difference")
+    if math.isnan(comparison.kl_divergence):  # an engine that gives no logits
+        return [change]
     return [
-        KeyMetric("perplexity increase", increase, "standard error of the paired difference"),
+        change,
         KeyMetric("KL divergence", kl_text(comparison), "nats per token, original || quantised"),
         KeyMetric("top-1 agreement", percent(comparison.top1_agreement), "both put the same token first"),
     ]
@@ -249,7 +252,7 @@ def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
 
 def evaluation_problems(report: EvaluationReport) -> list[str]:
     """Reasons not to use the result of `jointq evaluate`."""
-    found = perplexity_problems("the perplexity", report.perplexity, report.protocol)
+    found = report.problems + perplexity_problems("the perplexity", report.perplexity, report.protocol)
     if report.comparison is not None and not math.isfinite(report.comparison.nll_increase):
         found += [f"the difference from the reference is {report.comparison.nll_increase}"] if not found else []
     return found

@@ -37,13 +37,17 @@ class SweepMeasurement:
     is_reference: bool = False  # the model is the reference itself, and its KL divergence no result
 
     def value(self, measure: Measure) -> tuple[float, float]:
-        """A measurement and its standard error, which a single window leaves unknown: infinite. NaN for the KL
-        divergence without an original."""
+        """A measurement and its standard error, which a single window leaves unknown: infinite. The KL divergence is
+        NaN without an original, and from an engine that gives no logits."""
         value, error = self.perplexity.value, self.perplexity.standard_error
         if measure == "KL divergence":
             found = self.comparison
             value, error = (found.kl_divergence, found.kl_divergence_standard_error) if found else (math.nan, math.nan)
         return value, error if self.protocol.windows > 1 else math.inf
+
+    @property
+    def has_divergence(self) -> bool:
+        return not math.isnan(self.value("KL divergence")[0])
 
     @property
     def increase(self) -> tuple[float, float]:
@@ -87,20 +91,15 @@ def load_jobs(directory: SweepDirectory, numbers: Iterable[int] | None = None) -
 
 
 def finite(jobs: Sequence[SweepJob]) -> list[SweepJob]:
-    """The jobs whose perplexity, and KL divergence where there is an original, were measured and are finite."""
-    return [
-        job
-        for job in jobs
-        if job.measured
-        and math.isfinite(job.measured.perplexity.value)
-        and (job.measured.comparison is None or math.isfinite(job.measured.comparison.kl_divergence))
-    ]
+    """The jobs with a finite perplexity."""
+    return [job for job in jobs if job.measured and math.isfinite(job.measured.perplexity.value)]
 
 
 def ranking(jobs: Sequence[SweepJob]) -> Ranking:
     """By KL divergence where all jobs have one, else by perplexity. The reference itself is not ranked."""
     measured = [(job, job.measured) for job in finite(jobs) if job.measured]
-    measure: Measure = "KL divergence" if measured and all(found.comparison for _, found in measured) else "perplexity"
+    with_divergence = [found.has_divergence for _, found in measured]
+    measure: Measure = "KL divergence" if measured and all(with_divergence) else "perplexity"
     values = [(job, *found.value(measure)) for job, found in measured if not found.is_reference]
     if (different := _unlike(jobs)) or not values:
         return Ranking(measure, None, unlike=different)
@@ -163,5 +162,7 @@ def _of_evaluation(report: EvaluationReport) -> SweepMeasurement:
         peak_memory=None,
         seconds=summary.total_seconds(report),
         warnings=report.warnings,
-        is_reference=comparison is not None and (report.model == report.reference or comparison.kl_divergence == 0),
+        is_reference=report.engine is None
+        and comparison is not None
+        and (report.model == report.reference or comparison.kl_divergence == 0),
     )

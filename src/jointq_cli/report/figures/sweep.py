@@ -47,7 +47,7 @@ def sweep_figures(jobs: Sequence[SweepJob]) -> list[SvgFigure]:
         return []
     ranked = ranking(jobs)
     figures = [_curves(f"Perplexity over {swept.name}", "perplexity", _perplexity, swept, measured, ranked)]
-    if all(job.measured and job.measured.comparison for job in measured):
+    if all(job.measured and math.isfinite(_divergence(job.measured)[0]) for job in measured):
         title = f"KL divergence over {swept.name}"
         figures.append(_curves(title, "nats per token", _divergence, swept, measured, ranked))
     return figures
@@ -59,8 +59,8 @@ def _perplexity(measured: SweepMeasurement) -> tuple[float, float]:
 
 
 def _divergence(measured: SweepMeasurement) -> tuple[float, float]:
-    assert measured.comparison is not None
-    return measured.comparison.kl_divergence, measured.comparison.kl_divergence_standard_error
+    found = measured.comparison
+    return (found.kl_divergence, found.kl_divergence_standard_error) if found else (math.nan, math.nan)
 
 
 def _swept_setting(jobs: Sequence[SweepJob]) -> _SweptSetting | None:

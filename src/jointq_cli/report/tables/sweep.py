@@ -77,7 +77,8 @@ def _headline(ranked: Ranking, jobs: Sequence[SweepJob]) -> str:
     settings = ", ".join(f"{key}={value}" for key, value in zip(keys, chosen.settings.values(), strict=True))
     perplexity, increase, divergence, _ = _metrics(chosen)
     by_perplexity = ranked.measure == "perplexity"
-    result = perplexity if by_perplexity else f"{divergence}, perplexity {perplexity} ({increase})"
+    against = f" ({increase})" if chosen.measured.comparison else ""
+    result = f"{perplexity}{against}" if by_perplexity else f"{divergence}, perplexity {perplexity}{against}"
     near = f" Not distinguishable from it: {_named(ranked.near, jobs)} ({_reason(ranked)})." if ranked.near else ""
     job = f"job {chosen.number}{f' ({settings})' if settings else ''}"
     return f"{so_far}Least {ranked.measure} in {job}: {result}.{near}"
@@ -143,7 +144,8 @@ def _jobs(jobs: Sequence[SweepJob], ranked: Ranking) -> TextTable:
 def _cells(job: SweepJob, ranked: Ranking) -> list[Cell]:
     perplexity, increase, divergence, time = _metrics(job)
     measured = job.measured
-    top1 = percent(measured.comparison.top1_agreement) if measured and measured.comparison else MISSING
+    found = measured.comparison if measured and measured.has_divergence else None
+    top1 = percent(found.top1_agreement) if found else MISSING
     bits = significant(measured.bits_per_weight, 3) if measured and measured.bits_per_weight else MISSING
     model = significant(measured.coverage.checkpoint_bits, 3) if measured and measured.coverage else MISSING
     mark = BEST_MARK if job is ranked.best else NEAR_MARK if job in ranked.near else " " * len(BEST_MARK)
@@ -164,7 +166,8 @@ def _metrics(job: SweepJob) -> list[str]:
     perplexity = summary.perplexity_text(measured.perplexity)
     if measured.comparison is None:
         return [perplexity, MISSING, MISSING, time]
-    return [perplexity, relative_change(*measured.increase), summary.kl_text(measured.comparison), time]
+    divergence = summary.kl_text(measured.comparison) if measured.has_divergence else MISSING
+    return [perplexity, relative_change(*measured.increase), divergence, time]
 
 
 def _keys(settings: Sequence[dict[str, str]]) -> list[str]:
