@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError
@@ -98,3 +99,24 @@ def refuse_permutation(forms: Mapping[str, UniformWeight], word: str) -> None:
             f"export={word}: {name} has its columns grouped in another order (act_order), which the format cannot "
             "hold; quantizer.static_groups=true or quantizer.act_order=false, or export=gptq (which vLLM does not take)"
         )
+
+
+def refuse_wide_scales(forms: Mapping[str, UniformWeight], word: str) -> None:
+    """Raises ConfigError where scales are float32, of which float16 holds but a few."""
+    name = next((name for name, form in forms.items() if form.scale.dtype == torch.float32), None)
+    if name is not None:
+        raise ConfigError(
+            f"export={word}: the scales of {name} are float32 as the checkpoint is, and the format stores float16; "
+            "quantise a bfloat16 checkpoint, or export=compressed-tensors"
+        )
+
+
+def float16_scales(weight: UniformWeight, name: str, word: str) -> Tensor:
+    """The scales in float16, which holds bfloat16 numbers from 2^-17 to 65504 exactly. Raises ConfigError where one
+    would be rounded."""
+    rounded = weight.scale.to(torch.float16)
+    if count := int((rounded.double() != weight.scale.double()).sum()):
+        raise ConfigError(
+            f"export={word}: {count} scales of {name} are out of float16's range; export=compressed-tensors"
+        )
+    return rounded
