@@ -23,6 +23,7 @@ from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine
+from jointq_cli.stages.engine_check import check_all
 from jointq_cli.stages.export import export_all, link_exports
 from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
@@ -72,6 +73,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
         exports = export_all(context, rotated.model, quantized, recipe.exporters)
+        if recipe.check_exports:
+            exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
         team.on_rank0(link_exports, exports, run.exports)
 
         batch = windows_per_pass(recipe.runtime, windows.ids)

@@ -50,6 +50,7 @@ class Recipe:
     evaluation: Evaluation
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
+    check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed
     output_dir: str = setting(decides=False)  # run directories are made in here
     store: str = setting(decides=False)  # artifacts that runs share
 

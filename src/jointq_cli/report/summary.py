@@ -148,6 +148,7 @@ def problems(report: RunReport) -> list[str]:
         found += rotation_summary.problems(report.rotation)
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
+    found += [problem for record in report.exports if record.check for problem in record.check.problems]
     return found
 
 
@@ -208,7 +209,13 @@ def export_line(record: ExportRecord) -> str:
     size, bits = byte_size(record.weight_bytes), significant(record.bits_per_weight, 3)
     exact = f"within {significant(record.worst_error, 2)} steps" if record.worst_error else "exact"
     rounded = f"; {plural(len(record.rounded), 'other tensor')} rounded" if record.rounded else ""
-    return f"{size}, {bits} bits per weight; read back from its files: {exact}{rounded}"
+    line = f"{size}, {bits} bits per weight; read back from its files: {exact}{rounded}"
+    if record.check is None:
+        return f"{line}; not tried in an engine"
+    found = record.check
+    change = relative_change(found.perplexity_change)
+    kl = significant(found.kl_divergence, 2)
+    return f"{line}; in {found.engine}: KL {kl}, perplexity {change} over {plural(found.windows, 'window')}"
 
 
 def key_metrics(report: RunReport) -> list[KeyMetric]:
