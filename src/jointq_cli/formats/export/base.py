@@ -15,6 +15,8 @@ from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
 
+CHUNK = 1 << 20  # elements compared at a time
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedModel:
@@ -122,3 +124,18 @@ def float16_scales(weight: UniformWeight, name: str, word: str) -> Tensor:
             f"export={word}: {count} scales of {name} are out of float16's range; export=compressed-tensors"
         )
     return rounded
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest magnitude of `expected`."""
+    if found.shape != expected.shape:
+        return torch.inf
+    if torch.equal(found, expected):
+        return 0.0
+    # Some at a time: an embedding matrix in float64 would set the peak of memory.
+    pairs = zip(found.flatten().split(CHUNK), expected.flatten().split(CHUNK), strict=True)
+    differences, sizes = zip(
+        *(((one.double() - two.double()).abs().max(), two.abs().max()) for one, two in pairs), strict=True
+    )
+    largest = torch.stack(sizes).max().double()
+    return float(torch.stack(differences).max() / largest) if largest else torch.inf

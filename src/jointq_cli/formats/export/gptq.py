@@ -47,6 +47,8 @@ class GptqExporter(Exporter):
     """2, 3, 4 and 8 bits, one grid for all layers."""
 
     format: ClassVar[str] = GPTQ
+    engine: ClassVar[str] = "transformers"
+    engine_needs: ClassVar[tuple[str, ...]] = ("gptqmodel", "optimum")
 
     version: str | None = setting(
         None, choices=tuple(FORMATS), null="for v1 where the grid is symmetric and v2 elsewhere"
@@ -143,8 +145,8 @@ def _refuse_several_grids(forms: Mapping[str, UniformWeight]) -> None:
     if len(first) > 1:
         one, two = list(first.values())[:2]
         raise ConfigError(
-            f"export={GPTQ}: {one} is {forms[one].label} and {two} is {forms[two].label}; the format holds one grid for "
-            "all layers; export=compressed-tensors"
+            f"export={GPTQ}: {one} is {forms[one].label} and {two} is {forms[two].label}; the format holds one grid "
+            "for all layers; export=compressed-tensors"
         )
 
 
@@ -205,5 +207,5 @@ def _quantization_config(model: QuantizedModel, version: str) -> dict[str, Any]:
         return config
     # gptqmodel and vLLM skip layers by `dynamic`, transformers by a list of those that are quantised.
     modules = [name.removesuffix(".weight") for name in forms]
-    skipped = {f"-:^{re.escape(name.removesuffix('.weight'))}$": {} for name in left}
+    skipped: dict[str, Any] = {f"-:^{re.escape(name.removesuffix('.weight'))}$": {} for name in left}
     return {**config, "dynamic": skipped, "modules_in_block_to_quantize": [modules]}

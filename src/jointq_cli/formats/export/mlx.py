@@ -25,6 +25,7 @@ from jointq_cli.formats.export.base import (
     float16_scales,
     refuse_permutation,
     refuse_wide_scales,
+    relative_error,
     uniform_forms,
 )
 from jointq_cli.formats.export.bit_stream import pack, unpack
@@ -38,17 +39,15 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 ROUNDING = 2.0**-11  # of a number in float16, relative
 # Causal language models that both transformers 5.23 and mlx-lm 0.32.2 know, as `model_type` names them.
-MODEL_TYPES = frozenset(
-    """
-    afmoe apertus bailing_hybrid bitnet cohere cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma3n gemma4 gemma4_text
-    gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite
-    granitemoe granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder jamba kimi_linear laguna lfm2 lfm2_moe
-    llama llama4 llama4_text longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral3
-    mistral mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phi3 phimoe qwen2 qwen2_moe
-    qwen3 qwen3_5 qwen3_5_moe qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
-    """.split()
-)
+MODEL_TYPES = """
+afmoe apertus bailing_hybrid bitnet cohere cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5
+ernie4_5_moe exaone4 exaone_moe falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma3n gemma4 gemma4_text
+gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite
+granitemoe granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder jamba kimi_linear laguna lfm2 lfm2_moe
+llama llama4 llama4_text longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral3
+mistral mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phi3 phimoe qwen2 qwen2_moe
+qwen3 qwen3_5 qwen3_5_moe qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
+"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class MlxExporter(Exporter):
     """
 
     format: ClassVar[str] = MLX
+    engine: ClassVar[str] = "mlx"
     tolerance: ClassVar[float] = 255 * ROUNDING  # of a bias, which is at most 2^bits - 1 steps
     plain_tolerance: ClassVar[float] = ROUNDING
 
@@ -85,7 +85,7 @@ class MlxExporter(Exporter):
                     "what these divide"
                 )
         kind = model.checkpoint.config.get("model_type")
-        return [] if kind in MODEL_TYPES else [f"export={MLX}: mlx-lm 0.32.2 has no model of type {kind}"]
+        return [] if kind in MODEL_TYPES.split() else [f"export={MLX}: mlx-lm 0.32.2 has no model of type {kind}"]
 
     def write(self, model: QuantizedModel, directory: Path) -> None:
         plain = _read_float16 if self.dtype == "float16" else _read
@@ -170,7 +170,7 @@ def _read_float16(checkpoint: Checkpoint, name: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     rounded = tensor.to(torch.float16)
-    if not (rounded.double() - tensor.double()).abs().max() <= ROUNDING * tensor.double().abs().max():
+    if not relative_error(rounded, tensor) <= ROUNDING:
         raise ConfigError(f"export={MLX}: {name} has numbers out of float16's range; dtype=checkpoint")
     return rounded
 

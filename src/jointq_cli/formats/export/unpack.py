@@ -1,7 +1,7 @@
 """A packed checkpoint as an ordinary one: compressed-tensors `pack-quantized`, GPTQ v1 and v2, MLX affine.
 
-Reads what jointq exports and what others write in these layouts, with nothing but torch. Weights are computed in float32
-and rounded once.
+Reads what jointq exports and what others write in these layouts, with nothing but torch. Weights are computed in
+float32 and rounded once.
 """
 
 import json
@@ -24,6 +24,8 @@ from jointq_cli.system.tensor_files import save_tensors
 
 SHARD_BYTES = 1 << 30  # of a file that is written; the last tensor may exceed it
 WEIGHT = ".weight"
+DEQUANTIZED = (torch.bfloat16, torch.float16, torch.float32)
+UNREAD = ("kv_cache_scheme", "sparsity_config", "transform_config")  # of compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,13 @@ class PackedCheckpoint(ABC):
     checkpoint: Checkpoint
     config: Mapping[str, Any]
 
+    @abstractmethod
     def check(self) -> None:
         """Raises ModelError where the config names something that is not read here."""
 
     @abstractmethod
     def parts(self, name: str) -> list[str]:
-        """The tensors of which that of this name is the first; one for a tensor that is not quantised, none for one that
+        """The tensors of which the one of this name is the first: itself alone where it is not quantised, none where it
         belongs to another."""
 
     @abstractmethod
@@ -58,14 +61,14 @@ class PackedCheckpoint(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype that config.json states; bfloat16 without any."""
         named = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype") or "bfloat16"
-        found = getattr(torch, str(named).removeprefix("torch."), None)
-        if found not in (torch.float16, torch.bfloat16, torch.float32):
+        found = next((dtype for dtype in DEQUANTIZED if str(dtype) == f"torch.{named}"), None)
+        if found is None:
             raise self.refuse(f"dtype={named} in its {CONFIG}")
         return found
 
-    def _grouped(self, name: str, anchor: str, parts: tuple[str, ...], optional: tuple[str, ...] = ()) -> list[str]:
-        """`parts` of a layer, each the end of a name; the first is that of the tensor that stands for it."""
-        tensors = self.checkpoint.tensors
+    def _grouped(self, name: str, parts: tuple[str, ...], optional: tuple[str, ...] = ()) -> list[str]:
+        """As `parts`, of a layer whose tensors end in this way."""
+        tensors, anchor = self.checkpoint.tensors, parts[0]
         module = next((name.removesuffix(part) for part in (*parts, *optional) if name.endswith(part)), None)
         if module is None or module + anchor not in tensors:
             return [name]
@@ -82,9 +85,10 @@ class PackedCompressedTensors(PackedCheckpoint):
     def check(self) -> None:
         if (found := self.config.get("format")) != "pack-quantized":
             raise self.refuse(f"format={found} of compressed-tensors; pack-quantized is")
-        for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-            if self.config.get(key):
-                raise self.refuse(f"it has a {key}")
+        if key := next((key for key in UNREAD if self.config.get(key)), None):
+            raise self.refuse(f"it has a {key}")
+        if ordered := next((name for name in self.checkpoint.tensors if name.endswith(".weight_g_idx")), None):
+            raise self.refuse(f"it holds {ordered}, columns in another order")
         for group in self._groups:
             weights = group.get("weights") or {}
             for key, read in (
@@ -94,9 +98,8 @@ class PackedCompressedTensors(PackedCheckpoint):
             ):
                 if weights.get(key) not in read:
                     raise self.refuse(f"{key}={weights.get(key)} of its weights")
-            for key in ("input_activations", "output_activations"):
-                if group.get(key):
-                    raise self.refuse(f"it has {key}")
+            if found := next((key for key in ("input_activations", "output_activations") if group.get(key)), None):
+                raise self.refuse(f"it has {found}")
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -104,13 +107,13 @@ class PackedCompressedTensors(PackedCheckpoint):
 
     def parts(self, name: str) -> list[str]:
         required = (".weight_packed", ".weight_scale", ".weight_shape")
-        return self._grouped(name, required[0], required, (".weight_zero_point", ".weight_g_idx"))
+        return self._grouped(name, required, (".weight_zero_point",))
 
     def decode(self, module: str, parts: list[Tensor]) -> Tensor:
         weights = self._scheme(module)
         bits, symmetric = weights["num_bits"], bool(weights.get("symmetric", True))
-        if len(parts) != (3 if symmetric else 4) or parts[-1].dim() == 1 and not symmetric:
-            raise self.refuse(f"{module}.weight_zero_point is missing or more than the layout has beside it")
+        if len(parts) != (3 if symmetric else 4):
+            raise self.refuse(f"symmetric={symmetric} in its config, and {module} has {len(parts) - 3} zero-points")
         packed, scale, shape, *zero_point = parts
         rows, columns = shape.tolist()
         groups = scale.shape[1] if scale.dim() == 2 else 0
@@ -131,15 +134,23 @@ class PackedCompressedTensors(PackedCheckpoint):
 class PackedGptq(PackedCheckpoint):
     """`quantization_config` of GPTQ, in words along the columns."""
 
-    def check(self) -> None:
-        found = self.config.get("checkpoint_format") or self.config.get("format") or "gptq"
-        if found not in gptq.FORMATS.values():
+    @property
+    def _version(self) -> str:
+        found = self.config.get("checkpoint_format") or self.config.get("format") or gptq.FORMATS["v1"]
+        version = next((version for version, word in gptq.FORMATS.items() if word == found), None)
+        if version is None:
             raise self.refuse(f"checkpoint_format={found}; {' and '.join(gptq.FORMATS.values())} are")
+        return version
+
+    def check(self) -> None:
+        _ = self._version
         if self.config.get("bits") not in gptq.BITS:
             raise self.refuse(f"bits={self.config.get('bits')}")
+        if other := next((key for key, value in (self.config.get("dynamic") or {}).items() if value), None):
+            raise self.refuse(f"it has layers on another grid, dynamic={other}")
 
     def parts(self, name: str) -> list[str]:
-        return self._grouped(name, f".{gptq.PARTS[0]}", tuple(f".{part}" for part in gptq.PARTS))
+        return self._grouped(name, tuple(f".{part}" for part in gptq.PARTS))
 
     def decode(self, module: str, parts: list[Tensor]) -> Tensor:
         bits = self.config["bits"]
@@ -149,9 +160,7 @@ class PackedGptq(PackedCheckpoint):
         self.require(f"{module}.qzeros", zeros, torch.int32, (groups, packed_words(rows, bits)))
         if not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
             raise self.refuse(f"{module}.g_idx names groups that {module}.scales lacks")
-        named = self.config.get("checkpoint_format") or self.config.get("format") or "gptq"
-        version = next(version for version, found in gptq.FORMATS.items() if found == named)
-        return gptq.unpack_weight(bits, version, *parts).to(self.dtype)
+        return gptq.unpack_weight(bits, self._version, *parts).to(self.dtype)
 
 
 class PackedMlx(PackedCheckpoint):
@@ -164,10 +173,8 @@ class PackedMlx(PackedCheckpoint):
             raise self.refuse(f"mode={mode} of MLX; affine is")
 
     def parts(self, name: str) -> list[str]:
-        module, _, end = name.rpartition(".")
-        if end in ("scales", "biases", "weight") and f"{module}.scales" in self.checkpoint.tensors:
-            return self._grouped(name, WEIGHT, (WEIGHT, ".scales", ".biases"))
-        return [name]
+        quantised = f"{name.rpartition('.')[0]}.scales" in self.checkpoint.tensors
+        return self._grouped(name, (WEIGHT, ".scales", ".biases")) if quantised else [name]
 
     def decode(self, module: str, parts: list[Tensor]) -> Tensor:
         words, scales, biases = parts
@@ -185,8 +192,8 @@ class PackedMlx(PackedCheckpoint):
 def unpack_checkpoint(directory: Path, target: Path) -> None:
     """Writes the checkpoint of `directory` as an ordinary one into `target`, an empty directory.
 
-    Weights have the dtype of their scales (compressed-tensors) or of config.json, all other tensors their own. One shard
-    of SHARD_BYTES is in memory at a time. Raises ModelError where the layout, or a part of it, is not read here.
+    Weights have the dtype of their scales (compressed-tensors) or of config.json, all other tensors their own. One
+    shard of SHARD_BYTES is in memory at a time. Raises ModelError where the layout, or a part of it, is not read here.
     """
     packed = open_packed(directory)
     packed.check()
