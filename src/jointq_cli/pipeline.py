@@ -115,11 +115,12 @@ def evaluate(
     if recipe.engine is not None:
         require_installed(recipe.engine)
     with open_context(recipe.store, recipe.runtime, console, team) as context:
-        model = _open_model(context, recipe.model)
+        model = _open_model(context, recipe.model, packed=True)
         reference = model
         if recipe.reference is not None:
             code = recipe.model.trust_remote_code
-            reference = _open_model(context, ModelSource(recipe.reference, revision=None, trust_remote_code=code))
+            source = ModelSource(recipe.reference, revision=None, trust_remote_code=code)
+            reference = _open_model(context, source, packed=True)
         tokenizer = load_tokenizer(model.checkpoint.directory, recipe.model.trust_remote_code)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
@@ -195,5 +196,5 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
         return estimate
 
 
-def _open_model(context: Context, source: ModelSource) -> StreamedModel:
-    return context.open_model(fetch_model(context, source), source.trust_remote_code)
+def _open_model(context: Context, source: ModelSource, *, packed: bool = False) -> StreamedModel:
+    return context.open_model(fetch_model(context, source, packed=packed), source.trust_remote_code)
