@@ -1,0 +1,184 @@
+"""GGUF files: what transformers and llama.cpp make of them, by architecture, and what is refused before any work."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from export_cases import write_quantized
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.formats.export import QuantizedModel
+from jointq_cli.formats.export.gguf import GgufExporter
+from jointq_cli.formats.export.gguf_tokenizer import read_tokenizer
+from jointq_cli.formats.export.verification import verified
+from jointq_cli.models.gguf_file import convert_gguf
+from jointq_cli.models.sources import BUNDLED
+from jointq_cli.quantization.quantizers import RTN
+
+VOCABULARY = json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
+Q4_0 = RTN(bits=4, group_size=32, symmetric=True)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "llama": {},
+    "llama_tied": {},
+    "llama_bias": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {"sliding_window": None},
+}
+
+
+def write_model(directory: Path, family: str, rtn: RTN = Q4_0, **changes: object) -> QuantizedModel:
+    """A tiny model with the bundled model's tokenizer, which is one that llama.cpp knows."""
+    model = write_quantized(directory, family, rtn, vocab_size=VOCABULARY, norm_spread=0.2, **MODELS[family], **changes)
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copyfile(file, directory / file.name)
+    return model
+
+
+def exported(tmp_path: Path, model: QuantizedModel, exporter: GgufExporter) -> Path:
+    target = tmp_path / "export"
+    target.mkdir()
+    assert not [note for note in exporter.check(model) if "sliding" in note]
+    exporter.write(model, target)
+    return target
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_tensor_is_read_back_and_transformers_reads_the_same(tmp_path: Path, family: str) -> None:
+    model = write_model(tmp_path / "model", family)
+    exporter = GgufExporter(embeddings="bf16")
+    target = exported(tmp_path, model, exporter)
+    record = verified(model, exporter, target)
+    assert record.worst_error == 0
+    assert record.bits_per_weight == 4.5
+    assert all(error < 1e-6 for error in record.rounded.values())  # Gemma's norms, which are stored plus 1
+    if family == "llama_bias":
+        return  # transformers' reader drops biases
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    convert_gguf(target / exporter.file, converted)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "model", converted))
+    expected = ours.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    ids = torch.arange(32)[None]
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rtn", "kind", "bits"),
+    [
+        (RTN(bits=4, group_size=64), "Q4_1", 5.0),
+        (RTN(bits=5, group_size=32, symmetric=True), "Q5_0", 5.5),
+        (RTN(bits=5, group_size=None), "Q5_1", 6.0),
+        (RTN(bits=8, group_size=32, symmetric=True), "Q8_0", 8.5),
+        (RTN(bits=6, group_size=32), "Q8_0", 8.5),
+    ],
+)
+def test_the_grid_chooses_the_type(tmp_path: Path, rtn: RTN, kind: str, bits: float) -> None:
+    model = write_model(tmp_path / "model", "llama", rtn)
+    exporter = GgufExporter()
+    target = exported(tmp_path, model, exporter)
+    record = verified(model, exporter, target)
+    assert record.bits_per_weight == bits
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file).tensors}
+    assert kinds["blk.1.ffn_up.weight"] == kind
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["output_norm.weight"] == "F32"
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        GgufExporter().write(model, tmp_path / name)
+        files.append((tmp_path / name / "model.gguf").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LLAMA3,
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaling_of_rotary_embeddings_is_carried_over(tmp_path: Path, rope: dict[str, object]) -> None:
+    model = write_model(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=256)
+    target = exported(tmp_path, model, GgufExporter())
+    (tmp_path / "converted").mkdir()
+    convert_gguf(target / "model.gguf", tmp_path / "converted")
+    found = json.loads((tmp_path / "converted" / "config.json").read_text())["rope_parameters"]
+    assert {key: found[key] for key in rope} == rope
+
+
+def test_what_llama_cpp_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
+    exporter = GgufExporter()
+    for family, rule in (("olmo2", "architecture olmo2; there are llama"), ("gpt_neox", "architecture gpt_neox")):
+        with pytest.raises(ConfigError, match=rule):
+            exporter.check(write_quantized(tmp_path / family, family, Q4_0))
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    for name, changes, rule in (
+        ("pattern", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "no regular pattern"),
+        ("scalar", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar"),
+    ):
+        settings = {**MODELS["gemma3"], **changes}
+        with pytest.raises(ConfigError, match=rule):
+            exporter.check(write_quantized(tmp_path / name, "gemma3", Q4_0, **settings))
+    with pytest.raises(ConfigError, match="rope_type=longrope"):
+        exporter.check(write_quantized(tmp_path / "long", "phi3", Q4_0, sliding_window=None, rope_parameters=longrope))
+    words = write_quantized(tmp_path / "words", "llama", Q4_0)  # its tokenizer is a WordLevel one
+    with pytest.raises(ConfigError, match="WordLevel"):
+        exporter.check(words)
+    model = write_model(tmp_path / "model", "llama")
+    for change, rule in (
+        ({"permutation": torch.arange(64)}, "act_order"),
+        ({"bits": 3}, "nothing is gained"),
+    ):
+        forms = {name: replace(form, **change) for name, form in model.forms.items()}
+        with pytest.raises(ConfigError, match=rule):
+            exporter.check(replace(model, forms=forms))
+    with pytest.raises(ConfigError, match="type=q2_k: must be one of"):
+        GgufExporter(type="q2_k")
+
+
+def edit_tokenizer(directory: Path, **changes: object) -> None:
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None:
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    assert read_tokenizer(tmp_path, VOCABULARY).pre == "gpt-2"
+    digits = {"type": "Digits", "individual_digits": True}
+    levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    edit_tokenizer(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, levels]})
+    assert read_tokenizer(tmp_path, VOCABULARY).pre == "smollm"
+    edit_tokenizer(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [levels, digits]})
+    with pytest.raises(ConfigError, match="splits text in a way of its own"):
+        read_tokenizer(tmp_path, VOCABULARY)
+    edit_tokenizer(tmp_path, normalizer={"type": "Lowercase"})
+    with pytest.raises(ConfigError, match="normalises text"):
+        read_tokenizer(tmp_path, VOCABULARY)
