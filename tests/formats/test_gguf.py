@@ -9,9 +9,10 @@ import pytest
 import torch
 from export_cases import write_quantized
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jointq_cli.errors import ConfigError
+from jointq_cli.evaluation.engines import ENGINES, opened
 from jointq_cli.formats.export import QuantizedModel
 from jointq_cli.formats.export.gguf import GgufExporter
 from jointq_cli.formats.export.gguf_tokenizer import read_tokenizer
@@ -28,7 +29,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 512,
 }
 MODELS = {
     "llama": {},
@@ -62,7 +63,7 @@ def exported(tmp_path: Path, model: QuantizedModel, exporter: GgufExporter) -> P
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_every_tensor_is_read_back_and_transformers_reads_the_same(tmp_path: Path, family: str) -> None:
+def test_every_tensor_is_read_back_and_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
     model = write_model(tmp_path / "model", family)
     exporter = GgufExporter(embeddings="bf16")
     target = exported(tmp_path, model, exporter)
@@ -70,12 +71,27 @@ def test_every_tensor_is_read_back_and_transformers_reads_the_same(tmp_path: Pat
     assert record.worst_error == 0
     assert record.bits_per_weight == 4.5
     assert all(error < 1e-6 for error in record.rounded.values())  # Gemma's norms, which are stored plus 1
-    if family == "llama_bias":
-        return  # transformers' reader drops biases
-    converted = tmp_path / "converted"
-    converted.mkdir()
-    convert_gguf(target / exporter.file, converted)
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "model", converted))
+    if not ENGINES["llama.cpp"].is_installed:
+        pytest.skip("xllamacpp is not installed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = "def f(x):\n    return [x, 12345, 'naïve', \"don't\"]  # 漢字 \U0001f980 \t end"
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+    with opened("llama.cpp", target / exporter.file) as engine:
+        assert engine.tokenize(text) == ids.tolist()
+        found = engine.log_probabilities(ids)
+    expected = torch.log_softmax(loaded(ids[None]).logits[0], dim=-1)
+    assert torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean") < 0.01
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen2"])
+def test_transformers_reads_the_same_weights(tmp_path: Path, family: str) -> None:
+    """Of the other architectures its reader drops keys or tensors."""
+    model = write_model(tmp_path / "model", family)
+    target = exported(tmp_path, model, GgufExporter(embeddings="bf16"))
+    (tmp_path / "converted").mkdir()
+    convert_gguf(target / "model.gguf", tmp_path / "converted")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "converted"))
     expected = ours.state_dict()
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
@@ -125,7 +141,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     ids=lambda rope: rope["rope_type"],
 )
 def test_scaling_of_rotary_embeddings_is_carried_over(tmp_path: Path, rope: dict[str, object]) -> None:
-    model = write_model(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=256)
+    model = write_model(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=1024)
     target = exported(tmp_path, model, GgufExporter())
     (tmp_path / "converted").mkdir()
     convert_gguf(target / "model.gguf", tmp_path / "converted")
@@ -138,7 +154,8 @@ def test_what_llama_cpp_does_not_know_is_refused_by_name(tmp_path: Path) -> None
     for family, rule in (("olmo2", "architecture olmo2; there are llama"), ("gpt_neox", "architecture gpt_neox")):
         with pytest.raises(ConfigError, match=rule):
             exporter.check(write_quantized(tmp_path / family, family, Q4_0))
-    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **factors}
     for name, changes, rule in (
         ("pattern", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "no regular pattern"),
         ("scalar", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar"),
