@@ -127,10 +127,9 @@ class MlxModel(EngineModel):
     """mlx-lm, on Apple's GPUs, and on the CPU of others."""
 
     def __init__(self, directory: Path) -> None:
-        from mlx_lm.utils import load_model  # type: ignore[import-not-found,unused-ignore]
-
         import mlx.core as mx  # type: ignore[import-not-found,unused-ignore]
         from mlx.utils import tree_map  # type: ignore[import-not-found,unused-ignore]
+        from mlx_lm.utils import load_model  # type: ignore[import-not-found,unused-ignore]
 
         self.model, config = load_model(directory)
         if mx.default_device() == mx.cpu:  # which takes forty times as long for float16; float32 holds it exactly
