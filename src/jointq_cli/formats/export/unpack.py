@@ -183,8 +183,8 @@ class PackedMlx(PackedCheckpoint):
         rows, columns = words.shape[0], scales.shape[-1] * int(grid.get("group_size", 64))
         bits = words.shape[1] * WORD // columns
         self.require(f"{module}.biases", biases, scales.dtype, tuple(scales.shape))
-        if bits not in mlx.BITS:
-            raise self.refuse(f"{module}.weight has {bits} bits for each of {columns} columns")
+        if bits not in mlx.BITS or bits != grid.get("bits"):
+            raise self.refuse(f"{module}.weight has {bits} bits for each of {columns} columns, not {grid.get('bits')}")
         self.require(f"{module}.weight", words, torch.uint32, (rows, packed_words(columns, bits)))
         return mlx.unpack_weight(bits, words, scales, biases).to(self.dtype)
 
