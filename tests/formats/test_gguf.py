@@ -1,5 +1,6 @@
 """GGUF files: what transformers and llama.cpp make of them, by architecture, and what is refused before any work."""
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +10,8 @@ import pytest
 import torch
 from export_cases import write_quantized
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.engines import ENGINES, opened
@@ -180,22 +182,50 @@ def test_what_llama_cpp_does_not_know_is_refused_by_name(tmp_path: Path) -> None
         GgufExporter(type="q2_k")
 
 
-def edit_tokenizer(directory: Path, **changes: object) -> None:
-    path = directory / "tokenizer.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def edited(**changes: object) -> PreTrainedTokenizerFast:
+    """The bundled model's tokenizer with some parts of tokenizer.json replaced."""
+    content = {**json.loads((BUNDLED / "tokenizer.json").read_text()), **changes}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
 
 
-def test_a_tokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None:
-    for file in BUNDLED.glob("tokenizer*"):
-        shutil.copyfile(file, tmp_path / file.name)
-    assert read_tokenizer(tmp_path, VOCABULARY).pre == "gpt-2"
+def test_a_tokenizer_that_splits_otherwise_is_refused() -> None:
+    assert read_tokenizer(edited(), VOCABULARY).pre == "gpt-2"
     digits = {"type": "Digits", "individual_digits": True}
     levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    edit_tokenizer(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, levels]})
-    assert read_tokenizer(tmp_path, VOCABULARY).pre == "smollm"
-    edit_tokenizer(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": [levels, digits]})
+    smollm = edited(pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, levels]})
+    assert read_tokenizer(smollm, VOCABULARY).pre == "smollm"
     with pytest.raises(ConfigError, match="splits text in a way of its own"):
-        read_tokenizer(tmp_path, VOCABULARY)
-    edit_tokenizer(tmp_path, normalizer={"type": "Lowercase"})
+        read_tokenizer(edited(pre_tokenizer={"type": "Sequence", "pretokenizers": [levels, digits]}), VOCABULARY)
     with pytest.raises(ConfigError, match="normalises text"):
-        read_tokenizer(tmp_path, VOCABULARY)
+        read_tokenizer(edited(normalizer={"type": "Lowercase"}), VOCABULARY)
+
+
+def sentencepiece_like(prepend: bool) -> PreTrainedTokenizerFast:
+    """BPE over characters with bytes as fallback, as converted from SentencePiece."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("\u2581")] if prepend else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    )
+    text = inspect.getsource(inspect)
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are ordinary tokens
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+def test_llama_cpp_tokenizes_as_sentencepiece_does(tmp_path: Path, prepend: bool) -> None:
+    if not ENGINES["llama.cpp"].is_installed:
+        pytest.skip("xllamacpp is not installed")
+    tokenizer = sentencepiece_like(prepend)
+    model = write_quantized(tmp_path / "model", "llama", Q4_0, vocab_size=1024)
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    tokenizer.save_pretrained(tmp_path / "model")
+    target = exported(tmp_path, model, GgufExporter())
+    with opened("llama.cpp", target / "model.gguf") as engine:
+        for text in ("def function(self, x):\n    return isinstance(x, str)", "a  b   naïve 漢字", "import re"):
+            assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text

@@ -151,7 +151,7 @@ class Description:
         self.config = AutoConfig.from_pretrained(checkpoint.directory)
         self.architecture = architectures.architecture_of(self.config)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-        self.vocabulary = read_tokenizer(checkpoint.directory, self.config.vocab_size)
+        self.vocabulary = read_tokenizer(self.tokenizer, self.config.vocab_size)
 
     def name(self, name: str) -> str:
         return architectures.tensor_name(self.architecture, self.config, name)

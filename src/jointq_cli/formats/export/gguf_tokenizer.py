@@ -7,11 +7,10 @@ token in place of merges.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jointq_cli.errors import ConfigError
 
@@ -60,37 +59,37 @@ class GgufTokenizer:
             writer.add_chat_template(tokenizer.chat_template)
 
 
-def read_tokenizer(directory: Path, vocabulary: int) -> GgufTokenizer:
+def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> GgufTokenizer:
     """vocabulary: rows of the embedding, which may be more than there are tokens.
 
     Raises ConfigError where llama.cpp has no such tokenizer.
     """
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(f"export=gguf: {file} is missing, and a GGUF file holds its tokenizer")
-    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"export=gguf: {type(tokenizer).__name__} is no tokenizer with a tokenizer.json")
+    # Of the tokenizer as it is loaded: some classes of transformers replace parts of the file.
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise ConfigError(f"export=gguf: {file} is a {model.get('type')} tokenizer, and BPE is supported alone")
+        raise ConfigError(f"export=gguf: the model's tokenizer is a {model.get('type')} one; only BPE is supported")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     by_characters = bool(model.get("byte_fallback"))
-    pre = None if by_characters else _pre_tokenizer(content, file)
+    pre = None if by_characters else _pre_tokenizer(content)
     tokens, types = _tokens(content, vocabulary, by_characters)
     rank = {merge.replace(" ", "", 1): number for number, merge in reversed(list(enumerate(merges)))}
     scores = [-float(rank[token]) if token in rank else UNSCORED for token in tokens] if by_characters else []
     return GgufTokenizer(tokens, types, pre, merges, scores, _prepends_space(content))
 
 
-def _pre_tokenizer(content: dict[str, Any], file: Path) -> str:
+def _pre_tokenizer(content: dict[str, Any]) -> str:
     if content.get("normalizer") not in (None, {"type": "NFC"}):
         kind = content["normalizer"]["type"]
-        raise ConfigError(f"export=gguf: {file} normalises text ({kind}), which llama.cpp does not do for BPE")
+        raise ConfigError(f"export=gguf: the tokenizer normalises text ({kind}), which llama.cpp does not do for BPE")
     parts = content.get("pre_tokenizer") or {}
     parts = parts.get("pretokenizers", [parts])
     found = tuple(_pattern(part) for part in parts if _pattern(part))
     if found not in PRE_TOKENIZERS:
         names = ", ".join(PRE_TOKENIZERS.values())
-        raise ConfigError(f"export=gguf: {file} splits text in a way of its own; known are those of {names}")
+        raise ConfigError(f"export=gguf: the tokenizer splits text in a way of its own; known are those of {names}")
     return PRE_TOKENIZERS[found]
 
 
