@@ -35,6 +35,7 @@ from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quan
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
 from jointq_cli.stages.rotate import rotate as rotate_model
 from jointq_cli.stages.scores import score_model
+from jointq_cli.stages.tasks import fetch_tasks, run_tasks, size_tasks, task_stage, task_warnings
 from jointq_cli.stages.tokens import load_calibration, load_evaluation
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files
@@ -49,6 +50,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
     Returns the report on rank 0, None elsewhere.
     """
     with open_context(recipe.store, recipe.runtime, console, team) as context:
+        loaded = fetch_tasks(context, recipe.evaluation)
         original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
@@ -59,6 +61,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
         warnings += export_warnings(recipe, original, layers)
+        tasks = size_tasks(loaded, original, tokenizer, recipe.runtime)
+        warnings += task_warnings(tasks, recipe.activations)
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
@@ -79,9 +83,13 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
+        reloaded = context.open_model(quantized.checkpoint, recipe.model.trust_remote_code)
+        first = [task_stage(task, original, original.identity, "original") for task in tasks]
+        second = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
+        figures = run_tasks(context, tasks, second, first)
         records = [export.record for export in exports]
         return team.on_rank0(
-            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records
+            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records, figures
         )
 
 
@@ -106,6 +114,7 @@ def evaluate(
 ) -> EvaluationReport:
     """Perplexity of a checkpoint and, with a reference, how far its predictions are from the reference's."""
     with open_context(recipe.store, recipe.runtime, console, team) as context:
+        loaded = fetch_tasks(context, recipe.evaluation)
         model = _open_model(context, recipe.model)
         reference = model
         if recipe.reference is not None:
@@ -115,7 +124,12 @@ def evaluate(
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
         console.header([("model", recipe.model.path), ("protocol", described.line())])
+        tasks = size_tasks(loaded, model, tokenizer, recipe.runtime)
+        for warning in task_warnings(tasks):
+            console.warn(warning)
         scores = score_model(context, model, reference, windows)
+        first = [task_stage(task, reference, reference.identity, "reference") for task in tasks if recipe.reference]
+        second = [task_stage(task, model, model.identity, "") for task in tasks]
         report = EvaluationReport(
             model=recipe.model.path,
             model_hash=model.checkpoint.content_hash,
@@ -123,8 +137,10 @@ def evaluate(
             protocol=described,
             perplexity=perplexity(scores.quantized_nll, scores.tokens),
             comparison=compare(scores) if recipe.reference else None,
+            tasks=run_tasks(context, tasks, second, first),
             stages=context.records,
             versions=versions(),
+            warnings=list(console.warnings),
         )
         run.write(run.path / "evaluation.json", encode(report))
         console.show_evaluation(report, run.path)

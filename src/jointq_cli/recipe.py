@@ -56,6 +56,11 @@ class Recipe:
         check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
         exporters_of(self.export)
+        if self.evaluation.tasks and "R4" in self.rotation.parts:
+            tasks = ",".join(self.evaluation.tasks)
+            raise ConfigError(
+                f"evaluation.tasks=[{tasks}]: run in plain transformers, which refuses R4; use rotation.r4=false"
+            )
 
     @property
     def exporters(self) -> list[Exporter]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import Comparison, Coverage, EvaluationReport, Perplexity, Protocol, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, Perplexity, Protocol, RunReport, TaskRecord
 from jointq_cli.report import summary
 from jointq_cli.report.compare.run_files import EVALUATION, REPORT
 from jointq_cli.system.record_json import load_record, load_report
@@ -31,6 +31,7 @@ class SweepMeasurement:
     seconds: float
     coverage: Coverage | None = None
     warnings: list[str] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
 
     @property
     def increase(self) -> tuple[float, float]:
@@ -108,6 +109,7 @@ def _of_run(report: RunReport) -> SweepMeasurement:
         seconds=summary.total_seconds(report),
         coverage=report.coverage,
         warnings=report.warnings,
+        tasks=report.tasks,
     )
 
 
@@ -123,4 +125,6 @@ def _of_evaluation(report: EvaluationReport) -> SweepMeasurement:
         bits_per_weight=None,
         peak_memory=None,
         seconds=summary.total_seconds(report),
+        warnings=report.warnings,
+        tasks=report.tasks,
     )

@@ -94,15 +94,17 @@ def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
 def _jobs(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> TextTable:
     keys = _keys([job.settings for job in jobs])
     metrics = ["perplexity", "increase", "KL divergence", "top-1", "bits/weight", "bits/model", "time", "state"]
+    tasks = list(dict.fromkeys(task.name for job in jobs if job.measured for task in job.measured.tasks))
     rows = [
         [
             Cell(str(job.number)),
             *(Cell(job.settings.get(key, MISSING)) for key in keys),
             *_cells(job, job is chosen),
+            *_task_cells(job, tasks),
         ]
         for job in jobs
     ]
-    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics], rows)
+    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics, *tasks], rows)
 
 
 def _cells(job: SweepJob, is_best: bool) -> list[Cell]:
@@ -114,6 +116,11 @@ def _cells(job: SweepJob, is_best: bool) -> list[Cell]:
     mark = BEST_MARK if is_best else " " * len(BEST_MARK)
     texts = [increase, divergence, top1, bits, model, time, job.record.state]
     return [Cell(perplexity + mark, is_best), *map(Cell, texts)]
+
+
+def _task_cells(job: SweepJob, names: Sequence[str]) -> list[Cell]:
+    scores = {task.name: task.score for task in job.measured.tasks} if job.measured else {}
+    return [Cell(summary.task_score_text(scores.get(name))) for name in names]
 
 
 def _metrics(job: SweepJob) -> list[str]:
