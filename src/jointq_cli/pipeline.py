@@ -12,6 +12,7 @@ import torch
 
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
+from jointq_cli.evaluation.engines import require_installed
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.formats.export import Exporter
 from jointq_cli.models.sources import ModelSource
@@ -21,6 +22,8 @@ from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, R
 from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
+from jointq_cli.stages.engine import engine_path, score_in_engine
+from jointq_cli.stages.engine_check import check_all
 from jointq_cli.stages.export import export_all, link_exports
 from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
@@ -74,6 +77,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
         exports = export_all(context, rotated.model, quantized, recipe.exporters)
+        if recipe.check_exports:
+            exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
         team.on_rank0(link_exports, exports, run.exports)
 
         batch = windows_per_pass(recipe.runtime, windows.ids)
@@ -113,6 +118,8 @@ def evaluate(
     recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS
 ) -> EvaluationReport:
     """Perplexity of a checkpoint and, with a reference, how far its predictions are from the reference's."""
+    if recipe.engine is not None:
+        require_installed(recipe.engine)
     with open_context(recipe.store, recipe.runtime, console, team) as context:
         loaded = fetch_tasks(context, recipe.evaluation)
         model = _open_model(context, recipe.model)
@@ -127,7 +134,13 @@ def evaluate(
         tasks = size_tasks(loaded, model, tokenizer, recipe.runtime)
         for warning in task_warnings(tasks):
             console.warn(warning)
-        scores = score_model(context, model, reference, windows)
+        if recipe.engine is None:
+            scores, engine, problems = score_model(context, model, reference, windows), None, []
+        else:
+            path = engine_path(recipe.model.path, model.checkpoint)
+            expected = reference if recipe.reference else None
+            measured = score_in_engine(context, recipe.engine, path, expected, tokenizer, windows)
+            scores, engine, problems = measured.scores, measured.engine, measured.problems
         first = [task_stage(task, reference, reference.identity, "reference") for task in tasks if recipe.reference]
         second = [task_stage(task, model, model.identity, "") for task in tasks]
         report = EvaluationReport(
@@ -141,6 +154,8 @@ def evaluate(
             stages=context.records,
             versions=versions(),
             warnings=list(console.warnings),
+            engine=engine,
+            problems=problems,
         )
         run.write(run.path / "evaluation.json", encode(report))
         console.show_evaluation(report, run.path)

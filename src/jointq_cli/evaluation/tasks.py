@@ -57,6 +57,7 @@ class LoadedTask:
     hash: str  # sha256, 64 hex digits, of all requests, samples and settings of the figures
     samples: int
     requests: list[str]  # the text of each
+    rolling: bool  # whether long texts are measured in windows, rather than cut
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def load_tasks(evaluation: Evaluation, *, offline: bool = False) -> list[LoadedT
             except ConfigError as error:
                 if name not in on_hub or not is_offline:
                     raise
-                where = "samples on the hub" if name in own else f"not {_in_directory(evaluation)}"
+                absent = evaluation.tasks_dir and name not in own
+                where = f"not in {evaluation.tasks_dir}" if absent else "its samples are on the hub"
                 raise NotDownloaded(f"{_setting([name])}: {where}, and there is no network") from error
             _refuse_unsupported(loaded[-1])
         return loaded
@@ -202,7 +204,8 @@ def _index(evaluation: Evaluation, directory: Path) -> tuple[Any, set[str]]:
     for name in evaluation.tasks:
         if name not in known:
             near = "".join(f"; the nearest is {found}" for found in difflib.get_close_matches(name, known, 1, 0.0))
-            raise ConfigError(f"{_setting([name])}: neither {_in_directory(evaluation)} nor a task of lm-eval{near}")
+            where = f"neither in {evaluation.tasks_dir} nor" if evaluation.tasks_dir else "not"
+            raise ConfigError(f"{_setting([name])}: {where} a task of lm-eval{near}")
     return manager, own
 
 
@@ -222,9 +225,10 @@ def _load(manager: Any, name: str, limit: int | None, directory: Path, offline: 
         name=name,
         content=content,
         limit=limit,
-        hash=_hash(tasks),
+        hash=_hash(name, content),
         samples=len({(request.task_name, request.doc_id) for request in requests}),
         requests=["".join(text for text in request.args if isinstance(text, str)) for request in requests],
+        rolling=any(request.request_type == "loglikelihood_rolling" for request in requests),
     )
 
 
@@ -236,13 +240,16 @@ def _refuse_unsupported(task: LoadedTask) -> None:
             )
 
 
-def _hash(tasks: dict[str, Any]) -> str:
-    digest = hashlib.sha256(harness_version().encode())
-    for name, task in sorted(tasks.items()):
+def _hash(name: str, content: dict[str, Any]) -> str:
+    groups = [[group.name, group.child_names, group.aggregate_metric_list] for group in content["groups"].values()]
+    parts: list[Any] = [harness_version(), name, groups]
+    for task in content["tasks"].values():
         settings = {key: value for key, value in task.dump_config().items() if key not in LOADING}
-        parts = [[name, task.VERSION, settings], *([one.request_type, one.args, one.doc] for one in task.instances)]
-        for part in parts:
-            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        parts += [[task.task_name, task.VERSION, settings]]
+        parts += ([one.request_type, one.args, one.doc] for one in task.instances)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -268,15 +275,17 @@ def _seeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, progress bars, which go to standard error, and lm-eval's notes are not shown."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Inside, progress bars, which go to standard error, and notes on tasks and long texts are not shown."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers.tokenization_utils_base")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _complete(model: StreamedModel) -> Any:
@@ -331,7 +340,3 @@ def _leaves(found: dict[str, Any], name: str) -> list[str]:
 
 def _setting(names: Sequence[str]) -> str:
     return f"evaluation.tasks=[{','.join(names)}]"
-
-
-def _in_directory(evaluation: Evaluation) -> str:
-    return f"in {evaluation.tasks_dir}" if evaluation.tasks_dir else "in a directory that evaluation.tasks_dir names"

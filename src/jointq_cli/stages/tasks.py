@@ -27,7 +27,7 @@ from jointq_cli.system.record_json import encode, load_record
 from jointq_cli.system.settings import Runtime
 
 TASKS = "evaluation tasks"
-LEAST_SAMPLES = 100  # with fewer the standard error of an accuracy is about five percent
+LEAST_SAMPLES = 100  # with fewer the standard error of an accuracy is up to 0.05 and more
 SAMPLED = 64  # requests whose tokens are counted, for their mean
 
 _FILE = "tasks.json"
@@ -48,12 +48,11 @@ class SizedTask:
         found = []
         count, name = self.task.samples, self.task.name
         if count < LEAST_SAMPLES:
-            error = 50 / count**0.5
             found.append(
-                f"evaluation.tasks: {name} has {count} samples only; the standard error of its accuracy will be up to "
-                f"{error:.0f} percent"
+                f"evaluation.tasks: {name} has {count} samples only; the standard error of an accuracy will be up to "
+                f"{0.5 / count**0.5:.2f}"
             )
-        if self.longest > self.most:
+        if self.longest > self.most and not self.task.rolling:
             found.append(
                 f"evaluation.tasks: {name} has requests of up to {self.longest} tokens, which are cut to the last "
                 f"{self.most}"

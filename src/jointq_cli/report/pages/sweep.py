@@ -63,7 +63,7 @@ def _row(job: SweepJob) -> dict[str, Any]:
     }
     for task in measured.tasks if measured else []:
         metrics[task.name] = task.score.value
-        metrics[f"{task.name} standard_error"] = task.score.standard_error
+        metrics[f"{task.name}_standard_error"] = task.score.standard_error
     return {
         "job": job.number,
         **job.settings,
