@@ -151,7 +151,7 @@ def measure_task(
         except Interrupted:
             raise
         except Exception as error:  # of a task's own code, a filter, a metric
-            raise ModelError(f"{_setting([task.name])}: lm-eval cannot measure it ({one_line(error)})") from error
+            raise ModelError(f"{_setting([task.name])}: lm-eval cannot measure it ({_reason(error)})") from error
     return list(_measurements(found, task.name))
 
 
@@ -218,7 +218,7 @@ def _load(manager: Any, name: str, limit: int | None, directory: Path, offline: 
                 one.build_all_requests(limit=limit)
     # What a wrong YAML, an unknown data set or a lost connection raises depends on where it is noticed.
     except Exception as error:
-        raise ConfigError(f"{_setting([name])}: lm-eval cannot load it ({one_line(error)})") from error
+        raise ConfigError(f"{_setting([name])}: lm-eval cannot load it ({_reason(error)})") from error
     tasks = content["tasks"]
     requests = [request for one in tasks.values() for request in one.instances]
     return LoadedTask(
@@ -336,6 +336,10 @@ def _is_figure(key: str, value: object) -> bool:
 def _leaves(found: dict[str, Any], name: str) -> list[str]:
     children = found["group_subtasks"].get(name) or ()
     return [leaf for child in children for leaf in _leaves(found, child)] or [name]
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error) or type(error).__name__
 
 
 def _setting(names: Sequence[str]) -> str:
