@@ -285,6 +285,7 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "calibration.tokens",
         "evaluation.path",
         "evaluation.revision",
+        "evaluation.tasks_dir",
         "model.path",
         "model.revision",
         "runtime.device",
