@@ -143,6 +143,8 @@ def test_the_error_of_a_change_is_that_of_paired_samples(monkeypatch: pytest.Mon
     assert record.change_standard_error == pytest.approx(math.sqrt(0.75 / 3 / 4))  # of 0, -1, 0, 0
     assert record.original is not None
     assert record.original.standard_error == pytest.approx(math.sqrt(1 / 3 / 4))
+    [unpaired] = task_records(task, [measurement([], value=math.nan)], [original])
+    assert unpaired.change_standard_error is None
     [alone] = task_records(task, [measurement([], value=0.3)], [])
     assert (alone.original, alone.score.standard_error, alone.change_standard_error) == (None, None, None)
 

@@ -37,7 +37,7 @@ from jointq_cli.records import TaskRecord, TaskScore
 FILES = ("arrow", "csv", "json", "parquet", "text")  # values of dataset_path that read local files
 MOST_TOKENS = 4096  # of a request; a model that takes more would need too much memory for its logits
 USUAL_TOKENS = 2048  # of a model that does not say how many it takes, as lm-eval has it
-MOST_LOGITS = 2**27  # elements in one forward pass: 512 MiB in float32
+MOST_LOGITS = 2**26  # elements in one forward pass: 256 MiB in float32
 SEED = 1234  # of few-shot examples, lm-eval's own
 LOADING = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")  # of a task: where its samples are from
 HUGE = ("word_perplexity", "byte_perplexity")  # bits_per_byte says the same
@@ -164,7 +164,8 @@ def task_records(
 
 
 def _record(task: LoadedTask, after: TaskMeasurement, before: TaskMeasurement | None) -> TaskRecord:
-    changes = [] if before is None else [y - x for x, y in zip(before.by_sample, after.by_sample, strict=True)]
+    samples = before.by_sample if before and len(before.by_sample) == len(after.by_sample) else []
+    changes = [new - old for old, new in zip(samples, after.by_sample, strict=False)]
     return TaskRecord(
         task=after.task,
         metric=after.metric,
@@ -262,7 +263,7 @@ def _seed_fewshot(content: dict[str, Any]) -> None:
 def _seeded() -> Iterator[None]:
     """Inside, the global generators that a task may use start from lm-eval's own seeds."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         random.seed(0)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
