@@ -38,6 +38,7 @@ from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quan
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
 from jointq_cli.stages.rotate import rotate as rotate_model
 from jointq_cli.stages.scores import score_model
+from jointq_cli.stages.tasks import fetch_tasks, run_tasks, size_tasks, task_stage, task_warnings
 from jointq_cli.stages.tokens import load_calibration, load_evaluation
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files
@@ -52,6 +53,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
     Returns the report on rank 0, None elsewhere.
     """
     with open_context(recipe.store, recipe.runtime, console, team) as context:
+        loaded = fetch_tasks(context, recipe.evaluation)
         original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
@@ -62,6 +64,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
         warnings += export_warnings(recipe, original, layers)
+        tasks = size_tasks(loaded, original, tokenizer, recipe.runtime)
+        warnings += task_warnings(tasks, recipe.activations)
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
@@ -84,9 +88,13 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
+        reloaded = context.open_model(quantized.checkpoint, recipe.model.trust_remote_code)
+        first = [task_stage(task, original, original.identity, "original") for task in tasks]
+        second = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
+        figures = run_tasks(context, tasks, second, first)
         records = [export.record for export in exports]
         return team.on_rank0(
-            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records
+            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records, figures
         )
 
 
@@ -115,6 +123,7 @@ def evaluate(
     if recipe.engine is not None:
         require_installed(recipe.engine)
     with open_context(recipe.store, recipe.runtime, console, team) as context:
+        loaded = fetch_tasks(context, recipe.evaluation)
         model = _open_model(context, recipe.model, packed=True)
         reference = model
         if recipe.reference is not None:
@@ -125,7 +134,9 @@ def evaluate(
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
         console.header([("model", recipe.model.path), ("protocol", described.line())])
-        for warning in evaluation_warnings(recipe, model, reference, described.scored_tokens):
+        tasks = size_tasks(loaded, model, tokenizer, recipe.runtime)
+        warnings = evaluation_warnings(recipe, model, reference, described.scored_tokens)
+        for warning in [*warnings, *task_warnings(tasks)]:
             console.warn(warning)
         if recipe.engine is None:
             scores, engine, problems = score_model(context, model, reference, windows), None, []
@@ -134,6 +145,8 @@ def evaluate(
             expected = reference if recipe.reference else None
             measured = score_in_engine(context, recipe.engine, path, expected, tokenizer, windows)
             scores, engine, problems = measured.scores, measured.engine, measured.problems
+        first = [task_stage(task, reference, reference.identity, "reference") for task in tasks if recipe.reference]
+        second = [task_stage(task, model, model.identity, "") for task in tasks]
         report = EvaluationReport(
             model=recipe.model.path,
             model_hash=model.checkpoint.content_hash,
@@ -141,6 +154,7 @@ def evaluate(
             protocol=described,
             perplexity=perplexity(scores.quantized_nll, scores.tokens),
             comparison=compare(scores) if recipe.reference else None,
+            tasks=run_tasks(context, tasks, second, first),
             stages=context.records,
             versions=versions(),
             warnings=list(console.warnings),

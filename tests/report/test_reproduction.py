@@ -39,6 +39,8 @@ from jointq_cli.records import (
     Reproduction,
     RotationRecord,
     Simulation,
+    TaskRecord,
+    TaskScore,
 )
 from jointq_cli.report import encode, load_record, reproduction
 from jointq_cli.report.compare.run_files import parse_settings
@@ -125,6 +127,9 @@ CHANGES: dict[str, Change] = {
     "reload check": lambda run: with_report(run, reload_check="differs by 0.1"),
     "simulation": lambda run: with_report(run, simulation=Simulation("A4", {"model.layers.0.mlp.up_proj": 0.9})),
     "likelihoods": lambda run: with_report(run, comparison=replace(run.report.comparison, top1_agreement=0.1)),
+    "tasks": lambda run: with_report(
+        run, tasks=[TaskRecord("arc_easy", "acc", 9, 0, "hash", "lm-eval", TaskScore(0.6, None), None, None)]
+    ),
     "original perplexity": lambda run: with_figures(run, original=1.001),
     "quantised perplexity": lambda run: with_figures(run, quantized=1.001),
     "KL divergence": lambda run: with_figures(run, divergence=1.001),
@@ -280,6 +285,7 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "calibration.tokens",
         "evaluation.path",
         "evaluation.revision",
+        "evaluation.tasks_dir",
         "model.path",
         "model.revision",
         "runtime.device",
