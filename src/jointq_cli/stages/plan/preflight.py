@@ -10,6 +10,7 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.models.layer_selection import find_uncalled
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import FULL_COVERAGE
@@ -28,6 +29,7 @@ def preflight_warnings(
     found = [
         *model.checkpoint.warnings,
         _left_out(shapes),
+        _uncalled(model),
         *_beyond_positions(recipe, model),
         _few_tokens(calibrated, shapes),
         _short_text(recipe, scored),
@@ -84,6 +86,16 @@ def _left_out(shapes: Shapes) -> str:
         return ""
     kinds = ", ".join(f"{kind}: {part:.2g} %" for kind, part in _largest(shapes.left_out))
     return f"layers: only {100 * share:.2g} % of the weights of the blocks are quantised; left out are {kinds}"
+
+
+def _uncalled(model: StreamedModel) -> str:
+    kinds = {name.removeprefix(model.prefix(model.block_of(name) or 0)) for name in find_uncalled(model.module)}
+    if not kinds:
+        return ""
+    return (
+        f"layers: {', '.join(sorted(kinds))} cannot be quantised and is left out: the model uses its weight without "
+        "calling the layer, so that its inputs cannot be seen"
+    )
 
 
 def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
