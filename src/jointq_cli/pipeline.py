@@ -12,6 +12,7 @@ import torch
 
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
+from jointq_cli.evaluation.engines import require_installed
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.formats.export import Exporter
 from jointq_cli.models.sources import ModelSource
@@ -21,6 +22,8 @@ from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, R
 from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
+from jointq_cli.stages.engine import engine_path, score_in_engine
+from jointq_cli.stages.engine_check import check_all
 from jointq_cli.stages.export import export_all, link_exports
 from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
@@ -29,7 +32,7 @@ from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
-from jointq_cli.stages.plan.preflight import export_warnings, preflight_warnings, shared_text
+from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
@@ -72,6 +75,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
         exports = export_all(context, rotated.model, quantized, recipe.exporters)
+        if recipe.check_exports:
+            exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
         team.on_rank0(link_exports, exports, run.exports)
 
         batch = windows_per_pass(recipe.runtime, windows.ids)
@@ -94,6 +99,8 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
         console.header(header(recipe, original, tokens, [], team))
+        for warning in original.checkpoint.warnings:
+            console.warn(warning)
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         assert rotated.record is not None  # a recipe that changes nothing is refused
         team.on_rank0(link_files, rotated.model.checkpoint.directory, run.checkpoint)
@@ -107,6 +114,8 @@ def evaluate(
     recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS
 ) -> EvaluationReport:
     """Perplexity of a checkpoint and, with a reference, how far its predictions are from the reference's."""
+    if recipe.engine is not None:
+        require_installed(recipe.engine)
     with open_context(recipe.store, recipe.runtime, console, team) as context:
         model = _open_model(context, recipe.model)
         reference = model
@@ -117,7 +126,15 @@ def evaluate(
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
         console.header([("model", recipe.model.path), ("protocol", described.line())])
-        scores = score_model(context, model, reference, windows)
+        for warning in evaluation_warnings(recipe, model, reference, described.scored_tokens):
+            console.warn(warning)
+        if recipe.engine is None:
+            scores, engine, problems = score_model(context, model, reference, windows), None, []
+        else:
+            path = engine_path(recipe.model.path, model.checkpoint)
+            expected = reference if recipe.reference else None
+            measured = score_in_engine(context, recipe.engine, path, expected, tokenizer, windows)
+            scores, engine, problems = measured.scores, measured.engine, measured.problems
         report = EvaluationReport(
             model=recipe.model.path,
             model_hash=model.checkpoint.content_hash,
@@ -127,6 +144,9 @@ def evaluate(
             comparison=compare(scores) if recipe.reference else None,
             stages=context.records,
             versions=versions(),
+            warnings=list(console.warnings),
+            engine=engine,
+            problems=problems,
         )
         run.write(run.path / "evaluation.json", encode(report))
         console.show_evaluation(report, run.path)

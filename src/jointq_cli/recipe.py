@@ -15,6 +15,7 @@ from typing import Any
 from jointq_cli.data.calibration import Calibration
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.activation_settings import Activations
+from jointq_cli.evaluation.engines import ENGINES
 from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
@@ -49,6 +50,7 @@ class Recipe:
     evaluation: Evaluation
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
+    check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed
     output_dir: str = setting(decides=False)  # run directories are made in here
     store: str = setting(decides=False)  # artifacts that runs share
 
@@ -89,6 +91,7 @@ class EvaluateRecipe:
     name: str = _plain_name()
     model: ModelSource
     reference: str | None = setting(None, place=True)  # the original, as in model.path: adds KL divergence
+    engine: str | None = setting(None, choices=tuple(ENGINES), null="for jointq's own")  # that computes the model
     evaluation: Evaluation
     runtime: Runtime
     output_dir: str

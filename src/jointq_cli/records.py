@@ -205,6 +205,17 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class EngineCheck:
+    """An export as its engine computes it, against the dequantised checkpoint in float32 on the same windows."""
+
+    engine: str  # with its version
+    windows: int
+    kl_divergence: float  # nats per token
+    perplexity_change: float  # relative
+    problems: list[str]  # figures beyond their limits, text that the engine tokenizes otherwise
+
+
+@dataclass(frozen=True)
 class ExportRecord:
     """A packed checkpoint in the layout of a runtime, as it was read back from its files."""
 
@@ -216,6 +227,7 @@ class ExportRecord:
     rounded: dict[str, float] = field(default_factory=dict)  # other tensors that the format rounds: relative error
     warnings: list[str] = field(default_factory=list)  # what the runtimes cannot do with it
     commands: dict[str, str] = field(default_factory=dict)  # by runtime, run in the directory: what serves it
+    check: EngineCheck | None = None  # None where the engine is not installed
 
 
 @dataclass(frozen=True)
@@ -297,6 +309,9 @@ class EvaluationReport:
     comparison: Comparison | None  # with the reference, if there is one
     stages: list[StageRecord]
     versions: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+    engine: str | None = None  # that computed the model, with its version, such as "llama.cpp (xllamacpp 2026.10)"
+    problems: list[str] = field(default_factory=list)  # what the engine does otherwise, such as tokenizing
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ FILES, RECORD = "files", "export.json"
 class Export:
     """The result of `export_stage`, opened."""
 
+    stage: Stage
+    exporter: Exporter
     files: Path
     record: ExportRecord
 
@@ -60,12 +62,12 @@ def export_all(
     context: Context, model: StreamedModel, quantized: Quantized, exporters: Iterable[Exporter]
 ) -> list[Export]:
     layers = [layer.name for layer in quantized.layers]
-    stages = [export_stage(model, layers, quantized.stage, exporter) for exporter in exporters]
-    return [_opened(context.run(stage).path) for stage in stages]
+    return [_export(context, export_stage(model, layers, quantized.stage, one), one) for one in exporters]
 
 
-def _opened(directory: Path) -> Export:
-    return Export(directory / FILES, load_record(ExportRecord, directory / RECORD))
+def _export(context: Context, stage: Stage, exporter: Exporter) -> Export:
+    directory = context.run(stage).path
+    return Export(stage, exporter, directory / FILES, load_record(ExportRecord, directory / RECORD))
 
 
 def link_exports(exports: Sequence[Export], directory: Path) -> None:

@@ -44,6 +44,8 @@ class Exporter(ABC):
     """Writes a quantised model for one runtime. Its fields are the settings of `jointq export` for this format."""
 
     format: ClassVar[str]
+    engine: ClassVar[str]  # which loads it, of those in `evaluation.engines`
+    engine_needs: ClassVar[tuple[str, ...]] = ()  # modules of other packages with which the engine reads the format
     tolerance: ClassVar[float] = 0.0  # largest difference between a decoded and a stored weight, in steps of the grid
     plain_tolerance: ClassVar[float] = 0.0  # of the other tensors, relative to a tensor's largest magnitude
 

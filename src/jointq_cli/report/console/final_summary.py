@@ -77,14 +77,15 @@ def rotate_summary(record: RotationRecord, run_directory: Path) -> FinalSummary:
 
 
 def evaluate_summary(report: EvaluationReport, run_directory: Path) -> FinalSummary:
-    reference = [("reference", report.reference)] if report.reference else []
+    compared = {"reference": report.reference, "engine": report.engine}
+    further = [(label, value) for label, value in compared.items() if value]
     return FinalSummary(
         headline=f"perplexity {summary.perplexity_text(report.perplexity)}",
         problems=summary.evaluation_problems(report),
         metrics=summary.evaluation_metrics(report),
         details=[
             ("model", report.model),
-            *reference,
+            *further,
             ("stages", _stage_costs(report.stages)),
             ("protocol", report.protocol.line()),
         ],

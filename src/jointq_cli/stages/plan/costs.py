@@ -32,6 +32,7 @@ STATISTICS_SLOWDOWN = 1.4  # of the statistics' narrow matrix products relative 
 HIDDEN_OPERATIONS = 14  # pointwise, per element of a block's hidden states
 MLP_OPERATIONS = 3  # pointwise, per element of the hidden states inside the MLP
 BLOCK_SECONDS = 0.02  # overhead per block: loading modules, writing files
+ENGINE_WINDOWS, ENGINE_SECONDS = 8, 2.0  # through an inference engine, and what loading a model into it takes
 LAYER_SECONDS = 0.008  # overhead per layer
 LOGIT_OPERATIONS = 30  # pointwise, per logit and model
 PACKING_OPERATIONS = 40  # pointwise, per quantised weight: packed, read back and compared
@@ -169,6 +170,14 @@ class Workload:
             + PACKING_OPERATIONS * self.shapes.selected / self.speeds.pointwise,
             memory=2 * shard + widest,
             disk=packed,
+        )
+
+    def engine_check(self) -> Cost:
+        """A few windows through the dequantised checkpoint, and through the export, complete in an engine's memory."""
+        few = Windows(min(ENGINE_WINDOWS, self.evaluation.count), self.evaluation.length)
+        return Cost(
+            seconds=ENGINE_SECONDS + 2 * self._forward(few),
+            memory=FLOAT * self.shapes.embedding + self.stored * (self.shapes.in_blocks + self.shapes.outside),
         )
 
     def file_hashes(self) -> Cost:
