@@ -494,6 +494,13 @@ def test_conv1d_layers_are_planned_quantised_and_audited_like_linear_ones(tmp_pa
     assert main(["evaluate", "model.path=out/run/checkpoint", *few]) == 0
 
 
+@pytest.mark.parametrize("kind", ["c_attn", "attn.c_proj"])  # the second is square
+def test_conv1d_layers_are_not_exported(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, f"model.path={write_checkpoint(tmp_path / 'model', 'gpt2')}", "export=compressed-tensors"]
+    assert main(["plan", *words, f"layers.include_layer_names=[{kind}]"]) == 1
+    assert re.search(rf"error: export=.*{kind}.weight is stored as \(in, out\)", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

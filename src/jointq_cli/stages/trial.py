@@ -9,7 +9,7 @@ from jointq_cli.data.token_file import Tokens
 from jointq_cli.errors import NumericsError
 from jointq_cli.evaluation.activation_quantization import simulated
 from jointq_cli.evaluation.activation_settings import Activations
-from jointq_cli.evaluation.perplexity import score
+from jointq_cli.evaluation.perplexity import HiddenPredictions, score
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint, copy_companions, write_index
 from jointq_cli.models.layer_ref import layer_refs
@@ -41,7 +41,7 @@ def try_paths(
                 hidden = _run(model, index, hidden, loop)
     with TemporaryDirectory() as scratch:
         again = StreamedModel(_as_written(model, Path(scratch)), model.device, model.dtype, model.trust_remote_code)
-        score(model, hidden, again, hidden, few)
+        score(HiddenPredictions(model, hidden), HiddenPredictions(again, hidden), few)
 
 
 def _first_of_each_kind(blocks: list[nn.Module]) -> list[int]:
