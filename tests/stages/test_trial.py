@@ -91,6 +91,16 @@ def test_a_model_whose_logits_fail_is_refused(tmp_path: Path, monkeypatch: pytes
         tried(write_checkpoint(tmp_path, "llama"))
 
 
+def test_a_block_that_needs_more_than_it_is_given_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        raise KeyError("per_layer_inputs")
+
+    directory = write_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", fail)
+    with pytest.raises(ModelError, match=r"block 0 of LlamaForCausalLM cannot be run alone: 'per_layer_inputs'$"):
+        tried(directory)
+
+
 def test_a_run_is_refused_before_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["recipe=ci_smoke", f"model.path={write_checkpoint(tmp_path / 'model', 'llama_experts')}", "output_dir=out"]

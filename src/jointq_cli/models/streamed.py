@@ -181,7 +181,7 @@ class BlockwiseModel:
         an earlier call of `embed` with the same shape of windows. Raises NumericsError for NaN or Inf in the output."""
         call = self._calls[tuple(hidden.shape[:2])][index]
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         self.require_finite_activations(f"the hidden states after block {index} ({self.prefix(index)[:-1]})", states)
         return states
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor, nn
 
 from jointq_cli.data.token_file import Tokens
-from jointq_cli.errors import NumericsError
+from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.evaluation.activation_quantization import simulated
 from jointq_cli.evaluation.activation_settings import Activations
 from jointq_cli.evaluation.perplexity import HiddenPredictions, score
@@ -67,6 +68,13 @@ def _run(model: StreamedModel, index: int, hidden: Tensor, loop: LoopSettings) -
     ]
     try:
         output = model.run(index, hidden)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{model.source.directory}: block {index} of {type(model.module).__name__} cannot be run alone: {reason}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
