@@ -41,6 +41,8 @@ def preflight_warnings(
 
 def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
     """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+    if not recipe.exporters:
+        return []
     online = [part for part in recipe.rotation.parts if part == "R4"]
     planned = model_to_quantize(model, layers, recipe.quantizer)
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
