@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from expert_model import ExpertsConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -43,10 +44,14 @@ FAMILIES = {
     "phi3": lambda: transformers.Phi3Config(**GROUPED),
     "olmo2": lambda: transformers.Olmo2Config(**GROUPED),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, n_positions=64, vocab_size=256, bos_token_id=0, eos_token_id=1
+    ),  # its layers are Conv1D
     "falcon": lambda: transformers.FalconConfig(**SIZES),  # its blocks return tuples
 }
 
-EXPERTS = {  # their experts are parameters, not linear layers
+EXPERTS = {  # their experts are parameters, not linear layers, except for the first
+    "llama_experts": lambda: ExpertsConfig(**{**GROUPED, "num_hidden_layers": 2, "intermediate_size": 32}),
     "granitemoe": lambda: transformers.GraniteMoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "llama4": lambda: transformers.Llama4TextConfig(
         **GROUPED,

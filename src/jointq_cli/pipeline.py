@@ -40,6 +40,7 @@ from jointq_cli.stages.rotate import rotate as rotate_model
 from jointq_cli.stages.scores import score_model
 from jointq_cli.stages.tasks import fetch_tasks, run_tasks, size_tasks, task_stage, task_warnings
 from jointq_cli.stages.tokens import load_calibration, load_evaluation
+from jointq_cli.stages.trial import try_paths
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files
 from jointq_cli.system.machine import versions
@@ -69,10 +70,11 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
+        loop = loop_settings(layers, recipe.quantizer, recipe.qep, recipe.calibration, recipe.runtime, tokens)
+        try_paths(original, tokens, windows, loop, recipe.activations)
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         team.on_rank0(link_rotation, rotated, run)
 
-        loop = loop_settings(layers, recipe.quantizer, recipe.qep, recipe.calibration, recipe.runtime, tokens)
         quantized = quantize_model(context, rotated.model, tokens, loop)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")

@@ -35,7 +35,9 @@ class LayerRecord:
     weight_error: float
     damping: float | None  # fraction of the Hessian's mean diagonal that was added to its diagonal, None if unused
     seconds: float
-    verdict: str  # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: all zero)
+    verdict: (
+        str  # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: none or zero)
+    )
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer reports: dead columns, condition
     label: str = ""  # how the weight is stored, such as "W4 g128 asymmetric"; older reports lack it
 

@@ -49,10 +49,13 @@ def test_logits_need_no_forward_pass_before_them(family: str, tmp_path: Path) ->
 
 
 MIXERS = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
-WITH_MORE_OUTPUTS = {  # blocks return two values (Bamba), and three (RWKV)
+WITH_MORE_OUTPUTS = {  # blocks return two values (Bamba), three (RWKV), and a list (the first GPT)
     "bamba": lambda: transformers.BambaConfig(
         **{**GROUPED, "num_hidden_layers": 2}, attn_layer_indices=[1],
         mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+    ),
+    "openai-gpt": lambda: transformers.OpenAIGPTConfig(
+        n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=256
     ),
     "rwkv": lambda: transformers.RwkvConfig(**MIXERS, context_length=64),
 }  # fmt: skip

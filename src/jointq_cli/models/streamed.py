@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models import online_rotation as online
 from jointq_cli.models.checkpoint import Checkpoint, require_finite
+from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.skeleton import (
     build_skeleton,
     check_tensors,
@@ -98,9 +99,9 @@ class BlockwiseModel:
         """Every tensor outside the blocks: embeddings, final norm, head, and tensors that the model does not use."""
         return self.source.read(stored for stored, name in self._module_names.items() if self.block_of(name) is None)
 
-    def linear_layers(self) -> dict[str, nn.Linear]:
+    def linear_layers(self) -> dict[str, LayerRef]:
         """Every linear layer by its full name, lm_head included."""
-        return {name: module for name, module in self.module.named_modules() if isinstance(module, nn.Linear)}
+        return layer_refs(self.module)
 
     @contextmanager
     def outer(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -180,7 +181,7 @@ class BlockwiseModel:
         an earlier call of `embed` with the same shape of windows. Raises NumericsError for NaN or Inf in the output."""
         call = self._calls[tuple(hidden.shape[:2])][index]
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         self.require_finite_activations(f"the hidden states after block {index} ({self.prefix(index)[:-1]})", states)
         return states
 

@@ -161,8 +161,7 @@ def _audit(context: Context, original: StreamedModel, rotated: Rotated, quantize
     model with untied embeddings is larger."""
     model = rotated.model
     with context.timed("audit"):
-        names = {layer.name: model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
-        audited = audit(model.checkpoint, quantized.checkpoint, names, quantized.layers, quantized.codes)
+        audited = audit(model, quantized.checkpoint, quantized.layers, quantized.codes)
         return replace(audited, source_bytes=original.checkpoint.weight_bytes)
 
 

@@ -10,6 +10,7 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.models.layer_selection import find_uncalled
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
@@ -28,6 +29,7 @@ def preflight_warnings(
     found = [
         *model.checkpoint.warnings,
         _left_out(shapes),
+        _uncalled(model),
         *_beyond_positions(model, {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}),
         _few_tokens(calibrated, shapes),
         _short_text(recipe.evaluation, scored),
@@ -39,6 +41,8 @@ def preflight_warnings(
 
 def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
     """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+    if not recipe.exporters:
+        return []
     online = [part for part in recipe.rotation.parts if part == "R4"]
     planned = model_to_quantize(model, layers, recipe.quantizer)
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
@@ -96,6 +100,16 @@ def _left_out(shapes: Shapes) -> str:
         return ""
     kinds = ", ".join(f"{kind}: {part:.2g} %" for kind, part in _largest(shapes.left_out))
     return f"layers: only {100 * share:.2g} % of the weights of the blocks are quantised; left out are {kinds}"
+
+
+def _uncalled(model: StreamedModel) -> str:
+    kinds = {name.removeprefix(model.prefix(model.block_of(name) or 0)) for name in find_uncalled(model.module)}
+    if not kinds:
+        return ""
+    return (
+        f"layers: {', '.join(sorted(kinds))} cannot be quantised and is left out: the model uses its weight without "
+        "calling the layer, so that its inputs cannot be seen"
+    )
 
 
 def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
