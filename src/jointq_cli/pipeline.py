@@ -6,6 +6,7 @@ Each stage reads artifacts and writes one through the store. Nothing here comput
 several processes share a run, all of them take every line, and rank 0 alone writes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine
-from jointq_cli.stages.engine_check import check_all
+from jointq_cli.stages.engine_check import check_all, is_checked
 from jointq_cli.stages.export import export_all, link_exports
-from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
+from jointq_cli.stages.finished_run import check_finished, open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import fetch_model
@@ -182,7 +183,11 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
     records = []
     for exporter, place in zip(exporters, places, strict=True):
         with console.stage(f"export {exporter.label}"):
-            records.append(write_beside(finished.model, exporter, place))
+            record = write_beside(finished.model, exporter, place)
+        if is_checked(exporter):
+            with console.stage(f"check in {exporter.engine}"):
+                record = replace(record, check=check_finished(finished, exporter, place))
+        records.append(record)
     if output is None:
         report = with_exports(finished.report, records)
         write_report(report, finished.run)

@@ -123,6 +123,7 @@ CHANGES: dict[str, Change] = {
     "layers": lambda run: with_layer(run, 20, output_error=0.5),
     "blocks": lambda run: with_report(run, blocks=[*run.report.blocks[:-1], BlockRecord(3, 0.5)]),
     "checkpoint": with_file("checkpoint/model-00003-of-00005.safetensors"),
+    "exports": with_file("export/mlx/model.safetensors"),
     "audit": lambda run: with_report(run, audit=replace(run.report.audit, changed=["lm_head.weight"])),
     "reload check": lambda run: with_report(run, reload_check="differs by 0.1"),
     "simulation": lambda run: with_report(run, simulation=Simulation("A4", {"model.layers.0.mlp.up_proj": 0.9})),
@@ -293,7 +294,14 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "runtime.num_threads",
         "runtime.suspended_activations_gb",
     ]
-    assert ROLES.undeciding - set(ROLES.replayable) == {"name", "description", "model", "output_dir", "store"}
+    assert ROLES.undeciding - set(ROLES.replayable) == {
+        "name",
+        "check_exports",
+        "description",
+        "model",
+        "output_dir",
+        "store",
+    }
 
 
 def test_the_page_on_reproducing_names_all_that_a_replay_may_change() -> None:
