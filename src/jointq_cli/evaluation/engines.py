@@ -5,7 +5,6 @@ Each loads the complete model, and scores one window at a time.
 
 import importlib.util
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ModelError, ResourceError
+from jointq_cli.evaluation.engine_model import EngineModel
+from jointq_cli.evaluation.llama_cpp import LlamaCppModel
 from jointq_cli.evaluation.perplexity import Predictions
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ class InferenceEngine:
     module: str  # importable where it is installed
     package: str  # on PyPI
     extra: str  # of this project that installs it; "" where none is needed
-    open: Callable[[Path], "EngineModel"]
+    open: Callable[[Path], EngineModel]
 
     @property
     def is_installed(self) -> bool:
@@ -40,23 +41,6 @@ class InferenceEngine:
     def version(self) -> str:
         package = packages_distributions().get(self.module, [self.package])[0]  # builds for CPUs have other names
         return f"{package} {version(package)}"
-
-
-class EngineModel:
-    """A model loaded into an engine."""
-
-    vocabulary: int
-
-    @abstractmethod
-    def log_probabilities(self, ids: Tensor) -> Tensor:
-        """ids (tokens,) int64 -> (tokens, vocabulary) float32, row t of the token after t."""
-
-    def tokenize(self, text: str) -> list[int] | None:
-        """The ids of a text as the engine's own tokenizer has them, without special tokens; None where it has none."""
-        return None
-
-    def close(self) -> None:
-        """Frees what the engine holds."""
 
 
 class EnginePredictions(Predictions):
@@ -174,6 +158,7 @@ ENGINES = {
     engine.name: engine
     for engine in (
         InferenceEngine("transformers", "transformers", "transformers", "", TransformersModel),
+        InferenceEngine("llama.cpp", "xllamacpp", "xllamacpp", "llamacpp", LlamaCppModel),
         InferenceEngine("mlx", "mlx_lm", "mlx-lm", "mlx", MlxModel),
         InferenceEngine("vllm", "vllm", "vllm", "vllm", VllmModel),
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from jointq_cli.evaluation.engines import ENGINES, EngineModel, EnginePredictions, opened
+from jointq_cli.evaluation.engine_model import EngineModel
+from jointq_cli.evaluation.engines import ENGINES, EnginePredictions, opened
 from jointq_cli.evaluation.perplexity import HiddenPredictions, Scores, score
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
