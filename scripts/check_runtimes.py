@@ -4,8 +4,8 @@
     scripts/check_runtimes.py [PART ...]    rows whose format, runtime or grid has one of these parts; default: all
 
 A runtime that is not installed is skipped; docs/serving.md says how each is installed. A row passes with a KL
-divergence below 5e-4 nats and a perplexity within 0.2 % of the dequantised checkpoint's in float32. bfloat16, in which
-most compute, differs by 1.5e-4 nats. vLLM gives no KL divergence.
+divergence below 5e-4 nats and a perplexity within 0.2 % of the dequantised checkpoint's in float32: bfloat16, in which
+most runtimes compute, differs by 1.5e-4 nats. vLLM gives no KL divergence.
 """
 
 import importlib.util

@@ -112,9 +112,9 @@ class MlxModel(EngineModel):
     """mlx-lm, on Apple's GPUs, and on the CPU of others."""
 
     def __init__(self, directory: Path) -> None:
-        import mlx.core as mx  # type: ignore[import-not-found,unused-ignore]
-        from mlx.utils import tree_map  # type: ignore[import-not-found,unused-ignore]
-        from mlx_lm.utils import load_model  # type: ignore[import-not-found,unused-ignore]
+        import mlx.core as mx
+        from mlx.utils import tree_map
+        from mlx_lm.utils import load_model
 
         self.model, config = load_model(directory)
         if mx.default_device() == mx.cpu:  # which takes forty times as long for float16; float32 holds it exactly
@@ -122,7 +122,7 @@ class MlxModel(EngineModel):
         self.vocabulary = int(config["vocab_size"])
 
     def log_probabilities(self, ids: Tensor) -> Tensor:
-        import mlx.core as mx  # type: ignore[import-not-found,unused-ignore]
+        import mlx.core as mx
         import numpy as np
 
         logits = self.model(mx.array(ids.numpy())[None])[0].astype(mx.float32)
