@@ -1,6 +1,6 @@
 """Each command's data path from top to bottom, one stage per line.
 
-    tokens -> (rotate) -> quantize -> checkpoint -> evaluate -> report
+    tokens -> (rotate) -> quantize -> checkpoint -> (export) -> evaluate -> report
 
 Each stage reads artifacts and writes one through the store. Nothing here computes, and nothing here knows Hydra. Where
 several processes share a run, all of them take every line, and rank 0 alone writes.
@@ -12,21 +12,27 @@ import torch
 
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
+from jointq_cli.evaluation.engines import require_installed
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
+from jointq_cli.formats.export import Exporter
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
-from jointq_cli.records import EvaluationReport, RotationRecord, RunEstimate, RunReport
-from jointq_cli.report import Console, encode
+from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunEstimate, RunReport
+from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
+from jointq_cli.stages.engine import engine_path, score_in_engine
+from jointq_cli.stages.engine_check import check_all
+from jointq_cli.stages.export import export_all, link_exports
+from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
-from jointq_cli.stages.plan.preflight import preflight_warnings, shared_text
+from jointq_cli.stages.plan.preflight import export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
@@ -37,6 +43,7 @@ from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files
 from jointq_cli.system.machine import versions
 from jointq_cli.system.run_directory import RunDirectory
+from jointq_cli.system.settings import Runtime
 
 
 def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RunReport | None:
@@ -54,6 +61,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
+        warnings += export_warnings(recipe, original, layers)
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
@@ -64,6 +72,10 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         quantized = quantize_model(context, rotated.model, tokens, loop)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
+        exports = export_all(context, rotated.model, quantized, recipe.exporters)
+        if recipe.check_exports:
+            exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
+        team.on_rank0(link_exports, exports, run.exports)
 
         batch = windows_per_pass(recipe.runtime, windows.ids)
         hidden = hidden_stage(original, windows, batch)
@@ -72,7 +84,10 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
-        return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured)
+        records = [export.record for export in exports]
+        return team.on_rank0(
+            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records
+        )
 
 
 def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RotationRecord:
@@ -95,6 +110,8 @@ def evaluate(
     recipe: EvaluateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS
 ) -> EvaluationReport:
     """Perplexity of a checkpoint and, with a reference, how far its predictions are from the reference's."""
+    if recipe.engine is not None:
+        require_installed(recipe.engine)
     with open_context(recipe.store, recipe.runtime, console, team) as context:
         model = _open_model(context, recipe.model)
         reference = model
@@ -105,7 +122,13 @@ def evaluate(
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
         console.header([("model", recipe.model.path), ("protocol", described.line())])
-        scores = score_model(context, model, reference, windows)
+        if recipe.engine is None:
+            scores, engine, problems = score_model(context, model, reference, windows), None, []
+        else:
+            path = engine_path(recipe.model.path, model.checkpoint)
+            expected = reference if recipe.reference else None
+            measured = score_in_engine(context, recipe.engine, path, expected, tokenizer, windows)
+            scores, engine, problems = measured.scores, measured.engine, measured.problems
         report = EvaluationReport(
             model=recipe.model.path,
             model_hash=model.checkpoint.content_hash,
@@ -115,10 +138,34 @@ def evaluate(
             comparison=compare(scores) if recipe.reference else None,
             stages=context.records,
             versions=versions(),
+            engine=engine,
+            problems=problems,
         )
         run.write(run.path / "evaluation.json", encode(report))
         console.show_evaluation(report, run.path)
         return report
+
+
+def export(directory: Path, exporters: list[Exporter], output: Path | None, console: Console) -> list[ExportRecord]:
+    """Writes packed checkpoints of a finished run, by default into it; its report lists them then.
+
+    output: the directory of the only export. Raises JointqError where one exists already.
+    """
+    finished = open_finished(directory, use_device(Runtime()))
+    for warning in finished.check(exporters):
+        console.warn(warning)
+    places = [output or finished.run.exports / exporter.label for exporter in exporters]
+    for place in places:
+        refuse_existing(place)
+    records = []
+    for exporter, place in zip(exporters, places, strict=True):
+        with console.stage(f"export {exporter.label}"):
+            records.append(write_beside(finished.model, exporter, place))
+    if output is None:
+        report = with_exports(finished.report, records)
+        write_report(report, finished.run)
+    console.show_exports(records, places)
+    return records
 
 
 def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = SINGLE_PROCESS) -> Tokens:

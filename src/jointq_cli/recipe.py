@@ -15,7 +15,9 @@ from typing import Any
 from jointq_cli.data.calibration import Calibration
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.activation_settings import Activations
+from jointq_cli.evaluation.engines import ENGINES
 from jointq_cli.evaluation.windows import Evaluation
+from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
@@ -47,12 +49,19 @@ class Recipe:
     activations: Activations
     evaluation: Evaluation
     runtime: Runtime
+    export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
+    check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed
     output_dir: str = setting(decides=False)  # run directories are made in here
     store: str = setting(decides=False)  # artifacts that runs share
 
     def __post_init__(self) -> None:
         check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
+        exporters_of(self.export)
+
+    @property
+    def exporters(self) -> list[Exporter]:
+        return exporters_of(self.export)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +91,7 @@ class EvaluateRecipe:
     name: str = _plain_name()
     model: ModelSource
     reference: str | None = setting(None, place=True)  # the original, as in model.path: adds KL divergence
+    engine: str | None = setting(None, choices=tuple(ENGINES), null="for jointq's own")  # that computes the model
     evaluation: Evaluation
     runtime: Runtime
     output_dir: str

@@ -203,6 +203,32 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class EngineCheck:
+    """An export as its engine computes it, against the dequantised checkpoint in float32 on the same windows."""
+
+    engine: str  # with its version
+    windows: int
+    kl_divergence: float  # nats per token
+    perplexity_change: float  # relative
+    problems: list[str]  # figures beyond their limits, text that the engine tokenizes otherwise
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """A packed checkpoint in the layout of a runtime, as it was read back from its files."""
+
+    format: str  # such as "gguf-q4_0": the name of its directory
+    files: dict[str, int]  # bytes by name
+    weight_bytes: int  # of the files that hold weights
+    bits_per_weight: float  # over the quantised layers, as the format stores them
+    worst_error: float  # of a quantised weight, in steps of its grid; 0 where the format holds it exactly
+    rounded: dict[str, float] = field(default_factory=dict)  # other tensors that the format rounds: relative error
+    warnings: list[str] = field(default_factory=list)  # what the runtimes cannot do with it
+    commands: dict[str, str] = field(default_factory=dict)  # by runtime, run in the directory: what serves it
+    check: EngineCheck | None = None  # None where the engine is not installed
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """One stage of the pipeline. The result of a `reused` stage came from the store."""
 
@@ -266,6 +292,7 @@ class RunReport:
     device: str
     warnings: list[str] = field(default_factory=list)
     coverage: Coverage | None = None  # None in older reports
+    exports: list[ExportRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -280,6 +307,8 @@ class EvaluationReport:
     comparison: Comparison | None  # with the reference, if there is one
     stages: list[StageRecord]
     versions: dict[str, str]
+    engine: str | None = None  # that computed the model, with its version, such as "llama.cpp (xllamacpp 2026.10)"
+    problems: list[str] = field(default_factory=list)  # what the engine does otherwise, such as tokenizing
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tiny_models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ConfigError, TextError
-from jointq_cli.evaluation.perplexity import Scores, compare, perplexity, score
+from jointq_cli.evaluation.perplexity import HiddenPredictions, Scores, compare, perplexity, score
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
@@ -99,7 +99,7 @@ def scores_and_logits(tmp_path: Path, windows: ScoredWindows) -> tuple[Scores, l
     expected = [
         AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval()(windows.ids).logits for d in directories
     ]
-    return score(models[0], hidden[0], models[1], hidden[1], windows), expected
+    return score(*map(HiddenPredictions, models, hidden), windows), expected
 
 
 def test_scores_are_those_of_a_textbook_computation(tmp_path: Path) -> None:
@@ -124,7 +124,8 @@ def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     model = StreamedModel(Checkpoint(write_checkpoint(tmp_path)), CPU, torch.float32)
     with torch.no_grad():
         hidden = final_hidden(model, windows.ids, 4)
-        same = compare(score(model, hidden, model, hidden, windows))
+        predictions = HiddenPredictions(model, hidden)
+        same = compare(score(predictions, predictions, windows))
     assert (same.nll_increase, same.kl_divergence, same.top1_agreement) == (0.0, 0.0, 1.0)
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "freeze a recipe's calibration tokens, for a machine without network",
     "recipes": "list the recipes that come with jointq, or show one",
     "report": "render a finished run again",
+    "export": "a finished run's model in the layout of vLLM, llama.cpp and others",
     "compare": "several finished runs, or a sweep, side by side",
     "reproduce": "run a finished run again from its files, and compare",
     "store": "artifacts that runs share: list them, check them, free space",

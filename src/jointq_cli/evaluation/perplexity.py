@@ -5,8 +5,9 @@ scored and dropped. Log-likelihoods are computed in float32 from the model's log
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -36,35 +37,68 @@ class Scores:
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
+class Predictions(ABC):
+    """What a model predicts on the windows that are scored."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """How many tokens it tells apart."""
+
+    @abstractmethod
+    def log_probabilities(self, window: int, positions: Tensor) -> Tensor:
+        """Of the tokens after these positions (count,) of a window: (count, vocabulary) float32."""
+
+    def loaded(self) -> AbstractContextManager[None]:
+        """Inside, `log_probabilities` works."""
+        return nullcontext()
+
+
+class HiddenPredictions(Predictions):
+    """Those of a streamed model, from its final hidden states (windows, tokens, hidden)."""
+
+    def __init__(self, model: StreamedModel, hidden: Tensor) -> None:
+        self.model = model
+        self.hidden = hidden
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.module.get_output_embeddings().weight.shape[0])
+
+    def loaded(self) -> AbstractContextManager[None]:
+        return self.model.outer()
+
+    def log_probabilities(self, window: int, positions: Tensor) -> Tensor:
+        logits = self.model.logits(self.hidden[window, positions].to(self.model.device)[None])[0]
+        return torch.log_softmax(logits.float(), dim=-1)
+
+
 def score(
-    original: StreamedModel,
-    original_hidden: Tensor,
-    quantized: StreamedModel,
-    quantized_hidden: Tensor,
+    original: Predictions,
+    quantized: Predictions,
     windows: ScoredWindows,
     on_window: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Scores both models on the same windows from their final hidden states (windows, tokens, hidden).
+    """Scores both models on the same windows. If they are the same object, its logits are computed once.
 
-    If both are the same model, its logits are computed once. on_window is called after each window and may raise.
-    Raises ConfigError if the vocabularies differ.
+    on_window is called after each window and may raise. Raises ConfigError if the vocabularies differ.
     """
-    if _vocabulary(original) != _vocabulary(quantized):
+    if original.vocabulary != quantized.vocabulary:
         raise ConfigError(
-            f"reference: has a vocabulary of {_vocabulary(original)} tokens, and the model one of "
-            f"{_vocabulary(quantized)}; only models with the same tokens can be compared"
+            f"reference: has a vocabulary of {original.vocabulary} tokens, and the model one of "
+            f"{quantized.vocabulary}; only models with the same tokens can be compared"
         )
     rows = torch.zeros(len(windows.ids), 5, dtype=torch.float64)
-    with ExitStack() as loaded:
-        for model in {id(m): m for m in (original, quantized)}.values():
-            loaded.enter_context(model.outer())
-        at_once = max(1, LOGITS_AT_ONCE // _vocabulary(original))
+    with ExitStack() as stack:
+        for predictions in {id(one): one for one in (original, quantized)}.values():
+            stack.enter_context(predictions.loaded())
+        at_once = max(1, LOGITS_AT_ONCE // original.vocabulary)
         for number, (ids, scored) in enumerate(zip(windows.ids, windows.scored, strict=True)):
             # The logits at position t score token t + 1.
             positions = scored[1:].nonzero().squeeze(1)
             for part in positions.split(at_once):
-                p = _log_probabilities(original, original_hidden[number, part])
-                q = p if quantized is original else _log_probabilities(quantized, quantized_hidden[number, part])
+                p = original.log_probabilities(number, part)
+                q = p if quantized is original else quantized.log_probabilities(number, part).to(p.device)
                 rows[number] += _sums(p, q, ids[part + 1].to(p.device))
             on_window()
     return Scores(*rows.unbind(1))
@@ -86,7 +120,7 @@ def compare(scores: Scores) -> Comparison:
     """The quantised model relative to the original, in nats per token; differences are paired by window."""
     increase, increase_error = _ratio(scores.quantized_nll - scores.original_nll, scores.tokens)
     kl, kl_error = _ratio(scores.kl, scores.tokens)
-    agreement = (scores.agreements.sum() / scores.tokens.sum()).item()
+    agreement = math.nan if math.isnan(kl) else (scores.agreements.sum() / scores.tokens.sum()).item()
     return Comparison(increase, increase_error, kl, kl_error, agreement)
 
 
@@ -103,17 +137,6 @@ def protocol(evaluation: Evaluation, windows: ScoredWindows, dtype: torch.dtype)
         windows=len(windows.ids),
         scored_tokens=int(windows.scored.sum()),
     )
-
-
-def _vocabulary(model: StreamedModel) -> int:
-    embeddings = model.module.get_output_embeddings()
-    return int(embeddings.weight.shape[0])
-
-
-def _log_probabilities(model: StreamedModel, hidden: Tensor) -> Tensor:
-    """(tokens, hidden) -> (tokens, vocabulary) float32."""
-    logits = model.logits(hidden.to(model.device)[None])[0]
-    return torch.log_softmax(logits.float(), dim=-1)
 
 
 def _sums(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from jointq_cli.records import (
     IDENTICAL,
     Comparison,
     EvaluationReport,
+    ExportRecord,
     LayerRecord,
     Perplexity,
     Protocol,
@@ -147,6 +148,7 @@ def problems(report: RunReport) -> list[str]:
         found += rotation_summary.problems(report.rotation)
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
+    found += [problem for record in report.exports if record.check for problem in record.check.problems]
     return found
 
 
@@ -197,6 +199,25 @@ def stage_cost(stage: StageRecord) -> str:
     return "reused" if stage.reused else duration(stage.seconds)
 
 
+def exports(report: RunReport) -> list[tuple[str, str]]:
+    """Each packed checkpoint of a run, as (label, value)."""
+    return [(f"export {record.format}", export_line(record)) for record in report.exports]
+
+
+def export_line(record: ExportRecord) -> str:
+    """The size of a packed checkpoint and how exactly it holds the weights."""
+    size, bits = byte_size(record.weight_bytes), significant(record.bits_per_weight, 3)
+    exact = f"within {significant(record.worst_error, 2)} steps" if record.worst_error else "exact"
+    rounded = f"; {plural(len(record.rounded), 'other tensor')} rounded" if record.rounded else ""
+    line = f"{size}, {bits} bits per weight; read back from its files: {exact}{rounded}"
+    if record.check is None:
+        return f"{line}; not tried in an engine"
+    found = record.check
+    change = relative_change(found.perplexity_change)
+    kl = significant(found.kl_divergence, 2)
+    return f"{line}; in {found.engine}: KL {kl}, perplexity {change} over {plural(found.windows, 'window')}"
+
+
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
     audit = report.audit
@@ -226,8 +247,11 @@ def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
     """How far the quantised model's predictions are from the original's."""
     ratio = math.exp(comparison.nll_increase)
     increase = relative_change(ratio - 1, ratio * comparison.nll_increase_standard_error)
+    change = KeyMetric("perplexity increase", increase, "standard error of the paired difference")
+    if math.isnan(comparison.kl_divergence):  # an engine that gives no logits
+        return [change]
     return [
-        KeyMetric("perplexity increase", increase, "standard error of the paired difference"),
+        change,
         KeyMetric("KL divergence", kl_text(comparison), "nats per token, original || quantised"),
         KeyMetric("top-1 agreement", percent(comparison.top1_agreement), "both put the same token first"),
     ]
@@ -235,7 +259,7 @@ def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
 
 def evaluation_problems(report: EvaluationReport) -> list[str]:
     """Reasons not to use the result of `jointq evaluate`."""
-    found = perplexity_problems("the perplexity", report.perplexity, report.protocol)
+    found = report.problems + perplexity_problems("the perplexity", report.perplexity, report.protocol)
     if report.comparison is not None and not math.isfinite(report.comparison.nll_increase):
         found += [f"the difference from the reference is {report.comparison.nll_increase}"] if not found else []
     return found
@@ -280,6 +304,7 @@ def provenance(report: RunReport) -> list[tuple[str, str]]:
         ("protocol", report.protocol.line()),
         ("reload check", report.reload_check),
         ("tensor audit", audit_verdict(report)),
+        *exports(report),
         ("layers", layer_verdicts(report)),
         ("device", report.device),
         ("versions", versions),

@@ -14,7 +14,7 @@ from jointq_cli.models.coverage import coverage
 from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
-from jointq_cli.records import Audit, RunReport
+from jointq_cli.records import Audit, ExportRecord, RunReport
 from jointq_cli.report import write_report
 from jointq_cli.stages.base import Context
 from jointq_cli.stages.quantize import Quantized
@@ -66,6 +66,7 @@ def finish_run(
     rotated: Rotated,
     quantized: Quantized,
     measured: QuantizedScores,
+    exports: list[ExportRecord],
 ) -> RunReport:
     """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
     files = hash_results(context, run)
@@ -96,6 +97,7 @@ def finish_run(
         versions=versions(),
         device=str(context.device),
         warnings=list(context.console.warnings),
+        exports=exports,
     )
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run)

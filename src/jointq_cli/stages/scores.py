@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jointq_cli.evaluation.perplexity import Scores, score
+from jointq_cli.evaluation.perplexity import HiddenPredictions, Scores, score
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.stages.base import Context, Stage, windows_per_pass
@@ -62,7 +62,9 @@ def score_together(
             bar.advance()
             context.pause()
 
-        return Scores.joined(context.team.gather(score(original, first, model, second, own, on_window)))
+        expected = HiddenPredictions(original, first)
+        found = expected if model is original else HiddenPredictions(model, second)
+        return Scores.joined(context.team.gather(score(expected, found, own, on_window)))
 
 
 def save_scores(directory: Path, scores: Scores) -> None:

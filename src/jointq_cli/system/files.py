@@ -102,7 +102,7 @@ def link_files(source: Path, target: Path, pattern: str = "*") -> None:
 
 def _link_or_copy(file: Path, scratch: Path) -> None:
     scratch.unlink(missing_ok=True)
-    if file.suffix == ".safetensors":
+    if file.suffix in (".safetensors", ".gguf"):
         with contextlib.suppress(OSError):  # another file system, or one without links
             os.link(file, scratch)
             return

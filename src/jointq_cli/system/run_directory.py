@@ -21,7 +21,7 @@ from jointq_cli.system.locks import Kind, Lock, try_lock
 
 LOCK = ".run.lock"  # exists while a run writes, which holds it
 # The files that are reproducible to the byte; the others contain times or a log.
-RESULTS = ("rotation/*.safetensors", "codes/*.safetensors", "checkpoint/*")
+RESULTS = ("rotation/*.safetensors", "codes/*.safetensors", "checkpoint/*", "export/*/*")
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,17 @@ class RunDirectory:
         """The codes, scales and zero-points as safetensors; their writer creates the directory."""
         return self.path / "codes"
 
+    @property
+    def exports(self) -> Path:
+        """The quantised model in the layouts of runtimes, a directory each; exists only if the recipe exports."""
+        return self.path / "export"
+
     def claim(self, model: str) -> None:
         """Raises ConfigError where a run that writes a checkpoint of `model` (a path or a name) here would overwrite
         directories that no run has written, or the model itself."""
-        foreign = [place.name for place in (self.checkpoint, self.codes, self.rotation) if os.path.lexists(place)]
+        foreign = [
+            place.name for place in (self.checkpoint, self.codes, self.rotation, self.exports) if os.path.lexists(place)
+        ]
         if foreign and not self.recipe.is_file():
             raise ConfigError(
                 f"hydra.run.dir={self.path}: has a {foreign[0]}/ that no run of jointq made and that this one would "

@@ -44,7 +44,10 @@ class Exporter(ABC):
     """Writes a quantised model for one runtime. Its fields are the settings of `jointq export` for this format."""
 
     format: ClassVar[str]
+    engine: ClassVar[str]  # which loads it, of those in `evaluation.engines`
+    engine_needs: ClassVar[tuple[str, ...]] = ()  # modules of other packages with which the engine reads the format
     tolerance: ClassVar[float] = 0.0  # largest difference between a decoded and a stored weight, in steps of the grid
+    plain_tolerance: ClassVar[float] = 0.0  # of the other tensors, relative to a tensor's largest magnitude
 
     @property
     @abstractmethod
@@ -68,6 +71,10 @@ class Exporter(ABC):
 
         Shares no code with `write`, or code that has an oracle of its own: exports are verified by it.
         """
+
+    def stored_bits(self, model: QuantizedModel) -> int:
+        """Bits that the quantised weights take in the format."""
+        return sum(form.stored_bits for form in model.forms.values())
 
     @abstractmethod
     def commands(self, name: str) -> list[tuple[str, str]]:

@@ -54,6 +54,8 @@ class CompressedTensorsExporter(Exporter):
     """2 to 8 bits, symmetric and asymmetric, in groups or per channel; several grids in one model."""
 
     format: ClassVar[str] = WORD
+    engine: ClassVar[str] = "transformers"
+    engine_needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
 
     @property
     def label(self) -> str:
@@ -69,7 +71,7 @@ class CompressedTensorsExporter(Exporter):
         return [*_kernel_notes(schemes), *_mixed_notes(schemes), *_fused_notes(model, schemes)]
 
     def write(self, model: QuantizedModel, directory: Path) -> None:
-        write_shards(model, directory, lambda name: _packed(_module(name), model.load_uniform(name)))
+        write_shards(model, directory, lambda name: pack_weight(_module(name), model.load_uniform(name)))
         write_config(model, directory, {"quantization_config": _quantization_config(model)})
 
     def reader(self, model: QuantizedModel, directory: Path) -> Callable[[str], Tensor]:
@@ -89,8 +91,21 @@ class CompressedTensorsExporter(Exporter):
         return [("vLLM", f"vllm serve {name}"), ("transformers", "pip install compressed-tensors")]
 
 
+def pack_weight(module: str, weight: UniformWeight) -> dict[str, Tensor]:
+    """The tensors of the module's docstring, by name."""
+    packed, scale, shape, zero_point = _entries(module)
+    tensors = {
+        packed: pack(weight.unsigned_codes(), weight.bits),
+        scale: weight.scale,
+        shape: torch.tensor(weight.shape),
+    }
+    if not weight.symmetric:
+        tensors[zero_point] = pack(weight.zero_point.T, weight.bits).T
+    return tensors
+
+
 def unpack_weight(bits: int, packed: Tensor, scale: Tensor, shape: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """The weight (out, in) float32 of the tensors that the module's docstring lists."""
+    """The weight (out, in) float32 of the tensors of the module's docstring."""
     rows, columns = shape.tolist()
     codes = unpack(packed, bits, columns).to(torch.float32).reshape(rows, scale.shape[1], -1)
     offset = torch.full_like(scale, 1 << (bits - 1), dtype=torch.float32)
@@ -105,18 +120,6 @@ def _module(name: str) -> str:
 
 def _entries(module: str) -> list[str]:
     return [f"{module}.weight_{part}" for part in ("packed", "scale", "shape", "zero_point")]
-
-
-def _packed(module: str, weight: UniformWeight) -> Mapping[str, Tensor]:
-    packed, scale, shape, zero_point = _entries(module)
-    tensors = {
-        packed: pack(weight.unsigned_codes(), weight.bits),
-        scale: weight.scale,
-        shape: torch.tensor(weight.shape),
-    }
-    if not weight.symmetric:
-        tensors[zero_point] = pack(weight.zero_point.T, weight.bits).T
-    return tensors
 
 
 def _schemes(forms: Mapping[str, UniformWeight]) -> dict[Scheme, list[str]]:

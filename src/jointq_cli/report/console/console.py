@@ -14,9 +14,15 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
-from jointq_cli.records import EvaluationReport, LayerRecord, RotationRecord, RunReport, StageRecord
+from jointq_cli.records import EvaluationReport, ExportRecord, LayerRecord, RotationRecord, RunReport, StageRecord
 from jointq_cli.report.console.displays import BriefPlainDisplay, Display, LogDisplay, PhaseBar, PlainDisplay, State
-from jointq_cli.report.console.final_summary import FinalSummary, evaluate_summary, quantize_summary, rotate_summary
+from jointq_cli.report.console.final_summary import (
+    FinalSummary,
+    evaluate_summary,
+    export_summary,
+    quantize_summary,
+    rotate_summary,
+)
 from jointq_cli.report.console.log_file import LogFile
 from jointq_cli.report.number_format import plural
 from jointq_cli.report.tables.table import TableDocument
@@ -135,6 +141,10 @@ class Console:
     def show_evaluation(self, report: EvaluationReport, run_directory: Path) -> None:
         """The result of `jointq evaluate`."""
         self._show(evaluate_summary(report, _relative(run_directory)))
+
+    def show_exports(self, records: list[ExportRecord], places: list[Path]) -> None:
+        """What `jointq export` has written, and where."""
+        self._show(export_summary(records, [_relative(place.absolute()) for place in places]))
 
     def show_tables(self, document: TableDocument) -> None:
         for display in self._displays:

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from jointq_cli.records import EvaluationReport, RotationRecord, RunReport, StageRecord
+from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunReport, StageRecord
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.number_format import KeyMetric, byte_size
 from jointq_cli.report.tables.table import aligned
@@ -39,12 +39,29 @@ def quantize_summary(report: RunReport, run_directory: Path) -> FinalSummary:
             ("layers", summary.layer_verdicts(report)),
             ("tensor audit", summary.audit_verdict(report)),
             ("reload check", report.reload_check),
+            *summary.exports(report),
             ("protocol", report.protocol.line()),
         ],
         next_steps=[
             ("results", str(run_directory)),
             ("look at it", str(run_directory / "report.html")),
+            *(("serve it", str(run_directory / "export" / record.format)) for record in report.exports),
             ("evaluate it", f"jointq evaluate {checkpoint}"),
+        ],
+    )
+
+
+def export_summary(records: list[ExportRecord], places: list[Path]) -> FinalSummary:
+    lines = [summary.export_line(record) for record in records]
+    return FinalSummary(
+        headline=f"{records[0].format}: {lines[0]}" if len(records) == 1 else f"{len(records)} formats written",
+        problems=[],
+        metrics=[],
+        details=[(record.format, line) for record, line in zip(records, lines, strict=True) if len(records) > 1],
+        next_steps=[
+            pair
+            for record, place in zip(records, places, strict=True)
+            for pair in (("written to", str(place)), *record.commands.items())
         ],
     )
 
@@ -60,14 +77,15 @@ def rotate_summary(record: RotationRecord, run_directory: Path) -> FinalSummary:
 
 
 def evaluate_summary(report: EvaluationReport, run_directory: Path) -> FinalSummary:
-    reference = [("reference", report.reference)] if report.reference else []
+    compared = {"reference": report.reference, "engine": report.engine}
+    further = [(label, value) for label, value in compared.items() if value]
     return FinalSummary(
         headline=f"perplexity {summary.perplexity_text(report.perplexity)}",
         problems=summary.evaluation_problems(report),
         metrics=summary.evaluation_metrics(report),
         details=[
             ("model", report.model),
-            *reference,
+            *further,
             ("stages", _stage_costs(report.stages)),
             ("protocol", report.protocol.line()),
         ],

@@ -16,6 +16,7 @@ from jointq_cli.report.reproduction.finished_run import CODES, FinishedRun, code
 
 ROTATION = "rotation/rotation.safetensors"
 CHECKPOINT = "checkpoint/"
+EXPORTS = "export/"
 
 
 def rotation(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
@@ -57,6 +58,19 @@ def checkpoint(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
         return ComparedStep("checkpoint", COMPUTED, True, of_all + _by_manifest(files, original, replay))
     first = f"{differing[0].removeprefix(CHECKPOINT)} first{_no_hash(differing[0], original, replay)}"
     return ComparedStep("checkpoint", COMPUTED, False, f"{len(differing)} of {of_all}, {first}")
+
+
+def exports(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
+    """The packed checkpoints that the recipe asks for."""
+    files = sorted(name for name in original.files | replay.files if name.startswith(EXPORTS))
+    if not files:
+        return ComparedStep("exports", COMPUTED, True, "none")
+    differing = _differing(files, original, replay)
+    of_all = plural(len(files), "file")
+    if not differing:
+        return ComparedStep("exports", COMPUTED, True, of_all + _by_manifest(files, original, replay))
+    first = f"{differing[0].removeprefix(EXPORTS)} first{_no_hash(differing[0], original, replay)}"
+    return ComparedStep("exports", COMPUTED, False, f"{len(differing)} of {of_all}, {first}")
 
 
 def _differing(files: Iterable[str], original: FinishedRun, replay: FinishedRun) -> list[str]:

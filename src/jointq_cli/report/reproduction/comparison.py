@@ -36,6 +36,7 @@ def compare(
         metrics.compare_records("layers", *runs),
         metrics.compare_records("blocks", *runs),
         artifacts.checkpoint(*runs),
+        artifacts.exports(*runs),
         metrics.compare_records("audit", *runs),
         metrics.reload_check(*runs),
         metrics.compare_records("simulation", *runs),

@@ -6,12 +6,13 @@ adds to the process.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.quantization.accumulator import packed_size
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
@@ -31,8 +32,10 @@ STATISTICS_SLOWDOWN = 1.4  # of the statistics' narrow matrix products relative 
 HIDDEN_OPERATIONS = 14  # pointwise, per element of a block's hidden states
 MLP_OPERATIONS = 3  # pointwise, per element of the hidden states inside the MLP
 BLOCK_SECONDS = 0.02  # overhead per block: loading modules, writing files
+ENGINE_WINDOWS, ENGINE_SECONDS = 8, 2.0  # through an inference engine, and what loading a model into it takes
 LAYER_SECONDS = 0.008  # overhead per layer
 LOGIT_OPERATIONS = 30  # pointwise, per logit and model
+PACKING_OPERATIONS = 40  # pointwise, per quantised weight: packed, read back and compared
 WEIGHT_OPERATIONS = 40  # pointwise, per quantised weight: codes, scales, errors, files
 
 
@@ -157,6 +160,26 @@ class Workload:
             + max(self._outside + self._outside_rotated + 6 * FLOAT * logits, self._block + self._pass),
         )
 
+    def export(self) -> Cost:
+        """Packs the codes shard by shard, and reads them back."""
+        packed = self._quantized_bytes - self.stored * self.shapes.selected + self._sum_of_forms(_packed_bytes)
+        shard = max(self.stored * (self.shapes.outside + self._untied), self.stored * self.shapes.largest_block)
+        widest = 3 * DOUBLE * self.shapes.widest * max(max(one.out_features) for one in self.shapes.inputs)
+        return Cost(
+            seconds=(2 * packed + 2 * self._codes) / READ
+            + PACKING_OPERATIONS * self.shapes.selected / self.speeds.pointwise,
+            memory=2 * shard + widest,
+            disk=packed,
+        )
+
+    def engine_check(self) -> Cost:
+        """A few windows through the dequantised checkpoint, and through the export, complete in an engine's memory."""
+        few = Windows(min(ENGINE_WINDOWS, self.evaluation.count), self.evaluation.length)
+        return Cost(
+            seconds=ENGINE_SECONDS + 2 * self._forward(few),
+            memory=FLOAT * self.shapes.embedding + self.stored * (self.shapes.in_blocks + self.shapes.outside),
+        )
+
     def file_hashes(self) -> Cost:
         return Cost(seconds=(self._quantized_bytes + self._codes) / READ)
 
@@ -200,9 +223,13 @@ class Workload:
     @property
     def _codes(self) -> float:
         """Bytes of the layers' files."""
-        sizes = Counter((rows, one.in_features) for one in self.shapes.inputs for rows in one.out_features)
+        return self._sum_of_forms(lambda form: form.file_bytes)
+
+    def _sum_of_forms(self, size: Callable[[StoredWeight], float]) -> float:
+        """Of the stored weights of all selected layers."""
+        shapes = Counter((rows, one.in_features) for one in self.shapes.inputs for rows in one.out_features)
         storage = self.recipe.quantizer.storage
-        return sum(count * storage(*size, self.dtype).file_bytes for size, count in sizes.items())
+        return sum(count * size(storage(*shape, self.dtype)) for shape, count in shapes.items())
 
     @property
     def _largest_outside(self) -> int:
@@ -316,6 +343,10 @@ class Workload:
         seconds += 8 * weights * width / self.speeds.single  # the errors that are reported of a layer
         seconds += WEIGHT_OPERATIONS * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
         return seconds + self.recipe.quantizer.cost(rows, width, self.calibration.tokens) / self.speeds.single
+
+
+def _packed_bytes(form: StoredWeight) -> float:
+    return form.stored_bits / 8
 
 
 def total(costs: Sequence[Cost]) -> Cost:

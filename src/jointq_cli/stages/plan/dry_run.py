@@ -20,6 +20,8 @@ from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
+from jointq_cli.stages.engine_check import check_stage, is_checked
+from jointq_cli.stages.export import export_stage
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
@@ -59,6 +61,7 @@ class RunInputs:
     tokens: Tokens | None
     tokens_status: StageStatus
     windows: ScoredWindows | None
+    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
     tokenizer = load_tokenizer(original.checkpoint.directory, code)
     tokens, status = _find_tokens(recipe.calibration, tokenizer, store)
     on_hub = recipe.evaluation.is_on_hub
-    return RunInputs(original, tokens, status, None if on_hub else evaluation_windows(recipe.evaluation, tokenizer))
+    windows = None if on_hub else evaluation_windows(recipe.evaluation, tokenizer)
+    return RunInputs(original, tokens, status, windows, tokenizer)
 
 
 def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
@@ -129,9 +133,17 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
 
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
     computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
+    exporting = []
+    for exporter in recipe.exporters:
+        export = _known(export_stage(shaped, layers, quantize, exporter), model)
+        exporting.append((export, status(export)))
+        if recipe.check_exports and is_checked(exporter):
+            check = check_stage(export, quantize, shaped, layers, exporter, inputs.tokenizer, windows)
+            check = _known(check, model, inputs.windows)
+            exporting.append((check, status(check, inputs.windows)))
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
     return DryRun(
-        stages=computing + evaluating,
+        stages=computing + exporting + evaluating,
         layers=layers,
         calibration=Windows(*tokens.windows.shape),
         evaluation=Windows(*windows.ids.shape),

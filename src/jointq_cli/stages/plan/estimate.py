@@ -10,7 +10,7 @@ from jointq_cli.records import RunEstimate, StageEstimate
 from jointq_cli.stages.plan.costs import Cost, Workload, total
 from jointq_cli.stages.plan.dry_run import EVERY_RUN, TO_FETCH, UNKNOWN, DryRun, RunInputs, StageStatus, dry_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
-from jointq_cli.stages.plan.preflight import preflight_warnings, shared_text
+from jointq_cli.stages.plan.preflight import export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.plan.throughput import measure_speeds
 from jointq_cli.system import machine
 from jointq_cli.system.files import nearest_existing
@@ -49,6 +49,7 @@ def estimate_run(recipe: Recipe, inputs: RunInputs) -> RunEstimate:
             *([inputs.tokens.warning] if inputs.tokens and inputs.tokens.warning else []),
             *shared_text(recipe, inputs.tokens, inputs.windows),
             *preflight_warnings(recipe, inputs.original, load.shapes, load.calibration.tokens, scored),
+            *export_warnings(recipe, inputs.original, found.layers),
         ],
         notes=_notes(recipe, inputs, found),
     )

@@ -15,6 +15,7 @@ from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import FULL_COVERAGE
+from jointq_cli.stages.export import check_exports, model_to_quantize
 from jointq_cli.stages.plan.model_sizes import Shapes
 
 LEAST_TOKENS_PER_COLUMN = 4  # of calibration; with fewer than one the Hessian is singular
@@ -50,6 +51,13 @@ def _only_language_model(model: StreamedModel) -> str:
         f"model: of {type(model.module).__name__} the language model alone ({name}) is quantised and evaluated, on "
         f"text alone; the rest, {100 * share:.2g} % of the parameters, stays as it is"
     )
+
+
+def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
+    """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+    online = [part for part in recipe.rotation.parts if part == "R4"]
+    planned = model_to_quantize(model, layers, recipe.quantizer)
+    return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
 
 
 def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:

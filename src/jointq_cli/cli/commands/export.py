@@ -1,0 +1,54 @@
+"""`jointq export`: the model of a finished run as packed checkpoints for the runtimes that serve models."""
+
+import argparse
+from pathlib import Path
+
+from jointq_cli.errors import JointqError
+
+
+def main(arguments: list[str]) -> int:
+    parsed = _parser().parse_intermixed_args(arguments)
+    settings = dict(_setting(word) for word in parsed.settings)
+    words = [word.strip() for word in settings.pop("format", "").strip("[]").split(",") if word.strip()]
+    output = settings.pop("output", None)
+    # Not above: these import torch, and --help answers without.
+    from jointq_cli.formats.export import EXPORTERS, exporter_of
+    from jointq_cli.pipeline import export
+    from jointq_cli.report import Console
+
+    if not words:
+        raise JointqError(f"format=: names no format; there are {', '.join(EXPORTERS)}")
+    if len(words) > 1 and (settings or output):
+        key = "output" if output else next(iter(settings))
+        raise JointqError(f"{key}={output or settings[key]}: for one format, and {', '.join(words)} are {len(words)}")
+    exporters = [exporter_of(word, settings) for word in words]
+    with Console() as console:
+        export(parsed.run_directory, exporters, Path(output).expanduser() if output else None, console)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "jointq export",
+        description="Write the model of a finished run of jointq quantize as a packed checkpoint, and read it back.",
+        epilog="Formats and their settings: docs/serving.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run_directory", type=Path, metavar="RUN", help="needs checkpoint/, codes/, recipe.yaml and report.json"
+    )
+    parser.add_argument(
+        "settings",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="format=compressed-tensors, or a list format=[gguf:q4_0,mlx]; output=DIR (default: RUN/export/FORMAT); "
+        "settings of the format",
+    )
+    return parser
+
+
+def _setting(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise JointqError(f"{word}: not a setting; write format={word}" if key else f"{word}: not a setting")
+    return key, value

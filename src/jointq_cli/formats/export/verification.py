@@ -1,0 +1,68 @@
+"""Verification of an export: its files, decoded, against the stored weights and the dequantised checkpoint."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ModelError
+from jointq_cli.formats.export.base import Exporter, QuantizedModel
+from jointq_cli.formats.uniform import UniformWeight
+from jointq_cli.records import ExportRecord
+
+WEIGHTS = (".safetensors", ".gguf")  # endings of the files that hold them
+
+
+def verified(model: QuantizedModel, exporter: Exporter, directory: Path) -> ExportRecord:
+    """Reads every tensor back, one in memory at a time.
+
+    Quantised weights are compared with (code - zero_point) * scale in float32, all others with the checkpoint's. Raises
+    ModelError where one differs by more than the format's tolerance.
+    """
+    read = exporter.reader(model, directory)
+    worst = 0.0
+    for name in model.forms:
+        error = _error_in_steps(read(name), model.load_uniform(name))
+        worst = max(worst, error)
+        if not error <= exporter.tolerance:
+            raise ModelError(
+                f"{directory}: {name} is read back with an error of {error:.3g} steps, and {exporter.format} allows "
+                f"{exporter.tolerance:g}"
+            )
+    rounding = {}
+    for name in model.plain:
+        error = _relative_error(read(name), model.checkpoint.read([name])[name])
+        if not error <= exporter.plain_tolerance:
+            raise ModelError(f"{directory}: {name} is read back with a relative error of {error:.3g}")
+        if error:
+            rounding[name] = error
+    sizes = [form.shape[0] * form.shape[1] for form in model.forms.values()]
+    files = {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
+    return ExportRecord(
+        format=exporter.label,
+        files=files,
+        weight_bytes=sum(size for name, size in files.items() if name.endswith(WEIGHTS)),
+        bits_per_weight=exporter.stored_bits(model) / sum(sizes),
+        worst_error=worst,
+        rounded=rounding,
+        commands=dict(exporter.commands(".")),
+    )
+
+
+def _error_in_steps(found: Tensor, stored: UniformWeight) -> float:
+    """The largest difference from the stored weight, in steps of its grid."""
+    expected = stored.dequantize(torch.float32)
+    if found.shape != expected.shape:
+        return torch.inf
+    step = stored.scale.to(torch.float32)[:, stored.column_groups()]
+    return float(((found - expected) / step).abs().max())
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the tensor's largest magnitude."""
+    if found.shape != expected.shape:
+        return torch.inf
+    if torch.equal(found, expected):
+        return 0.0
+    largest = expected.double().abs().max()
+    return float((found.double() - expected.double()).abs().max() / largest) if largest else torch.inf

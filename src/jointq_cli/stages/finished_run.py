@@ -1,0 +1,74 @@
+"""Further exports of a finished run, from the files in its directory instead of the store."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from jointq_cli.errors import JointqError
+from jointq_cli.formats.export import Exporter, QuantizedModel
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.records import ExportRecord, RunReport
+from jointq_cli.report.reproduction.finished_run import read_finished_run
+from jointq_cli.stages.export import check_exports, quantized_model, write_export
+from jointq_cli.system.files import UNFINISHED, sync_tree, translated_disk_errors
+from jointq_cli.system.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class FinishedModel:
+    """The quantised model of a run directory and the run's report."""
+
+    run: RunDirectory
+    report: RunReport
+    model: QuantizedModel
+
+    def check(self, exporters: Sequence[Exporter]) -> list[str]:
+        """As `check_exports`."""
+        online = self.report.rotation.online if self.report.rotation else []
+        simulated = self.report.simulation.activations if self.report.simulation else ""
+        return check_exports(exporters, self.model, online, simulated)
+
+
+def open_finished(directory: Path, device: torch.device) -> FinishedModel:
+    """Reads no weight. Raises JointqError, which names what is missing or was changed after the run."""
+    finished = read_finished_run(directory)
+    run = RunDirectory(directory)
+    layers = [layer.name for layer in finished.report.layers]
+    missing = [name for name in layers if not (run.codes / f"{name}.safetensors").is_file()]
+    if missing:
+        raise JointqError(f"{run.codes}: lacks {missing[0]}.safetensors, and an export is packed from the codes")
+    checkpoint = Checkpoint(run.checkpoint)
+    code = finished.settings.get("model.trust_remote_code") == "true"
+    model = StreamedModel(checkpoint, device, checkpoint.dtype, code)
+    return FinishedModel(run, finished.report, quantized_model(model, checkpoint, layers, run.codes))
+
+
+def refuse_existing(place: Path) -> None:
+    if os.path.lexists(place):
+        raise JointqError(f"{place}: exists, and an export overwrites nothing; delete it, or name another: output=DIR")
+
+
+def write_beside(model: QuantizedModel, exporter: Exporter, place: Path) -> ExportRecord:
+    """Writes and verifies an export; `place` exists once it is complete."""
+    scratch = place.with_name(f".{place.name}{UNFINISHED}")
+    with translated_disk_errors(place):
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        scratch.mkdir(parents=True)
+        try:
+            record = write_export(model, exporter, scratch)
+            sync_tree(scratch)
+            os.replace(scratch, place)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return record
+
+
+def with_exports(report: RunReport, records: Sequence[ExportRecord]) -> RunReport:
+    """The report of a run that has these exports too."""
+    formats = {record.format for record in records}
+    return replace(report, exports=[*(old for old in report.exports if old.format not in formats), *records])
