@@ -39,12 +39,23 @@ def build_skeleton(source: TensorSource, dtype: torch.dtype, trust_remote_code: 
         _require_decoder(config, source)
         _request_plain_outputs(config)
         with init_empty_weights(include_buffers=False):
-            module: Any = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            module: Any = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         _compute_buffers(module)
     except BUILD_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{source.directory}: transformers cannot build this model: {reason[:300]}") from error
     return module.eval().requires_grad_(False)
+
+
+def auto_class(config: Any) -> Any:
+    """The AutoModel with the class that config.json names. That for multimodal models has all the classes of
+    AutoModelForImageTextToText; where no class is named, it takes what is no causal language model."""
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    multimodal: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    is_named = multimodal.__name__ in (config.architectures or ())
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_named
+    return AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
 
 
 def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -188,14 +199,3 @@ def _require_decoder(config: Any, source: TensorSource) -> None:
         raise ModelError(
             f"{source.directory}: {config.model_type} has an encoder and a decoder; only decoders can be quantised"
         )
-
-
-def _auto_class(config: Any) -> Any:
-    """The AutoModel with the class that config.json names. That for multimodal models has all the classes of
-    AutoModelForImageTextToText; where no class is named, it takes what is no causal language model."""
-    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
-        return AutoModelForCausalLM
-    multimodal: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
-    is_named = multimodal.__name__ in (config.architectures or ())
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_named
-    return AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM

@@ -255,27 +255,25 @@ class BlockwiseModel:
                 return self._record_calls(windows)
             except ModelError:
                 self._outputs = outputs  # what the first attempt found is the reason
-        if failure is not None:
-            raise ModelError(
-                f"{self.source.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
-                f"tokens with ids up to {int(windows.max())}: {' '.join(str(failure).split())[:200]}"
-            ) from failure
-        if not is_complete:
-            how = (
-                "with hidden states of several shapes"
-                if len(calls) == len(self)
-                else f"{len(calls)} times for one text"
-            )
-            raise ModelError(
-                f"{self.source.directory}: {type(self.module).__name__} calls its {len(self)} blocks {how}; it cannot "
-                "be run block by block"
-            )
-        if inputs[0].dim() != 3:
-            raise ModelError(
-                f"{self.source.directory}: {type(self.module).__name__} passes its blocks hidden states of shape "
-                f"{list(inputs[0].shape)}, not (batch, tokens, hidden); it cannot be run block by block"
-            )
+        if not is_complete or inputs[0].dim() != 3:
+            reason = self._obstacle(windows, inputs, failure)
+            raise ModelError(f"{self.source.directory}: {type(self.module).__name__} {reason}") from failure
         return inputs[0], calls
+
+    def _obstacle(self, windows: Tensor, inputs: list[Tensor], failure: Exception | None) -> str:
+        """Why the blocks cannot be run one by one. inputs: of the blocks that were called, until the failure if any."""
+        found = " ".join(str(failure).split())[:200]
+        if failure is not None and not inputs:
+            return f"cannot take windows of {windows.shape[1]} tokens with ids up to {int(windows.max())}: {found}"
+        if inputs and inputs[0].dim() != 3:
+            what = f"passes its blocks hidden states of shape {list(inputs[0].shape)}, not (batch, tokens, hidden)"
+        elif failure is not None:
+            what = f"expects more of its blocks than hidden states ({found})"
+        elif len(inputs) != len(self):
+            what = f"calls its {len(self)} blocks {len(inputs)} times for one text"
+        else:
+            what = "passes its blocks hidden states of several shapes"
+        return f"{what}; it cannot be run block by block"
 
     @contextmanager
     def _replaced_blocks(self, forward: Callable[..., Tensor]) -> Iterator[None]:
