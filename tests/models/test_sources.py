@@ -87,5 +87,5 @@ def test_a_directory_with_one_gguf_file_stands_for_the_file(tmp_path: Path) -> N
     fetch(source(str(tmp_path)), lambda file: asked.append(file) or BUNDLED)
     assert asked == [tmp_path / "model-q4_0.gguf"]
     (tmp_path / "model-q8_0.gguf").touch()
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         fetch(source(str(tmp_path)), refuse)

@@ -21,6 +21,7 @@ from jointq_cli.evaluation.llama_cpp import LlamaCppModel
 from jointq_cli.evaluation.perplexity import Predictions
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.skeleton import auto_class
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class TransformersModel(EngineModel):
     """transformers, which decodes packed weights by the library of their format."""
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM, GPTQConfig
+        from transformers import AutoConfig, GPTQConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -100,7 +101,8 @@ class TransformersModel(EngineModel):
         if packed.get("quant_method") == "gptq" and not torch.cuda.is_available():
             # Its other kernels for CPUs compile C++ for minutes at the first forward pass.
             further["quantization_config"] = GPTQConfig(bits=packed["bits"], backend="gptq_torch")
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **further).eval()
+        auto = auto_class(AutoConfig.from_pretrained(directory))
+        self.model = auto.from_pretrained(directory, dtype="auto", **further).eval()
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
 
     def log_probabilities(self, ids: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Shown by `plan` and by the command itself before it computes, one line each, with the key to change. Knows sizes only.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.layer_selection import find_uncalled
+from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
@@ -28,6 +30,7 @@ def preflight_warnings(
     """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
         *model.checkpoint.warnings,
+        _only_language_model(model),
         _left_out(shapes),
         _uncalled(model),
         *_beyond_positions(model, {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}),
@@ -37,6 +40,19 @@ def preflight_warnings(
         _head_left_out(recipe),
     ]
     return [text for text in found if text]
+
+
+def _only_language_model(model: StreamedModel) -> str:
+    name = find_language_model(model.module)
+    if not name:
+        return ""
+    of_text = text_state(model.module)
+    others = [shape for stored, shape in model.source.shapes.items() if model.module_name(stored) not in of_text]
+    share = sum(map(math.prod, others)) / model.checkpoint.parameters
+    return (
+        f"model: of {type(model.module).__name__} the language model alone ({name}) is quantised and evaluated, on "
+        f"text alone; the rest, {100 * share:.2g} % of the parameters, stays as it is"
+    )
 
 
 def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
