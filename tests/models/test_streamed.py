@@ -90,6 +90,10 @@ REFUSED = {
         lambda: transformers.Gemma4TextConfig(**PER_LAYER),
         "passes its blocks per_layer_input beside the hidden states, which depends on the tokens",
     ),
+    "xlnet": (
+        lambda: transformers.XLNetConfig(d_model=64, n_layer=2, n_head=4, d_inner=128, vocab_size=256),
+        r"hidden states of shape \[3, 1, 64\], not \(batch, tokens, hidden\)",
+    ),
     "zamba2": (
         lambda: transformers.Zamba2Config(
             **{**GROUPED, "num_key_value_heads": 4, "num_hidden_layers": 4}, num_mem_blocks=1, mamba_d_state=16,

@@ -256,7 +256,7 @@ class BlockwiseModel:
                 return self._record_calls(windows)
             except ModelError:
                 self._outputs = outputs  # what the first attempt found is the reason
-        if not is_complete or inputs[0].dim() != 3:
+        if not is_complete or inputs[0].shape[:-1] != windows.shape:
             reason = self._obstacle(windows, inputs, failure)
             raise ModelError(f"{self.source.directory}: {type(self.module).__name__} {reason}") from failure
         return inputs[0], calls
@@ -266,7 +266,7 @@ class BlockwiseModel:
         found = " ".join(str(failure).split())[:200]
         if failure is not None and not inputs:
             return f"cannot take windows of {windows.shape[1]} tokens with ids up to {int(windows.max())}: {found}"
-        if inputs and inputs[0].dim() != 3:
+        if inputs and inputs[0].shape[:-1] != windows.shape:
             what = f"passes its blocks hidden states of shape {list(inputs[0].shape)}, not (batch, tokens, hidden)"
         elif failure is not None:
             what = f"expects more of its blocks than hidden states ({found})"
