@@ -23,6 +23,7 @@ from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.report.limits import Limits
 from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
 from jointq_cli.transforms import Rotation, Smoothing
@@ -48,6 +49,7 @@ class Recipe:
     smoothing: Smoothing
     activations: Activations
     evaluation: Evaluation
+    limits: Limits = setting(Limits(), decides=False)
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
     check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed

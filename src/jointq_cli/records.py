@@ -293,6 +293,7 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     coverage: Coverage | None = None  # None in older reports
     exports: list[ExportRecord] = field(default_factory=list)
+    beyond_limits: list[str] = field(default_factory=list)  # a line for each figure beyond the recipe's limits
 
 
 @dataclass(frozen=True)

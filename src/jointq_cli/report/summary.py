@@ -149,7 +149,7 @@ def problems(report: RunReport) -> list[str]:
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
     found += [problem for record in report.exports if record.check for problem in record.check.problems]
-    return found
+    return found + report.beyond_limits
 
 
 def perplexity_problems(name: str, perplexity: Perplexity, protocol: Protocol) -> list[str]:

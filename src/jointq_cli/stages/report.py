@@ -16,6 +16,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import Audit, ExportRecord, RunReport
 from jointq_cli.report import write_report
+from jointq_cli.report.limits import beyond, figures
 from jointq_cli.stages.base import Context
 from jointq_cli.stages.quantize import Quantized
 from jointq_cli.stages.quantized_scores import QuantizedScores
@@ -99,6 +100,7 @@ def finish_run(
         warnings=list(context.console.warnings),
         exports=exports,
     )
+    report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run)
     context.console.show_run(report, run.path)
