@@ -161,6 +161,7 @@ def test_evaluating_the_checkpoint_gives_the_perplexity_of_the_report(finished: 
     assert found["perplexity"] == report["quantized"]
     assert found["comparison"] == report["comparison"]
     assert found["protocol"] == report["protocol"]
+    assert [text for text in report["warnings"] if text.startswith("evaluation.")] == found["warnings"] != []
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
-from jointq_cli.stages.plan.preflight import export_warnings, preflight_warnings, shared_text
+from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
@@ -97,6 +97,8 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
         console.header(header(recipe, original, tokens, [], team))
+        for warning in original.checkpoint.warnings:
+            console.warn(warning)
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         assert rotated.record is not None  # a recipe that changes nothing is refused
         team.on_rank0(link_files, rotated.model.checkpoint.directory, run.checkpoint)
@@ -122,6 +124,8 @@ def evaluate(
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
         console.header([("model", recipe.model.path), ("protocol", described.line())])
+        for warning in evaluation_warnings(recipe, model, reference, described.scored_tokens):
+            console.warn(warning)
         if recipe.engine is None:
             scores, engine, problems = score_model(context, model, reference, windows), None, []
         else:
@@ -138,6 +142,7 @@ def evaluate(
             comparison=compare(scores) if recipe.reference else None,
             stages=context.records,
             versions=versions(),
+            warnings=list(console.warnings),
             engine=engine,
             problems=problems,
         )

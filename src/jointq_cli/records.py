@@ -308,6 +308,7 @@ class EvaluationReport:
     comparison: Comparison | None  # with the reference, if there is one
     stages: list[StageRecord]
     versions: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
     engine: str | None = None  # that computed the model, with its version, such as "llama.cpp (xllamacpp 2026.10)"
     problems: list[str] = field(default_factory=list)  # what the engine does otherwise, such as tokenizing
 

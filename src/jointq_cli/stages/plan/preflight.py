@@ -1,6 +1,6 @@
 """Preflight warnings: valid settings that usually give poor results.
 
-Shown by `plan` and by the run itself before it computes, one line each, with the key to change. Knows sizes only.
+Shown by `plan` and by the command itself before it computes, one line each, with the key to change. Knows sizes only.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.recipe import Recipe
+from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
 from jointq_cli.stages.export import check_exports, model_to_quantize
 from jointq_cli.stages.plan.model_sizes import Shapes
@@ -28,9 +28,9 @@ def preflight_warnings(
     found = [
         *model.checkpoint.warnings,
         _left_out(shapes),
-        *_beyond_positions(recipe, model),
+        *_beyond_positions(model, {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}),
         _few_tokens(calibrated, shapes),
-        _short_text(recipe, scored),
+        _short_text(recipe.evaluation, scored),
         _untied(recipe, model, shapes),
         _head_left_out(recipe),
     ]
@@ -44,10 +44,22 @@ def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> 
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
 
 
-def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:
+def evaluation_warnings(
+    recipe: EvaluateRecipe, model: StreamedModel, reference: StreamedModel, scored: int
+) -> list[str]:
+    """Of `jointq evaluate`; scored: number of tokens."""
+    models = [model] if reference is model else [model, reference]
+    lengths = {"evaluation": recipe.evaluation.seqlen}
+    files = [text for each in models for text in each.checkpoint.warnings]
+    positions = [text for each in models for text in _beyond_positions(each, lengths)]
+    short = _short_text(recipe.evaluation, scored)
+    return list(dict.fromkeys([*files, *positions, *([short] if short else [])]))
+
+
+def _beyond_positions(model: StreamedModel, lengths: Mapping[str, int]) -> list[str]:
+    """lengths: tokens of a window by part of the recipe."""
     config: Any = model.module.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    lengths = {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}
     return [
         f"{part}.seqlen={length}: more tokens than the model's max_position_embeddings={limit}; lower it"
         for part, length in lengths.items()
@@ -102,10 +114,10 @@ def _few_tokens(calibrated: int, shapes: Shapes) -> str:
     )
 
 
-def _short_text(recipe: Recipe, scored: int | None) -> str:
+def _short_text(evaluation: Evaluation, scored: int | None) -> str:
     if scored is None or scored >= LEAST_SCORED:
         return ""
-    key = "max_windows" if _is_cut(recipe.evaluation, scored) else "path" if recipe.evaluation.path else "dataset"
+    key = "max_windows" if _is_cut(evaluation, scored) else "path" if evaluation.path else "dataset"
     return (
         f"evaluation.{key}: only {scored} tokens are scored, and perplexity needs some {LEAST_SCORED}; its error will "
         "be large"
