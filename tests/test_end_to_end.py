@@ -75,6 +75,11 @@ def test_plain_transformers_loads_the_checkpoint_and_its_codes_say_the_same(
     directory, _ = finished
     model = AutoModelForCausalLM.from_pretrained(directory / "checkpoint")
     assert model.dtype == torch.bfloat16
+    assert model.config.jointq["quantizer"].startswith("JointQ W4 g128")
+    assert "base_model: pocket" in (directory / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    files = json.loads((directory / "manifest.json").read_text())["files"]
+    assert "checkpoint/README.md" not in files
+    assert files["checkpoint/config.json"] == hashes(BUNDLED)["config.json"]  # without the key
     name = "model.layers.2.mlp.down_proj"
     codes = load_layer(directory / "codes" / f"{name}.safetensors")
     assert torch.equal(codes.dequantize(torch.bfloat16), model.get_parameter(f"{name}.weight").data)

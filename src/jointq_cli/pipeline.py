@@ -35,7 +35,16 @@ from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
-from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
+from jointq_cli.stages.report import (
+    finish_run,
+    hash_results,
+    header,
+    label_export,
+    label_rotated,
+    link_rotation,
+    quantization_lines,
+    write_manifest,
+)
 from jointq_cli.stages.rotate import rotate as rotate_model
 from jointq_cli.stages.scores import score_model
 from jointq_cli.stages.tokens import load_calibration, load_evaluation
@@ -102,6 +111,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         assert rotated.record is not None  # a recipe that changes nothing is refused
         team.on_rank0(link_files, rotated.model.checkpoint.directory, run.checkpoint)
+        team.on_rank0(label_rotated, run.checkpoint, recipe, original, rotated.record)
         team.on_rank0(link_rotation, rotated, run)
         team.on_rank0(lambda: write_manifest(context, run, recipe, original, tokens, hash_results(context, run)))
         console.show_rotation(rotated.record, run.path)
@@ -166,6 +176,7 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
     for exporter, place in zip(exporters, places, strict=True):
         with console.stage(f"export {exporter.label}"):
             records.append(write_beside(finished.model, exporter, place))
+            label_export(place, finished.report, records[-1])
     if output is None:
         report = with_exports(finished.report, records)
         write_report(report, finished.run)

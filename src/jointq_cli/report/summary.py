@@ -220,6 +220,15 @@ def export_line(record: ExportRecord) -> str:
 
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
+    return [
+        *quality_metrics(report),
+        KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
+        KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
+    ]
+
+
+def quality_metrics(report: RunReport) -> list[KeyMetric]:
+    """How good and how large the quantised model is."""
     audit = report.audit
     stored = "of the quantised layers: packed codes and all that they need"
     return [
@@ -228,8 +237,6 @@ def key_metrics(report: RunReport) -> list[KeyMetric]:
         KeyMetric("bits per weight", significant(report.bits_per_weight, 3), stored),
         *_coverage_metrics(report),
         KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
-        KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
-        KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
     ]
 
 
