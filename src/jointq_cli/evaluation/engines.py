@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class InferenceEngine:
 
     name: str
     module: str  # importable where it is installed
-    package: str  # whose version is reported
+    package: str  # on PyPI
     extra: str  # of this project that installs it; "" where none is needed
     open: Callable[[Path], "EngineModel"]
 
@@ -38,7 +38,8 @@ class InferenceEngine:
 
     @property
     def version(self) -> str:
-        return f"{self.package} {version(self.package)}"
+        package = packages_distributions().get(self.module, [self.package])[0]  # builds for CPUs have other names
+        return f"{package} {version(package)}"
 
 
 class EngineModel:
