@@ -26,6 +26,7 @@ from jointq_cli.stages.engine import engine_path, score_in_engine
 from jointq_cli.stages.engine_check import check_all
 from jointq_cli.stages.export import export_all, link_exports
 from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
+from jointq_cli.stages.generation import generate_texts
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import fetch_model
@@ -93,9 +94,11 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
+        layer_names = [layer.name for layer in quantized.layers]
+        texts = generate_texts(context, original, quantized.stage, layer_names, tokenizer, recipe.generate_tokens)
         records = [export.record for export in exports]
         return team.on_rank0(
-            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records
+            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records, texts
         )
 
 

@@ -53,6 +53,7 @@ class Recipe:
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
     check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed
+    generate_tokens: int = setting(32, least=0, decides=False)  # that both models write after each of three prompts
     output_dir: str = setting(decides=False)  # run directories are made in here
     store: str = setting(decides=False)  # artifacts that runs share
 

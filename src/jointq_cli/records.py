@@ -229,6 +229,15 @@ class ExportRecord:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What both models write after a prompt, the most likely token each time."""
+
+    prompt: str
+    original: str
+    quantized: str
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """One stage of the pipeline. The result of a `reused` stage came from the store."""
 
@@ -293,6 +302,7 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     coverage: Coverage | None = None  # None in older reports
     exports: list[ExportRecord] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
     base_model: str = ""  # name of `model`, a hub id where it has one; older reports lack it
     beyond_limits: list[str] = field(default_factory=list)  # a line for each figure beyond the recipe's limits
 

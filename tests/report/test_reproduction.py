@@ -4,6 +4,7 @@ The published run serves as evidence: what is compared here is what lies in test
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ from jointq_cli.records import (
 )
 from jointq_cli.report import encode, load_record, reproduction
 from jointq_cli.report.compare.run_files import parse_settings
+from jointq_cli.report.limits import Limits
 from jointq_cli.report.reproduction.finished_run import FinishedRun, codes_file, read_finished_run
 from jointq_cli.report.reproduction.metrics import ROUNDING
 from jointq_cli.report.tables.reproduction import conclusion, render_markdown, render_text
@@ -280,6 +282,7 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "calibration.tokens",
         "evaluation.path",
         "evaluation.revision",
+        *(f"limits.{field.name}" for field in sorted(dataclasses.fields(Limits), key=lambda field: field.name)),
         "model.path",
         "model.revision",
         "runtime.device",
@@ -287,7 +290,9 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "runtime.num_threads",
         "runtime.suspended_activations_gb",
     ]
-    assert ROLES.undeciding - set(ROLES.replayable) == {"name", "description", "model", "output_dir", "store"}
+    assert ROLES.undeciding - set(ROLES.replayable) == {
+        "name", "description", "model", "output_dir", "store", "limits", "check_exports", "generate_tokens",
+    }  # fmt: skip
 
 
 def test_the_page_on_reproducing_names_all_that_a_replay_may_change() -> None:

@@ -199,6 +199,12 @@ def stage_cost(stage: StageRecord) -> str:
     return "reused" if stage.reused else duration(stage.seconds)
 
 
+def generation_note(report: RunReport) -> str:
+    """How the generated texts were made."""
+    note = "What each model writes after a prompt, by the most likely token each time"
+    return f"{note}; activations are not quantised." if report.simulation else f"{note}."
+
+
 def exports(report: RunReport) -> list[tuple[str, str]]:
     """Each packed checkpoint of a run, as (label, value)."""
     return [(f"export {record.format}", export_line(record)) for record in report.exports]

@@ -17,7 +17,7 @@ from jointq_cli.models.identity import base_model, result_hashes, write_identity
 from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe, RotateRecipe
-from jointq_cli.records import Audit, ExportRecord, RotationRecord, RunReport
+from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport
 from jointq_cli.report import write_report
 from jointq_cli.report.limits import beyond, figures
 from jointq_cli.report.pages.model_card import checkpoint_card, export_card, identity, rotation_identity
@@ -72,6 +72,7 @@ def finish_run(
     quantized: Quantized,
     measured: QuantizedScores,
     exports: list[ExportRecord],
+    generations: list[Generation],
 ) -> RunReport:
     """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
     files = hash_results(context, run)
@@ -103,6 +104,7 @@ def finish_run(
         device=str(context.device),
         warnings=list(context.console.warnings),
         exports=exports,
+        generations=generations,
         base_model=base_model(recipe.model.path, original.checkpoint.config),
     )
     report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))

@@ -1,6 +1,8 @@
 """The report of a run and documents of tables as Markdown."""
 
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
@@ -22,6 +24,7 @@ def run_markdown(report: RunReport) -> str:
         f"Protocol: `{report.protocol.line()}`",
         *_basis(report),
         *_text_table(kinds_table(report.layers)),
+        *_generations(report),
         *_not_ok(report),
         *_blocks(report),
         f"## The {min(WORST, len(report.layers))} layers of largest output error",
@@ -73,6 +76,14 @@ def _basis(report: RunReport) -> list[str]:
 
 def _metric_rows(metrics: Sequence[KeyMetric]) -> list[tuple[str, str, str]]:
     return [(metric.label, metric.value, metric.detail) for metric in metrics]
+
+
+def _generations(report: RunReport) -> list[str]:
+    if not report.generations:
+        return []
+    rows = [[json.dumps(text, ensure_ascii=False) for text in astuple(one)] for one in report.generations]
+    table = markdown_table(("prompt", "original", "quantised"), rows)
+    return ["## Generated text", summary.generation_note(report), table]
 
 
 def _not_ok(report: RunReport) -> list[str]:
