@@ -37,8 +37,8 @@ def why_not(model: StreamedModel) -> str:
 
 
 def generate(model: StreamedModel, ids: Tensor, count: int) -> Tensor:
-    """The `count` tokens (prompts, count) int64 that follow `ids` (prompts, tokens), each the most likely one; fewer where
-    the model has no more positions.
+    """The `count` tokens (prompts, count) int64 that follow `ids` (prompts, tokens), each the most likely one; fewer
+    where the model has no more positions.
 
     Raises as FAILURES where the model cannot, and NumericsError for weights with NaN or Inf.
     """

@@ -17,7 +17,7 @@ from jointq_cli.models.identity import base_model, result_hashes, write_identity
 from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe, RotateRecipe
-from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport
+from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
 from jointq_cli.report.limits import beyond, figures
 from jointq_cli.report.pages.model_card import checkpoint_card, export_card, identity, rotation_identity
@@ -73,6 +73,7 @@ def finish_run(
     measured: QuantizedScores,
     exports: list[ExportRecord],
     generations: list[Generation],
+    tasks: list[TaskRecord],
 ) -> RunReport:
     """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
     files = hash_results(context, run)
@@ -106,6 +107,7 @@ def finish_run(
         exports=exports,
         generations=generations,
         base_model=base_model(recipe.model.path, original.checkpoint.config),
+        tasks=tasks,
     )
     report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
     write_manifest(context, run, recipe, original, tokens, files, windows)
@@ -190,8 +192,7 @@ def _audit(context: Context, original: StreamedModel, rotated: Rotated, quantize
     model with untied embeddings is larger."""
     model = rotated.model
     with context.timed("audit"):
-        names = {layer.name: model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
-        audited = audit(model.checkpoint, quantized.checkpoint, names, quantized.layers, quantized.codes)
+        audited = audit(model, quantized.checkpoint, quantized.layers, quantized.codes)
         return replace(audited, source_bytes=original.checkpoint.weight_bytes)
 
 
