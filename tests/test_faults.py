@@ -32,7 +32,7 @@ WORDS = [
     "quantize", "recipe=ci_smoke", "model.path=model", "output_dir=out", "calibration=text",
     "calibration.path=text.txt", "calibration.num_samples=16", "calibration.seqlen=32", "evaluation=text",
     "evaluation.path=text.txt", "evaluation.seqlen=32", "evaluation.max_windows=8", "quantizer=gptq",
-    "quantizer.group_size=32", "qep=none", "rotation=hadamard", "runtime.num_threads=1",
+    "quantizer.group_size=32", "qep=none", "rotation=hadamard", "runtime.num_threads=1", "generate_tokens=0",
 ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from jointq_cli.stages.engine import engine_path, score_in_engine
 from jointq_cli.stages.engine_check import check_all, is_checked
 from jointq_cli.stages.export import export_all, link_exports
 from jointq_cli.stages.finished_run import check_finished, open_finished, refuse_existing, with_exports, write_beside
+from jointq_cli.stages.generation import generate_texts
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import fetch_model
@@ -36,7 +37,16 @@ from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
-from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
+from jointq_cli.stages.report import (
+    finish_run,
+    hash_results,
+    header,
+    label_export,
+    label_rotated,
+    link_rotation,
+    quantization_lines,
+    write_manifest,
+)
 from jointq_cli.stages.rotate import rotate as rotate_model
 from jointq_cli.stages.scores import score_model
 from jointq_cli.stages.tasks import fetch_tasks, run_tasks, size_tasks, task_stage, task_warnings
@@ -91,13 +101,15 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
+        layer_names = [layer.name for layer in quantized.layers]
+        texts = generate_texts(context, original, quantized.stage, layer_names, tokenizer, recipe.generate_tokens)
         reloaded = context.open_model(quantized.checkpoint, recipe.model.trust_remote_code)
         first = [task_stage(task, original, original.identity, "original") for task in tasks]
         second = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
-        figures = run_tasks(context, tasks, second, first)
+        results = texts, run_tasks(context, tasks, second, first)
         records = [export.record for export in exports]
         return team.on_rank0(
-            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records, figures
+            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records, *results
         )
 
 
@@ -113,6 +125,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         assert rotated.record is not None  # a recipe that changes nothing is refused
         team.on_rank0(link_files, rotated.model.checkpoint.directory, run.checkpoint)
+        team.on_rank0(label_rotated, run.checkpoint, recipe, original, rotated.record)
         team.on_rank0(link_rotation, rotated, run)
         team.on_rank0(lambda: write_manifest(context, run, recipe, original, tokens, hash_results(context, run)))
         console.show_rotation(rotated.record, run.path)
@@ -187,6 +200,7 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
         if is_checked(exporter):
             with console.stage(f"check in {exporter.engine}"):
                 record = replace(record, check=check_finished(finished, exporter, place))
+        label_export(place, finished.report, record)
         records.append(record)
     if output is None:
         report = with_exports(finished.report, records)

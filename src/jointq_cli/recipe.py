@@ -23,6 +23,7 @@ from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.report.limits import Limits
 from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
 from jointq_cli.transforms import Rotation, Smoothing
@@ -48,9 +49,11 @@ class Recipe:
     smoothing: Smoothing
     activations: Activations
     evaluation: Evaluation
+    limits: Limits = setting(Limits(), decides=False)
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
     check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed
+    generate_tokens: int = setting(32, least=0, decides=False)  # that both models write after each of three prompts
     output_dir: str = setting(decides=False)  # run directories are made in here
     store: str = setting(decides=False)  # artifacts that runs share
 

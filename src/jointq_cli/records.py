@@ -258,6 +258,15 @@ class ExportRecord:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What both models write after a prompt, the most likely token each time."""
+
+    prompt: str
+    original: str
+    quantized: str
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """One stage of the pipeline. The result of a `reused` stage came from the store."""
 
@@ -322,6 +331,9 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     coverage: Coverage | None = None  # None in older reports
     exports: list[ExportRecord] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    base_model: str = ""  # name of `model`, a hub id where it has one; older reports lack it
+    beyond_limits: list[str] = field(default_factory=list)  # a line for each figure beyond the recipe's limits
     tasks: list[TaskRecord] = field(default_factory=list)
 
 

@@ -4,6 +4,7 @@ The published run serves as evidence: what is compared here is what lies in test
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -44,6 +45,7 @@ from jointq_cli.records import (
 )
 from jointq_cli.report import encode, load_record, reproduction
 from jointq_cli.report.compare.run_files import parse_settings
+from jointq_cli.report.limits import Limits
 from jointq_cli.report.reproduction.finished_run import FinishedRun, codes_file, read_finished_run
 from jointq_cli.report.reproduction.metrics import ROUNDING
 from jointq_cli.report.tables.reproduction import conclusion, render_markdown, render_text
@@ -287,6 +289,7 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "evaluation.path",
         "evaluation.revision",
         "evaluation.tasks_dir",
+        *(f"limits.{field.name}" for field in sorted(dataclasses.fields(Limits), key=lambda field: field.name)),
         "model.path",
         "model.revision",
         "runtime.device",
@@ -298,6 +301,8 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "name",
         "check_exports",
         "description",
+        "generate_tokens",
+        "limits",
         "model",
         "output_dir",
         "store",

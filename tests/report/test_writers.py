@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from jointq_cli.errors import JointqError, ResourceError
-from jointq_cli.records import LayerRecord, Perplexity
+from jointq_cli.records import Generation, LayerRecord, Perplexity
 from jointq_cli.report import load_report, write_report
 from jointq_cli.report.pages.html import run_html
 from jointq_cli.report.pages.markdown import run_markdown
@@ -229,3 +229,14 @@ def test_a_directory_that_has_become_a_file_is_a_resource_error(report, director
     directory.path.write_text("")
     with pytest.raises(ResourceError):
         write_report(report, directory)
+
+
+def test_generated_texts_are_shown_and_are_no_markup(report, directory):
+    texts = [Generation("Once", " <b>upon</b>\na | time", " `again`")]
+    shown = replace(report, generations=texts)
+    write_report(shown, directory)
+    assert load_report(directory.report_json).generations == texts
+    markdown = directory.report_markdown.read_text(encoding="utf-8")
+    assert r'| "Once" | " &lt;b>upon&lt;/b>\na \| time" | " `again`" |' in markdown
+    assert " &lt;b&gt;upon&lt;/b&gt;\na | time</td>" in directory.report_html.read_text(encoding="utf-8")
+    assert "Generated" not in run_markdown(report)

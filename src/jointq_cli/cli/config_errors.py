@@ -188,12 +188,12 @@ def _place(error: BaseException) -> str:
 
 
 def _nearest(key: str, here: list[str], elsewhere: list[str]) -> str | None:
-    """A similar name in the same place, else the same name anywhere, else a similar key anywhere."""
+    """The same name anywhere, else a similar one in the same place, else a similar key anywhere."""
     name = _last(key)
     close = difflib.get_close_matches(name, map(_last, here), n=1)
     similar = [other for other in here if [_last(other)] == close]
     same = [other for other in elsewhere if _last(other) == name]
-    return next(iter([*similar, *same, *difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)]), None)
+    return next(iter([*same, *similar, *difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.7)]), None)
 
 
 def _last(key: str) -> str:

@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "render a finished run again",
     "export": "a finished run's model in the layout of vLLM, llama.cpp and others",
     "compare": "several finished runs, or a sweep, side by side",
+    "check": "whether the figures of a finished run are within limits, by exit code",
     "reproduce": "run a finished run again from its files, and compare",
     "store": "artifacts that runs share: list them, check them, free space",
 }

@@ -152,7 +152,7 @@ def problems(report: RunReport) -> list[str]:
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
     found += [problem for record in report.exports if record.check for problem in record.check.problems]
-    return found
+    return found + report.beyond_limits
 
 
 def perplexity_problems(name: str, perplexity: Perplexity, protocol: Protocol) -> list[str]:
@@ -202,6 +202,12 @@ def stage_cost(stage: StageRecord) -> str:
     return "reused" if stage.reused else duration(stage.seconds)
 
 
+def generation_note(report: RunReport) -> str:
+    """How the generated texts were made."""
+    note = "What each model writes after a prompt, by the most likely token each time"
+    return f"{note}; activations are not quantised." if report.simulation else f"{note}."
+
+
 def exports(report: RunReport) -> list[tuple[str, str]]:
     """Each packed checkpoint of a run, as (label, value)."""
     return [(f"export {record.format}", export_line(record)) for record in report.exports]
@@ -223,6 +229,15 @@ def export_line(record: ExportRecord) -> str:
 
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
+    return [
+        *quality_metrics(report),
+        KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
+        KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
+    ]
+
+
+def quality_metrics(report: RunReport) -> list[KeyMetric]:
+    """How good and how large the quantised model is."""
     audit = report.audit
     stored = "of the quantised layers: packed codes and all that they need"
     return [
@@ -232,8 +247,6 @@ def key_metrics(report: RunReport) -> list[KeyMetric]:
         KeyMetric("bits per weight", significant(report.bits_per_weight, 3), stored),
         *_coverage_metrics(report),
         KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
-        KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
-        KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
     ]
 
 

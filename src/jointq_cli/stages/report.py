@@ -3,27 +3,32 @@
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from jointq_cli import __version__
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.formats.audit import audit
 from jointq_cli.models.coverage import coverage
+from jointq_cli.models.identity import base_model, result_hashes, write_identity
 from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.recipe import Recipe
-from jointq_cli.records import Audit, ExportRecord, RunReport, TaskRecord
+from jointq_cli.recipe import Recipe, RotateRecipe
+from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
+from jointq_cli.report.limits import beyond, figures
+from jointq_cli.report.pages.model_card import checkpoint_card, export_card, identity, rotation_identity
 from jointq_cli.stages.base import Context
 from jointq_cli.stages.quantize import Quantized
 from jointq_cli.stages.quantized_scores import QuantizedScores
 from jointq_cli.stages.rotate import Rotated
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
-from jointq_cli.system.files import file_hashes, link_files
+from jointq_cli.system.files import link_files, write_text_atomically
 from jointq_cli.system.machine import peak_memory, versions
-from jointq_cli.system.run_directory import RunDirectory, build_manifest, result_files
+from jointq_cli.system.run_directory import MODEL_CARD, RunDirectory, build_manifest, result_files
 
 Header = list[tuple[str, str]]  # (label, value)
 
@@ -67,6 +72,7 @@ def finish_run(
     quantized: Quantized,
     measured: QuantizedScores,
     exports: list[ExportRecord],
+    generations: list[Generation],
     tasks: list[TaskRecord],
 ) -> RunReport:
     """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
@@ -99,18 +105,43 @@ def finish_run(
         device=str(context.device),
         warnings=list(context.console.warnings),
         exports=exports,
+        generations=generations,
+        base_model=base_model(recipe.model.path, original.checkpoint.config),
         tasks=tasks,
     )
+    report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run)
+    label_checkpoint(run.checkpoint, report)
+    for record in exports:
+        label_export(run.exports / record.format, report, record)
     context.console.show_run(report, run.path)
     return report
+
+
+def label_checkpoint(directory: Path, report: RunReport) -> None:
+    """Writes into a quantised checkpoint what it is: model card and the key of config.json."""
+    write_identity(directory, identity(report))
+    write_text_atomically(directory / MODEL_CARD, checkpoint_card(report))
+
+
+def label_export(directory: Path, report: RunReport, record: ExportRecord) -> None:
+    """As `label_checkpoint`, for a packed checkpoint."""
+    write_identity(directory, identity(report))
+    write_text_atomically(directory / MODEL_CARD, export_card(report, record))
+
+
+def label_rotated(directory: Path, recipe: RotateRecipe, original: StreamedModel, record: RotationRecord) -> None:
+    """Writes into the config.json of a rotated checkpoint what it is."""
+    name = base_model(recipe.model.path, original.checkpoint.config)
+    origin = {"version": __version__, "base_model": name, "recipe": recipe.name}
+    write_identity(directory, origin | rotation_identity(record))
 
 
 def hash_results(context: Context, run: RunDirectory) -> dict[str, str]:
     """The sha256 of what a replay must reproduce, so that it can be compared even after the files are gone."""
     with context.timed("file hashes"):
-        return file_hashes(run.path, result_files(run.path))
+        return result_hashes(run.path, result_files(run.path))
 
 
 def write_manifest(

@@ -20,6 +20,7 @@ from jointq_cli.system.files import encoded, translated_disk_errors, write_text_
 from jointq_cli.system.locks import Kind, Lock, try_lock
 
 LOCK = ".run.lock"  # exists while a run writes, which holds it
+MODEL_CARD = "README.md"  # of a checkpoint
 # The files that are reproducible to the byte; the others contain times or a log.
 RESULTS = ("rotation/*.safetensors", "codes/*.safetensors", "checkpoint/*", "export/*/*")
 
@@ -84,8 +85,9 @@ def build_manifest(
 
 
 def result_files(directory: Path) -> list[Path]:
-    """The files that the same run reproduces to the byte: rotation, codes and checkpoint."""
-    return [file for pattern in RESULTS for file in sorted(directory.glob(pattern))]
+    """The files that the same run reproduces to the byte: rotation, codes, checkpoint and exports, without their model
+    cards, which hold what was measured."""
+    return [file for pattern in RESULTS for file in sorted(directory.glob(pattern)) if file.name != MODEL_CARD]
 
 
 class RunDirectory:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jointq_cli.formats.export.base import QuantizedModel
 from jointq_cli.models.checkpoint import INDEX, SINGLE, copy_companions, write_index
+from jointq_cli.models.identity import KEY
 from jointq_cli.system.tensor_files import save_tensors
 
 CONFIG = "config.json"
@@ -38,5 +39,6 @@ def write_shards(model: QuantizedModel, directory: Path, packed: Converted, plai
 
 def write_config(model: QuantizedModel, directory: Path, further: Mapping[str, Any]) -> None:
     """config.json of the dequantised checkpoint with the keys of the format."""
-    text = json.dumps({**model.checkpoint.config, **further}, indent=2, ensure_ascii=False)
+    config = {name: value for name, value in model.checkpoint.config.items() if name != KEY}  # written last
+    text = json.dumps({**config, **further}, indent=2, ensure_ascii=False)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")

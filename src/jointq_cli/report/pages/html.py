@@ -32,6 +32,8 @@ def run_html(report: RunReport) -> str:
         tables=[*tasks_table(report.tasks), kinds_table(report.layers)],
         layer_verdicts=summary.layer_verdicts(report),
         rows=_rows(report.layers),
+        generations=report.generations,
+        generation_note=summary.generation_note(report),
         warnings=report.warnings,
         provenance=summary.provenance(report),
     )

@@ -1,6 +1,8 @@
 """The report of a run and documents of tables as Markdown."""
 
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
@@ -17,12 +19,13 @@ def run_markdown(report: RunReport) -> str:
         f"# {summary.title(report)}",
         f"**{summary.headline(report)}**",
         summary.explanation(report),
-        *(f"> **Problem:** {_inline(problem)}" for problem in summary.problems(report)),
-        _table(("metric", "value", "note"), _metric_rows(summary.key_metrics(report))),
+        *(f"> **Problem:** {inline(problem)}" for problem in summary.problems(report)),
+        markdown_table(("metric", "value", "note"), _metric_rows(summary.key_metrics(report))),
         f"Protocol: `{report.protocol.line()}`",
         *_basis(report),
         *(part for table in tasks_table(report.tasks) for part in _text_table(table)),
         *_text_table(kinds_table(report.layers)),
+        *_generations(report),
         *_not_ok(report),
         *_blocks(report),
         f"## The {min(WORST, len(report.layers))} layers of largest output error",
@@ -32,7 +35,7 @@ def run_markdown(report: RunReport) -> str:
         "## Where the time went",
         _stages(report),
         "## Provenance",
-        _table(("what", "value"), summary.provenance(report)),
+        markdown_table(("what", "value"), summary.provenance(report)),
         *_warnings(report),
     ]
     return "\n\n".join(parts) + "\n"
@@ -40,36 +43,48 @@ def run_markdown(report: RunReport) -> str:
 
 def document_markdown(document: TableDocument) -> str:
     parts = [
-        f"# {_inline(document.title)}",
-        f"**{_inline(document.headline)}**",
-        *(f"> **Warning:** {_inline(warning)}" for warning in document.warnings),
+        f"# {inline(document.title)}",
+        f"**{inline(document.headline)}**",
+        *(f"> **Warning:** {inline(warning)}" for warning in document.warnings),
         *(part for table in document.tables for part in _text_table(table)),
         "## Notes",
-        "\n".join(f"- {_inline(note)}" for note in document.notes).replace("*", "\\*"),
+        "\n".join(f"- {inline(note)}" for note in document.notes).replace("*", "\\*"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _text_table(table: TextTable) -> list[str]:
     rows = ([cell.text for cell in row] for row in table.rows)
-    heading = [_inline(text) for text in table.heading]
-    return [f"## {_inline(table.title)}", _table(heading, rows, numbers_from=table.stub), *filter(None, [table.note])]
+    heading = [inline(text) for text in table.heading]
+    return [
+        f"## {inline(table.title)}",
+        markdown_table(heading, rows, numbers_from=table.stub),
+        *filter(None, [table.note]),
+    ]
 
 
 def _basis(report: RunReport) -> list[str]:
     """What is stored and what is simulated, for a run with a rotation or simulated activations."""
     if not summary.basis(report):
         return []
-    parts = ["## Stored and simulated", _inline(summary.stored_and_simulated(report))]
+    parts = ["## Stored and simulated", inline(summary.stored_and_simulated(report))]
     if report.rotation is None:
         return parts
     metrics = _metric_rows(rotation_summary.metrics(report.rotation))
     provenance = [(label, value, "") for label, value in rotation_summary.provenance(report.rotation)]
-    return [*parts, _table(("new basis", "value", "note"), [*metrics, *provenance])]
+    return [*parts, markdown_table(("new basis", "value", "note"), [*metrics, *provenance])]
 
 
 def _metric_rows(metrics: Sequence[KeyMetric]) -> list[tuple[str, str, str]]:
     return [(metric.label, metric.value, metric.detail) for metric in metrics]
+
+
+def _generations(report: RunReport) -> list[str]:
+    if not report.generations:
+        return []
+    rows = [[json.dumps(text, ensure_ascii=False) for text in astuple(one)] for one in report.generations]
+    table = markdown_table(("prompt", "original", "quantised"), rows)
+    return ["## Generated text", summary.generation_note(report), table]
 
 
 def _not_ok(report: RunReport) -> list[str]:
@@ -86,8 +101,8 @@ def _blocks(report: RunReport) -> list[str]:
         "|quantised - original|^2 / |original|^2 of what leaves a block, all blocks up to it quantised, on the first "
         "batch of calibration windows."
     )
-    table = _table(("block", "error"), rows, numbers_from=0)
-    return ["## Accumulated error over depth", _inline(text), table] if shown else []
+    table = markdown_table(("block", "error"), rows, numbers_from=0)
+    return ["## Accumulated error over depth", inline(text), table] if shown else []
 
 
 def _layers(layers: Sequence[LayerRecord]) -> str:
@@ -104,28 +119,28 @@ def _layers(layers: Sequence[LayerRecord]) -> str:
         )
         for layer in layers
     )
-    return _table(("layer", "verdict", "out x in", "E_y", "E_w", "damping", "time", "notes"), rows)
+    return markdown_table(("layer", "verdict", "out x in", "E_y", "E_w", "damping", "time", "notes"), rows)
 
 
 def _stages(report: RunReport) -> str:
     rows = ((stage.name, summary.stage_cost(stage), byte_size(stage.peak_memory)) for stage in report.stages)
-    return _table(("stage", "time", "peak memory so far"), rows, numbers_from=1)
+    return markdown_table(("stage", "time", "peak memory so far"), rows, numbers_from=1)
 
 
 def _warnings(report: RunReport) -> list[str]:
     if not report.warnings:
         return []
-    return ["## Warnings", "\n".join(f"- {_inline(warning)}" for warning in report.warnings)]
+    return ["## Warnings", "\n".join(f"- {inline(warning)}" for warning in report.warnings)]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int | None = None) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int | None = None) -> str:
     """numbers_from: the first right-aligned column; None for none."""
     right = len(header) if numbers_from is None else numbers_from
     rule = ["---:" if index >= right else "---" for index in range(len(header))]
-    cells = [header, rule, *([_inline(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    cells = [header, rule, *([inline(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """On one line, and with < escaped, so that no text becomes HTML."""
     return " ".join(text.split()).replace("<", "&lt;")

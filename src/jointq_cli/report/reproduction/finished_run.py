@@ -10,9 +10,10 @@ from typing import cast
 
 from jointq_cli.errors import JointqError
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.identity import result_hashes
 from jointq_cli.records import RunReport
 from jointq_cli.report.compare.run_files import load_settings
-from jointq_cli.system.files import file_hash, file_hashes
+from jointq_cli.system.files import file_hash
 from jointq_cli.system.record_json import load_record, load_report
 from jointq_cli.system.run_directory import Manifest, result_files
 
@@ -83,7 +84,7 @@ def _check_recipe(recipe: Path, manifest: Manifest) -> None:
 def _check_unchanged(directory: Path, listed: dict[str, str]) -> None:
     """Checks the files that exist; for deleted ones the hashes of the manifest are used."""
     existing = [directory / name for name in listed if (directory / name).is_file()]
-    for name, digest in file_hashes(directory, existing).items():
+    for name, digest in result_hashes(directory, existing).items():
         if digest != listed[name]:
             raise JointqError(
                 f"{directory / name}: was changed after the run; its sha256 is {digest[:16]}, "
@@ -100,7 +101,7 @@ def _hashed(directory: Path, report: RunReport) -> dict[str, str]:
             "a run of before hashes were kept needs its checkpoint/ and codes/"
         )
     Checkpoint(directory / "checkpoint")  # raises if weights are missing
-    return file_hashes(directory, result_files(directory))
+    return result_hashes(directory, result_files(directory))
 
 
 def _of_another_command(directory: Path, command: str) -> JointqError:

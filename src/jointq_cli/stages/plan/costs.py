@@ -32,6 +32,7 @@ STATISTICS_SLOWDOWN = 1.4  # of the statistics' narrow matrix products relative 
 HIDDEN_OPERATIONS = 14  # pointwise, per element of a block's hidden states
 MLP_OPERATIONS = 3  # pointwise, per element of the hidden states inside the MLP
 BLOCK_SECONDS = 0.02  # overhead per block: loading modules, writing files
+TOKENS_PER_BLOCK_SECONDS = 32  # one token of the prompts through one block takes about 0.6 ms
 ENGINE_WINDOWS, ENGINE_SECONDS = 8, 2.0  # through an inference engine, and what loading a model into it takes
 LAYER_SECONDS = 0.008  # overhead per layer
 HARNESS_SECONDS = 1.0  # of a task in lm-eval besides its forward passes
@@ -193,6 +194,12 @@ class Workload:
             seconds=ENGINE_SECONDS + 2 * self._forward(few),
             memory=FLOAT * self.shapes.embedding + self.stored * (self.shapes.in_blocks + self.shapes.outside),
         )
+
+    def generate(self) -> Cost:
+        """All weights in memory at once, read for each token of one model."""
+        size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
+        seconds = BLOCK_SECONDS * self.shapes.blocks * (1 + self.recipe.generate_tokens / TOKENS_PER_BLOCK_SECONDS)
+        return Cost(seconds=seconds + (1 + self.recipe.generate_tokens) * size / READ, memory=size)
 
     def file_hashes(self) -> Cost:
         return Cost(seconds=(self._quantized_bytes + self._codes) / READ)

@@ -14,6 +14,7 @@ from jointq_cli.data.calibration import Calibration, calibration_tokens
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import ResourceError
+from jointq_cli.evaluation.generation import why_not
 from jointq_cli.evaluation.tasks import LoadedTask, NotDownloaded, load_tasks
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
 from jointq_cli.stages.engine_check import check_stage, is_checked
 from jointq_cli.stages.export import export_stage
+from jointq_cli.stages.generation import generation_stages
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
@@ -147,6 +149,9 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
             check = _known(check, model, inputs.windows)
             exporting.append((check, status(check, inputs.windows)))
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
+    if recipe.generate_tokens and not why_not(original):
+        texts = generation_stages(original, quantize, layers, inputs.tokenizer, recipe.generate_tokens)
+        evaluating += [(stage, status(stage)) for stage in texts]
     before = [task_stage(task, original, original.identity, "original") for task in inputs.tasks or ()]
     after = [task_stage(task, original, [quantize.key], "quantized") for task in inputs.tasks or ()]
     evaluating += [(stage, status(stage)) for stage in (*before, *after)]
