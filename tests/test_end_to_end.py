@@ -103,7 +103,10 @@ def test_exports_are_planned_and_can_be_added_afterwards(finished: tuple[Path, s
     place = "export/compressed-tensors"
     assert hashes(later / place) == hashes(directory / place)
     assert "vllm serve" in out
-    assert json.loads((later / "report.json").read_text())["exports"] == report["exports"]
+    added = json.loads((later / "report.json").read_text())["exports"]
+    checks = [records[0].pop("check") for records in (added, report["exports"])]  # on other windows
+    assert added == report["exports"]
+    assert all(check["kl_divergence"] < 5e-4 for check in checks)
 
 
 @pytest.mark.slow

@@ -58,6 +58,11 @@ class Recipe:
         check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
         exporters_of(self.export)
+        if self.evaluation.tasks and "R4" in self.rotation.parts:
+            tasks = ",".join(self.evaluation.tasks)
+            raise ConfigError(
+                f"evaluation.tasks=[{tasks}]: run in plain transformers, which refuses R4; use rotation.r4=false"
+            )
 
     @property
     def exporters(self) -> list[Exporter]:
@@ -99,6 +104,10 @@ class EvaluateRecipe:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.evaluation.tasks and self.engine not in (None, "transformers"):
+            raise ConfigError(
+                f"engine={self.engine}: evaluation.tasks are measured in transformers; leave one of both out"
+            )
 
 
 RECIPES: dict[str, type[Any]] = {

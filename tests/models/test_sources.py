@@ -78,3 +78,14 @@ def test_a_quantised_checkpoint_is_converted_only_where_it_may_be(tmp_path: Path
     assert converted == [packed]
     with pytest.raises(ModelError, match="is quantised already"):
         fetch(source(str(packed)), refuse)
+
+
+def test_a_directory_with_one_gguf_file_stands_for_the_file(tmp_path: Path) -> None:
+    (tmp_path / "model-q4_0.gguf").touch()
+    (tmp_path / "README.md").touch()
+    asked: list[Path] = []
+    fetch(source(str(tmp_path)), lambda file: asked.append(file) or BUNDLED)
+    assert asked == [tmp_path / "model-q4_0.gguf"]
+    (tmp_path / "model-q8_0.gguf").touch()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        fetch(source(str(tmp_path)), refuse)

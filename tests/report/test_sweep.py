@@ -13,7 +13,7 @@ import pytest
 
 from jointq_cli.cli.main import main
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
-from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport, TaskRecord
 from jointq_cli.report import Console, encode
 from jointq_cli.report.compare.run_files import find_runs
 from jointq_cli.report.compare.sweep import load_jobs, ranking
@@ -92,6 +92,16 @@ def test_rows_have_the_bits_of_the_complete_checkpoint(tmp_path: Path, report: R
     write_summary(directory, page=False)
     [row] = json.loads((tmp_path / "summary.json").read_text())
     assert (row["block_bits_per_weight"], row["checkpoint_bits_per_parameter"]) == (11.2, 12.1)
+
+
+def test_tasks_have_their_columns(tmp_path: Path, report: RunReport, task: TaskRecord) -> None:
+    directory = sweep_of(tmp_path, replace(report, tasks=[task]), [14.0, None], [{KEY: "1"}, {KEY: "2"}])
+    [table, *_] = sweep_document("mine", load_jobs(directory)).tables
+    assert [row[table.heading.index("arc_easy acc")].text for row in table.rows] == ["0.620 ± 0.010", "-"]
+    write_summary(directory, page=False)
+    [first, second] = json.loads((tmp_path / "summary.json").read_text())
+    assert (first["arc_easy acc"], first["arc_easy acc_standard_error"]) == (0.62, 0.01)
+    assert "arc_easy acc" not in second
 
 
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:

@@ -49,7 +49,7 @@ def fetch(
     """
     if source.path == "pocket":
         return Checkpoint(BUNDLED)
-    local = Path(source.path).expanduser()
+    local = gguf_in(Path(source.path).expanduser())
     if local.suffix == ".gguf":
         if not local.is_file():
             raise ModelError(f"model.path={local}: no such file")
@@ -76,6 +76,14 @@ def provenance(source: ModelSource, directory: Path) -> dict[str, str]:
     # The hub's client stores what it downloads in .../snapshots/COMMIT.
     known = directory.parent.name == "snapshots"
     return {"from": "hub", "revision": directory.name} if known else {"from": "hub"}
+
+
+def gguf_in(path: Path) -> Path:
+    """The GGUF file of a directory that has one and no config.json, as an export has; any other path itself."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else path
 
 
 def looks_local(path: str) -> bool:

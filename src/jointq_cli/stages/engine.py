@@ -5,10 +5,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from jointq_cli.evaluation.engines import ENGINES, EngineModel, EnginePredictions, opened
+from jointq_cli.evaluation.engine_model import EngineModel
+from jointq_cli.evaluation.engines import ENGINES, EnginePredictions, opened
 from jointq_cli.evaluation.perplexity import HiddenPredictions, Scores, score
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.sources import gguf_in
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.stages.base import Context, windows_per_pass
 from jointq_cli.stages.hidden import hidden_stage, read_hidden
@@ -57,13 +59,7 @@ def score_in_engine(
 def engine_path(source: str, checkpoint: Checkpoint) -> Path:
     """What an engine opens: the directory or GGUF file that `model.path` names, or where the hub's model lies."""
     local = Path(source).expanduser()
-    return engine_file(local) if local.exists() else checkpoint.directory
-
-
-def engine_file(path: Path) -> Path:
-    """The only GGUF file of a directory that has one; any other path itself."""
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return files[0] if len(files) == 1 else path
+    return gguf_in(local) if local.exists() else checkpoint.directory
 
 
 def tokenizer_problems(

@@ -13,10 +13,11 @@ from jointq_cli.evaluation.perplexity import HiddenPredictions, compare, score
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.formats.export import Exporter
 from jointq_cli.models.forward import final_hidden
+from jointq_cli.models.sources import gguf_in
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import EngineCheck
 from jointq_cli.stages.base import Context, Stage
-from jointq_cli.stages.engine import engine_file, tokenizer_problems
+from jointq_cli.stages.engine import tokenizer_problems
 from jointq_cli.stages.export import FILES, Export
 from jointq_cli.stages.plan.costs import Workload
 from jointq_cli.stages.quantize import Quantized, open_quantized
@@ -101,7 +102,7 @@ def check_in_engine(
     """reference: the dequantised checkpoint in float32. Raises as `opened` does."""
     expected = HiddenPredictions(reference, final_hidden(reference, windows.ids, 1, pause=pause))
     name = exporter.engine
-    with opened(name, engine_file(directory)) as model:
+    with opened(name, gguf_in(directory)) as model:
         problems = tokenizer_problems(name, model, tokenizer, windows)
         found = compare(score(expected, EnginePredictions(model, windows), windows, pause))
     change = torch.tensor(found.nll_increase).expm1().item()

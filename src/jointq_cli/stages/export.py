@@ -93,7 +93,7 @@ def quantized_model(model: StreamedModel, result: Checkpoint, layers: Iterable[s
     """A finished model. model: it, or the one that it was quantised from. codes: directory of its layer files."""
     files = {_stored(model, layer): codes / f"{layer}.safetensors" for layer in layers}
     forms = {name: load_form(file) for name, file in files.items()}
-    return QuantizedModel(result, forms, _linear(model), lambda name: load_layer(files[name]))
+    return QuantizedModel(result, forms, _linear(model), lambda name: load_layer(files[name]), _transposed(model))
 
 
 def model_to_quantize(model: StreamedModel, layers: Iterable[str], quantizer: Quantizer) -> QuantizedModel:
@@ -108,7 +108,7 @@ def model_to_quantize(model: StreamedModel, layers: Iterable[str], quantizer: Qu
     def load(name: str) -> StoredWeight:
         raise AssertionError(f"{name}: is not quantised yet")
 
-    return QuantizedModel(model.checkpoint, forms, _linear(model), load)
+    return QuantizedModel(model.checkpoint, forms, _linear(model), load, _transposed(model))
 
 
 def check_exports(
@@ -124,7 +124,7 @@ def check_exports(
                 f"{word}: {online[0]} needs a Hadamard product at run time, which no format here can say; "
                 "rotation.r4=false"
             )
-        if name := _transposed(model):
+        if name := next((name for name in model.forms if name in model.transposed), None):
             raise ConfigError(f"{word}: {name} is stored as (in, out), which packed formats do not know")
         warnings += exporter.check(model)
         if simulated:
@@ -132,9 +132,8 @@ def check_exports(
     return warnings
 
 
-def _transposed(model: QuantizedModel) -> str | None:
-    shapes = model.checkpoint.shapes
-    return next((name for name, form in model.forms.items() if shapes[name] != form.shape), None)
+def _transposed(model: StreamedModel) -> list[str]:
+    return [_stored(model, name) for name, layer in model.linear_layers().items() if layer.is_transposed]
 
 
 def _stored(model: StreamedModel, layer: str) -> str:

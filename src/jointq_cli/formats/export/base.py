@@ -1,7 +1,7 @@
 """The contract of an exporter: a frozen dataclass that writes a quantised model in the layout of a runtime."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,14 @@ class QuantizedModel:
     checkpoint: its dequantised form; before it is quantised, the original. forms: by name of a weight in the
     checkpoint, the form of each quantised one, tensors on the meta device. linear: names in the checkpoint of the
     weights of all linear layers, quantised or not. load: the stored weight of one name in `forms`, on the CPU.
+    transposed: those of `linear` that the checkpoint stores as (in, out).
     """
 
     checkpoint: Checkpoint
     forms: Mapping[str, StoredWeight]
     linear: Sequence[str]
     load: Callable[[str], StoredWeight]
+    transposed: Collection[str] = ()
 
     def load_uniform(self, name: str) -> UniformWeight:
         weight = self.load(name)

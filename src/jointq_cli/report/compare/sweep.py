@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import Comparison, Coverage, EvaluationReport, Perplexity, Protocol, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, Perplexity, Protocol, RunReport, TaskRecord
 from jointq_cli.report import summary
 from jointq_cli.report.compare.run_files import EVALUATION, REPORT
 from jointq_cli.system.record_json import load_record, load_report
@@ -34,6 +34,7 @@ class SweepMeasurement:
     seconds: float
     coverage: Coverage | None = None
     warnings: list[str] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
     is_reference: bool = False  # the model is the reference itself, and its KL divergence no result
 
     def value(self, measure: Measure) -> tuple[float, float]:
@@ -146,6 +147,7 @@ def _of_run(report: RunReport) -> SweepMeasurement:
         seconds=summary.total_seconds(report),
         coverage=report.coverage,
         warnings=report.warnings,
+        tasks=report.tasks,
     )
 
 
@@ -162,6 +164,7 @@ def _of_evaluation(report: EvaluationReport) -> SweepMeasurement:
         peak_memory=None,
         seconds=summary.total_seconds(report),
         warnings=report.warnings,
+        tasks=report.tasks,
         is_reference=report.engine is None
         and comparison is not None
         and (report.model == report.reference or comparison.kl_divergence == 0),

@@ -61,6 +61,9 @@ def _row(job: SweepJob, ranked: Ranking) -> dict[str, Any]:
         "checkpoint_bits_per_parameter": measured and measured.coverage and measured.coverage.checkpoint_bits,
         "peak_memory": measured and measured.peak_memory,
     }
+    for task in measured.tasks if measured else []:
+        metrics[task.name] = task.score.value
+        metrics[f"{task.name}_standard_error"] = task.score.standard_error
     return {
         "job": job.number,
         **job.settings,

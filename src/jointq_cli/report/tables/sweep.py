@@ -130,15 +130,17 @@ def _notes(jobs: Sequence[SweepJob], ranked: Ranking) -> list[str]:
 def _jobs(jobs: Sequence[SweepJob], ranked: Ranking) -> TextTable:
     keys = _keys([job.settings for job in jobs])
     metrics = ["perplexity", "increase", "KL divergence", "top-1", "bits/weight", "bits/model", "time", "state"]
+    tasks = list(dict.fromkeys(task.name for job in jobs if job.measured for task in job.measured.tasks))
     rows = [
         [
             Cell(str(job.number)),
             *(Cell(job.settings.get(key, MISSING)) for key in keys),
             *_cells(job, ranked),
+            *_task_cells(job, tasks),
         ]
         for job in jobs
     ]
-    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics], rows)
+    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics, *tasks], rows)
 
 
 def _cells(job: SweepJob, ranked: Ranking) -> list[Cell]:
@@ -154,6 +156,11 @@ def _cells(job: SweepJob, ranked: Ranking) -> list[Cell]:
     column = 0 if ranked.measure == "perplexity" else 2
     cells[column] = Cell(texts[column] + mark, job is ranked.best)
     return cells
+
+
+def _task_cells(job: SweepJob, names: Sequence[str]) -> list[Cell]:
+    scores = {task.name: task.score for task in job.measured.tasks} if job.measured else {}
+    return [Cell(summary.task_score_text(scores.get(name))) for name in names]
 
 
 def _metrics(job: SweepJob) -> list[str]:

@@ -14,6 +14,7 @@ from jointq_cli.data.calibration import Calibration, calibration_tokens
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import ResourceError
+from jointq_cli.evaluation.tasks import LoadedTask, NotDownloaded, load_tasks
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import fetch
@@ -30,6 +31,7 @@ from jointq_cli.stages.plan.costs import Windows
 from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
+from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage
 from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage
 from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.integrity import has_expected_sizes
@@ -55,13 +57,14 @@ UNKNOWN, EVERY_RUN = StageStatus("unknown"), StageStatus("every run")
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run starts from. tokens, windows: None where a run would have to fetch the text first."""
+    """What a run starts from. tokens, windows, tasks: None where a run would have to fetch them first."""
 
     original: StreamedModel
     tokens: Tokens | None
     tokens_status: StageStatus
     windows: ScoredWindows | None
     tokenizer: PreTrainedTokenizerBase
+    tasks: list[SizedTask] | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
     """Raises what the run would raise for its model and texts, and ResourceError where the model is not on this machine
     or not converted yet."""
     store, code = Path(recipe.store), recipe.model.trust_remote_code
+    tasks = _find_tasks(recipe.evaluation)
 
     def converted(file: Path) -> Path:
         digest = cached_hash(store, file, [file])
@@ -96,7 +100,8 @@ def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
     tokens, status = _find_tokens(recipe.calibration, tokenizer, store)
     on_hub = recipe.evaluation.is_on_hub
     windows = None if on_hub else evaluation_windows(recipe.evaluation, tokenizer)
-    return RunInputs(original, tokens, status, windows, tokenizer)
+    sized = None if tasks is None else size_tasks(tasks, original, tokenizer, recipe.runtime)
+    return RunInputs(original, tokens, status, windows, tokenizer, sized)
 
 
 def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
@@ -142,6 +147,9 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
             check = _known(check, model, inputs.windows)
             exporting.append((check, status(check, inputs.windows)))
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
+    before = [task_stage(task, original, original.identity, "original") for task in inputs.tasks or ()]
+    after = [task_stage(task, original, [quantize.key], "quantized") for task in inputs.tasks or ()]
+    evaluating += [(stage, status(stage)) for stage in (*before, *after)]
     return DryRun(
         stages=computing + exporting + evaluating,
         layers=layers,
@@ -150,6 +158,14 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         shares_hessians=shares_hessians,
         unread=unread,
     )
+
+
+def _find_tasks(evaluation: Evaluation) -> list[LoadedTask] | None:
+    """None where a part of them is on the hub and not on this machine."""
+    try:
+        return load_tasks(evaluation, offline=True)
+    except NotDownloaded:
+        return None
 
 
 def _find_tokens(

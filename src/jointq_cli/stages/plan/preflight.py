@@ -3,6 +3,7 @@
 Shown by `plan` and by the command itself before it computes, one line each, with the key to change. Knows sizes only.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.models.layer_selection import find_uncalled
+from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
@@ -27,7 +30,9 @@ def preflight_warnings(
     """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
         *model.checkpoint.warnings,
+        _only_language_model(model),
         _left_out(shapes),
+        _uncalled(model),
         *_beyond_positions(model, {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}),
         _few_tokens(calibrated, shapes),
         _short_text(recipe.evaluation, scored),
@@ -37,8 +42,23 @@ def preflight_warnings(
     return [text for text in found if text]
 
 
+def _only_language_model(model: StreamedModel) -> str:
+    name = find_language_model(model.module)
+    if not name:
+        return ""
+    of_text = text_state(model.module)
+    others = [shape for stored, shape in model.source.shapes.items() if model.module_name(stored) not in of_text]
+    share = sum(map(math.prod, others)) / model.checkpoint.parameters
+    return (
+        f"model: of {type(model.module).__name__} the language model alone ({name}) is quantised and evaluated, on "
+        f"text alone; the rest, {100 * share:.2g} % of the parameters, stays as it is"
+    )
+
+
 def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
     """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+    if not recipe.exporters:
+        return []
     online = [part for part in recipe.rotation.parts if part == "R4"]
     planned = model_to_quantize(model, layers, recipe.quantizer)
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
@@ -96,6 +116,16 @@ def _left_out(shapes: Shapes) -> str:
         return ""
     kinds = ", ".join(f"{kind}: {part:.2g} %" for kind, part in _largest(shapes.left_out))
     return f"layers: only {100 * share:.2g} % of the weights of the blocks are quantised; left out are {kinds}"
+
+
+def _uncalled(model: StreamedModel) -> str:
+    kinds = {name.removeprefix(model.prefix(model.block_of(name) or 0)) for name in find_uncalled(model.module)}
+    if not kinds:
+        return ""
+    return (
+        f"layers: {', '.join(sorted(kinds))} cannot be quantised and is left out: the model uses its weight without "
+        "calling the layer, so that its inputs cannot be seen"
+    )
 
 
 def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
