@@ -20,40 +20,38 @@ from pathlib import Path
 
 from jointq_cli.evaluation.engines import ENGINES
 from jointq_cli.formats.export import exporter_of
-from jointq_cli.models.sources import gguf_in
 
 MOST_KL, MOST_CHANGE = 5e-4, 0.002
 WINDOWS = 8
 
-RTN = "quantizer=rtn quantizer.group_size=128"
-GPTQ = "quantizer=gptq quantizer.group_size=128 quantizer.act_order=true quantizer.static_groups=false"
+RTN = "quantizer=rtn quantizer.group_size"
+GPTQ = "quantizer=gptq quantizer.act_order=true quantizer.static_groups=false quantizer.group_size"
 # (grid, as overrides of a recipe; exports of it, each with the runtime that it is tried in)
-CT = [("compressed-tensors", "transformers"), ("compressed-tensors", "vllm")]
-BLOCKS = "quantizer=rtn quantizer.group_size=32"
 CASES = [
     (
-        f"{RTN} quantizer.bits=4 quantizer.symmetric=true",
-        [*CT, ("gptq:v1", "transformers"), ("gptq:v2", "transformers"), ("gptq:v1", "vllm")],
-    ),
-    (f"{RTN} quantizer.bits=4", [*CT, ("gptq:v2", "transformers"), ("mlx", "mlx")]),
-    (f"{GPTQ} quantizer.bits=4", [("gptq:v2", "transformers")]),
-    (
-        f"{RTN} quantizer.bits=8 quantizer.symmetric=true",
-        [CT[0], ("gptq:v1", "transformers"), ("mlx", "mlx"), ("gguf:q8_0", "llama.cpp")],
-    ),
-    (f"{RTN} quantizer.bits=3", [CT[0], ("gptq:v2", "transformers"), ("mlx", "mlx")]),
-    (
-        "quantizer=rtn quantizer.bits=2 quantizer.group_size=64",
-        [CT[0], ("gptq:v2", "transformers"), ("mlx", "mlx")],
+        f"{RTN}=128 quantizer.bits=4",
+        [
+            ("compressed-tensors", "transformers"),
+            ("compressed-tensors", "vllm"),
+            ("gptq", "transformers"),
+            ("mlx", "mlx"),
+        ],
     ),
     (
-        "quantizer=rtn quantizer.bits=4 quantizer.group_size=null quantizer.symmetric=true",
-        [*CT, ("gptq:v1", "transformers"), ("mlx", "mlx")],
+        f"{RTN}=128 quantizer.bits=4 quantizer.symmetric=true",
+        [("compressed-tensors", "vllm"), ("gptq:v1", "transformers"), ("gptq:v2", "transformers"), ("gptq:v1", "vllm")],
     ),
-    (f"{BLOCKS} quantizer.bits=4 quantizer.symmetric=true", [("gguf:q4_0", "llama.cpp"), ("gguf:q8_0", "llama.cpp")]),
-    (f"{BLOCKS} quantizer.bits=4", [("gguf:q4_1", "llama.cpp"), ("gguf:q5_0", "llama.cpp")]),
-    (f"{BLOCKS} quantizer.bits=5 quantizer.symmetric=true", [("gguf:q5_0", "llama.cpp")]),
-    (f"{BLOCKS} quantizer.bits=5", [("gguf:q5_1", "llama.cpp")]),
+    (
+        f"{RTN}=128 quantizer.bits=4 layers.exclude_layer_keywords=[down_proj]",
+        [("gptq", "transformers"), ("mlx", "mlx")],
+    ),
+    (f"{GPTQ}=128 quantizer.bits=4", [("gptq", "transformers")]),
+    (f"{RTN}=32 quantizer.bits=4 quantizer.symmetric=true", [("gguf:q4_0", "llama.cpp")]),
+    (f"{RTN}=32 quantizer.bits=4", [("gguf:q4_1", "llama.cpp"), ("mlx", "mlx")]),
+    (f"{RTN}=128 quantizer.bits=8 quantizer.symmetric=true", [("gptq", "transformers"), ("mlx", "mlx")]),
+    (f"{RTN}=128 quantizer.bits=3", [("compressed-tensors", "transformers"), ("gptq", "transformers"), ("mlx", "mlx")]),
+    (f"{RTN}=64 quantizer.bits=2", [("gptq", "transformers"), ("mlx", "mlx")]),
+    (f"{RTN}=null quantizer.bits=4 quantizer.symmetric=true", [("gptq", "transformers"), ("mlx", "mlx")]),
 ]
 
 
@@ -109,7 +107,7 @@ def missing(word: str, runtime: str) -> str | None:
 def measured(grid: str, word: str, runtime: str, run: Path, scratch: Path) -> Row:
     path, result = run / "export" / exporter_of(word).label, Path(tempfile.mkdtemp(dir=scratch))
     error = jointq(
-        f"evaluate engine={runtime} model.path={gguf_in(path)} reference={run / 'checkpoint'} "
+        f"evaluate engine={runtime} model.path={path} reference={run / 'checkpoint'} "
         f"runtime.dtype=float32 evaluation.max_windows={WINDOWS}",
         result,
         scratch,
