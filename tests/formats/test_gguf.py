@@ -178,8 +178,21 @@ def test_what_llama_cpp_does_not_know_is_refused_by_name(tmp_path: Path) -> None
         forms = {name: replace(form, **change) for name, form in model.forms.items()}
         with pytest.raises(ConfigError, match=rule):
             exporter.check(replace(model, forms=forms))
+    wide = {name: replace(form, scale=form.scale.float()) for name, form in model.forms.items()}
+    with pytest.raises(ConfigError, match="float32 as the checkpoint is"):
+        exporter.check(replace(model, forms=wide))
     with pytest.raises(ConfigError, match="type=q2_k: must be one of"):
         GgufExporter(type="q2_k")
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_sliding_window_that_llama_cpp_ignores_is_said(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "export=gguf: llama.cpp attends to all positions, the model to 8: it differs in longer contexts"
+    for window, notes in ((8, [said]), (None, [])):
+        monkeypatch.setitem(MODELS, family, {"sliding_window": window})
+        assert GgufExporter().check(write_model(tmp_path / f"{window}", family)) == notes
 
 
 def edited(**changes: object) -> PreTrainedTokenizerFast:

@@ -15,7 +15,13 @@ from transformers import AutoConfig, AutoTokenizer
 
 from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.formats.export import gguf_architectures as architectures
-from jointq_cli.formats.export.base import Exporter, QuantizedModel, refuse_permutation, uniform_forms
+from jointq_cli.formats.export.base import (
+    Exporter,
+    QuantizedModel,
+    refuse_permutation,
+    refuse_wide_scales,
+    uniform_forms,
+)
 from jointq_cli.formats.export.gguf_blocks import (
     TOLERANCE,
     bits_of,
@@ -65,6 +71,7 @@ class GgufExporter(Exporter):
     def check(self, model: QuantizedModel) -> list[str]:
         forms = uniform_forms(model, self.format)
         refuse_permutation(forms, self.format)
+        refuse_wide_scales(forms, self.format)
         for name, form in forms.items():
             if reason := check_kind(form, self._kind(form)):
                 raise ConfigError(f"export={self.format}: {name}: {reason}")
@@ -200,7 +207,8 @@ def _repeated(forms: Mapping[str, UniformWeight], exporter: GgufExporter) -> lis
 
 
 def _window(config: Any) -> list[str]:
+    """Of these architectures llama.cpp ignores sliding windows; of Phi-3 even though the file has the key."""
     window = getattr(config, "sliding_window", None)
-    if config.model_type != "mistral" or not window or window >= config.max_position_embeddings:
+    if config.model_type not in ("mistral", "phi3") or not window or window >= config.max_position_embeddings:
         return []
     return [f"export=gguf: llama.cpp attends to all positions, the model to {window}: it differs in longer contexts"]
