@@ -55,7 +55,10 @@ def fetch(source: ModelSource, converted: Callable[[Path], Path], *, offline: bo
     if local.exists():
         return Checkpoint(local)
     if looks_local(source.path):
-        raise ModelError(f"model.path={source.path}: no such directory; `jointq recipes` says what a recipe needs")
+        place = "" if Path(source.path).expanduser().is_absolute() else f" in {Path.cwd()}"
+        raise ModelError(
+            f"model.path={source.path}: no such directory{place}; `jointq recipes` says what a recipe needs"
+        )
     downloaded = _downloaded(source, offline)
     try:
         return Checkpoint(downloaded)

@@ -27,6 +27,7 @@ def preflight_warnings(
     """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
         *model.checkpoint.warnings,
+        _quantised_before(model),
         _left_out(shapes),
         *_beyond_positions(recipe, model),
         _few_tokens(calibrated, shapes),
@@ -42,6 +43,11 @@ def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> 
     online = [part for part in recipe.rotation.parts if part == "R4"]
     planned = model_to_quantize(model, layers, recipe.quantizer)
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
+
+
+def _quantised_before(model: StreamedModel) -> str:
+    made = model.checkpoint.made_by_jointq
+    return f"model.path: jointq has quantised these weights already ({made}); use the original model" if made else ""
 
 
 def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:
