@@ -37,6 +37,7 @@ ONLY_IN = {
     "hydra": {"cli"},
     "omegaconf": {"cli"},
     "datasets": {"data"},
+    "lm_eval": {"evaluation"},
     "rich": {"report"},
     "jinja2": {"report"},
     "matplotlib": {"report"},

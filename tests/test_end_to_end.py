@@ -103,7 +103,10 @@ def test_exports_are_planned_and_can_be_added_afterwards(finished: tuple[Path, s
     place = "export/compressed-tensors"
     assert hashes(later / place) == hashes(directory / place)
     assert "vllm serve" in out
-    assert json.loads((later / "report.json").read_text())["exports"] == report["exports"]
+    added = json.loads((later / "report.json").read_text())["exports"]
+    checks = [records[0].pop("check") for records in (added, report["exports"])]  # on other windows
+    assert added == report["exports"]
+    assert all(check["kl_divergence"] < 5e-4 for check in checks)
 
 
 @pytest.mark.slow
@@ -161,6 +164,7 @@ def test_evaluating_the_checkpoint_gives_the_perplexity_of_the_report(finished: 
     assert found["perplexity"] == report["quantized"]
     assert found["comparison"] == report["comparison"]
     assert found["protocol"] == report["protocol"]
+    assert [text for text in report["warnings"] if text.startswith("evaluation.")] == found["warnings"] != []
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from expert_model import ExpertsConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -43,10 +44,14 @@ FAMILIES = {
     "phi3": lambda: transformers.Phi3Config(**GROUPED),
     "olmo2": lambda: transformers.Olmo2Config(**GROUPED),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, n_positions=64, vocab_size=256, bos_token_id=0, eos_token_id=1
+    ),  # its layers are Conv1D
     "falcon": lambda: transformers.FalconConfig(**SIZES),  # its blocks return tuples
 }
 
-EXPERTS = {  # their experts are parameters, not linear layers
+EXPERTS = {  # their experts are parameters, not linear layers, except for the first
+    "llama_experts": lambda: ExpertsConfig(**{**GROUPED, "num_hidden_layers": 2, "intermediate_size": 32}),
     "granitemoe": lambda: transformers.GraniteMoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "llama4": lambda: transformers.Llama4TextConfig(
         **GROUPED,
@@ -58,6 +63,61 @@ EXPERTS = {  # their experts are parameters, not linear layers
         attention_chunk_size=32,
     ),
 }
+
+
+# A language model with a vision tower that has the larger list of blocks.
+VISION = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT = {**GROUPED, "head_dim": 16, "num_hidden_layers": 2}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_VISION = {"depth": 6, "hidden_size": 96, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 64}
+
+WRAPPERS = {
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config={**QWEN_VISION, "window_size": 56, "fullatt_block_indexes": [1]},
+        image_token_id=250,
+        video_token_id=251,
+        vision_start_token_id=252,
+        vision_end_token_id=253,
+    ),
+    "qwen3_vl": lambda: transformers.Qwen3VLConfig(
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config={**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        image_token_id=250,
+        video_token_id=251,
+        vision_start_token_id=252,
+        vision_end_token_id=253,
+    ),
+    "mistral3": lambda: transformers.Mistral3Config(  # its head is tied
+        text_config={**TEXT, "model_type": "mistral"},
+        vision_config={**VISION, "model_type": "pixtral"},
+        image_token_index=250,
+    ),
+    "smolvlm": lambda: transformers.SmolVLMConfig(
+        text_config={**TEXT, "model_type": "llama"}, vision_config=VISION, image_token_id=250, scale_factor=2
+    ),
+    "idefics3": lambda: transformers.Idefics3Config(  # takes the device of its inputs from the vision tower
+        text_config={**TEXT, "model_type": "llama"}, vision_config=VISION, image_token_id=250, scale_factor=2
+    ),
+    "gemma3_vl": lambda: transformers.Gemma3Config(
+        text_config={**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=250,
+    ),
+}
+
+
+def auto_class(family: str) -> type:
+    """The class of plain transformers that loads a checkpoint of this family."""
+    return AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
 
 
 def write_checkpoint(
@@ -73,12 +133,12 @@ def write_checkpoint(
 
     norm_spread: of the norms' weights around their initial ones or zeros, with which fusing them would be no test.
     """
-    config = (FAMILIES | EXPERTS)[family]()
+    config = (FAMILIES | EXPERTS | WRAPPERS)[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        model = auto_class(family).from_config(config).to(dtype)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # transformers' initial 0.02 would leave every block's output near zero
                 parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5

@@ -6,6 +6,7 @@ Each stage reads artifacts and writes one through the store. Nothing here comput
 several processes share a run, all of them take every line, and rank 0 alone writes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,21 +24,24 @@ from jointq_cli.report import Console, encode, write_report
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine
+from jointq_cli.stages.engine_check import check_all, is_checked
 from jointq_cli.stages.export import export_all, link_exports
-from jointq_cli.stages.finished_run import open_finished, refuse_existing, with_exports, write_beside
+from jointq_cli.stages.finished_run import check_finished, open_finished, refuse_existing, with_exports, write_beside
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
 from jointq_cli.stages.plan.model_sizes import shapes_of
-from jointq_cli.stages.plan.preflight import export_warnings, preflight_warnings, shared_text
+from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
 from jointq_cli.stages.report import finish_run, hash_results, header, link_rotation, quantization_lines, write_manifest
 from jointq_cli.stages.rotate import rotate as rotate_model
 from jointq_cli.stages.scores import score_model
+from jointq_cli.stages.tasks import fetch_tasks, run_tasks, size_tasks, task_stage, task_warnings
 from jointq_cli.stages.tokens import load_calibration, load_evaluation
+from jointq_cli.stages.trial import try_paths
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files
 from jointq_cli.system.machine import versions
@@ -51,6 +55,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
     Returns the report on rank 0, None elsewhere.
     """
     with open_context(recipe.store, recipe.runtime, console, team) as context:
+        loaded = fetch_tasks(context, recipe.evaluation)
         original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
@@ -61,17 +66,22 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
         warnings += export_warnings(recipe, original, layers)
+        tasks = size_tasks(loaded, original, tokenizer, recipe.runtime)
+        warnings += task_warnings(tasks, recipe.activations)
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
+        loop = loop_settings(layers, recipe.quantizer, recipe.qep, recipe.calibration, recipe.runtime, tokens)
+        try_paths(original, tokens, windows, loop, recipe.activations)
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         team.on_rank0(link_rotation, rotated, run)
 
-        loop = loop_settings(layers, recipe.quantizer, recipe.qep, recipe.calibration, recipe.runtime, tokens)
         quantized = quantize_model(context, rotated.model, tokens, loop)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
         exports = export_all(context, rotated.model, quantized, recipe.exporters)
+        if recipe.check_exports:
+            exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
         team.on_rank0(link_exports, exports, run.exports)
 
         batch = windows_per_pass(recipe.runtime, windows.ids)
@@ -81,9 +91,13 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
+        reloaded = context.open_model(quantized.checkpoint, recipe.model.trust_remote_code)
+        first = [task_stage(task, original, original.identity, "original") for task in tasks]
+        second = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
+        figures = run_tasks(context, tasks, second, first)
         records = [export.record for export in exports]
         return team.on_rank0(
-            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records
+            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records, figures
         )
 
 
@@ -94,6 +108,8 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
         console.header(header(recipe, original, tokens, [], team))
+        for warning in original.checkpoint.warnings:
+            console.warn(warning)
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         assert rotated.record is not None  # a recipe that changes nothing is refused
         team.on_rank0(link_files, rotated.model.checkpoint.directory, run.checkpoint)
@@ -110,15 +126,21 @@ def evaluate(
     if recipe.engine is not None:
         require_installed(recipe.engine)
     with open_context(recipe.store, recipe.runtime, console, team) as context:
-        model = _open_model(context, recipe.model)
+        loaded = fetch_tasks(context, recipe.evaluation)
+        model = _open_model(context, recipe.model, packed=True)
         reference = model
         if recipe.reference is not None:
             code = recipe.model.trust_remote_code
-            reference = _open_model(context, ModelSource(recipe.reference, revision=None, trust_remote_code=code))
+            source = ModelSource(recipe.reference, revision=None, trust_remote_code=code)
+            reference = _open_model(context, source, packed=True)
         tokenizer = load_tokenizer(model.checkpoint.directory, recipe.model.trust_remote_code)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
         console.header([("model", recipe.model.path), ("protocol", described.line())])
+        tasks = size_tasks(loaded, model, tokenizer, recipe.runtime)
+        warnings = evaluation_warnings(recipe, model, reference, described.scored_tokens)
+        for warning in [*warnings, *task_warnings(tasks)]:
+            console.warn(warning)
         if recipe.engine is None:
             scores, engine, problems = score_model(context, model, reference, windows), None, []
         else:
@@ -126,6 +148,8 @@ def evaluate(
             expected = reference if recipe.reference else None
             measured = score_in_engine(context, recipe.engine, path, expected, tokenizer, windows)
             scores, engine, problems = measured.scores, measured.engine, measured.problems
+        first = [task_stage(task, reference, reference.identity, "reference") for task in tasks if recipe.reference]
+        second = [task_stage(task, model, model.identity, "") for task in tasks]
         report = EvaluationReport(
             model=recipe.model.path,
             model_hash=model.checkpoint.content_hash,
@@ -133,8 +157,10 @@ def evaluate(
             protocol=described,
             perplexity=perplexity(scores.quantized_nll, scores.tokens),
             comparison=compare(scores) if recipe.reference else None,
+            tasks=run_tasks(context, tasks, second, first),
             stages=context.records,
             versions=versions(),
+            warnings=list(console.warnings),
             engine=engine,
             problems=problems,
         )
@@ -157,7 +183,11 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
     records = []
     for exporter, place in zip(exporters, places, strict=True):
         with console.stage(f"export {exporter.label}"):
-            records.append(write_beside(finished.model, exporter, place))
+            record = write_beside(finished.model, exporter, place)
+        if is_checked(exporter):
+            with console.stage(f"check in {exporter.engine}"):
+                record = replace(record, check=check_finished(finished, exporter, place))
+        records.append(record)
     if output is None:
         report = with_exports(finished.report, records)
         write_report(report, finished.run)
@@ -187,5 +217,5 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
         return estimate
 
 
-def _open_model(context: Context, source: ModelSource) -> StreamedModel:
-    return context.open_model(fetch_model(context, source), source.trust_remote_code)
+def _open_model(context: Context, source: ModelSource, *, packed: bool = False) -> StreamedModel:
+    return context.open_model(fetch_model(context, source, packed=packed), source.trust_remote_code)

@@ -50,6 +50,7 @@ class Recipe:
     evaluation: Evaluation
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
+    check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed
     output_dir: str = setting(decides=False)  # run directories are made in here
     store: str = setting(decides=False)  # artifacts that runs share
 
@@ -57,6 +58,11 @@ class Recipe:
         check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
         exporters_of(self.export)
+        if self.evaluation.tasks and "R4" in self.rotation.parts:
+            tasks = ",".join(self.evaluation.tasks)
+            raise ConfigError(
+                f"evaluation.tasks=[{tasks}]: run in plain transformers, which refuses R4; use rotation.r4=false"
+            )
 
     @property
     def exporters(self) -> list[Exporter]:
@@ -98,6 +104,10 @@ class EvaluateRecipe:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.evaluation.tasks and self.engine not in (None, "transformers"):
+            raise ConfigError(
+                f"engine={self.engine}: evaluation.tasks are measured in transformers; leave one of both out"
+            )
 
 
 RECIPES: dict[str, type[Any]] = {

@@ -35,7 +35,9 @@ class LayerRecord:
     weight_error: float
     damping: float | None  # fraction of the Hessian's mean diagonal that was added to its diagonal, None if unused
     seconds: float
-    verdict: str  # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: all zero)
+    verdict: (
+        str  # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: none or zero)
+    )
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer reports: dead columns, condition
     label: str = ""  # how the weight is stored, such as "W4 g128 asymmetric"; older reports lack it
 
@@ -171,6 +173,33 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """standard_error: over the samples; None where the value is not a mean over them."""
+
+    value: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One figure of a task as lm-eval measures it. Two figures are comparable only if their `task_hash` is equal."""
+
+    task: str
+    metric: str  # such as acc, or exact_match,strict-match with the name of a filter
+    samples: int
+    fewshot: int  # examples before each question
+    task_hash: str  # sha256 of requests, samples and settings, first 16 digits
+    harness: str  # "lm-eval" and its version
+    score: TaskScore  # of the quantised model, or of the one evaluated
+    original: TaskScore | None  # None where there is no reference
+    change_standard_error: float | None  # paired over samples
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.metric}"
+
+
+@dataclass(frozen=True)
 class Audit:
     """The checkpoint's tensors against the source's: names, shapes, dtypes and bytes."""
 
@@ -203,6 +232,17 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class EngineCheck:
+    """An export as its engine computes it, against the dequantised checkpoint in float32 on the same windows."""
+
+    engine: str  # with its version
+    windows: int
+    kl_divergence: float  # nats per token
+    perplexity_change: float  # relative
+    problems: list[str]  # figures beyond their limits, text that the engine tokenizes otherwise
+
+
+@dataclass(frozen=True)
 class ExportRecord:
     """A packed checkpoint in the layout of a runtime, as it was read back from its files."""
 
@@ -214,6 +254,7 @@ class ExportRecord:
     rounded: dict[str, float] = field(default_factory=dict)  # other tensors that the format rounds: relative error
     warnings: list[str] = field(default_factory=list)  # what the runtimes cannot do with it
     commands: dict[str, str] = field(default_factory=dict)  # by runtime, run in the directory: what serves it
+    check: EngineCheck | None = None  # None where the engine is not installed
 
 
 @dataclass(frozen=True)
@@ -281,6 +322,7 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     coverage: Coverage | None = None  # None in older reports
     exports: list[ExportRecord] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -295,6 +337,8 @@ class EvaluationReport:
     comparison: Comparison | None  # with the reference, if there is one
     stages: list[StageRecord]
     versions: dict[str, str]
+    tasks: list[TaskRecord] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     engine: str | None = None  # that computed the model, with its version, such as "llama.cpp (xllamacpp 2026.10)"
     problems: list[str] = field(default_factory=list)  # what the engine does otherwise, such as tokenizing
 

@@ -218,7 +218,7 @@ def test_a_byte_that_is_not_utf8_is_found_in_a_compressed_file(tmp_path: Path) -
 
 def test_a_table_without_header_gets_a_short_message(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
-    file.write_text(",".join(f"{number} words" * 50 for number in range(20)) + "\n")
-    with pytest.raises(TextError, match="and 12 more$") as refused:
-        list(local_corpus(Calibration(dataset="text", path=str(file))).documents)
+    file.write_text(",".join(f"{number} words" * 50 for number in range(20)) + "\n" + ",".join("x" * 20) + "\n")
+    with pytest.raises(TextError, match=r"and 12 more$") as refused:
+        list(open_corpus(source(path=file)).documents)
     assert len(str(refused.value)) < 600

@@ -238,7 +238,7 @@ def inputs(model: StreamedModel, run: Callable[[], object]) -> dict[str, Tensor]
     def note(name: str) -> Callable[..., None]:
         return lambda module, given, output: found.__setitem__(name, given[0])
 
-    handles = [model.linear_layers()[name].register_forward_hook(note(name)) for name in block_layers(model)]
+    handles = [model.linear_layers()[name].module.register_forward_hook(note(name)) for name in block_layers(model)]
     run()
     for handle in handles:
         handle.remove()

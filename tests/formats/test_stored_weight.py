@@ -105,7 +105,7 @@ def test_a_new_form_goes_through_the_loop_workspace_assembly_and_audit(tmp_path:
     model, workspace, records = quantize(directory, tmp_path / "work", quantizer)
     names = {record.name: model.stored_name(f"{record.name}.weight") for record in records}
     result = Checkpoint(tmp_path / "work" / "checkpoint")
-    audited = audit(model.checkpoint, result, names, records, tmp_path / "work" / "layers")
+    audited = audit(model, result, records, tmp_path / "work" / "layers")
     assert audited.passed
     assert audited.quantized == len(records) == 21
     packed = sum(round(record.bits_per_weight * record.out_features * record.in_features) for record in records)
@@ -132,7 +132,7 @@ def test_the_audit_of_a_new_form_finds_a_weight_that_is_not_what_its_codes_say(t
     save_layer(tmp_path / "work" / "layers" / f"{records[0].name}.safetensors", other)
     names = {record.name: model.stored_name(f"{record.name}.weight") for record in records}
     result = Checkpoint(tmp_path / "work" / "checkpoint")
-    audited = audit(model.checkpoint, result, names, records, tmp_path / "work" / "layers")
+    audited = audit(model, result, records, tmp_path / "work" / "layers")
     assert audited.changed == [names[records[0].name]]
 
 

@@ -1,10 +1,13 @@
 """Layer selection: the reference's rules in the reference's order, and no pattern that does nothing."""
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.models.layer_selection import LayerSelection, find_routers
+from jointq_cli.models.layer_ref import LayerRef
+from jointq_cli.models.layer_selection import LayerSelection, find_routers, find_uncalled
 
 NAMES = [
     f"model.layers.{block}.{kind}"
@@ -32,9 +35,29 @@ def test_routers_are_found_by_name_and_shape() -> None:
         "router.proj",
     ]
     others = ["mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"]
-    linear = {name: nn.Linear(64, 4, device="meta") for name in [*routers, *others]}
+    linear = {name: LayerRef(name, nn.Linear(64, 4, device="meta")) for name in [*routers, *others]}
     assert find_routers(linear) == set(routers)
-    assert find_routers({"mlp.gate": nn.Linear(64, 128, device="meta")}) == set()  # of a gated MLP
+    assert (
+        find_routers({"mlp.gate": LayerRef("mlp.gate", nn.Linear(64, 128, device="meta"))}) == set()
+    )  # of a gated MLP
+
+
+def test_layers_that_the_model_does_not_call_are_left_out_and_refused_where_asked_for() -> None:
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8, state_size=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    uncalled = find_uncalled(model)
+    assert uncalled == {"backbone.layers.0.mixer.dt_proj"}
+    names = [f"backbone.layers.0.mixer.{kind}" for kind in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+
+    def chosen(**rules: list[str]) -> list[str]:
+        found = LayerSelection(exclude_layer_names=[], **rules).select(names, names, uncalled=uncalled)
+        return [name.rpartition(".")[2] for name in found]
+
+    assert chosen() == chosen(include_layer_keywords=["mixer"]) == ["in_proj", "x_proj", "out_proj"]
+    for key in ("include_layer_names", "include_layer_keywords"):
+        with pytest.raises(ConfigError, match=rf"^layers.{key}: 'dt_proj' asks for {names[2]}, .* without calling"):
+            chosen(**{key: ["in_proj", "dt_proj"]})
 
 
 def test_a_name_matches_complete_components_only() -> None:

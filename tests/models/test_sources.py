@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import edit_config, write_checkpoint
 
 from jointq_cli.errors import ConfigError, ModelError, ResourceError
 from jointq_cli.models.checkpoint import Checkpoint
@@ -68,3 +69,30 @@ def test_a_download_takes_the_checkpoint_and_nothing_beside_it(monkeypatch: pyte
 def test_an_empty_path_is_refused() -> None:
     with pytest.raises(ConfigError, match="must name a model"):
         source("")
+
+
+def test_a_quantised_checkpoint_is_converted_only_where_it_may_be(tmp_path: Path) -> None:
+    packed = write_checkpoint(tmp_path / "packed")
+    edit_config(packed, quantization={"bits": 4, "group_size": 32}, quantization_config={"bits": 4, "group_size": 32})
+    converted: list[Path] = []
+
+    def convert(place: Path) -> Path:
+        converted.append(place)
+        return BUNDLED
+
+    assert fetch(source(str(packed)), convert, packed=True).directory == BUNDLED
+    assert fetch(source("pocket"), convert, packed=True).directory == BUNDLED
+    assert converted == [packed]
+    with pytest.raises(ModelError, match="is quantised already"):
+        fetch(source(str(packed)), refuse)
+
+
+def test_a_directory_with_one_gguf_file_stands_for_the_file(tmp_path: Path) -> None:
+    (tmp_path / "model-q4_0.gguf").touch()
+    (tmp_path / "README.md").touch()
+    asked: list[Path] = []
+    fetch(source(str(tmp_path)), lambda file: asked.append(file) or BUNDLED)
+    assert asked == [tmp_path / "model-q4_0.gguf"]
+    (tmp_path / "model-q8_0.gguf").touch()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        fetch(source(str(tmp_path)), refuse)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, GROUPED, edit_config, write_checkpoint
+from tiny_models import FAMILIES, GROUPED, WRAPPERS, auto_class, edit_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ModelError
@@ -28,11 +28,11 @@ def walk(model: StreamedModel, ids: torch.Tensor, batch: int) -> torch.Tensor:
         return model.logits(hidden)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WRAPPERS])
 @torch.no_grad()
 def test_running_block_by_block_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, family)
-    expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(windows()).logits
+    expected = auto_class(family).from_pretrained(directory, dtype=torch.float32).eval()(windows()).logits
     streamed = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     torch.testing.assert_close(walk(streamed, windows(), batch=2), expected, rtol=1e-5, atol=1e-5)
 
@@ -49,10 +49,13 @@ def test_logits_need_no_forward_pass_before_them(family: str, tmp_path: Path) ->
 
 
 MIXERS = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
-WITH_MORE_OUTPUTS = {  # blocks return two values (Bamba), and three (RWKV)
+WITH_MORE_OUTPUTS = {  # blocks return two values (Bamba), three (RWKV), and a list (the first GPT)
     "bamba": lambda: transformers.BambaConfig(
         **{**GROUPED, "num_hidden_layers": 2}, attn_layer_indices=[1],
         mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+    ),
+    "openai-gpt": lambda: transformers.OpenAIGPTConfig(
+        n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=256
     ),
     "rwkv": lambda: transformers.RwkvConfig(**MIXERS, context_length=64),
 }  # fmt: skip
@@ -71,6 +74,32 @@ def test_blocks_may_return_more_than_hidden_states(
     torch.testing.assert_close(walk(streamed, windows(), batch=2), expected, rtol=1e-5, atol=1e-5)
 
 
+PER_LAYER = {
+    **GROUPED, "num_hidden_layers": 2, "head_dim": 16, "vocab_size_per_layer_input": 256,
+    "hidden_size_per_layer_input": 16, "sliding_window": 8, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+REFUSED = {
+    "gemma3n": (
+        lambda: transformers.Gemma3nTextConfig(
+            **PER_LAYER, altup_num_inputs=2, laurel_rank=8, activation_sparsity_pattern=[0.0, 0.0]
+        ),
+        r"hidden states of shape \[2, 1, 3, 64\], not \(batch, tokens, hidden\)",
+    ),
+    "gemma4": (
+        lambda: transformers.Gemma4TextConfig(**PER_LAYER),
+        "passes its blocks per_layer_input beside the hidden states, which depends on the tokens",
+    ),
+    "zamba2": (
+        lambda: transformers.Zamba2Config(
+            **{**GROUPED, "num_key_value_heads": 4, "num_hidden_layers": 4}, num_mem_blocks=1, mamba_d_state=16,
+            n_mamba_heads=8, mamba_headdim=16, mamba_ngroups=1, layers_block_type=["mamba", "hybrid"] * 2,
+        ),
+        "passes its blocks original_hidden_states beside the hidden states, which depends on the tokens",
+    ),
+}  # fmt: skip
+
+
 @torch.no_grad()
 def test_logits_do_not_depend_on_what_the_config_lets_a_model_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,18 +113,46 @@ def test_logits_do_not_depend_on_what_the_config_lets_a_model_return(
 
 
 @torch.no_grad()
-def test_blocks_that_receive_several_streams_are_refused_before_they_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_run_block_by_block_is_refused_with_the_reason_before_any_weight_is_read(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = transformers.Gemma3nTextConfig(
-        **{**GROUPED, "num_hidden_layers": 2}, head_dim=16, vocab_size_per_layer_input=256,
-        hidden_size_per_layer_input=16, altup_num_inputs=2, laurel_rank=8, sliding_window=8, num_kv_shared_layers=0,
-        layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0],
-    )  # fmt: skip
-    monkeypatch.setitem(FAMILIES, "gemma3n", lambda: config)
-    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "gemma3n")), CPU, torch.float32)
-    with pytest.raises(ModelError, match=r"hidden states of shape \[2, 5, 24, 64\], not \(batch, tokens, hidden\)"):
-        model.embed_all(windows(), batch=5)
+    config, reason = REFUSED[family]
+    monkeypatch.setitem(FAMILIES, family, config)
+    checkpoint = Checkpoint(write_checkpoint(tmp_path, family))
+    monkeypatch.setattr(Checkpoint, "read", None)
+    with pytest.raises(ModelError, match=reason):
+        StreamedModel(checkpoint, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "bart", "is_encoder_decoder": True}, "bart has an encoder and a decoder"),
+        ({"model_type": "vit"}, "transformers has no causal language model for model_type vit"),
+    ],
+)
+def test_what_is_no_decoder_only_language_model_is_refused(
+    change: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path)
+    edit_config(directory, **change)
+    with pytest.raises(ModelError, match=reason):
+        StreamedModel(Checkpoint(directory), CPU, torch.float32)
+
+
+@torch.no_grad()
+def test_of_a_wrapper_the_vision_tower_is_not_loaded(tmp_path: Path) -> None:
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "smolvlm")), CPU, torch.float32)
+    assert model.prefix(1) == "model.text_model.layers.1."
+    with model.outer():
+        loaded = {name for name, parameter in model.module.named_parameters() if not parameter.is_meta}
+    assert loaded == {
+        "lm_head.weight",
+        "model.text_model.embed_tokens.weight",
+        "model.text_model.norm.weight",
+        "model.vision_model.embeddings.patch_embedding.weight",  # says on which device the model is
+    }
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def test_with_hessians_only_the_first_batch_runs(tmp_path: Path, monkeypatch: py
         StreamedModel, "run", lambda self, index, hidden: (runs.append(hidden), run(self, index, hidden))[1]
     )
     solved(directory, tmp_path / "work", SOLVE, hessians, batch=1)
-    assert len(runs) == 3 * (1 + 2)  # to find the groups, and the first batch with each set of weights
+    assert len(runs) == 3 * 2  # the first batch with each set of weights
     assert {len(hidden) for hidden in runs} == {1}
 
 

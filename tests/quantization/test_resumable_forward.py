@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jointq_cli.errors import ModelError
 from jointq_cli.quantization.resumable_forward import ResumableForward, group_hooks
 
 
@@ -46,6 +47,17 @@ def test_a_pass_returns_each_input_and_the_output(suspendable: bool) -> None:
         torch.testing.assert_close(forward.input_of(1)[0], torch.tanh(toy.a(x)) * toy.b(x))
         assert forward.input_of(2)[0] is None  # not reached
         assert torch.equal(forward.output(), expected)
+
+
+@pytest.mark.parametrize("suspendable", [True, False])
+def test_a_group_that_runs_after_a_later_one_is_an_error(suspendable: bool) -> None:
+    toy, x = Toy(), torch.randn(2, 4)
+    with group_hooks([[toy.c], [toy.a, toy.b]], {}):
+        forward = ResumableForward(lambda: toy(x), suspendable=suspendable)
+        assert forward.input_of(0)[0] is None
+        assert forward.input_of(1)[0] is x
+        with pytest.raises(ModelError, match="order that depends on the tokens"):
+            forward.output()
 
 
 @pytest.mark.parametrize("suspendable", [True, False])

@@ -20,6 +20,8 @@ from jointq_cli.records import (
     Simulation,
     Site,
     StageRecord,
+    TaskRecord,
+    TaskScore,
     ValidationPoint,
 )
 
@@ -171,6 +173,22 @@ def troubled(report: RunReport) -> RunReport:
 def rotated(report: RunReport) -> RunReport:
     """A run on a smoothed and rotated model, measured with 4-bit activations."""
     return replace(report, rotation=make_rotation(30), simulation=make_simulation(report.layers))
+
+
+@pytest.fixture(scope="session")
+def task() -> TaskRecord:
+    """A figure that is half a point below the original's."""
+    return TaskRecord(
+        task="arc_easy",
+        metric="acc",
+        samples=2376,
+        fewshot=5,
+        task_hash="4f0c2d9be1a73568",
+        harness="lm-eval 0.4.13",
+        score=TaskScore(0.62, 0.01),
+        original=TaskScore(0.625, 0.01),
+        change_standard_error=0.004,
+    )
 
 
 class Clock:

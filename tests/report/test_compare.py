@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jointq_cli.cli.main import main
-from jointq_cli.records import Coverage, RunReport
+from jointq_cli.records import Coverage, RunReport, TaskRecord
 from jointq_cli.report import Console, encode
 from jointq_cli.report.compare.run_files import find_runs, load_runs
 from jointq_cli.report.compare.runs import ComparedRun, LayerErrors, RunComparison
@@ -68,6 +68,20 @@ def test_bits_are_those_of_the_layers_of_the_blocks_and_of_the_checkpoint(report
 def run_of(report: RunReport, called: str = "0", /, **settings: str) -> ComparedRun:
     changed = {key.replace("__", "."): value for key, value in settings.items()}
     return ComparedRun(called, report, SETTINGS | changed)
+
+
+def test_tasks_are_a_table_and_compare_only_with_the_same_samples(report: RunReport, task: TaskRecord) -> None:
+    with_task = replace(report, tasks=[task])
+    document = document_of([run_of(with_task, "0"), run_of(report, "1")])
+    [table] = [table for table in document.tables if "arc_easy acc" in table.heading]
+    column, change = (table.heading.index(name) for name in ("arc_easy acc", "change of arc_easy acc"))
+    assert [row[column].text for row in table.rows] == ["0.620 ± 0.010", "-"]
+    assert [row[change].text for row in table.rows] == ["-0.0050 ± 0.0040", "-"]
+    assert document.warnings == []
+    other = replace(report, tasks=[replace(task, task_hash="another")])
+    assert document_of([run_of(with_task, "0"), run_of(other, "1")]).warnings == [
+        "task arc_easy: 4f0c2d9be1a73568 in 0; another in 1"
+    ]
 
 
 @pytest.fixture(scope="session")

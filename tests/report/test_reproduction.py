@@ -39,6 +39,8 @@ from jointq_cli.records import (
     Reproduction,
     RotationRecord,
     Simulation,
+    TaskRecord,
+    TaskScore,
 )
 from jointq_cli.report import encode, load_record, reproduction
 from jointq_cli.report.compare.run_files import parse_settings
@@ -121,10 +123,14 @@ CHANGES: dict[str, Change] = {
     "layers": lambda run: with_layer(run, 20, output_error=0.5),
     "blocks": lambda run: with_report(run, blocks=[*run.report.blocks[:-1], BlockRecord(3, 0.5)]),
     "checkpoint": with_file("checkpoint/model-00003-of-00005.safetensors"),
+    "exports": with_file("export/mlx/model.safetensors"),
     "audit": lambda run: with_report(run, audit=replace(run.report.audit, changed=["lm_head.weight"])),
     "reload check": lambda run: with_report(run, reload_check="differs by 0.1"),
     "simulation": lambda run: with_report(run, simulation=Simulation("A4", {"model.layers.0.mlp.up_proj": 0.9})),
     "likelihoods": lambda run: with_report(run, comparison=replace(run.report.comparison, top1_agreement=0.1)),
+    "tasks": lambda run: with_report(
+        run, tasks=[TaskRecord("arc_easy", "acc", 9, 0, "hash", "lm-eval", TaskScore(0.6, None), None, None)]
+    ),
     "original perplexity": lambda run: with_figures(run, original=1.001),
     "quantised perplexity": lambda run: with_figures(run, quantized=1.001),
     "KL divergence": lambda run: with_figures(run, divergence=1.001),
@@ -280,6 +286,7 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "calibration.tokens",
         "evaluation.path",
         "evaluation.revision",
+        "evaluation.tasks_dir",
         "model.path",
         "model.revision",
         "runtime.device",
@@ -287,7 +294,14 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "runtime.num_threads",
         "runtime.suspended_activations_gb",
     ]
-    assert ROLES.undeciding - set(ROLES.replayable) == {"name", "description", "model", "output_dir", "store"}
+    assert ROLES.undeciding - set(ROLES.replayable) == {
+        "name",
+        "check_exports",
+        "description",
+        "model",
+        "output_dir",
+        "store",
+    }
 
 
 def test_the_page_on_reproducing_names_all_that_a_replay_may_change() -> None:

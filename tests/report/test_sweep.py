@@ -13,10 +13,10 @@ import pytest
 
 from jointq_cli.cli.main import main
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
-from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport, TaskRecord
 from jointq_cli.report import Console, encode
 from jointq_cli.report.compare.run_files import find_runs
-from jointq_cli.report.compare.sweep import best, load_jobs
+from jointq_cli.report.compare.sweep import load_jobs, ranking
 from jointq_cli.report.figures.sweep import sweep_figures
 from jointq_cli.report.pages.sweep import write_summary
 from jointq_cli.report.tables.sweep import SweepRows, sweep_document
@@ -37,8 +37,18 @@ KEY = "quantizer.regularization_lambda"
 LAMBDAS = ("0.01", "0.1", "1.0", "10.0")
 
 
-def measured(report: RunReport, perplexity: float) -> RunReport:
-    return replace(report, quantized=replace(report.quantized, value=perplexity))
+def measured(report: RunReport, perplexity: float, divergence: float | None = None) -> RunReport:
+    """divergence: if None, it rises with the perplexity."""
+    divergence = perplexity / 100 if divergence is None else divergence
+    return replace(
+        report,
+        quantized=replace(report.quantized, value=perplexity),
+        comparison=replace(report.comparison, kl_divergence=divergence, kl_divergence_standard_error=0.001),
+    )
+
+
+def write_job(directory: SweepDirectory, number: int, report: RunReport) -> None:
+    (directory.run(number) / "report.json").write_text(encode(report), encoding="utf-8")
 
 
 def sweep_of(
@@ -51,7 +61,7 @@ def sweep_of(
         if perplexity is not None:
             run = directory.run(number)
             run.mkdir()
-            (run / "report.json").write_text(encode(measured(report, perplexity)), encoding="utf-8")
+            write_job(directory, number, measured(report, perplexity))
             (run / "recipe.yaml").write_text("# @package _global_\nname: mine\n", encoding="utf-8")
             (run / "job.json").write_text(json.dumps(asdict(JobRecord(DONE, "key", 12.0))), encoding="utf-8")
     return directory
@@ -69,7 +79,7 @@ def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_c
     jobs = load_jobs(half_done)
     assert [job.record.state for job in jobs] == [DONE, DONE, FAILED, WAITING]
     assert jobs[2].measured is None
-    chosen = best(jobs)
+    chosen = ranking(jobs).best
     assert chosen is not None
     assert chosen.number == 1
 
@@ -84,9 +94,19 @@ def test_rows_have_the_bits_of_the_complete_checkpoint(tmp_path: Path, report: R
     assert (row["block_bits_per_weight"], row["checkpoint_bits_per_parameter"]) == (11.2, 12.1)
 
 
+def test_tasks_have_their_columns(tmp_path: Path, report: RunReport, task: TaskRecord) -> None:
+    directory = sweep_of(tmp_path, replace(report, tasks=[task]), [14.0, None], [{KEY: "1"}, {KEY: "2"}])
+    [table, *_] = sweep_document("mine", load_jobs(directory)).tables
+    assert [row[table.heading.index("arc_easy acc")].text for row in table.rows] == ["0.620 ± 0.010", "-"]
+    write_summary(directory, page=False)
+    [first, second] = json.loads((tmp_path / "summary.json").read_text())
+    assert (first["arc_easy acc"], first["arc_easy acc_standard_error"]) == (0.62, 0.01)
+    assert "arc_easy acc" not in second
+
+
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
     jobs = load_jobs(sweep_of(tmp_path, report, [None, math.inf], [{}, {}]))
-    assert best(jobs) is None
+    assert ranking(jobs).best is None
     assert "No perplexity to compare" in sweep_document("mine", jobs).headline
     assert sweep_figures(jobs) == []
 
@@ -94,9 +114,9 @@ def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunR
 def test_no_job_is_best_among_jobs_measured_otherwise(tmp_path: Path, report: RunReport) -> None:
     directory = sweep_of(tmp_path, report, [14.0, 1.0], [{KEY: "1"}, {KEY: "2"}])
     other = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
-    (directory.run(1) / "report.json").write_text(encode(other), encoding="utf-8")
+    write_job(directory, 1, other)
     jobs = load_jobs(directory)
-    assert best(jobs) is None
+    assert ranking(jobs).best is None
     assert (
         "No best job: results do not compare, since the jobs differ in window." in sweep_document("mine", jobs).headline
     )
@@ -107,9 +127,42 @@ def test_no_job_is_best_among_jobs_measured_otherwise(tmp_path: Path, report: Ru
 def test_no_job_is_best_among_several_models(tmp_path: Path, report: RunReport) -> None:
     directory = sweep_of(tmp_path, report, [14.0, 13.0, 12.0], [{KEY: value} for value in "123"])
     other = replace(measured(report, 12.0), model_hash="another")
-    (directory.run(2) / "report.json").write_text(encode(other), encoding="utf-8")
-    assert best(load_jobs(directory)) is None
-    assert "the jobs differ in model." in sweep_document("mine", load_jobs(directory)).headline
+    write_job(directory, 2, other)
+    jobs = load_jobs(directory)
+    assert ranking(jobs).best is None
+    assert "the jobs differ in model." in sweep_document("mine", jobs).headline
+    assert not any("circle" in figure.caption for figure in sweep_figures(jobs))
+
+
+def test_the_best_job_has_the_least_kl_divergence_and_names_those_within_the_standard_errors(
+    tmp_path: Path, report: RunReport
+) -> None:
+    directory = sweep_of(tmp_path, report, [13.0, 14.0, 14.5, 12.0], [{KEY: value} for value in LAMBDAS])
+    for number, divergence in enumerate((0.0219, 0.0200, 0.0221, 0.0301)):
+        write_job(directory, number, measured(report, 14 - number, divergence))
+    jobs = load_jobs(directory)
+    document = sweep_document("mine", jobs)
+    assert (
+        "Least KL divergence in job 1 (regularization_lambda=0.1): 0.0200 ± 0.0010, perplexity 13" in document.headline
+    )
+    assert document.headline.endswith(
+        "it: job 0 (within the sum of both standard errors, an upper bound of the paired one)."
+    )
+    marks = {row[0].text: [cell.text[-1] for cell in row if cell.text[-1] in "*~"] for row in document.tables[0].rows}
+    assert marks == {"0": ["~"], "1": ["*"], "2": [], "3": []}
+    assert all(figure.caption.endswith("the job with the least KL divergence") for figure in sweep_figures(jobs))
+    write_summary(directory, page=False)
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["best"] for row in rows] == [False, True, False, False]
+    assert [row["not_distinguishable_from_best"] for row in rows] == [True, False, False, False]
+    assert {row["ranked_by"] for row in rows} == {"KL divergence"}
+    assert "job 1" in (tmp_path / "recipe" / "best.yaml").read_text()
+
+
+def test_a_single_window_distinguishes_no_jobs(tmp_path: Path, report: RunReport) -> None:
+    once = replace(report, protocol=replace(report.protocol, windows=1))
+    jobs = load_jobs(sweep_of(tmp_path, once, [14.0, 99.0], [{KEY: "1"}, {KEY: "2"}]))
+    assert "from it: job 1 (a single window gives no standard error)." in sweep_document("mine", jobs).headline
 
 
 def test_every_row_has_its_settings_under_their_heading(half_done: SweepDirectory) -> None:
@@ -128,7 +181,7 @@ def test_the_summary_has_every_job_and_full_precision(half_done: SweepDirectory)
     assert [row["perplexity"] for row in table] == [14.0, 13.5, None, None]
     with (half_done.path / "summary.csv").open() as file:
         assert [row["state"] for row in csv.DictReader(file)] == [DONE, DONE, FAILED, WAITING]
-    assert "2 of 4 jobs done. Least perplexity in job 1" in (half_done.path / "summary.md").read_text()
+    assert "2 of 4 jobs done. Least KL divergence in job 1" in (half_done.path / "summary.md").read_text()
     assert "layer x: NaN" in (half_done.path / "summary.html").read_text()
 
 
@@ -154,38 +207,66 @@ def test_a_curve_has_the_swept_values_below_and_a_line_for_every_mix_of_the_othe
         assert {"0.01", "0.1", "1", "10", "bits=4", "bits=3"} <= set(texts)
 
 
-def evaluated(report: RunReport, perplexity: float, comparison: Comparison | None) -> EvaluationReport:
-    return EvaluationReport(
-        model="some/checkpoint",
-        model_hash=f"of {perplexity}",
-        reference=comparison and "original",
-        protocol=report.protocol,
-        perplexity=replace(report.quantized, value=perplexity),
-        comparison=comparison,
-        stages=[],
-        versions={},
-    )
-
-
-@pytest.mark.parametrize("with_reference", [True, False])
-def test_a_sweep_of_evaluations_has_figures_and_no_recipe(
-    tmp_path: Path, report: RunReport, with_reference: bool
-) -> None:
-    directory = sweep_of(tmp_path, report, [14.0, 12.0, 13.0], [{"model.path": name} for name in "123"])
-    comparison = replace(report.comparison, nll_increase=math.log(1.5)) if with_reference else None
-    for number, perplexity in enumerate((14.0, 12.0, 13.0)):
+def evaluations(
+    place: Path, report: RunReport, perplexities: Sequence[float], divergences: Sequence[float | None]
+) -> SweepDirectory:
+    """A sweep over checkpoints named 0, 1, ...; a divergence is from checkpoint 0, None without a reference."""
+    directory = sweep_of(place, report, perplexities, [{"model.path": str(n)} for n in range(len(perplexities))])
+    for number, (perplexity, divergence) in enumerate(zip(perplexities, divergences, strict=True)):
         (directory.run(number) / "report.json").unlink()
-        found = evaluated(report, perplexity, comparison)
+        found = EvaluationReport(
+            model=str(number),
+            model_hash=f"of {perplexity}",
+            reference=None if divergence is None else "0",
+            protocol=report.protocol,
+            perplexity=replace(report.quantized, value=perplexity),
+            comparison=None
+            if divergence is None
+            else Comparison(math.log(perplexity / perplexities[0]), 0.001, divergence, 0.001, 0.9),
+            stages=[],
+            versions={},
+            warnings=["few tokens"],
+        )
         (directory.run(number) / "evaluation.json").write_text(encode(found), encoding="utf-8")
+    return directory
+
+
+def test_a_sweep_of_evaluations_does_not_rank_the_reference_itself(tmp_path: Path, report: RunReport) -> None:
+    directory = evaluations(tmp_path, report, [12.0, 18.0, 17.0], [0.0, 0.1, 0.2])
     write_summary(directory, page=True)
     table = json.loads((tmp_path / "summary.json").read_text())
-    assert [row["perplexity"] for row in table] == [14.0, 12.0, 13.0]
-    assert table[0]["original_perplexity"] == (pytest.approx(14 / 1.5) if with_reference else None)
+    assert [row["perplexity"] for row in table] == [12.0, 18.0, 17.0]
+    assert table[1]["original_perplexity"] == pytest.approx(12)
     document = sweep_document("mine", load_jobs(directory))
-    assert "job 1 (path=2)" in document.headline
-    assert ("+50.0" in document.headline) == with_reference
-    assert len(sweep_figures(load_jobs(directory))) == (2 if with_reference else 1)
+    assert "Least KL divergence in job 1 (path=1)" in document.headline
+    assert "+50.0" in document.headline
+    assert "not ranked: job 0, the reference itself" in document.notes
+    assert document.warnings == ["all 3 jobs: few tokens"]
+    assert len(sweep_figures(load_jobs(directory))) == 2
     assert not (tmp_path / "recipe" / "best.yaml").exists()
+
+
+def test_evaluations_without_a_reference_rank_by_perplexity(tmp_path: Path, report: RunReport) -> None:
+    jobs = load_jobs(evaluations(tmp_path, report, [18.0, 12.0, 12.5], [None] * 3))
+    document = sweep_document("mine", jobs)
+    assert document.headline.startswith(
+        "Least perplexity in job 1 (path=1): 12.00 ± 0.55. Not distinguishable from it: job 2 "
+    )
+    [figure] = sweep_figures(jobs)
+    assert figure.caption == "in the circle: the job with the least perplexity"
+
+
+def test_an_engine_without_logits_leaves_perplexity_to_rank_by(tmp_path: Path, report: RunReport) -> None:
+    jobs = load_jobs(evaluations(tmp_path, report, [18.0, 12.0, 15.0], [0.1, math.nan, 0.2]))
+    document = sweep_document("mine", jobs)
+    assert "Least perplexity in job 1 (path=1): 12.00 ± 0.55 (-33" in document.headline
+    assert not [cell.text for row in document.tables[0].rows for cell in row if "nan" in cell.text]
+    assert len(sweep_figures(jobs)) == 1
+
+
+def test_only_the_reference_itself_is_nothing_to_rank(tmp_path: Path, report: RunReport) -> None:
+    jobs = load_jobs(evaluations(tmp_path, report, [12.0], [0.0]))
+    assert sweep_document("mine", jobs).headline == "No KL divergence to compare."
 
 
 def test_two_values_make_no_curve(tmp_path: Path, report: RunReport) -> None:
@@ -280,13 +361,29 @@ def test_without_a_terminal_a_job_shows_its_warnings_and_progress(quiet: bool) -
         with console.stage("quantize"), console.bar("block 0", 2) as bar:
             bar.advance(2)
         console.warn("few tokens")
+        console.note("waiting for another process")
     shown = stream.getvalue()
     assert "[progress] job 3: block 0 2/2" in shown
     assert "[progress] job 3: quantize" in shown
     assert "[warning] job 3: few tokens" in shown
+    assert "[progress] job 3: waiting for another process" in shown
     assert "recipe" not in shown
 
 
-def test_the_summary_lists_the_warnings_of_each_job(tmp_path: Path, troubled: RunReport) -> None:
-    jobs = load_jobs(sweep_of(tmp_path, troubled, [14.0, 13.0], [{KEY: "1"}, {KEY: "2"}]))
-    assert sweep_document("mine", jobs).warnings == [f"job {number}: {troubled.warnings[0]}" for number in (0, 1)]
+def test_the_summary_lists_each_warning_and_error_once_with_its_jobs(
+    tmp_path: Path, report: RunReport, troubled: RunReport
+) -> None:
+    directory = sweep_of(tmp_path, report, [14.0] * 5, [{KEY: value} for value in "12345"])
+    for number in (0, 2):
+        write_job(
+            directory, number, measured(replace(troubled, warnings=[*troubled.warnings * 2, f"only {number}"]), 14)
+        )
+    for number in (3, 4):
+        failed = asdict(JobRecord(FAILED, "key", 2.0, "disk full"))
+        (directory.run(number) / "job.json").write_text(json.dumps(failed))
+    assert sweep_document("mine", load_jobs(directory)).warnings == [
+        "jobs 3, 4 failed: disk full",
+        f"jobs 0, 2: {troubled.warnings[0]}",
+        "job 0: only 0",
+        "job 2: only 2",
+    ]

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_cases import write_quantized
 from tiny_models import write_checkpoint
 
+from jointq_cli.errors import ModelError
 from jointq_cli.evaluation.windows import ScoredWindows
+from jointq_cli.formats.export import exporter_of
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.quantizers import RTN
 from jointq_cli.report import Console
 from jointq_cli.stages import model as model_stage
 from jointq_cli.stages.base import Context, Stage, open_context, windows_per_pass
@@ -96,6 +100,19 @@ def test_a_gguf_file_is_converted_once_and_its_hash_noted(
     assert first.directory == second.directory
     assert cached_hash(context.store.root, file, [file]) is not None
     assert cached_hash(context.store.root, first.directory, first.hashed_files) == first.content_hash
+
+
+def test_a_packed_checkpoint_is_dequantised_once(context: Context, tmp_path: Path) -> None:
+    model = write_quantized(tmp_path / "model", "llama", RTN(bits=4, group_size=32))
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    exporter_of("compressed-tensors").write(model, packed)
+    source = ModelSource(str(packed), revision=None, trust_remote_code=False)
+    first, second = (fetch_model(context, source, packed=True) for _ in range(2))
+    assert first.directory == second.directory
+    assert all(model.checkpoint.same_bytes(first, name) for name in model.checkpoint.tensors)
+    with pytest.raises(ModelError, match="is quantised already"):
+        fetch_model(context, source)
 
 
 def test_weights_are_checked_again_for_other_code_of_the_model(

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from tiny_models import GROUPED, edit_config, write_checkpoint, write_tokenizer
-from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
+from tiny_models import FAMILIES, GROUPED, edit_config, write_checkpoint, write_tokenizer
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, MambaConfig
 
 from jointq_cli import pipeline
 from jointq_cli.cli.compose import launch
@@ -464,6 +464,41 @@ def test_experts_that_are_left_out_are_named_in_plan_run_and_report(tmp_path: Pa
         in text
     )
     assert "| bits per parameter |" in text
+
+
+def test_a_layer_that_the_model_does_not_call_is_named_in_plan_run_and_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=256, state_size=8)
+    monkeypatch.setitem(FAMILIES, "mamba", lambda: config)
+    words = [*TINY, f"model.path={write_checkpoint(tmp_path / 'model', 'mamba')}", "quantizer.group_size=-1"]
+    [share, reason] = [text for text in planned(words).warnings if text.startswith("layers:")]
+    assert "mixer.dt_proj: 1.8 %" in share
+    assert reason.startswith("layers: mixer.dt_proj cannot be quantised and is left out: the model uses its weight")
+    report = quantized(words)
+    assert {share, reason} <= set(report["warnings"])
+    assert report["reload_check"] == "identical"
+
+
+def test_conv1d_layers_are_planned_quantised_and_audited_like_linear_ones(tmp_path: Path) -> None:
+    words = [*TINY, f"model.path={write_checkpoint(tmp_path / 'model', 'gpt2')}", "activations=a8"]
+    assert {stage.name for stage in planned(words).stages} >= set(MADE)
+    report = quantized(words)
+    assert report["coverage"]["share"] == 1
+    assert report["reload_check"] == "identical"
+    assert not report["audit"]["changed"]
+    assert len(report["simulation"]["clip_ratios"]) == report["audit"]["quantized"] == 12
+    shapes = {layer["kind"]: (layer["out_features"], layer["in_features"]) for layer in report["layers"]}
+    assert shapes == {"c_attn": (192, 64), "c_fc": (256, 64), "c_proj": (64, 256)}
+    few = [word for word in TINY if word.startswith(("evaluation", "output_dir"))]
+    assert main(["evaluate", "model.path=out/run/checkpoint", *few]) == 0
+
+
+@pytest.mark.parametrize("kind", ["c_attn", "attn.c_proj"])  # the second is square
+def test_conv1d_layers_are_not_exported(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, f"model.path={write_checkpoint(tmp_path / 'model', 'gpt2')}", "export=compressed-tensors"]
+    assert main(["plan", *words, f"layers.include_layer_names=[{kind}]"]) == 1
+    assert re.search(rf"error: export=.*{kind}.weight is stored as \(in, out\)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from jointq_cli.data.chat import Document
-from jointq_cli.data.text import Corpus, HubDataset, TextSource, one_line, row_document
+from jointq_cli.data.text import HUB, Corpus, HubDataset, TextSource, one_line, row_document
 from jointq_cli.errors import ResourceError, TextError
 
 HUB_TIMEOUT: Final = 10.0  # seconds to wait for the hub's first answer
@@ -22,7 +22,7 @@ def hub_corpus(source: TextSource, hub: HubDataset) -> Corpus:
     commit, failure = _commit(source, hub)
     config = source.config or hub.config
     try:
-        with _datasets(offline=commit is None) as datasets:
+        with datasets_library(offline=commit is None) as datasets:
             table = datasets.load_dataset(
                 hub.repository,
                 config,
@@ -79,7 +79,7 @@ def _hub_rows(source: TextSource, hub: HubDataset, table: Any) -> Iterator[Docum
 
 
 def _fetched(source: TextSource, hub: HubDataset, table: Any) -> Iterator[dict[str, Any]]:
-    with _datasets():
+    with datasets_library():
         try:
             yield from table
         except Exception as error:  # as above
@@ -96,9 +96,24 @@ def _unreachable(source: TextSource, hub: HubDataset, error: Exception) -> Resou
     )
 
 
+def hub_answers() -> bool:
+    """Whether the hub can be reached, and is not switched off by HF_HUB_OFFLINE."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(HUB["wikitext2"].repository, timeout=HUB_TIMEOUT)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # as above
+        return False
+    return True
+
+
 @contextmanager
-def _datasets(offline: bool = False) -> Iterator[ModuleType]:
-    """The `datasets` library with its progress bars and log messages switched off."""
+def datasets_library(offline: bool = False) -> Iterator[ModuleType]:
+    """The `datasets` library with its progress bars and log messages switched off; offline: it reads its cache alone.
+    Other libraries that use it inside are quiet and offline as well."""
     import datasets  # late, since it takes more than a second
 
     config, logging = datasets.config, datasets.logging

@@ -92,7 +92,7 @@ def _quantized(
         for name in layers:
             if activations.bits_of(name) < UNQUANTIZED:
                 # Modules persist while blocks are loaded and unloaded: only their parameters are replaced.
-                hook = linear[name].register_forward_pre_hook(
+                hook = linear[name].module.register_forward_pre_hook(
                     lambda _, args, name=name: (quantize(name, args[0]), *args[1:])
                 )
                 stack.callback(hook.remove)

@@ -5,11 +5,10 @@ Each loads the complete model, and scores one window at a time.
 
 import importlib.util
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,12 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ModelError, ResourceError
+from jointq_cli.evaluation.engine_model import EngineModel
+from jointq_cli.evaluation.llama_cpp import LlamaCppModel
 from jointq_cli.evaluation.perplexity import Predictions
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.skeleton import auto_class
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class InferenceEngine:
 
     name: str
     module: str  # importable where it is installed
-    package: str  # whose version is reported
+    package: str  # on PyPI
     extra: str  # of this project that installs it; "" where none is needed
-    open: Callable[[Path], "EngineModel"]
+    open: Callable[[Path], EngineModel]
 
     @property
     def is_installed(self) -> bool:
@@ -38,24 +40,8 @@ class InferenceEngine:
 
     @property
     def version(self) -> str:
-        return f"{self.package} {version(self.package)}"
-
-
-class EngineModel:
-    """A model loaded into an engine."""
-
-    vocabulary: int
-
-    @abstractmethod
-    def log_probabilities(self, ids: Tensor) -> Tensor:
-        """ids (tokens,) int64 -> (tokens, vocabulary) float32, row t of the token after t."""
-
-    def tokenize(self, text: str) -> list[int] | None:
-        """The ids of a text as the engine's own tokenizer has them, without special tokens; None where it has none."""
-        return None
-
-    def close(self) -> None:
-        """Frees what the engine holds."""
+        package = packages_distributions().get(self.module, [self.package])[0]  # builds for CPUs have other names
+        return f"{package} {version(package)}"
 
 
 class EnginePredictions(Predictions):
@@ -106,7 +92,7 @@ class TransformersModel(EngineModel):
     """transformers, which decodes packed weights by the library of their format."""
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM, GPTQConfig
+        from transformers import AutoConfig, GPTQConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -115,7 +101,8 @@ class TransformersModel(EngineModel):
         if packed.get("quant_method") == "gptq" and not torch.cuda.is_available():
             # Its other kernels for CPUs compile C++ for minutes at the first forward pass.
             further["quantization_config"] = GPTQConfig(bits=packed["bits"], backend="gptq_torch")
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **further).eval()
+        auto = auto_class(AutoConfig.from_pretrained(directory))
+        self.model = auto.from_pretrained(directory, dtype="auto", **further).eval()
         self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
 
     def log_probabilities(self, ids: Tensor) -> Tensor:
@@ -127,17 +114,27 @@ class MlxModel(EngineModel):
     """mlx-lm, on Apple's GPUs, and on the CPU of others."""
 
     def __init__(self, directory: Path) -> None:
-        from mlx_lm.utils import load_model  # type: ignore[import-not-found,unused-ignore]
+        import mlx.core as mx
+        from mlx.utils import tree_map
+        from mlx_lm.utils import load_model
 
         self.model, config = load_model(directory)
+        if mx.default_device() == mx.cpu:  # which takes forty times as long for float16; float32 holds it exactly
+            self.model.update(tree_map(_in_float32, self.model.parameters()))
         self.vocabulary = int(config["vocab_size"])
 
     def log_probabilities(self, ids: Tensor) -> Tensor:
-        import mlx.core as mx  # type: ignore[import-not-found,unused-ignore]
+        import mlx.core as mx
         import numpy as np
 
         logits = self.model(mx.array(ids.numpy())[None])[0].astype(mx.float32)
         return torch.log_softmax(torch.from_numpy(np.array(logits)), dim=-1)
+
+
+def _in_float32(array: Any) -> Any:
+    import mlx.core as mx
+
+    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 class VllmModel(EngineModel):
@@ -163,6 +160,7 @@ ENGINES = {
     engine.name: engine
     for engine in (
         InferenceEngine("transformers", "transformers", "transformers", "", TransformersModel),
+        InferenceEngine("llama.cpp", "xllamacpp", "xllamacpp", "llamacpp", LlamaCppModel),
         InferenceEngine("mlx", "mlx_lm", "mlx-lm", "mlx", MlxModel),
         InferenceEngine("vllm", "vllm", "vllm", "vllm", VllmModel),
     )

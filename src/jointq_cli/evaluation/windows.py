@@ -17,17 +17,25 @@ class Evaluation(TextSource):
 
     Every token of a window is predicted from those before it; of an overlapping window only the last `stride` count.
     `bos`: none, first (once, before the complete text, as in GPTQ's protocol for Llama) or each (before each window).
+
+    tasks: names of lm-eval's tasks, which are measured besides, and of those whose YAML files are in `tasks_dir`;
+    tasks_limit: only the first so many samples of each.
     """
 
     seqlen: int = setting(512, least=2)
     stride: int | None = setting(None)
     max_windows: int | None = setting(None, least=1, null="for all")
     bos: str = setting("none", choices=("none", "first", "each"))
+    tasks: list[str] = setting([], pattern=".+", form="name a task of lm-eval")
+    tasks_dir: str | None = setting(None, place=True)
+    tasks_limit: int | None = setting(None, least=1, null="for all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stride is not None and not 1 <= self.stride <= self.seqlen:
             raise ConfigError(f"evaluation.stride={self.stride}: must be from 1 to evaluation.seqlen={self.seqlen}")
+        if self.tasks_dir is not None and not self.tasks:
+            raise ConfigError(f"evaluation.tasks_dir={self.tasks_dir}: add evaluation.tasks=[NAME] of a task in it")
 
 
 @dataclass(frozen=True)

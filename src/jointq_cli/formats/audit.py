@@ -7,27 +7,23 @@ import torch
 
 from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.layer_ref import LayerRef
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Audit, LayerRecord
 
 
-def audit(
-    source: Checkpoint,
-    result: Checkpoint,
-    stored_names: dict[str, str],
-    layers: Iterable[LayerRecord],
-    codes: Path,
-) -> Audit:
-    """Compares every tensor of `result` with the source's, and every quantised one with its dequantised layer file.
-
-    stored_names: layer name -> name of its weight in the checkpoint. codes: directory of the layer files.
+def audit(model: StreamedModel, result: Checkpoint, layers: Iterable[LayerRecord], codes: Path) -> Audit:
+    """Compares every tensor of `result` with that of the model that was quantised, and every quantised one with its
+    dequantised layer file. codes: directory of the layer files.
     """
-    by_tensor = {stored_names[layer.name]: layer for layer in layers}
+    source, linear = model.checkpoint, model.linear_layers()
+    by_tensor = {model.stored_name(linear[layer.name].weight_name): layer for layer in layers}
     common = [name for name in source.tensors if name in result.tensors]
     changed = [
         name
         for name in common
         if not (
-            _is_dequantized(result, name, codes / f"{by_tensor[name].name}.safetensors")
+            _is_dequantized(result, name, linear[by_tensor[name].name], codes)
             if name in by_tensor
             else source.same_bytes(result, name)
         )
@@ -45,9 +41,9 @@ def audit(
     )
 
 
-def _is_dequantized(result: Checkpoint, name: str, codes: Path) -> bool:
+def _is_dequantized(result: Checkpoint, name: str, layer: LayerRef, codes: Path) -> bool:
     weight = result.read([name])[name]
-    return torch.equal(weight, load_layer(codes).dequantize(weight.dtype))
+    return torch.equal(layer.turned(weight), load_layer(codes / f"{layer.name}.safetensors").dequantize(weight.dtype))
 
 
 def _packed_bytes(result: Checkpoint, plain: list[str], layers: Iterable[LayerRecord]) -> int:

@@ -47,6 +47,7 @@ DTYPES = {  # safetensors' names
     "BOOL": torch.bool,
 }
 QUANTISED = "quantization_config"
+PACKED_KEYS = (QUANTISED, "quantization")  # of a packed checkpoint's config.json; the second is MLX's
 SCALES = ("_scale_inv", "_scale")  # at the end of a weight's name: block-wise fp8, as DeepSeek's; compressed-tensors
 PACKED = ".qweight"  # of GPTQ and AWQ, whose older checkpoints have their settings in a file of their own
 WRAPPERS = ("_orig_mod.", "base_model.model.", "base_model.")  # of torch.compile and of PEFT

@@ -125,12 +125,12 @@ def _llama3_scaling(factors: Tensor, config: Any, file: Path) -> dict[str, Any]:
     theta = config.rope_parameters.get("rope_theta")
     for length in (2**power for power in range(9, 21)) if theta else ():
         scaling = {**_LLAMA3, "factor": factor, "original_max_position_embeddings": length}
-        if torch.allclose(_llama3_factors(scaling, theta, len(factors)), factors, rtol=1e-5):
+        if torch.allclose(llama3_factors(scaling, theta, len(factors)), factors, rtol=1e-5):
             return scaling
     raise ModelError(f"{file}: holds {_ROPE_FACTORS}, which is not the scaling of a Llama 3 and cannot be carried over")
 
 
-def _llama3_factors(scaling: dict[str, Any], theta: float, count: int) -> Tensor:
+def llama3_factors(scaling: dict[str, Any], theta: float, count: int) -> Tensor:
     """As llama.cpp's convert_hf_to_gguf.py computes them, (count,) float64."""
     wavelengths = 2 * math.pi * theta ** (torch.arange(count, dtype=torch.float64) / count)
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]

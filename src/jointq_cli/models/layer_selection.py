@@ -1,6 +1,7 @@
-"""Which linear layers are quantised: the rules of the reference implementation (OneComp), in its order, and routers.
+"""Which linear layers are quantised: the rules of the reference implementation (OneComp), in its order.
 
-Routers of experts are small, and an error of theirs sends tokens to other experts: they are left out by default.
+Routers of experts are small, and an error of theirs sends tokens to other experts: they are left out by default. Layers
+whose weight the model uses without calling them are left out always, since no hook sees what the weight multiplies.
 """
 
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from jointq_cli.errors import ConfigError
+from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.setting_rules import check_settings, setting
 
 # A part of the name of a router: mlp.gate, block_sparse_moe.router.layer, mlp.shared_expert_gate. The gate of a gated
@@ -17,9 +19,16 @@ from jointq_cli.setting_rules import check_settings, setting
 _ROUTER = re.compile(r"(^|\.)(router|gate|router_gate|moe_gate|shared_expert_gate)(\.|$)")
 
 
-def find_routers(linear: Mapping[str, nn.Linear]) -> set[str]:
+def find_routers(linear: Mapping[str, LayerRef]) -> set[str]:
     """Those of the linear layers (by name) that choose or weight experts."""
     return {name for name, layer in linear.items() if _ROUTER.search(name) and layer.out_features < layer.in_features}
+
+
+def find_uncalled(model: nn.Module) -> set[str]:
+    """The linear layers (by name) whose weight the model uses without calling the layer: dt_proj in the mixers of
+    Mamba-1, Falcon-Mamba and Jamba, which are known by their A_log."""
+    mixers = [name for name, part in model.named_modules() if hasattr(part, "dt_proj") and hasattr(part, "A_log")]
+    return {f"{name}.dt_proj" for name in mixers}
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,20 @@ class LayerSelection:
     def __post_init__(self) -> None:
         check_settings(self, "layers")
 
-    def select(self, names: list[str], known: list[str], routers: Collection[str] = ()) -> list[str]:
+    def select(
+        self, names: list[str], known: list[str], routers: Collection[str] = (), uncalled: Collection[str] = ()
+    ) -> list[str]:
         """The names to quantise, in the order of `names`.
 
         names: linear layers inside the decoder blocks. known: every linear layer of the model; patterns are checked
         against these, so that the head may be excluded although it is not in a block. routers: left out unless
-        included by name.
-        Raises ConfigError for a pattern that matches no layer, and when no layer is left.
+        included by name. uncalled: left out always.
+        Raises ConfigError for a pattern that matches no layer, for one that includes uncalled layers alone, and when no
+        layer is left.
         """
         self._refuse_unmatched_patterns(known)
-        chosen = list(names)
+        self._refuse_uncalled(names, uncalled)
+        chosen = [name for name in names if name not in uncalled]
         if self.include_layer_names:
             chosen = [name for name in chosen if _named(name, self.include_layer_names)]
         else:
@@ -76,6 +89,17 @@ class LayerSelection:
                 if not is_default and not any(matches(name, [pattern]) for name in known):
                     raise ConfigError(
                         f"layers.{key}: {pattern!r} matches none of the model's {len(known)} linear layers"
+                    )
+
+    def _refuse_uncalled(self, names: list[str], uncalled: Collection[str]) -> None:
+        includes = (("include_layer_names", _named), ("include_layer_keywords", _contains))
+        for key, matches in includes:
+            for pattern in getattr(self, key):
+                found = [name for name in names if matches(name, [pattern])]
+                if found and set(found) <= set(uncalled):
+                    raise ConfigError(
+                        f"layers.{key}: {pattern!r} asks for {found[0]}, which cannot be quantised: the model uses its "
+                        "weight without calling the layer, so that its inputs cannot be seen"
                     )
 
 

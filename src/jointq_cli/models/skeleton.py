@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -24,15 +30,17 @@ BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OS
 
 
 def build_skeleton(source: TensorSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The source's AutoModelForCausalLM in eval mode: parameters on the meta device, buffers real, on the CPU.
+    """The source's model in eval mode: parameters on the meta device, buffers real, on the CPU.
 
-    Raises ModelError when transformers cannot build it.
+    It is an AutoModelForCausalLM, or a wrapper that takes images or sound as well. Raises ModelError when transformers
+    cannot build it.
     """
     try:
         config = _config(source, trust_remote_code)
+        _require_decoder(config, source)
         _request_plain_outputs(config)
         with init_empty_weights(include_buffers=False):
-            module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            module: Any = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         _compute_buffers(module)
     except BUILD_ERRORS as error:
         reason = " ".join(str(error).split())
@@ -40,28 +48,60 @@ def build_skeleton(source: TensorSource, dtype: torch.dtype, trust_remote_code: 
     return module.eval().requires_grad_(False)
 
 
+def auto_class(config: Any) -> Any:
+    """The AutoModel with the class that config.json names. That for multimodal models has all the classes of
+    AutoModelForImageTextToText; where no class is named, it takes what is no causal language model."""
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    multimodal: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    is_named = multimodal.__name__ in (config.architectures or ())
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_named
+    return AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
+
+
 def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and ModuleList of the decoder blocks: the list with the most parameters. Raises ModelError without any."""
-    lists = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    """Name and ModuleList of the decoder blocks: in the language model, the list with the most parameters. Raises
+    ModelError without any."""
+    prefix = find_language_model(module)
+    parts = module.get_submodule(prefix).named_modules(prefix=prefix)
+    lists = [(name, part) for name, part in parts if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:
         raise ModelError(f"{type(module).__name__} has no ModuleList of blocks; it cannot be run block by block")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def find_language_model(module: Any) -> str:
+    """Name of the language model inside a wrapper that takes images or sound as well; "" for a model of text alone."""
+    if type(module.config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return ""
+    names: dict[nn.Module, str] = {part: name for name, part in module.named_modules()}
+    return names[module.get_decoder()]
+
+
+def text_state(module: Any) -> dict[str, Tensor]:
+    """Parameters and persistent buffers that text passes through, by name: those of the language model and the head,
+    not those of a vision tower or a projector."""
+    if not find_language_model(module):
+        return dict(named_state(module))
+    used = (module.get_decoder(), module.get_input_embeddings(), module.get_output_embeddings())
+    prefixes = tuple(f"{name}." for name, part in module.named_modules() if any(part is one for one in used))
+    return {name: tensor for name, tensor in named_state(module) if name.startswith(prefixes)}
+
+
 def module_names(module: Any, source: TensorSource) -> dict[str, str]:
     """Stored name -> name in the module, for every tensor of the source, as transformers renames them.
 
-    Raises ModelError where transformers would also reshape or merge tensors on loading: such a weight is not stored in
-    the layout that the layer runs with.
+    Raises ModelError where transformers would also reshape or merge tensors of the language model on loading: such a
+    weight is not stored in the layout that the layer runs with.
     """
     transforms = get_model_conversion_mapping(module)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    state = dict(named_state(module))
+    state, of_text = dict(named_state(module)), text_state(module)
     names = {}
     for stored in source.shapes:
         name, converter = rename_source_key(stored, renamings, converters, module.base_model_prefix, state)
-        if converter is not None:
+        if converter is not None and name in of_text:
             raise ModelError(
                 f"{source.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
                 "such architectures are not supported"
@@ -76,10 +116,10 @@ def tied_names(module: Any) -> list[str]:
 
 
 def check_tensors(module: nn.Module, source: TensorSource, stored_names: dict[str, str]) -> None:
-    """Raises ModelError for a parameter or persistent buffer of the module that the source lacks or has in another
-    shape. stored_names: name in the module -> stored name."""
+    """Raises ModelError for a tensor of `text_state` that the source lacks or has in another shape. stored_names: name
+    in the module -> stored name."""
     tied = set(tied_names(module))
-    state = dict(named_state(module))
+    state = text_state(module)
     missing = [name for name in state if name not in stored_names and name not in tied]
     if missing:
         raise ModelError(
@@ -149,12 +189,26 @@ def _compute_buffers(module: Any) -> None:
 def _request_plain_outputs(config: Any) -> None:
     """Lets the forward pass return an object with logits and no more, whatever the config says: router logits would
     need outputs of experts that only run inside the blocks."""
-    config.return_dict = True
-    if hasattr(config, "output_router_logits"):
-        config.output_router_logits = False
+    for part in (config, config.get_text_config()):
+        part.return_dict = True
+        if hasattr(part, "output_router_logits"):
+            part.output_router_logits = False
 
 
 def _config(source: TensorSource, trust_remote_code: bool) -> Any:
     if online.needs_online(source.config):
         return AutoConfig.for_model(**online.without_online(source.config))
     return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+
+
+def _require_decoder(config: Any, source: TensorSource) -> None:
+    """Raises ModelError for a model that is no decoder-only language model, nor a wrapper of one."""
+    known = any(type(config) in mapping for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING))
+    if not known and AutoModelForCausalLM.__name__ not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(
+            f"{source.directory}: transformers has no causal language model for model_type {config.model_type}"
+        )
+    if any(part.is_encoder_decoder for part in (config, config.get_text_config())):
+        raise ModelError(
+            f"{source.directory}: {config.model_type} has an encoder and a decoder; only decoders can be quantised"
+        )

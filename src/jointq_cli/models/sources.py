@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from jointq_cli.errors import ModelError, ResourceError
-from jointq_cli.models.checkpoint import COMPANIONS, Checkpoint
+from jointq_cli.models.checkpoint import COMPANIONS, PACKED_KEYS, Checkpoint
 from jointq_cli.setting_rules import check_settings, setting
 
 BUNDLED = Path(__file__).parents[1] / "pocket"
@@ -38,22 +38,24 @@ class ModelSource:
         check_settings(self, "model")
 
 
-def fetch(source: ModelSource, converted: Callable[[Path], Path], *, offline: bool = False) -> Checkpoint:
+def fetch(
+    source: ModelSource, converted: Callable[[Path], Path], *, packed: bool = False, offline: bool = False
+) -> Checkpoint:
     """The checkpoint that `source` names, as a local directory of safetensors.
 
-    converted: the directory into which a GGUF file is, or has been, converted (`convert_gguf`). offline: download
-    nothing. Raises ModelError when the checkpoint does not exist or cannot be used, ResourceError when the hub cannot
-    be reached.
+    converted: the directory into which a GGUF file (`convert_gguf`), or a quantised checkpoint, is or has been
+    converted. packed: whether it may be a quantised one. offline: download nothing. Raises ModelError when the
+    checkpoint does not exist or cannot be used, ResourceError when the hub cannot be reached.
     """
     if source.path == "pocket":
         return Checkpoint(BUNDLED)
-    local = Path(source.path).expanduser()
+    local = gguf_in(Path(source.path).expanduser())
     if local.suffix == ".gguf":
         if not local.is_file():
             raise ModelError(f"model.path={local}: no such file")
         return Checkpoint(converted(local))
     if local.exists():
-        return Checkpoint(local)
+        return _opened(local, converted if packed else None)
     if looks_local(source.path):
         place = "" if Path(source.path).expanduser().is_absolute() else f" in {Path.cwd()}"
         raise ModelError(
@@ -61,7 +63,7 @@ def fetch(source: ModelSource, converted: Callable[[Path], Path], *, offline: bo
         )
     downloaded = _downloaded(source, offline)
     try:
-        return Checkpoint(downloaded)
+        return _opened(downloaded, converted if packed else None)
     except ModelError as error:
         if offline:  # a part of it, for instance only the tokenizer, is in the cache
             raise _not_downloaded(source) from error
@@ -79,9 +81,25 @@ def provenance(source: ModelSource, directory: Path) -> dict[str, str]:
     return {"from": "hub", "revision": directory.name} if known else {"from": "hub"}
 
 
+def gguf_in(path: Path) -> Path:
+    """The GGUF file of a directory that has one and no config.json, as an export has; any other path itself."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else path
+
+
 def looks_local(path: str) -> bool:
     """Whether `path` can only be a local path; hub ids are `name` or `org/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _opened(directory: Path, converted: Callable[[Path], Path] | None) -> Checkpoint:
+    """The checkpoint of a directory; with `converted` also where it is a quantised one."""
+    if converted is None:
+        return Checkpoint(directory)
+    config = Checkpoint(directory, packed=True).config
+    return Checkpoint(converted(directory) if any(config.get(key) for key in PACKED_KEYS) else directory)
 
 
 def _downloaded(source: ModelSource, offline: bool) -> Path:

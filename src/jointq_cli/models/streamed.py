@@ -9,6 +9,7 @@ not depend on the tokens.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models import online_rotation as online
 from jointq_cli.models.checkpoint import Checkpoint, require_finite
+from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.skeleton import (
     build_skeleton,
     check_dtypes,
@@ -25,6 +27,7 @@ from jointq_cli.models.skeleton import (
     module_names,
     move_buffers,
     named_state,
+    text_state,
     tied_names,
     unload,
 )
@@ -46,7 +49,8 @@ class BlockwiseModel:
     """A model whose weights are read block by block: parameters are on the meta device outside of `outer` and `block`.
 
     dtype: the compute dtype of the forward pass. Raises ModelError when transformers cannot build the architecture,
-    when it has no ModuleList of decoder blocks, or when the source's tensors do not fit it.
+    when it has no ModuleList of decoder blocks, when the source's tensors do not fit it, or when it cannot be run block
+    by block.
     """
 
     def __init__(
@@ -68,8 +72,12 @@ class BlockwiseModel:
         self._outputs = 0  # the length of the tuple that blocks return, hidden states first; 0 for a plain tensor
         self._module_names = module_names(self.module, source)
         self._stored_names = {name: stored for stored, name in self._module_names.items()}
-        move_buffers(self.module, device)
         check_tensors(self.module, source, self._stored_names)
+        # The first parameter, of a vision tower perhaps, is where transformers takes a model's device from.
+        names = dict.fromkeys([next(self.module.named_parameters())[0], *text_state(self.module)])
+        self._outer_names = [name for name in names if self.block_of(name) is None]
+        self._require_independent_blocks()
+        move_buffers(self.module, device)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -99,21 +107,20 @@ class BlockwiseModel:
         """Every tensor outside the blocks: embeddings, final norm, head, and tensors that the model does not use."""
         return self.source.read(stored for stored, name in self._module_names.items() if self.block_of(name) is None)
 
-    def linear_layers(self) -> dict[str, nn.Linear]:
+    def linear_layers(self) -> dict[str, LayerRef]:
         """Every linear layer by its full name, lm_head included."""
-        return {name: module for name, module in self.module.named_modules() if isinstance(module, nn.Linear)}
+        return layer_refs(self.module)
 
     @contextmanager
     def outer(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Inside, the parameters outside the blocks (embeddings, final norm, head) are loaded: `embed` and `logits`
-        work.
+        """Inside, the parameters outside the blocks that text needs (embeddings, final norm, head) are loaded: `embed`
+        and `logits` work.
 
         tensors: what `outer_tensors` returns, where the caller has read it already.
         """
-        names = [name for name, _ in named_state(self.module) if self.block_of(name) is None]
-        stored = [self._stored_names[name] for name in names if name in self._stored_names]
+        stored = [self._stored_names[name] for name in self._outer_names if name in self._stored_names]
         try:
-            self._load("", self.source.read(stored) if tensors is None else tensors)
+            self._load("", self.source.read(stored) if tensors is None else {name: tensors[name] for name in stored})
             self.module.tie_weights()
             self._untie()
             yield
@@ -167,11 +174,7 @@ class BlockwiseModel:
         """
         shape = tuple(windows.shape)
         hidden, calls = self._record_calls(windows.to(self.device))
-        if shape in self._calls and not _same_calls(self._calls[shape], calls):
-            raise ModelError(
-                f"{self.source.directory}: {type(self.module).__name__} passes its blocks tensors that depend on "
-                "the tokens; it cannot be run block by block"
-            )
+        self._require_same_calls(self._calls.get(shape, calls), calls)
         self._calls[shape] = calls
         self.require_finite_activations("the embeddings", hidden)
         return hidden
@@ -181,7 +184,7 @@ class BlockwiseModel:
         an earlier call of `embed` with the same shape of windows. Raises NumericsError for NaN or Inf in the output."""
         call = self._calls[tuple(hidden.shape[:2])][index]
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
-        states: Tensor = output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         self.require_finite_activations(f"the hidden states after block {index} ({self.prefix(index)[:-1]})", states)
         return states
 
@@ -198,8 +201,6 @@ class BlockwiseModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (batch, tokens, vocabulary) of hidden states (batch, tokens, hidden) after the last block. Needs
         `outer`."""
-        if not self._calls:  # only a recorded forward pass says whether blocks return tuples
-            self.embed(torch.zeros(1, 2, dtype=torch.long))
 
         def bypass(index: int, states: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
             return hidden if index == len(self) - 1 else states
@@ -208,6 +209,29 @@ class BlockwiseModel:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
             output: Tensor = self.module(input_ids=ids, use_cache=False).logits
             return output
+
+    def _require_independent_blocks(self) -> None:
+        """Records calls for two texts of a few tokens, with made-up weights, on the CPU: a model that cannot be run
+        block by block is refused before any weight is read."""
+        state = dict(named_state(self.module))
+        made_up = {name: _made_up(state[name]) for name in self._outer_names if state[name].is_meta}
+        try:
+            self.module.load_state_dict(made_up, strict=False, assign=True)
+            one, other = (self._record_calls(torch.tensor([ids]))[1] for ids in ([3, 4, 5], [6, 7, 8]))
+            self._require_same_calls(one, other)
+        finally:
+            unload(self.module)
+
+    def _require_same_calls(self, one: list[BlockCall], other: list[BlockCall]) -> None:
+        """Raises ModelError where a block's arguments differ between two texts of the same length."""
+        names = [
+            name for block, *calls in zip(self.blocks, one, other, strict=True) for name in _different(block, *calls)
+        ]
+        if names:
+            raise ModelError(
+                f"{self.source.directory}: {type(self.module).__name__} passes its blocks {names[0]} beside the hidden "
+                "states, which depends on the tokens; it cannot be run block by block"
+            )
 
     def _record_calls(self, windows: Tensor) -> tuple[Tensor, list[BlockCall]]:
         inputs: list[Tensor] = []
@@ -223,7 +247,7 @@ class BlockwiseModel:
         with self._replaced_blocks(record):
             try:
                 self.module.base_model(input_ids=windows, use_cache=False)
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
                 failure = error
         is_complete = failure is None and len(calls) == len(self) and all(x.shape == inputs[0].shape for x in inputs)
         if not is_complete and inputs and outputs < _MOST_OUTPUTS:
@@ -233,22 +257,25 @@ class BlockwiseModel:
                 return self._record_calls(windows)
             except ModelError:
                 self._outputs = outputs  # what the first attempt found is the reason
-        if failure is not None:
-            raise ModelError(
-                f"{self.source.directory}: {type(self.module).__name__} cannot take windows of {windows.shape[1]} "
-                f"tokens with ids up to {int(windows.max())}: {' '.join(str(failure).split())[:200]}"
-            ) from failure
-        if not is_complete:
-            raise ModelError(
-                f"{self.source.directory}: {type(self.module).__name__} does not call its {len(self)} blocks one "
-                "after the other; it cannot be run block by block"
-            )
-        if inputs[0].dim() != 3:
-            raise ModelError(
-                f"{self.source.directory}: {type(self.module).__name__} passes its blocks hidden states of shape "
-                f"{list(inputs[0].shape)}, not (batch, tokens, hidden); it cannot be run block by block"
-            )
+        if not is_complete or inputs[0].dim() != 3:
+            reason = self._obstacle(windows, inputs, failure)
+            raise ModelError(f"{self.source.directory}: {type(self.module).__name__} {reason}") from failure
         return inputs[0], calls
+
+    def _obstacle(self, windows: Tensor, inputs: list[Tensor], failure: Exception | None) -> str:
+        """Why the blocks cannot be run one by one. inputs: of the blocks that were called, until the failure if any."""
+        found = " ".join(str(failure).split())[:200]
+        if failure is not None and not inputs:
+            return f"cannot take windows of {windows.shape[1]} tokens with ids up to {int(windows.max())}: {found}"
+        if inputs and inputs[0].dim() != 3:
+            what = f"passes its blocks hidden states of shape {list(inputs[0].shape)}, not (batch, tokens, hidden)"
+        elif failure is not None:
+            what = f"expects more of its blocks than hidden states ({found})"
+        elif len(inputs) != len(self):
+            what = f"calls its {len(self)} blocks {len(inputs)} times for one text"
+        else:
+            what = "passes its blocks hidden states of several shapes"
+        return f"{what}; it cannot be run block by block"
 
     @contextmanager
     def _replaced_blocks(self, forward: Callable[..., Tensor]) -> Iterator[None]:
@@ -325,8 +352,18 @@ def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
     return rest.pop("hidden_states"), (), rest
 
 
-def _same_calls(one: list[BlockCall], other: list[BlockCall]) -> bool:
-    return all(_same(a.args, b.args) and _same(a.kwargs, b.kwargs) for a, b in zip(one, other, strict=True))
+def _made_up(parameter: Tensor) -> nn.Parameter:
+    """Values of the parameter's shape and dtype, no two rows the same, in the memory of one row and one column."""
+    values = (0.618 * torch.arange(sum(parameter.shape) + 1)).frac().to(parameter.dtype)
+    return nn.Parameter(values.as_strided(parameter.shape, [1] * parameter.dim()), requires_grad=False)
+
+
+def _different(block: nn.Module, one: BlockCall, other: BlockCall) -> list[str]:
+    """Names of the arguments that differ."""
+    names = [*signature(type(block).forward).parameters][2:]  # without self and hidden states
+    names += [f"argument {position}" for position, _ in enumerate(one.args)]  # where they are *args
+    ours, theirs = ({**dict(zip(names, call.args, strict=False)), **call.kwargs} for call in (one, other))
+    return [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -8,6 +8,10 @@ from torch import Tensor
 from jointq_cli.errors import NumericsError
 
 PANEL = 512  # columns of one product: wide enough for its full speed, narrow enough to save almost half of them
+UNPAIRED = (
+    "qep cannot pair its tokens with those that it receives in the original model (a routed expert?); name it in "
+    "qep.exclude_layer_keywords, or use qep=none"
+)
 
 
 class Accumulator:
@@ -38,10 +42,7 @@ class Accumulator:
             self._square[panel, start:] += weighted[:, panel].T @ flat[:, start:]
         if self._cross is not None:
             if original is None or original.shape != inputs.shape:
-                raise NumericsError(
-                    "qep cannot pair its tokens with those that it receives in the original model (a routed expert?); "
-                    "name it in qep.exclude_layer_keywords, or use qep=none"
-                )
+                raise NumericsError(UNPAIRED)
             self._cross += (_flat(original) - flat).T @ weighted
         if self._drift is not None:
             assert residual is not None

@@ -4,28 +4,20 @@ A block has two sets of weights: "original", as stored in the checkpoint, and "q
 been solved is replaced. Both share one module in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from jointq_cli.errors import ModelError
+from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.hidden_states import WeightSet
+from jointq_cli.quantization.layer_groups import Run, merged
 from jointq_cli.quantization.resumable_forward import ResumableForward
 
 _PROBE_RMS = 0.1  # of the tokens that show a block's structure: far above the epsilon of its norms
 _CLOSE = 0.02  # relative
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer to quantise."""
-
-    name: str
-    block: int
-    module: nn.Linear
 
 
 class Block:
@@ -35,15 +27,11 @@ class Block:
         self.model = model
         self.index = index
         self.tensors = tensors
-        prefix = model.prefix(index)
-        self.layers = [
-            Layer(prefix + name, index, module)
-            for name, module in model.blocks[index].named_modules()
-            if prefix + name in names and isinstance(module, nn.Linear)
-        ]
+        self._linear = layer_refs(model.blocks[index], model.prefix(index))
+        self.layers = [layer for name, layer in self._linear.items() if name in names]
         self._weights: dict[WeightSet, list[Tensor]] = {
-            "original": [layer.module.weight for layer in self.layers],
-            "quantized": [layer.module.weight for layer in self.layers],
+            "original": [layer.module.get_parameter("weight") for layer in self.layers],
+            "quantized": [layer.module.get_parameter("weight") for layer in self.layers],
         }
 
     def run(self, hidden: Tensor) -> Tensor:
@@ -54,14 +42,15 @@ class Block:
         for layer, weight in zip(self.layers, self._weights[weights], strict=True):
             layer.module.weight = weight
 
-    def weight(self, layer: Layer) -> Tensor:
+    def weight(self, layer: LayerRef) -> Tensor:
         """A layer's weight (out, in) as stored in the checkpoint."""
-        return self.tensors[self._key(layer)]
+        return layer.turned(self.tensors[self._key(layer)])
 
-    def replace(self, layer: Layer, weight: Tensor) -> None:
+    def replace(self, layer: LayerRef, weight: Tensor) -> None:
         """weight: (out, in), dequantised to the dtype of the checkpoint."""
-        self.tensors[self._key(layer)] = weight.cpu()
-        parameter = nn.Parameter(weight.to(self.model.device, self.model.dtype), requires_grad=False)
+        turned = layer.turned(weight)
+        self.tensors[self._key(layer)] = turned.cpu()
+        parameter = nn.Parameter(turned.to(self.model.device, self.model.dtype), requires_grad=False)
         self._weights["quantized"][self.layers.index(layer)] = parameter
 
     def structure(self, hidden: Tensor) -> "BlockStructure":
@@ -69,44 +58,74 @@ class Block:
 
         The hidden states are scaled down to a small rms per token. A block starts with a norm, so its layers receive
         the same inputs, while their outputs are not lost in the rounding of massive activations when they are added to
-        the residual stream. Raises ModelError where a layer does not run.
+        the residual stream.
         """
         rms = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_PROBE_RMS)
         hidden = (hidden.float() * (_PROBE_RMS / rms)).to(hidden.dtype)
-        groups: list[tuple[Tensor, list[Layer]]] = []
-        outputs: dict[nn.Linear, Tensor] = {}
+        outputs: dict[nn.Module, Tensor] = {}
+        handles = [
+            layer.module.register_forward_hook(lambda module, args, output: outputs.update({module: output}))
+            for layer in self._linear.values()
+            if layer.out_features == hidden.shape[-1]
+        ]
+        try:
+            run, output = self._observed(hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self.grouped([run], _writers(hidden, output, outputs))
 
-        def record_input(layer: Layer, inputs: Tensor) -> None:
-            if any(layer in layers for _, layers in groups):
+    def runs_until_all_reached(self, batches: Iterable[Tensor]) -> list[Run]:
+        """Of each batch of hidden states (batch, tokens, hidden), until every layer has been reached."""
+        runs: list[Run] = []
+        reached: set[str] = set()
+        for hidden in batches:
+            runs.append(self._observed(hidden)[0])
+            reached.update(name for group in runs[-1] for name in group)
+            if len(reached) == len(self.layers):
+                break
+        return runs
+
+    def grouped(self, runs: Sequence[Run], writers: dict[nn.Module, float]) -> "BlockStructure":
+        """The structure that these forward passes show. Raises ModelError where they contradict each other."""
+        by_name = {layer.name: layer for layer in self.layers}
+        groups = [[by_name.pop(name) for name in group] for group in merged(runs, list(by_name))]
+        unreached: dict[int, list[LayerRef]] = {}
+        for layer in by_name.values():
+            unreached.setdefault(layer.in_features, []).append(layer)
+        return BlockStructure(groups, writers, list(unreached.values()))
+
+    def passive(self, groups: Run) -> "BlockStructure":
+        """The structure where all groups are known and passes need not stop at them."""
+        by_name = {layer.name: layer for layer in self.layers}
+        return BlockStructure([], {}, [[by_name[name] for name in group] for group in groups])
+
+    def _observed(self, hidden: Tensor) -> tuple[Run, Tensor]:
+        """The order in which a forward pass of hidden states (batch, tokens, hidden) runs the layers; its output."""
+        groups: list[tuple[Tensor, list[str]]] = []
+
+        def record_input(name: str, inputs: Tensor) -> None:
+            if any(name in names for _, names in groups):
                 return None  # called again: its statistics are those of the first call
-            for tensor, layers in groups:
+            for tensor, names in groups:
                 if tensor is inputs:
-                    return layers.append(layer)
-            groups.append((inputs, [layer]))
+                    return names.append(name)
+            groups.append((inputs, [name]))
             return None
 
         handles = [
-            layer.module.register_forward_pre_hook(lambda _, args, layer=layer: record_input(layer, args[0]))
+            layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: record_input(name, args[0]))
             for layer in self.layers
-        ]
-        handles += [
-            module.register_forward_hook(lambda module, args, output: outputs.update({module: output}))
-            for module in self.model.blocks[self.index].modules()
-            if isinstance(module, nn.Linear) and module.out_features == hidden.shape[-1]
         ]
         try:
             output = self.run(hidden)
         finally:
             for handle in handles:
                 handle.remove()
-        reached = {layer.name for _, layers in groups for layer in layers}
-        idle = [layer.name for layer in self.layers if layer.name not in reached]
-        if idle:
-            raise ModelError(f"{idle[0]}: no token reaches this layer, so it cannot be calibrated; exclude it")
-        return BlockStructure([layers for _, layers in groups], _writers(hidden, output, outputs))
+        return [names for _, names in groups], output
 
-    def _key(self, layer: Layer) -> str:
-        return self.model.stored_name(f"{layer.name}.weight")
+    def _key(self, layer: LayerRef) -> str:
+        return self.model.stored_name(layer.weight_name)
 
 
 @dataclass(frozen=True)
@@ -115,10 +134,14 @@ class BlockStructure:
 
     writers: the linear layers, selected or not, whose outputs are added to the residual stream, and the factor of each,
     the same for all. Empty where the block does more to the stream than that, such as a norm after its layers.
+
+    passive: further groups, at whose inputs no pass stops: layers that no token has reached (experts), those with as
+    many columns together; or all, where their statistics are known.
     """
 
-    groups: list[list[Layer]]
-    writers: dict[nn.Linear, float]
+    groups: list[list[LayerRef]]
+    writers: dict[nn.Module, float]
+    passive: list[list[LayerRef]]
 
     def write_factor(self, number: int) -> float:
         """The factor of a group's output in the residual stream; 0 unless the group is one layer that writes."""
@@ -126,7 +149,7 @@ class BlockStructure:
         return self.writers.get(layers[0].module, 0.0) if len(layers) == 1 else 0.0
 
 
-def _writers(hidden: Tensor, output: Tensor, outputs: dict[nn.Linear, Tensor]) -> dict[nn.Linear, float]:
+def _writers(hidden: Tensor, output: Tensor, outputs: dict[nn.Module, Tensor]) -> dict[nn.Module, float]:
     """The layers, and their factor, whose `outputs` add up to what the block adds to `hidden`: a least-squares fit.
 
     All tensors (batch, tokens, hidden). Empty where the fit leaves more than a few times the rounding error of bf16.

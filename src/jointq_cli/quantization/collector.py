@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from jointq_cli.errors import NumericsError
+from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import Accumulator
-from jointq_cli.quantization.block import BlockForward, BlockStructure, GroupInput, Layer
+from jointq_cli.quantization.block import BlockForward, BlockStructure, GroupInput
 from jointq_cli.quantization.hidden_states import WeightSet
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 from jointq_cli.quantization.settings import LoopSettings
@@ -60,7 +61,11 @@ class Collector:
         self._require_finite(layers[0], statistics)
         return statistics
 
-    def _require_finite(self, layer: Layer, statistics: Statistics) -> None:
+    def of_no_token(self, layer: LayerRef) -> Statistics:
+        """Those of a layer that no token reaches."""
+        return Statistics(self._accumulator(layer, cross=False, drift=False).hessian())
+
+    def _require_finite(self, layer: LayerRef, statistics: Statistics) -> None:
         """NaN or Inf in a feature of any token is on the diagonal of H and C, and in that feature's row of D."""
         cross, drift = statistics.cross, statistics.drift
         for sums in (
@@ -71,23 +76,19 @@ class Collector:
             if sums is not None:
                 self.model.require_finite_activations(f"the inputs of {layer.name}", sums)
 
-    def _accumulator(self, layer: Layer, cross: bool, drift: bool) -> Accumulator:
-        module = layer.module
-        return Accumulator(
-            module.in_features, self.model.device, cross=cross, drift=module.out_features if drift else 0
-        )
+    def _accumulator(self, layer: LayerRef, cross: bool, drift: bool) -> Accumulator:
+        return Accumulator(layer.in_features, self.model.device, cross=cross, drift=layer.out_features if drift else 0)
 
-    def _token_weights(self, layer: Layer, current: GroupInput, factor: float) -> Tensor | None:
+    def _token_weights(self, layer: LayerRef, current: GroupInput, factor: float) -> Tensor | None:
         assert current.inputs is not None
         after = None  # the residual stream after a layer that writes into it
         if factor and self.settings.weights.of_residual:
-            output = nn.functional.linear(current.inputs, layer.module.weight, layer.module.bias)
-            after = current.residual() + factor * output
+            after = current.residual() + factor * layer.module.forward(current.inputs)  # without its hooks
         return self.settings.weights.per_token(current.inputs, after, tokens=current.entered.shape[1])
 
 
 @contextmanager
-def naming(layer: Layer) -> Iterator[None]:
+def naming(layer: LayerRef) -> Iterator[None]:
     """Inside, the message of a NumericsError starts with the layer's name."""
     try:
         yield

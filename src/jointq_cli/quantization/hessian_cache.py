@@ -1,27 +1,32 @@
 """The Hessians of the original model, collected once for any number of quantizers.
 
-    00003-1.safetensors   the statistics of group 1 of block 3
+    00003-1.safetensors   the statistics of group 1 of block 3, with the names of its layers
     hidden.safetensors    see hidden_states; without hidden states when all blocks are finished
 
 They have the bits of those that the loop collects where layers are solved for inputs of the original model.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import packed, packed_size, unpacked
 from jointq_cli.quantization.hidden_states import HiddenStateFile
+from jointq_cli.quantization.layer_groups import Run
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.walk import BlockVisit, Group, walk
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import write_atomically
 from jointq_cli.system.tensor_files import save_tensors
+
+_LAYERS = "layers"  # key of the metadata
 
 
 def bytes_needed(model: StreamedModel, settings: LoopSettings) -> int:
@@ -68,17 +73,26 @@ class Hessians:
         if statistics.heldout is not None:
             tensors["held_hessian"] = packed(statistics.heldout.hessian)
             tensors["held_share"] = torch.tensor(statistics.heldout.share, dtype=torch.float64)
-        write_atomically(self._path(group), lambda path: save_tensors(path, tensors))
+        layers = {_LAYERS: json.dumps([layer.name for layer in group.layers])}
+        write_atomically(self._path(group.block.index, group.number), lambda path: save_tensors(path, tensors, layers))
+
+    def groups(self, block: int) -> Run:
+        """The names of the layers of each group of a block."""
+        groups: Run = []
+        while (path := self._path(block, len(groups))).exists():
+            with safe_open(path, framework="pt") as file:
+                groups.append(json.loads(file.metadata()[_LAYERS]))
+        return groups
 
     def read(self, group: Group) -> Statistics:
         """On the device of the group's block."""
-        size, device = group.layers[0].module.in_features, group.block.model.device
-        tensors = load_file(self._path(group))
+        size, device = group.layers[0].in_features, group.block.model.device
+        tensors = load_file(self._path(group.block.index, group.number))
         hessian = unpacked(tensors["hessian"].to(device), size)
         if "held_hessian" not in tensors:
             return Statistics(hessian)
         held = unpacked(tensors["held_hessian"].to(device), size)
         return Statistics(hessian, heldout=HeldOut(held, tensors["held_share"].item()))
 
-    def _path(self, group: Group) -> Path:
-        return self.directory / f"{group.block.index:05d}-{group.number}.safetensors"
+    def _path(self, block: int, group: int) -> Path:
+        return self.directory / f"{block:05d}-{group}.safetensors"

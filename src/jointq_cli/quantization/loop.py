@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from jointq_cli.formats.base import StoredWeight
+from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.block import Layer
 from jointq_cli.quantization.collector import naming
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStates, WeightSet
@@ -53,7 +53,8 @@ def quantize_blocks(
         "original": collects and (settings.solved_for == "original" or settings.corrects),
         "quantized": collects and settings.solved_for == "quantized",
     }
-    for block in walk(model, windows, settings, workspace.hidden, complete, settings.batch, pause, team):
+    known = None if hessians is None else hessians.groups
+    for block in walk(model, windows, settings, workspace.hidden, complete, settings.batch, pause, team, known):
         loop.quantize_block(block)
 
 
@@ -85,7 +86,7 @@ class _Loop:
                 weight = quantized.dequantize(stored.dtype)
             else:
                 solver = solver or self._prepare(group)
-                solved, record = self._solve(layer, stored, solver)
+                solved, record = self._solve(group.block.index, layer, stored, solver)
                 self.team.on_rank0(self.workspace.write_layer, solved.solution.quantized, record)
                 weight = solved.weight(stored.dtype)
             group.block.replace(layer, weight)
@@ -109,7 +110,7 @@ class _Loop:
         seconds = (time.perf_counter() - started) / len(group.layers)
         return Solver(quantizer, prepared, correction, statistics.hessian, self.team, seconds)
 
-    def _solve(self, layer: Layer, stored: Tensor, solver: Solver) -> tuple[LayerSolution, LayerRecord]:
+    def _solve(self, block: int, layer: LayerRef, stored: Tensor, solver: Solver) -> tuple[LayerSolution, LayerRecord]:
         """stored: the layer's weight (out, in) as in the checkpoint."""
         if not self.settings.qep.corrects(layer.name):
             solver = replace(solver, correction=NoCorrection())
@@ -122,7 +123,7 @@ class _Loop:
         output_error, weight_error = solved.energies.relative()
         record = LayerRecord(
             name=layer.name,
-            block=layer.block,
+            block=block,
             kind=layer.name.rsplit(".", 1)[-1],
             out_features=weight.shape[0],
             in_features=weight.shape[1],

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from jointq_cli.errors import ModelError
+
 
 @contextmanager
-def group_hooks(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Linear, float]) -> Iterator[None]:
+def group_hooks(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Module, float]) -> Iterator[None]:
     """Inside, a ResumableForward stops at the input of each group of layers; groups are in the order they run.
 
     writers: layers whose outputs, times a factor, a ResumableForward adds up.
@@ -70,6 +72,7 @@ class _ForwardCoroutine(greenlet):
     def __init__(self, forward: Callable[[], Tensor]) -> None:
         super().__init__(forward)
         self._group = -1
+        self._passed: set[int] = set()
         self._inputs: Tensor | None = None
         self._output: Tensor | None = None
         self.written: Tensor | None = None
@@ -85,9 +88,13 @@ class _ForwardCoroutine(greenlet):
         return self._output
 
     def reaches(self, group: int, inputs: Tensor) -> bool:
-        """Whether to stop here: at the first layer of a group, not at the others."""
-        if group <= self._group:
+        """Whether to stop here: at the first layer of a group, not at the others. Raises ModelError where another pass
+        has run the groups in another order."""
+        if group in self._passed:
             return False
+        if group < self._group:
+            raise ModelError("the layers of a block run in an order that depends on the tokens; exclude some of them")
+        self._passed.add(group)
         self._group, self._inputs = group, inputs
         return True
 

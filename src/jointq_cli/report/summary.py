@@ -17,10 +17,13 @@ from jointq_cli.records import (
     Protocol,
     RunReport,
     StageRecord,
+    TaskRecord,
+    TaskScore,
 )
 from jointq_cli.report import rotation_summary
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import (
+    MISSING,
     KeyMetric,
     byte_size,
     duration,
@@ -148,6 +151,7 @@ def problems(report: RunReport) -> list[str]:
         found += rotation_summary.problems(report.rotation)
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
+    found += [problem for record in report.exports if record.check for problem in record.check.problems]
     return found
 
 
@@ -208,7 +212,13 @@ def export_line(record: ExportRecord) -> str:
     size, bits = byte_size(record.weight_bytes), significant(record.bits_per_weight, 3)
     exact = f"within {significant(record.worst_error, 2)} steps" if record.worst_error else "exact"
     rounded = f"; {plural(len(record.rounded), 'other tensor')} rounded" if record.rounded else ""
-    return f"{size}, {bits} bits per weight; read back from its files: {exact}{rounded}"
+    line = f"{size}, {bits} bits per weight; read back from its files: {exact}{rounded}"
+    if record.check is None:
+        return f"{line}; not tried in an engine"
+    found = record.check
+    change = relative_change(found.perplexity_change)
+    kl = significant(found.kl_divergence, 2)
+    return f"{line}; in {found.engine}: KL {kl}, perplexity {change} over {plural(found.windows, 'window')}"
 
 
 def key_metrics(report: RunReport) -> list[KeyMetric]:
@@ -218,12 +228,39 @@ def key_metrics(report: RunReport) -> list[KeyMetric]:
     return [
         KeyMetric("perplexity", perplexity_text(report.quantized), f"original {perplexity_text(report.original)}"),
         *comparison_metrics(report.comparison),
+        *task_metrics(report.tasks),
         KeyMetric("bits per weight", significant(report.bits_per_weight, 3), stored),
         *_coverage_metrics(report),
         KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
         KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
         KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
     ]
+
+
+def task_metrics(tasks: Iterable[TaskRecord]) -> list[KeyMetric]:
+    """The figures of lm-eval's tasks, as it gives them: an accuracy of 62 % is 0.62."""
+    return [KeyMetric(task.name, task_score_text(task.score), _task_detail(task)) for task in tasks]
+
+
+def task_score_text(score: TaskScore | None) -> str:
+    """ "0.620 ± 0.034"; "-" for none."""
+    return MISSING if score is None else plus_minus(score.value, score.standard_error or 0.0)
+
+
+def task_change_text(task: TaskRecord) -> str:
+    """The change against the original, with the standard error of the paired difference: "-0.012 ± 0.009"."""
+    if task.original is None:
+        return MISSING
+    change = task.score.value - task.original.value
+    return ("+" if change > 0 else "") + plus_minus(change, task.change_standard_error or 0.0)
+
+
+def _task_detail(task: TaskRecord) -> str:
+    samples = plural(task.samples, "sample") + (
+        f", {plural(task.fewshot, 'example')} before each" if task.fewshot else ""
+    )
+    before = f"original {task_score_text(task.original)}, change {task_change_text(task)}; " if task.original else ""
+    return before + samples
 
 
 def _coverage_metrics(report: RunReport) -> list[KeyMetric]:
@@ -263,7 +300,7 @@ def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
     nll = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
     perplexity = perplexity_text(report.perplexity)
     metrics = [KeyMetric("perplexity", perplexity, f"negative log-likelihood {nll} nats per token")]
-    return metrics + (comparison_metrics(report.comparison) if report.comparison else [])
+    return metrics + (comparison_metrics(report.comparison) if report.comparison else []) + task_metrics(report.tasks)
 
 
 def total_seconds(report: RunReport | EvaluationReport) -> float:

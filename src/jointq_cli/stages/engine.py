@@ -5,10 +5,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from jointq_cli.evaluation.engines import ENGINES, EngineModel, EnginePredictions, opened
+from jointq_cli.evaluation.engine_model import EngineModel
+from jointq_cli.evaluation.engines import ENGINES, EnginePredictions, opened
 from jointq_cli.evaluation.perplexity import HiddenPredictions, Scores, score
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.sources import gguf_in
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.stages.base import Context, windows_per_pass
 from jointq_cli.stages.hidden import hidden_stage, read_hidden
@@ -42,7 +44,7 @@ def score_in_engine(
         context.run(hidden)
         expected = HiddenPredictions(reference, read_hidden(context, hidden, windows, batch))
     with context.timed(f"score in {name}"), opened(name, path) as model:
-        problems = _tokenizer_problems(name, model, tokenizer, windows)
+        problems = tokenizer_problems(name, model, tokenizer, windows)
         found = EnginePredictions(model, windows)
         with context.console.bar("score", total=len(windows.ids)) as bar:
 
@@ -57,14 +59,13 @@ def score_in_engine(
 def engine_path(source: str, checkpoint: Checkpoint) -> Path:
     """What an engine opens: the directory or GGUF file that `model.path` names, or where the hub's model lies."""
     local = Path(source).expanduser()
-    files = sorted(local.glob("*.gguf")) if local.is_dir() else []
-    return files[0] if len(files) == 1 else local if local.exists() else checkpoint.directory
+    return gguf_in(local) if local.exists() else checkpoint.directory
 
 
-def _tokenizer_problems(
+def tokenizer_problems(
     name: str, model: EngineModel, tokenizer: PreTrainedTokenizerBase, windows: ScoredWindows
 ) -> list[str]:
-    """Where the engine has a tokenizer of its own, whether it gives the same ids for the evaluation text."""
+    """Where the engine has a tokenizer of its own: whether it gives other ids for the evaluation text."""
     texts = [str(tokenizer.decode(ids)) for ids in windows.ids[:TOKENIZED]]
     found = [(model.tokenize(text), tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     different = sum(ids is not None and ids != expected for ids, expected in found)

@@ -27,6 +27,8 @@ FILES, RECORD = "files", "export.json"
 class Export:
     """The result of `export_stage`, opened."""
 
+    stage: Stage
+    exporter: Exporter
     files: Path
     record: ExportRecord
 
@@ -60,12 +62,12 @@ def export_all(
     context: Context, model: StreamedModel, quantized: Quantized, exporters: Iterable[Exporter]
 ) -> list[Export]:
     layers = [layer.name for layer in quantized.layers]
-    stages = [export_stage(model, layers, quantized.stage, exporter) for exporter in exporters]
-    return [_opened(context.run(stage).path) for stage in stages]
+    return [_export(context, export_stage(model, layers, quantized.stage, one), one) for one in exporters]
 
 
-def _opened(directory: Path) -> Export:
-    return Export(directory / FILES, load_record(ExportRecord, directory / RECORD))
+def _export(context: Context, stage: Stage, exporter: Exporter) -> Export:
+    directory = context.run(stage).path
+    return Export(stage, exporter, directory / FILES, load_record(ExportRecord, directory / RECORD))
 
 
 def link_exports(exports: Sequence[Export], directory: Path) -> None:
@@ -91,7 +93,7 @@ def quantized_model(model: StreamedModel, result: Checkpoint, layers: Iterable[s
     """A finished model. model: it, or the one that it was quantised from. codes: directory of its layer files."""
     files = {_stored(model, layer): codes / f"{layer}.safetensors" for layer in layers}
     forms = {name: load_form(file) for name, file in files.items()}
-    return QuantizedModel(result, forms, _linear(model), lambda name: load_layer(files[name]))
+    return QuantizedModel(result, forms, _linear(model), lambda name: load_layer(files[name]), _transposed(model))
 
 
 def model_to_quantize(model: StreamedModel, layers: Iterable[str], quantizer: Quantizer) -> QuantizedModel:
@@ -106,7 +108,7 @@ def model_to_quantize(model: StreamedModel, layers: Iterable[str], quantizer: Qu
     def load(name: str) -> StoredWeight:
         raise AssertionError(f"{name}: is not quantised yet")
 
-    return QuantizedModel(model.checkpoint, forms, _linear(model), load)
+    return QuantizedModel(model.checkpoint, forms, _linear(model), load, _transposed(model))
 
 
 def check_exports(
@@ -122,7 +124,7 @@ def check_exports(
                 f"{word}: {online[0]} needs a Hadamard product at run time, which no format here can say; "
                 "rotation.r4=false"
             )
-        if name := _transposed(model):
+        if name := next((name for name in model.forms if name in model.transposed), None):
             raise ConfigError(f"{word}: {name} is stored as (in, out), which packed formats do not know")
         warnings += exporter.check(model)
         if simulated:
@@ -130,9 +132,8 @@ def check_exports(
     return warnings
 
 
-def _transposed(model: QuantizedModel) -> str | None:
-    shapes = model.checkpoint.shapes
-    return next((name for name, form in model.forms.items() if shapes[name] != form.shape), None)
+def _transposed(model: StreamedModel) -> list[str]:
+    return [_stored(model, name) for name, layer in model.linear_layers().items() if layer.is_transposed]
 
 
 def _stored(model: StreamedModel, layer: str) -> str:

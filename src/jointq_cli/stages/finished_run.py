@@ -8,13 +8,17 @@ from pathlib import Path
 
 import torch
 
+from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import JointqError
+from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.formats.export import Exporter, QuantizedModel
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.records import ExportRecord, RunReport
+from jointq_cli.records import EngineCheck, ExportRecord, RunReport
 from jointq_cli.report.reproduction.finished_run import read_finished_run
+from jointq_cli.stages.engine_check import WINDOWS, check_in_engine
 from jointq_cli.stages.export import check_exports, quantized_model, write_export
+from jointq_cli.stages.tokens import evaluation_windows
 from jointq_cli.system.files import UNFINISHED, sync_tree, translated_disk_errors
 from jointq_cli.system.run_directory import RunDirectory
 
@@ -25,6 +29,7 @@ class FinishedModel:
 
     run: RunDirectory
     report: RunReport
+    streamed: StreamedModel  # in float32
     model: QuantizedModel
 
     def check(self, exporters: Sequence[Exporter]) -> list[str]:
@@ -44,8 +49,8 @@ def open_finished(directory: Path, device: torch.device) -> FinishedModel:
         raise JointqError(f"{run.codes}: lacks {missing[0]}.safetensors, and an export is packed from the codes")
     checkpoint = Checkpoint(run.checkpoint)
     code = finished.settings.get("model.trust_remote_code") == "true"
-    model = StreamedModel(checkpoint, device, checkpoint.dtype, code)
-    return FinishedModel(run, finished.report, quantized_model(model, checkpoint, layers, run.codes))
+    model = StreamedModel(checkpoint, device, torch.float32, code)
+    return FinishedModel(run, finished.report, model, quantized_model(model, checkpoint, layers, run.codes))
 
 
 def refuse_existing(place: Path) -> None:
@@ -66,6 +71,14 @@ def write_beside(model: QuantizedModel, exporter: Exporter, place: Path) -> Expo
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return record
+
+
+def check_finished(finished: FinishedModel, exporter: Exporter, place: Path) -> EngineCheck:
+    """Tries an export in its engine, on text that comes with Python, since that of the run may be far away."""
+    model = finished.streamed
+    tokenizer = load_tokenizer(model.checkpoint.directory, model.trust_remote_code)
+    windows = evaluation_windows(Evaluation(max_windows=WINDOWS), tokenizer)
+    return check_in_engine(exporter, place, model, tokenizer, windows)
 
 
 def with_exports(report: RunReport, records: Sequence[ExportRecord]) -> RunReport:

@@ -3,7 +3,7 @@
 from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.activation_settings import Activations
-from jointq_cli.models.layer_selection import LayerSelection, find_routers
+from jointq_cli.models.layer_selection import LayerSelection, find_routers, find_uncalled
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers.base import Quantizer
@@ -41,6 +41,6 @@ def selected_layers(
     linear = model.linear_layers()
     in_blocks = [name for name in linear if model.block_of(name) is not None]
     activations.check_layers(in_blocks)
-    names = layers.select(in_blocks, list(linear), find_routers(linear))
+    names = layers.select(in_blocks, list(linear), find_routers(linear), find_uncalled(model.module))
     quantizer.check({name: linear[name].in_features for name in names})
     return names

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jointq_cli.formats.export.unpack import unpack_checkpoint
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.gguf_file import GGUF_DTYPE, convert_gguf
 from jointq_cli.models.skeleton import check_finite
@@ -10,17 +11,20 @@ from jointq_cli.stages.base import Context, Stage
 from jointq_cli.system.files import file_hash
 
 
-def fetch_model(context: Context, source: ModelSource) -> Checkpoint:
-    """The checkpoint that a recipe names. Reads every byte: raises NumericsError for the first NaN or Inf in a tensor
-    that the model uses."""
+def fetch_model(context: Context, source: ModelSource, *, packed: bool = False) -> Checkpoint:
+    """The checkpoint that a recipe names; with `packed` also a quantised one, dequantised. Reads every byte: raises
+    NumericsError for the first NaN or Inf in a tensor that the model uses."""
 
-    def converted(file: Path) -> Path:
-        digest = file_hash(file)
-        context.note_hash(file, [file], digest)
-        return context.reuse(conversion(file, digest)).path
+    def converted(place: Path) -> Path:
+        if place.is_dir():
+            found = Checkpoint(place, packed=True)
+            return context.reuse(dequantization(found)).path
+        digest = file_hash(place)
+        context.note_hash(place, [place], digest)
+        return context.reuse(conversion(place, digest)).path
 
     with context.timed("model"):
-        checkpoint = fetch(source, converted)
+        checkpoint = fetch(source, converted, packed=packed)
         # Before any computing: a NaN in the last shard should not be found hours later.
         context.reuse(_verification(checkpoint, source.trust_remote_code))
         context.note_hash(checkpoint.directory, checkpoint.hashed_files, checkpoint.content_hash)
@@ -35,6 +39,17 @@ def conversion(file: Path, digest: str) -> Stage:
         spec={"dtype": str(GGUF_DTYPE)},
         inputs=(digest,),
         make=lambda scratch, context: convert_gguf(file, scratch),
+    )
+
+
+def dequantization(packed: Checkpoint) -> Stage:
+    """A packed checkpoint as an ordinary one."""
+    return Stage(
+        name="model",
+        kind="dequantized",
+        spec={},
+        inputs=(packed.content_hash, packed.companions_hash(code=True)),
+        make=lambda scratch, context: unpack_checkpoint(packed.directory, scratch),
     )
 
 

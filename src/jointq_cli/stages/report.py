@@ -14,7 +14,7 @@ from jointq_cli.models.coverage import coverage
 from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
-from jointq_cli.records import Audit, ExportRecord, RunReport
+from jointq_cli.records import Audit, ExportRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
 from jointq_cli.stages.base import Context
 from jointq_cli.stages.quantize import Quantized
@@ -67,6 +67,7 @@ def finish_run(
     quantized: Quantized,
     measured: QuantizedScores,
     exports: list[ExportRecord],
+    tasks: list[TaskRecord],
 ) -> RunReport:
     """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
     files = hash_results(context, run)
@@ -98,6 +99,7 @@ def finish_run(
         device=str(context.device),
         warnings=list(context.console.warnings),
         exports=exports,
+        tasks=tasks,
     )
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run)
@@ -159,8 +161,7 @@ def _audit(context: Context, original: StreamedModel, rotated: Rotated, quantize
     model with untied embeddings is larger."""
     model = rotated.model
     with context.timed("audit"):
-        names = {layer.name: model.stored_name(f"{layer.name}.weight") for layer in quantized.layers}
-        audited = audit(model.checkpoint, quantized.checkpoint, names, quantized.layers, quantized.codes)
+        audited = audit(model, quantized.checkpoint, quantized.layers, quantized.codes)
         return replace(audited, source_bytes=original.checkpoint.weight_bytes)
 
 

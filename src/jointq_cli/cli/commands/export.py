@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jointq_cli.errors import JointqError
+from jointq_cli.errors import JointqError, UntrustedResult
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +23,10 @@ def main(arguments: list[str]) -> int:
         raise JointqError(f"{key}={output or settings[key]}: for one format, and {', '.join(words)} are {len(words)}")
     exporters = [exporter_of(word, settings) for word in words]
     with Console() as console:
-        export(parsed.run_directory, exporters, Path(output).expanduser() if output else None, console)
+        records = export(parsed.run_directory, exporters, Path(output).expanduser() if output else None, console)
+    found = [problem for record in records if record.check for problem in record.check.problems]
+    if found:
+        raise UntrustedResult("; ".join(found))
     return 0
 
 

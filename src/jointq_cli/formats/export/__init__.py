@@ -7,8 +7,13 @@ from typing import Any
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.export.base import Exporter, QuantizedModel
 from jointq_cli.formats.export.compressed_tensors import CompressedTensorsExporter
+from jointq_cli.formats.export.gguf import GgufExporter
+from jointq_cli.formats.export.gptq import GptqExporter
+from jointq_cli.formats.export.mlx import MlxExporter
 
-EXPORTERS: dict[str, Any] = {exporter.format: exporter for exporter in (CompressedTensorsExporter,)}
+EXPORTERS: dict[str, Any] = {
+    exporter.format: exporter for exporter in (CompressedTensorsExporter, GptqExporter, GgufExporter, MlxExporter)
+}
 
 __all__ = ["EXPORTERS", "Exporter", "QuantizedModel", "exporter_of", "exporters_of"]
 

@@ -1,18 +1,21 @@
 """The contract of an exporter: a frozen dataclass that writes a quantised model in the layout of a runtime."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
+
+CHUNK = 1 << 20  # elements compared at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +25,14 @@ class QuantizedModel:
     checkpoint: its dequantised form; before it is quantised, the original. forms: by name of a weight in the
     checkpoint, the form of each quantised one, tensors on the meta device. linear: names in the checkpoint of the
     weights of all linear layers, quantised or not. load: the stored weight of one name in `forms`, on the CPU.
+    transposed: those of `linear` that the checkpoint stores as (in, out).
     """
 
     checkpoint: Checkpoint
     forms: Mapping[str, StoredWeight]
     linear: Sequence[str]
     load: Callable[[str], StoredWeight]
+    transposed: Collection[str] = ()
 
     def load_uniform(self, name: str) -> UniformWeight:
         weight = self.load(name)
@@ -44,6 +49,8 @@ class Exporter(ABC):
     """Writes a quantised model for one runtime. Its fields are the settings of `jointq export` for this format."""
 
     format: ClassVar[str]
+    engine: ClassVar[str]  # which loads it, of those in `evaluation.engines`
+    engine_needs: ClassVar[tuple[str, ...]] = ()  # modules of other packages with which the engine reads the format
     tolerance: ClassVar[float] = 0.0  # largest difference between a decoded and a stored weight, in steps of the grid
     plain_tolerance: ClassVar[float] = 0.0  # of the other tensors, relative to a tensor's largest magnitude
 
@@ -98,3 +105,39 @@ def refuse_permutation(forms: Mapping[str, UniformWeight], word: str) -> None:
             f"export={word}: {name} has its columns grouped in another order (act_order), which the format cannot "
             "hold; quantizer.static_groups=true or quantizer.act_order=false, or export=gptq (which vLLM does not take)"
         )
+
+
+def refuse_wide_scales(forms: Mapping[str, UniformWeight], word: str) -> None:
+    """Raises ConfigError where scales are float32, of which float16 holds but a few."""
+    name = next((name for name, form in forms.items() if form.scale.dtype == torch.float32), None)
+    if name is not None:
+        raise ConfigError(
+            f"export={word}: the scales of {name} are float32 as the checkpoint is, and the format stores float16; "
+            "quantise a bfloat16 checkpoint, or export=compressed-tensors"
+        )
+
+
+def float16_scales(weight: UniformWeight, name: str, word: str) -> Tensor:
+    """The scales in float16, which holds bfloat16 numbers from 2^-17 to 65504 exactly. Raises ConfigError where one
+    would be rounded."""
+    rounded = weight.scale.to(torch.float16)
+    if count := int((rounded.double() != weight.scale.double()).sum()):
+        raise ConfigError(
+            f"export={word}: {count} scales of {name} are out of float16's range; export=compressed-tensors"
+        )
+    return rounded
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest magnitude of `expected`."""
+    if found.shape != expected.shape:
+        return torch.inf
+    if torch.equal(found, expected):
+        return 0.0
+    # Some at a time: an embedding matrix in float64 would set the peak of memory.
+    pairs = zip(found.flatten().split(CHUNK), expected.flatten().split(CHUNK), strict=True)
+    differences, sizes = zip(
+        *(((one.double() - two.double()).abs().max(), two.abs().max()) for one, two in pairs), strict=True
+    )
+    largest = torch.stack(sizes).max().double()
+    return float(torch.stack(differences).max() / largest) if largest else torch.inf

@@ -54,6 +54,8 @@ class CompressedTensorsExporter(Exporter):
     """2 to 8 bits, symmetric and asymmetric, in groups or per channel; several grids in one model."""
 
     format: ClassVar[str] = WORD
+    engine: ClassVar[str] = "transformers"
+    engine_needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
 
     @property
     def label(self) -> str:

@@ -14,17 +14,20 @@ from jointq_cli.system.tensor_files import save_tensors
 CONFIG = "config.json"
 
 
-def write_shards(model: QuantizedModel, directory: Path, packed: Callable[[str], Mapping[str, Tensor]]) -> None:
+Converted = Callable[[str], Mapping[str, Tensor]]  # name of a weight -> the tensors, by name, that replace it
+
+
+def write_shards(model: QuantizedModel, directory: Path, packed: Converted, plain: Converted | None = None) -> None:
     """Fills `directory` with weights, index and tokenizer; `write_config` adds config.json.
 
-    packed: name of a quantised weight -> the tensors, by name, that replace it. One shard is in memory at a time.
+    packed: of quantised weights. plain: of all others; None copies them. One shard is in memory at a time.
     """
     checkpoint = model.checkpoint
     files = sorted({info.file for info in checkpoint.tensors.values()})
     for file in files:
         tensors: dict[str, Tensor] = {}
         for name in (name for name, info in checkpoint.tensors.items() if info.file == file):
-            tensors |= packed(name) if name in model.forms else checkpoint.read([name])
+            tensors |= packed(name) if name in model.forms else plain(name) if plain else checkpoint.read([name])
         save_tensors(directory / file.name, tensors)
     copy_companions(checkpoint, directory, code=True)
     (directory / CONFIG).unlink(missing_ok=True)

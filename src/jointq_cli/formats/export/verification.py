@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ModelError
-from jointq_cli.formats.export.base import Exporter, QuantizedModel
+from jointq_cli.formats.export.base import Exporter, QuantizedModel, relative_error
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.records import ExportRecord
 
@@ -31,7 +31,7 @@ def verified(model: QuantizedModel, exporter: Exporter, directory: Path) -> Expo
             )
     rounding = {}
     for name in model.plain:
-        error = _relative_error(read(name), model.checkpoint.read([name])[name])
+        error = relative_error(read(name), model.checkpoint.read([name])[name])
         if not error <= exporter.plain_tolerance:
             raise ModelError(f"{directory}: {name} is read back with a relative error of {error:.3g}")
         if error:
@@ -56,13 +56,3 @@ def _error_in_steps(found: Tensor, stored: UniformWeight) -> float:
         return torch.inf
     step = stored.scale.to(torch.float32)[:, stored.column_groups()]
     return float(((found - expected) / step).abs().max())
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the tensor's largest magnitude."""
-    if found.shape != expected.shape:
-        return torch.inf
-    if torch.equal(found, expected):
-        return 0.0
-    largest = expected.double().abs().max()
-    return float((found.double() - expected.double()).abs().max() / largest) if largest else torch.inf

@@ -34,7 +34,7 @@ class Solution:
 
     damping: fraction of the Hessian's mean diagonal that was added, None where none is used. verdict: "ok", "damped"
     (damping had to be raised), "fallback" (rounded to nearest, because the solve failed and `on_failure` is rtn),
-    "no input" (rounded to nearest, because all calibration inputs are zero).
+    "no input" (rounded to nearest, because all calibration inputs are zero, or none reaches it).
     """
 
     quantized: StoredWeight

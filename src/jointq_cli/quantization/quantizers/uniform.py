@@ -27,7 +27,8 @@ class FailedPreparation(Prepared):
 
 @dataclass(frozen=True)
 class NoInput(Prepared):
-    """All calibration inputs are zero, as after pruned heads: there is nothing to solve for, and nothing to correct."""
+    """No token reaches the layer, or all its inputs are zero, as after pruned heads: there is nothing to solve for, and
+    nothing to correct."""
 
     failed: ClassVar[bool] = True
 

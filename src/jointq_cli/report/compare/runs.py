@@ -71,15 +71,18 @@ class RunComparison:
         return [difference for difference in found if difference.key not in HOUSEKEEPING] or found
 
     def protocol_differences(self) -> list[RunDifference]:
-        """Why metrics of these runs cannot be compared: different models, each part of the protocols that differs."""
+        """Why metrics of these runs cannot be compared: different models, each part of the protocols that differs, and
+        tasks of one name with different samples."""
         reports = [run.report for run in self.runs]
-        values = {
+        values: dict[str, list[str | None]] = {
             f"protocol.{part.name}": [str(getattr(report.protocol, part.name)) for report in reports]
             for part in fields(Protocol)
         }
+        tasks = dict.fromkeys(task.task for report in reports for task in report.tasks)
+        values |= {f"task {name}": [_task_hash(report, name) for report in reports] for name in tasks}
         if len({report.model_hash for report in reports}) > 1:
             values = {"model": [f"{report.model} {report.model_hash}" for report in reports], **values}
-        return [RunDifference(key, list(each)) for key, each in values.items() if len(set(each)) > 1]
+        return [RunDifference(key, each) for key, each in values.items() if len(set(each) - {None}) > 1]
 
     def labels(self) -> list[str]:
         """Each run by its name and the settings that set it apart: "2 (quantizer=rtn, bits=3)", cut if too long."""
@@ -145,6 +148,11 @@ class RunComparison:
         """By layer, the indices of the runs that have it."""
         names = dict.fromkeys(name for run in self.runs for name in run.output_errors)
         return {name: tuple(i for i, run in enumerate(self.runs) if name in run.output_errors) for name in names}
+
+
+def _task_hash(report: RunReport, name: str) -> str | None:
+    """None where a run has not measured the task."""
+    return next((task.task_hash for task in report.tasks if task.task == name), None)
 
 
 def accumulated_error(report: RunReport) -> float:

@@ -1,4 +1,4 @@
-"""The jobs of a sweep over `jointq quantize` or `jointq evaluate`, what each of them measured, and the best one.
+"""The jobs of a sweep over `jointq quantize` or `jointq evaluate`, what each of them measured, and how they rank.
 
 Knows the files of a job and which measurements are comparable. Knows no table and no markup.
 """
@@ -8,13 +8,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import Comparison, Coverage, EvaluationReport, Perplexity, Protocol, RunReport
+from jointq_cli.records import Comparison, Coverage, EvaluationReport, Perplexity, Protocol, RunReport, TaskRecord
 from jointq_cli.report import summary
 from jointq_cli.report.compare.run_files import EVALUATION, REPORT
 from jointq_cli.system.record_json import load_record, load_report
 from jointq_cli.system.sweep_directory import DONE, JobRecord, SweepDirectory
+
+Measure = Literal["KL divergence", "perplexity"]  # by which jobs are ranked; the least is best
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,21 @@ class SweepMeasurement:
     seconds: float
     coverage: Coverage | None = None
     warnings: list[str] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
+    is_reference: bool = False  # the model is the reference itself, and its KL divergence no result
+
+    def value(self, measure: Measure) -> tuple[float, float]:
+        """A measurement and its standard error, which a single window leaves unknown: infinite. The KL divergence is
+        NaN without an original, and from an engine that gives no logits."""
+        value, error = self.perplexity.value, self.perplexity.standard_error
+        if measure == "KL divergence":
+            found = self.comparison
+            value, error = (found.kl_divergence, found.kl_divergence_standard_error) if found else (math.nan, math.nan)
+        return value, error if self.protocol.windows > 1 else math.inf
+
+    @property
+    def has_divergence(self) -> bool:
+        return not math.isnan(self.value("KL divergence")[0])
 
     @property
     def increase(self) -> tuple[float, float]:
@@ -50,11 +68,20 @@ class SweepJob:
     record: JobRecord
     measured: SweepMeasurement | None
 
-    @property
-    def score(self) -> float:
-        """Perplexity; infinite if there is none or it is not finite."""
-        value = self.measured.perplexity.value if self.measured else math.inf
-        return value if math.isfinite(value) else math.inf
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best job and those that the measurements do not distinguish from it.
+
+    Two jobs are distinguishable where they differ by more than the sum of their standard errors. Both were measured on
+    the same text; the sum is an upper bound of the standard error of their paired difference, which takes the scores
+    of every window.
+    """
+
+    measure: Measure
+    best: SweepJob | None  # the first of equals; None where no job has a result, or jobs were measured unlike
+    near: list[SweepJob] = field(default_factory=list)  # not distinguishable from the best
+    unlike: list[str] = field(default_factory=list)  # what differs between the measurements of jobs
 
 
 def load_jobs(directory: SweepDirectory, numbers: Iterable[int] | None = None) -> list[SweepJob]:
@@ -64,13 +91,25 @@ def load_jobs(directory: SweepDirectory, numbers: Iterable[int] | None = None) -
     return [_load_job(directory, number, settings[number]) for number in chosen]
 
 
-def best(jobs: Sequence[SweepJob]) -> SweepJob | None:
-    """The finished job with the lowest perplexity, the first of equals; None where jobs were measured unlike."""
-    finished = [job for job in jobs if job.score < math.inf]
-    return None if unlike(jobs) else min(finished, key=lambda job: job.score, default=None)
+def finite(jobs: Sequence[SweepJob]) -> list[SweepJob]:
+    """The jobs with a finite perplexity."""
+    return [job for job in jobs if job.measured and math.isfinite(job.measured.perplexity.value)]
 
 
-def unlike(jobs: Sequence[SweepJob]) -> list[str]:
+def ranking(jobs: Sequence[SweepJob]) -> Ranking:
+    """By KL divergence where all jobs have one, else by perplexity. The reference itself is not ranked."""
+    measured = [(job, job.measured) for job in finite(jobs) if job.measured]
+    with_divergence = [found.has_divergence for _, found in measured]
+    measure: Measure = "KL divergence" if measured and all(with_divergence) else "perplexity"
+    values = [(job, *found.value(measure)) for job, found in measured if not found.is_reference]
+    if (different := _unlike(jobs)) or not values:
+        return Ranking(measure, None, unlike=different)
+    best, least, error = min(values, key=lambda each: each[1])
+    near = [job for job, value, own in values if job is not best and value - least <= error + own]
+    return Ranking(measure, best, near)
+
+
+def _unlike(jobs: Sequence[SweepJob]) -> list[str]:
     """What differs between the measurements of jobs, so that they do not compare: parts of the protocol, or the model
     that each was measured against."""
     measured = [job.measured for job in jobs if job.measured]
@@ -108,6 +147,7 @@ def _of_run(report: RunReport) -> SweepMeasurement:
         seconds=summary.total_seconds(report),
         coverage=report.coverage,
         warnings=report.warnings,
+        tasks=report.tasks,
     )
 
 
@@ -123,4 +163,9 @@ def _of_evaluation(report: EvaluationReport) -> SweepMeasurement:
         bits_per_weight=None,
         peak_memory=None,
         seconds=summary.total_seconds(report),
+        warnings=report.warnings,
+        tasks=report.tasks,
+        is_reference=report.engine is None
+        and comparison is not None
+        and (report.model == report.reference or comparison.kl_divergence == 0),
     )

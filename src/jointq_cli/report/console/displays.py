@@ -156,7 +156,7 @@ class PlainDisplay(LogDisplay):
 
 
 class BriefPlainDisplay(PlainDisplay):
-    """Only progress and warnings, for one job of a sweep; the rest is in the log of the job."""
+    """Progress, notes such as that a job waits, and warnings of one job of a sweep; the rest is in the job's log."""
 
     def __init__(self, label: str, stream: TextIO, clock: Callable[[], float]) -> None:
         super().__init__(stream, clock)
@@ -178,7 +178,7 @@ class BriefPlainDisplay(PlainDisplay):
         pass
 
     def note(self, text: str) -> None:
-        pass
+        super().note(f"{self.progress}{self._label}: {text}")
 
     def warn(self, text: str) -> None:
         super().warn(f"{self._label}: {text}")

@@ -55,7 +55,7 @@ def export_summary(records: list[ExportRecord], places: list[Path]) -> FinalSumm
     lines = [summary.export_line(record) for record in records]
     return FinalSummary(
         headline=f"{records[0].format}: {lines[0]}" if len(records) == 1 else f"{len(records)} formats written",
-        problems=[],
+        problems=[problem for record in records if record.check for problem in record.check.problems],
         metrics=[],
         details=[(record.format, line) for record, line in zip(records, lines, strict=True) if len(records) > 1],
         next_steps=[

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from jointq_cli.report.compare.sweep import SweepJob, SweepMeasurement, best
+from jointq_cli.report.compare.sweep import Ranking, SweepJob, SweepMeasurement, finite, ranking
 from jointq_cli.report.figures import style
 from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.grouping import grouped
@@ -41,15 +41,15 @@ class _SweptSetting:
 
 def sweep_figures(jobs: Sequence[SweepJob]) -> list[SvgFigure]:
     """Nothing if no setting has enough numeric values for a curve, or if nothing was measured."""
-    measured = [job for job in jobs if job.score < math.inf]
+    measured = finite(jobs)
     swept = _swept_setting(measured)
     if swept is None:
         return []
-    marked = best(jobs)
-    figures = [_curves(f"Perplexity over {swept.name}", "perplexity", _perplexity, swept, measured, marked)]
-    if all(job.measured and job.measured.comparison for job in measured):
+    ranked = ranking(jobs)
+    figures = [_curves(f"Perplexity over {swept.name}", "perplexity", _perplexity, swept, measured, ranked)]
+    if all(job.measured and math.isfinite(_divergence(job.measured)[0]) for job in measured):
         title = f"KL divergence over {swept.name}"
-        figures.append(_curves(title, "nats per token", _divergence, swept, measured, marked))
+        figures.append(_curves(title, "nats per token", _divergence, swept, measured, ranked))
     return figures
 
 
@@ -59,8 +59,8 @@ def _perplexity(measured: SweepMeasurement) -> tuple[float, float]:
 
 
 def _divergence(measured: SweepMeasurement) -> tuple[float, float]:
-    assert measured.comparison is not None
-    return measured.comparison.kl_divergence, measured.comparison.kl_divergence_standard_error
+    found = measured.comparison
+    return (found.kl_divergence, found.kl_divergence_standard_error) if found else (math.nan, math.nan)
 
 
 def _swept_setting(jobs: Sequence[SweepJob]) -> _SweptSetting | None:
@@ -84,7 +84,7 @@ def _numbers(jobs: Sequence[SweepJob], key: str) -> dict[int, float]:
 
 
 def _curves(
-    title: str, unit: str, metric: Metric, swept: _SweptSetting, jobs: Sequence[SweepJob], marked: SweepJob | None
+    title: str, unit: str, metric: Metric, swept: _SweptSetting, jobs: Sequence[SweepJob], ranked: Ranking
 ) -> SvgFigure:
     lines = _lines(jobs, swept)
     drawn = [job for members in lines.values() for job in members]
@@ -98,6 +98,7 @@ def _curves(
                 x, y, yerr=errors, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.2,
                 elinewidth=1.0, label=label or None,
             )  # fmt: skip
+        marked = ranked.best
         if marked is not None and marked.measured is not None and marked.number in swept.values:
             x, y = [swept.values[marked.number]], [metric(marked.measured)[0]]
             axes.plot(x, y, marker="o", markersize=14, markerfacecolor="none", color=style.INK, linestyle="none")
@@ -109,7 +110,7 @@ def _curves(
         axes.set_ylabel(unit)
         if len(lines) > 1:
             axes.legend()
-        return style.svg_figure(axes, title, _caption(metric, drawn))
+        return style.svg_figure(axes, title, _caption(metric, drawn, ranked))
 
 
 def _ticks_at_values(axes: Axes, swept: _SweptSetting) -> None:
@@ -123,8 +124,8 @@ def _ticks_at_values(axes: Axes, swept: _SweptSetting) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _caption(metric: Metric, jobs: Sequence[SweepJob]) -> str:
-    circle = "; in the circle: the least perplexity"
+def _caption(metric: Metric, jobs: Sequence[SweepJob], ranked: Ranking) -> str:
+    circle = f"; in the circle: the job with the least {ranked.measure}" if ranked.best in jobs else ""
     if metric is _divergence:
         return f"KL(original || quantised), ± one standard error over windows{circle}"
     found = {job.measured.original_perplexity for job in jobs if job.measured and job.measured.original_perplexity}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.number_format import KeyMetric, byte_size, damping_text, duration, scientific
-from jointq_cli.report.tables.run import kinds_table
+from jointq_cli.report.tables.run import kinds_table, tasks_table
 from jointq_cli.report.tables.table import TableDocument, TextTable
 
 WORST = 10  # layers; layers.csv has all
@@ -21,6 +21,7 @@ def run_markdown(report: RunReport) -> str:
         _table(("metric", "value", "note"), _metric_rows(summary.key_metrics(report))),
         f"Protocol: `{report.protocol.line()}`",
         *_basis(report),
+        *(part for table in tasks_table(report.tasks) for part in _text_table(table)),
         *_text_table(kinds_table(report.layers)),
         *_not_ok(report),
         *_blocks(report),

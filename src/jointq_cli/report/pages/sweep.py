@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jointq_cli.report.compare.run_files import RECIPE, REPORT
-from jointq_cli.report.compare.sweep import SweepJob, best, load_jobs
+from jointq_cli.report.compare.sweep import Ranking, SweepJob, load_jobs, ranking
 from jointq_cli.report.pages.markdown import document_markdown
 from jointq_cli.report.pages.writers import csv_text
 from jointq_cli.report.tables.sweep import sweep_document
@@ -20,13 +20,13 @@ BEST = "best"  # the name of the recipe
 def write_summary(directory: SweepDirectory, *, page: bool) -> None:
     """page: write summary.html too, whose figures take a second or two. Raises ResourceError."""
     name, jobs = directory.plan().name, load_jobs(directory)
-    document = sweep_document(name, jobs)
-    rows = [_row(job) for job in jobs]
+    document, ranked = sweep_document(name, jobs), ranking(jobs)
+    rows = [_row(job, ranked) for job in jobs]
     names = list(dict.fromkeys(name for row in rows for name in row))
     write_text_atomically(directory.path / "summary.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     write_text_atomically(directory.path / "summary.csv", csv_text(names, rows))
     write_text_atomically(directory.path / "summary.md", document_markdown(document))
-    _write_best(directory, best(jobs))
+    _write_best(directory, ranked.best)
     if page:
         from jointq_cli.report.figures.sweep import sweep_figures  # imports matplotlib
         from jointq_cli.report.pages.html import document_html
@@ -44,8 +44,8 @@ def best_command(directory: Path) -> str:
     return f"jointq quantize --config-dir {shlex.quote(str(directory))} recipe={BEST}"
 
 
-def _row(job: SweepJob) -> dict[str, Any]:
-    """All measurements at full precision; None where there is none."""
+def _row(job: SweepJob, ranked: Ranking) -> dict[str, Any]:
+    """All measurements at full precision, and the place in the ranking; None where there is none."""
     measured, comparison = job.measured, job.measured and job.measured.comparison
     metrics: dict[str, Any] = {
         "perplexity": measured and measured.perplexity.value,
@@ -61,6 +61,9 @@ def _row(job: SweepJob) -> dict[str, Any]:
         "checkpoint_bits_per_parameter": measured and measured.coverage and measured.coverage.checkpoint_bits,
         "peak_memory": measured and measured.peak_memory,
     }
+    for task in measured.tasks if measured else []:
+        metrics[task.name] = task.score.value
+        metrics[f"{task.name}_standard_error"] = task.score.standard_error
     return {
         "job": job.number,
         **job.settings,
@@ -68,6 +71,9 @@ def _row(job: SweepJob) -> dict[str, Any]:
         "error": job.record.error,
         "seconds": round(job.record.seconds, 3),
         **{name: _jsonable(value) for name, value in metrics.items()},
+        "ranked_by": ranked.best and ranked.measure,
+        "best": job is ranked.best,
+        "not_distinguishable_from_best": job in ranked.near,
     }
 
 

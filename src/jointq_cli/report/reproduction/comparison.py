@@ -41,6 +41,7 @@ def compare(
         metrics.reload_check(*runs),
         metrics.compare_records("simulation", *runs),
         metrics.compare_records("likelihoods", *runs),
+        metrics.compare_records("tasks", *runs),
         *map(metrics.metric_step, replayed),
     ]
     results_are_identical = all(step.same for step in steps_after_config)

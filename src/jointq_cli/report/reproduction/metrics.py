@@ -28,7 +28,7 @@ def _without(record: Record, *names: str) -> Record:
 
 def _flat(record: Record, field: str) -> Record:
     """The record with the entries of one dictionary field as fields of their own."""
-    return _without(record, field) | {f"{field}.{name}": value for name, value in record[field].items()}
+    return _without(record, field) | {f"{field}.{name}": value for name, value in (record[field] or {}).items()}
 
 
 # Without times, without labels, which older reports lack, and without METRICS, which are steps of their own.
@@ -41,6 +41,7 @@ RECORDS: dict[str, Callable[[RunReport], dict[str, Record]]] = {
     "simulation": lambda report: (
         {"simulation": _flat(asdict(report.simulation), "clip_ratios")} if report.simulation else {}
     ),
+    "tasks": lambda report: {task.name: _flat(_flat(asdict(task), "score"), "original") for task in report.tasks},
     "likelihoods": lambda report: {
         "original": _without(asdict(report.original), "value"),
         "quantised": _without(asdict(report.quantized), "value"),

@@ -26,7 +26,7 @@ def comparison_document(comparison: RunComparison, unfinished: Sequence[str]) ->
         headline="These runs do not compare: they were not measured alike." if incomparable else _headline(comparison),
         warnings=[_in_words(difference, comparison) for difference in incomparable],
         notes=_notes(comparison, unfinished),
-        tables=[_metrics(comparison), _errors(comparison), *_changed(comparison)],
+        tables=[_metrics(comparison), *_tasks(comparison), _errors(comparison), *_changed(comparison)],
     )
 
 
@@ -79,6 +79,22 @@ def _metrics(comparison: RunComparison) -> TextTable:
         "peak memory": column(lambda report: number_format.byte_size(report.peak_memory)),
     }
     return _table_of_runs("Perplexity, KL divergence and costs", comparison, columns)
+
+
+def _tasks(comparison: RunComparison) -> list[TextTable]:
+    """A column per figure of lm-eval's tasks; no table without any."""
+    figures = [{task.name: task for task in run.report.tasks} for run in comparison.runs]
+    names = list(dict.fromkeys(name for run in figures for name in run))
+    columns = {
+        name: [Cell(summary.task_score_text(run[name].score if name in run else None)) for run in figures]
+        for name in names
+    }
+    changes = {
+        f"change of {name}": [Cell(summary.task_change_text(run[name]) if name in run else MISSING) for run in figures]
+        for name in names
+    }
+    table = _table_of_runs("Tasks, and the change against the original model", comparison, columns | changes)
+    return [replace(table, short_stub=True)] if names else []
 
 
 def _bits(value: float | None) -> str:

@@ -6,10 +6,12 @@ Knows jobs and what they measured. Knows no markup and no terminal.
 from collections.abc import Sequence
 
 from jointq_cli.report import summary
-from jointq_cli.report.compare.sweep import SweepJob, best, unlike
+from jointq_cli.report.compare.sweep import Ranking, SweepJob, ranking
+from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import (
     MISSING,
     duration,
+    listed,
     percent,
     plural,
     relative_change,
@@ -20,6 +22,8 @@ from jointq_cli.report.tables.table import BEST_MARK, GAP, Cell, TableDocument, 
 from jointq_cli.system.sweep_directory import DONE
 
 METRICS = (("perplexity", 14), ("increase", 16), ("KL divergence", 19), ("time", 11))  # with their column widths
+NEAR_MARK = " ~"
+MOST_NUMBERS = 8  # of jobs in one sentence
 
 
 class SweepRows:
@@ -51,69 +55,112 @@ class SweepRows:
 
 def sweep_document(name: str, jobs: Sequence[SweepJob]) -> TableDocument:
     """name: the recipe's."""
-    chosen = best(jobs)
+    ranked = ranking(jobs)
     return TableDocument(
         title=f"{name}: sweep of {plural(len(jobs), 'job')}",
-        headline=_headline(chosen, jobs),
-        warnings=[
-            *(f"job {job.number} {job.record.state}: {job.record.error}" for job in jobs if job.record.error),
-            *(f"job {job.number}: {text}" for job in jobs if job.measured for text in job.measured.warnings),
-        ],
-        notes=_notes(jobs, chosen),
-        tables=[_jobs(jobs, chosen)],
+        headline=_headline(ranked, jobs),
+        warnings=_warnings(jobs),
+        notes=_notes(jobs, ranked),
+        tables=[_jobs(jobs, ranked)],
     )
 
 
-def _headline(chosen: SweepJob | None, jobs: Sequence[SweepJob]) -> str:
+def _headline(ranked: Ranking, jobs: Sequence[SweepJob]) -> str:
     done = sum(job.record.state == DONE for job in jobs)
     so_far = "" if done == len(jobs) else f"{done} of {plural(len(jobs), 'job')} done. "
-    if different := unlike(jobs):
-        return f"{so_far}No best job: results do not compare, since the jobs differ in {', '.join(different)}."
+    if ranked.unlike:
+        return f"{so_far}No best job: results do not compare, since the jobs differ in {', '.join(ranked.unlike)}."
+    chosen = ranked.best
     if chosen is None or chosen.measured is None:
-        return f"{so_far}No perplexity to compare."
+        return f"{so_far}No {ranked.measure} to compare."
     keys = shortest_suffixes(list(chosen.settings))
     settings = ", ".join(f"{key}={value}" for key, value in zip(keys, chosen.settings.values(), strict=True))
-    perplexity, increase = _metrics(chosen)[:2]
-    against = f", {increase}" if chosen.measured.comparison else ""
-    return (
-        f"{so_far}Least perplexity in job {chosen.number}{f' ({settings})' if settings else ''}: {perplexity}{against}."
-    )
+    perplexity, increase, divergence, _ = _metrics(chosen)
+    by_perplexity = ranked.measure == "perplexity"
+    against = f" ({increase})" if chosen.measured.comparison else ""
+    result = f"{perplexity}{against}" if by_perplexity else f"{divergence}, perplexity {perplexity}{against}"
+    near = f" Not distinguishable from it: {_named(ranked.near, jobs)} ({_reason(ranked)})." if ranked.near else ""
+    job = f"job {chosen.number}{f' ({settings})' if settings else ''}"
+    return f"{so_far}Least {ranked.measure} in {job}: {result}.{near}"
 
 
-def _notes(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> list[str]:
+def _reason(ranked: Ranking) -> str:
+    """Why jobs are not distinguishable from the best one."""
+    if any(job.measured and job.measured.protocol.windows == 1 for job in ranked.near):
+        return "a single window gives no standard error"
+    return "within the sum of both standard errors, an upper bound of the paired one"
+
+
+def _warnings(jobs: Sequence[SweepJob]) -> list[str]:
+    """Errors and warnings, each text once with the jobs that have it."""
+    failed = [job for job in jobs if job.record.error]
+    errors = grouped(failed, lambda job: f"{job.record.state}: {job.record.error}")
+    warned = [(text, job) for job in jobs if job.measured for text in dict.fromkeys(job.measured.warnings)]
+    return [
+        *(f"{_named(members, jobs)} {text}" for text, members in errors.items()),
+        *(
+            f"{_named([job for _, job in members], jobs)}: {text}"
+            for text, members in grouped(warned, lambda each: each[0]).items()
+        ),
+    ]
+
+
+def _named(chosen: Sequence[SweepJob], jobs: Sequence[SweepJob]) -> str:
+    """ "job 3", "jobs 1, 2", "all 8 jobs"."""
+    if len(chosen) == len(jobs) > 1:
+        return f"all {len(jobs)} jobs"
+    return f"{'job' if len(chosen) == 1 else 'jobs'} {listed([str(job.number) for job in chosen], MOST_NUMBERS)}"
+
+
+def _notes(jobs: Sequence[SweepJob], ranked: Ranking) -> list[str]:
     protocols = {job.measured.protocol.line() for job in jobs if job.measured}
     notes = [f"protocol: {line}" for line in sorted(protocols)]
-    if chosen is not None:
+    if ranked.best is not None:
         mark = BEST_MARK.strip()
-        notes.append(f"{mark} the least perplexity; chosen on this text, it is a little too good for any other")
+        notes.append(f"{mark} the least {ranked.measure}; chosen on this text, it is a little too good for any other")
+    if ranked.near:
+        notes.append(f"{NEAR_MARK.strip()} not distinguishable from it: {_reason(ranked)}")
+    if references := [job for job in jobs if job.measured and job.measured.is_reference]:
+        notes.append(f"not ranked: {_named(references, jobs)}, the reference itself")
     if any(job.measured and job.measured.comparison for job in jobs):
         notes.append("increase: against the original, ± the standard error of the paired difference")
     return notes
 
 
-def _jobs(jobs: Sequence[SweepJob], chosen: SweepJob | None) -> TextTable:
+def _jobs(jobs: Sequence[SweepJob], ranked: Ranking) -> TextTable:
     keys = _keys([job.settings for job in jobs])
     metrics = ["perplexity", "increase", "KL divergence", "top-1", "bits/weight", "bits/model", "time", "state"]
+    tasks = list(dict.fromkeys(task.name for job in jobs if job.measured for task in job.measured.tasks))
     rows = [
         [
             Cell(str(job.number)),
             *(Cell(job.settings.get(key, MISSING)) for key in keys),
-            *_cells(job, job is chosen),
+            *_cells(job, ranked),
+            *_task_cells(job, tasks),
         ]
         for job in jobs
     ]
-    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics], rows)
+    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics, *tasks], rows)
 
 
-def _cells(job: SweepJob, is_best: bool) -> list[Cell]:
+def _cells(job: SweepJob, ranked: Ranking) -> list[Cell]:
     perplexity, increase, divergence, time = _metrics(job)
     measured = job.measured
-    top1 = percent(measured.comparison.top1_agreement) if measured and measured.comparison else MISSING
+    found = measured.comparison if measured and measured.has_divergence else None
+    top1 = percent(found.top1_agreement) if found else MISSING
     bits = significant(measured.bits_per_weight, 3) if measured and measured.bits_per_weight else MISSING
     model = significant(measured.coverage.checkpoint_bits, 3) if measured and measured.coverage else MISSING
-    mark = BEST_MARK if is_best else " " * len(BEST_MARK)
-    texts = [increase, divergence, top1, bits, model, time, job.record.state]
-    return [Cell(perplexity + mark, is_best), *map(Cell, texts)]
+    mark = BEST_MARK if job is ranked.best else NEAR_MARK if job in ranked.near else " " * len(BEST_MARK)
+    texts = [perplexity, increase, divergence, top1, bits, model, time, job.record.state]
+    cells = list(map(Cell, texts))
+    column = 0 if ranked.measure == "perplexity" else 2
+    cells[column] = Cell(texts[column] + mark, job is ranked.best)
+    return cells
+
+
+def _task_cells(job: SweepJob, names: Sequence[str]) -> list[Cell]:
+    scores = {task.name: task.score for task in job.measured.tasks} if job.measured else {}
+    return [Cell(summary.task_score_text(scores.get(name))) for name in names]
 
 
 def _metrics(job: SweepJob) -> list[str]:
@@ -126,7 +173,8 @@ def _metrics(job: SweepJob) -> list[str]:
     perplexity = summary.perplexity_text(measured.perplexity)
     if measured.comparison is None:
         return [perplexity, MISSING, MISSING, time]
-    return [perplexity, relative_change(*measured.increase), summary.kl_text(measured.comparison), time]
+    divergence = summary.kl_text(measured.comparison) if measured.has_divergence else MISSING
+    return [perplexity, relative_change(*measured.increase), divergence, time]
 
 
 def _keys(settings: Sequence[dict[str, str]]) -> list[str]:

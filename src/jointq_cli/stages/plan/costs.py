@@ -32,7 +32,9 @@ STATISTICS_SLOWDOWN = 1.4  # of the statistics' narrow matrix products relative 
 HIDDEN_OPERATIONS = 14  # pointwise, per element of a block's hidden states
 MLP_OPERATIONS = 3  # pointwise, per element of the hidden states inside the MLP
 BLOCK_SECONDS = 0.02  # overhead per block: loading modules, writing files
+ENGINE_WINDOWS, ENGINE_SECONDS = 8, 2.0  # through an inference engine, and what loading a model into it takes
 LAYER_SECONDS = 0.008  # overhead per layer
+HARNESS_SECONDS = 1.0  # of a task in lm-eval besides its forward passes
 LOGIT_OPERATIONS = 30  # pointwise, per logit and model
 PACKING_OPERATIONS = 40  # pointwise, per quantised weight: packed, read back and compared
 WEIGHT_OPERATIONS = 40  # pointwise, per quantised weight: codes, scales, errors, files
@@ -171,6 +173,27 @@ class Workload:
             disk=packed,
         )
 
+    def task(self, requests: int, mean: int, longest: int, batch: int) -> Cost:
+        """All requests of a task through the complete model in plain transformers. mean, longest: tokens of a request.
+        batch: requests per forward pass."""
+        windows = Windows(requests, mean)
+        complete = self._loaded(self.shapes.in_blocks + self.shapes.outside + self._untied)
+        return Cost(
+            seconds=HARNESS_SECONDS
+            + self._source_bytes / READ
+            + self._forward(windows)
+            + self._logits(windows.tokens, models=1),
+            memory=complete + batch * longest * self.shapes.vocabulary * (self.element + 2 * FLOAT) + self._pass,
+        )
+
+    def engine_check(self) -> Cost:
+        """A few windows through the dequantised checkpoint, and through the export, complete in an engine's memory."""
+        few = Windows(min(ENGINE_WINDOWS, self.evaluation.count), self.evaluation.length)
+        return Cost(
+            seconds=ENGINE_SECONDS + 2 * self._forward(few),
+            memory=FLOAT * self.shapes.embedding + self.stored * (self.shapes.in_blocks + self.shapes.outside),
+        )
+
     def file_hashes(self) -> Cost:
         return Cost(seconds=(self._quantized_bytes + self._codes) / READ)
 
@@ -300,9 +323,12 @@ class Workload:
 
     def _scoring(self) -> float:
         """Seconds of both models' logits and their comparison."""
-        logits = self.evaluation.tokens * self.shapes.vocabulary
+        return self._logits(self.evaluation.tokens, models=2)
+
+    def _logits(self, tokens: int, models: int) -> float:
+        logits = tokens * self.shapes.vocabulary
         products = 2 * logits * self.shapes.hidden / self.speeds.forward
-        return 2 * products + LOGIT_OPERATIONS * logits / self.speeds.pointwise
+        return models * products + LOGIT_OPERATIONS * logits / self.speeds.pointwise
 
     @property
     def _first_stream(self) -> float:

@@ -14,12 +14,14 @@ from jointq_cli.data.calibration import Calibration, calibration_tokens
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import ResourceError
+from jointq_cli.evaluation.tasks import LoadedTask, NotDownloaded, load_tasks
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
+from jointq_cli.stages.engine_check import check_stage, is_checked
 from jointq_cli.stages.export import export_stage
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
@@ -29,6 +31,7 @@ from jointq_cli.stages.plan.costs import Windows
 from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
+from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage
 from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage
 from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.integrity import has_expected_sizes
@@ -54,12 +57,14 @@ UNKNOWN, EVERY_RUN = StageStatus("unknown"), StageStatus("every run")
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run starts from. tokens, windows: None where a run would have to fetch the text first."""
+    """What a run starts from. tokens, windows, tasks: None where a run would have to fetch them first."""
 
     original: StreamedModel
     tokens: Tokens | None
     tokens_status: StageStatus
     windows: ScoredWindows | None
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[SizedTask] | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
     """Raises what the run would raise for its model and texts, and ResourceError where the model is not on this machine
     or not converted yet."""
     store, code = Path(recipe.store), recipe.model.trust_remote_code
+    tasks = _find_tasks(recipe.evaluation)
 
     def converted(file: Path) -> Path:
         digest = cached_hash(store, file, [file])
@@ -93,7 +99,9 @@ def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
     tokenizer = load_tokenizer(original.checkpoint.directory, code)
     tokens, status = _find_tokens(recipe.calibration, tokenizer, store)
     on_hub = recipe.evaluation.is_on_hub
-    return RunInputs(original, tokens, status, None if on_hub else evaluation_windows(recipe.evaluation, tokenizer))
+    windows = None if on_hub else evaluation_windows(recipe.evaluation, tokenizer)
+    sized = None if tasks is None else size_tasks(tasks, original, tokenizer, recipe.runtime)
+    return RunInputs(original, tokens, status, windows, tokenizer, sized)
 
 
 def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
@@ -130,9 +138,18 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
 
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
     computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
-    exports = [_known(export_stage(shaped, layers, quantize, exporter), model) for exporter in recipe.exporters]
-    exporting = [(stage, status(stage)) for stage in exports]
+    exporting = []
+    for exporter in recipe.exporters:
+        export = _known(export_stage(shaped, layers, quantize, exporter), model)
+        exporting.append((export, status(export)))
+        if recipe.check_exports and is_checked(exporter):
+            check = check_stage(export, quantize, shaped, layers, exporter, inputs.tokenizer, windows)
+            check = _known(check, model, inputs.windows)
+            exporting.append((check, status(check, inputs.windows)))
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
+    before = [task_stage(task, original, original.identity, "original") for task in inputs.tasks or ()]
+    after = [task_stage(task, original, [quantize.key], "quantized") for task in inputs.tasks or ()]
+    evaluating += [(stage, status(stage)) for stage in (*before, *after)]
     return DryRun(
         stages=computing + exporting + evaluating,
         layers=layers,
@@ -141,6 +158,14 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         shares_hessians=shares_hessians,
         unread=unread,
     )
+
+
+def _find_tasks(evaluation: Evaluation) -> list[LoadedTask] | None:
+    """None where a part of them is on the hub and not on this machine."""
+    try:
+        return load_tasks(evaluation, offline=True)
+    except NotDownloaded:
+        return None
 
 
 def _find_tokens(

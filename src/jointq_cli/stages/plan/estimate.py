@@ -12,10 +12,12 @@ from jointq_cli.stages.plan.dry_run import EVERY_RUN, TO_FETCH, UNKNOWN, DryRun,
 from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.plan.throughput import measure_speeds
+from jointq_cli.stages.tasks import TASKS, task_warnings
 from jointq_cli.system import machine
 from jointq_cli.system.files import nearest_existing
 
 RUN_DIRECTORY = "run directory"
+TASKS_SECONDS = 3.0  # to load lm-eval and a few hundred samples
 
 Row = tuple[str, StageStatus, Cost]  # a stage, how far it is, and what the rest of it costs
 
@@ -50,6 +52,7 @@ def estimate_run(recipe: Recipe, inputs: RunInputs) -> RunEstimate:
             *shared_text(recipe, inputs.tokens, inputs.windows),
             *preflight_warnings(recipe, inputs.original, load.shapes, load.calibration.tokens, scored),
             *export_warnings(recipe, inputs.original, found.layers),
+            *task_warnings(inputs.tasks or [], recipe.activations),
         ],
         notes=_notes(recipe, inputs, found),
     )
@@ -75,7 +78,9 @@ def workload(recipe: Recipe, inputs: RunInputs, found: DryRun) -> Workload:
 def _rows(recipe: Recipe, inputs: RunInputs, found: DryRun, load: Workload) -> list[Row]:
     """In the order of the run."""
     windows_status = TO_FETCH if inputs.windows is None else EVERY_RUN
+    tasks_status = TO_FETCH if inputs.tasks is None else EVERY_RUN
     return [
+        *([(TASKS, tasks_status, Cost(seconds=TASKS_SECONDS))] if recipe.evaluation.tasks else []),
         ("model", EVERY_RUN, load.model()),
         ("calibration tokens", inputs.tokens_status, load.text(load.calibration)),
         ("evaluation tokens", windows_status, load.text(load.evaluation)),
@@ -100,6 +105,11 @@ def _notes(recipe: Recipe, inputs: RunInputs, found: DryRun) -> list[str]:
         if inputs.windows is None:
             text = f"evaluation.dataset={recipe.evaluation.dataset}"
             notes.append(f"unknown, since a plan does not contact the hub: what the store has of {text}")
+    if inputs.tasks is None:
+        tasks = ",".join(recipe.evaluation.tasks)
+        notes.append(f"not estimated: evaluation.tasks=[{tasks}], whose samples are yet to be downloaded from the hub")
+    if recipe.evaluation.tasks:
+        notes.append("evaluation.tasks hold the complete model in memory, all other stages one block at a time")
     if inputs.original.device.type == "cuda":
         notes.append("memory is that of the GPU; the memory of the process is not estimated")
     return notes
@@ -112,9 +122,15 @@ def _shortages(estimate: RunEstimate, recipe: Recipe) -> list[str]:
         runtime = recipe.runtime
         suspended = f"runtime.suspended_activations_gb={runtime.suspended_activations_gb:g}"
         keys = f"{suspended}, runtime.batch_tokens={runtime.batch_tokens}"
+        way_out = "lower these, or calibration.num_samples"
+        if stage.partition(" ")[0] in recipe.evaluation.tasks:
+            keys, way_out = (
+                f"evaluation.tasks=[{','.join(recipe.evaluation.tasks)}]",
+                "measure them where there is more",
+            )
         found.append(
             f"{keys}: stage {stage} takes about {estimate.memory / 1e9:.3g} GB of memory, and "
-            f"{estimate.memory_available / 1e9:.3g} GB are free; lower these, or calibration.num_samples"
+            f"{estimate.memory_available / 1e9:.3g} GB are free; {way_out}"
         )
     copied = 0.0 if _one_disk(recipe) else next(stage.disk for stage in estimate.stages if stage.name == RUN_DIRECTORY)
     places = (

@@ -56,7 +56,7 @@ def shapes_of(model: StreamedModel, selected: list[str]) -> Shapes:
     """selected: full names of the layers to quantise, in the order of the model."""
     config: Any = model.module.config.get_text_config()  # of a model with vision as well
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
-    head = next(name for name, module in model.linear_layers().items() if module is _head(model))
+    head = next(layer for layer in model.linear_layers().values() if layer.module is _head(model))
     return Shapes(
         blocks=len(model),
         hidden=int(config.hidden_size),
@@ -65,7 +65,7 @@ def shapes_of(model: StreamedModel, selected: list[str]) -> Shapes:
         largest_block=max(sizes),
         in_blocks=sum(sizes),
         outside=model.checkpoint.parameters - sum(sizes),
-        is_tied=not model.stores(f"{head}.weight"),
+        is_tied=not model.stores(head.weight_name),
         inputs=tuple(_inputs(model, selected)),
         left_out=left_out(model, selected),
     )

@@ -1,8 +1,9 @@
 """Preflight warnings: valid settings that usually give poor results.
 
-Shown by `plan` and by the run itself before it computes, one line each, with the key to change. Knows sizes only.
+Shown by `plan` and by the command itself before it computes, one line each, with the key to change. Knows sizes only.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,10 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.models.layer_selection import find_uncalled
+from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.recipe import Recipe
+from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
 from jointq_cli.stages.export import check_exports, model_to_quantize
 from jointq_cli.stages.plan.model_sizes import Shapes
@@ -28,21 +31,50 @@ def preflight_warnings(
     found = [
         *model.checkpoint.warnings,
         _quantised_before(model),
+        _only_language_model(model),
         _left_out(shapes),
-        *_beyond_positions(recipe, model),
+        _uncalled(model),
+        *_beyond_positions(model, {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}),
         _few_tokens(calibrated, shapes),
-        _short_text(recipe, scored),
+        _short_text(recipe.evaluation, scored),
         _untied(recipe, model, shapes),
         _head_left_out(recipe),
     ]
     return [text for text in found if text]
 
 
+def _only_language_model(model: StreamedModel) -> str:
+    name = find_language_model(model.module)
+    if not name:
+        return ""
+    of_text = text_state(model.module)
+    others = [shape for stored, shape in model.source.shapes.items() if model.module_name(stored) not in of_text]
+    share = sum(map(math.prod, others)) / model.checkpoint.parameters
+    return (
+        f"model: of {type(model.module).__name__} the language model alone ({name}) is quantised and evaluated, on "
+        f"text alone; the rest, {100 * share:.2g} % of the parameters, stays as it is"
+    )
+
+
 def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
     """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+    if not recipe.exporters:
+        return []
     online = [part for part in recipe.rotation.parts if part == "R4"]
     planned = model_to_quantize(model, layers, recipe.quantizer)
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
+
+
+def evaluation_warnings(
+    recipe: EvaluateRecipe, model: StreamedModel, reference: StreamedModel, scored: int
+) -> list[str]:
+    """Of `jointq evaluate`; scored: number of tokens."""
+    models = [model] if reference is model else [model, reference]
+    lengths = {"evaluation": recipe.evaluation.seqlen}
+    files = [text for each in models for text in each.checkpoint.warnings]
+    positions = [text for each in models for text in _beyond_positions(each, lengths)]
+    short = _short_text(recipe.evaluation, scored)
+    return list(dict.fromkeys([*files, *positions, *([short] if short else [])]))
 
 
 def _quantised_before(model: StreamedModel) -> str:
@@ -50,10 +82,10 @@ def _quantised_before(model: StreamedModel) -> str:
     return f"model.path: jointq has quantised these weights already ({made}); use the original model" if made else ""
 
 
-def _beyond_positions(recipe: Recipe, model: StreamedModel) -> list[str]:
+def _beyond_positions(model: StreamedModel, lengths: Mapping[str, int]) -> list[str]:
+    """lengths: tokens of a window by part of the recipe."""
     config: Any = model.module.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    lengths = {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}
     return [
         f"{part}.seqlen={length}: more tokens than the model's max_position_embeddings={limit}; lower it"
         for part, length in lengths.items()
@@ -92,6 +124,16 @@ def _left_out(shapes: Shapes) -> str:
     return f"layers: only {100 * share:.2g} % of the weights of the blocks are quantised; left out are {kinds}"
 
 
+def _uncalled(model: StreamedModel) -> str:
+    kinds = {name.removeprefix(model.prefix(model.block_of(name) or 0)) for name in find_uncalled(model.module)}
+    if not kinds:
+        return ""
+    return (
+        f"layers: {', '.join(sorted(kinds))} cannot be quantised and is left out: the model uses its weight without "
+        "calling the layer, so that its inputs cannot be seen"
+    )
+
+
 def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
     """The kinds that have a percent of the weights at least, or the largest one; in percent."""
     parts = [(kind, 100 * part) for kind, part in left_out.items()]
@@ -108,10 +150,10 @@ def _few_tokens(calibrated: int, shapes: Shapes) -> str:
     )
 
 
-def _short_text(recipe: Recipe, scored: int | None) -> str:
+def _short_text(evaluation: Evaluation, scored: int | None) -> str:
     if scored is None or scored >= LEAST_SCORED:
         return ""
-    key = "max_windows" if _is_cut(recipe.evaluation, scored) else "path" if recipe.evaluation.path else "dataset"
+    key = "max_windows" if _is_cut(evaluation, scored) else "path" if evaluation.path else "dataset"
     return (
         f"evaluation.{key}: only {scored} tokens are scored, and perplexity needs some {LEAST_SCORED}; its error will "
         "be large"

@@ -1,0 +1,206 @@
+"""GGUF, the file of llama.cpp and Ollama: codes and scales in its blocks of 32, config and tokenizer as its keys."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from jointq_cli.errors import ConfigError, ModelError
+from jointq_cli.formats.export import gguf_architectures as architectures
+from jointq_cli.formats.export.base import Exporter, QuantizedModel, refuse_permutation, uniform_forms
+from jointq_cli.formats.export.gguf_blocks import (
+    TOLERANCE,
+    bits_of,
+    check_kind,
+    encode_blocks,
+    encode_plain,
+    natural_kind,
+)
+from jointq_cli.formats.export.gguf_tokenizer import read_tokenizer
+from jointq_cli.formats.uniform import UniformWeight
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.setting_rules import check_settings, setting
+
+TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+EMBEDDINGS = ("q8_0", "f16", "bf16")
+EMBEDDING_NAMES = ("token_embd.weight", "output.weight")
+BLOCK = 32  # columns
+FILE_TYPES = {
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q5_1: LlamaFileType.MOSTLY_Q5_1,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+@dataclass(frozen=True)
+class GgufExporter(Exporter):
+    """type: of the quantised layers, null for the smallest that holds their grid. embeddings: type of embeddings and
+    head, which are not quantised by jointq."""
+
+    format: ClassVar[str] = "gguf"
+    engine: ClassVar[str] = "llama.cpp"
+    tolerance: ClassVar[float] = max(TOLERANCE.values())
+    plain_tolerance: ClassVar[float] = 0.005  # Q8_0 rounds to 127 steps of a block's largest value
+
+    type: str | None = setting(None, choices=TYPES, null="for the smallest that holds the grid")
+    embeddings: str = setting("q8_0", choices=EMBEDDINGS)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    def label(self) -> str:
+        return "gguf" if self.type is None else f"gguf-{self.type}"
+
+    def check(self, model: QuantizedModel) -> list[str]:
+        forms = uniform_forms(model, self.format)
+        refuse_permutation(forms, self.format)
+        for name, form in forms.items():
+            if reason := check_kind(form, self._kind(form)):
+                raise ConfigError(f"export={self.format}: {name}: {reason}")
+        described = Description(model.checkpoint)
+        for name in _written(model):
+            described.name(name)
+        return [*_repeated(forms, self), *_window(described.config)]
+
+    def write(self, model: QuantizedModel, directory: Path) -> None:
+        described = Description(model.checkpoint)
+        kinds = {name: self._kind_of(model, described, name) for name in _written(model)}
+        writer = GGUFWriter(directory / self.file, gguf.MODEL_ARCH_NAMES[described.architecture.arch])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        quantized = [kinds[name] for name in model.forms]
+        writer.add_file_type(FILE_TYPES[max(FILE_TYPES, key=quantized.count)])
+        architectures.write_config(writer, described.architecture, described.config)
+        described.vocabulary.write(writer, described.tokenizer)
+        further = architectures.further_tensors(described.config)
+        for name, tensor in further.items():
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes)
+        for name, kind in kinds.items():
+            *rows, columns = model.checkpoint.shapes[name]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            shape = (*rows, columns // block * size)  # in bytes
+            writer.add_tensor_info(described.name(name), shape, np.dtype(np.uint8), math.prod(shape), kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in further.values():
+            writer.write_tensor_data(tensor.numpy())
+        for name, kind in kinds.items():
+            writer.write_tensor_data(_encoded(model, described, name, kind))
+        writer.close()
+        (directory / "Modelfile").write_text(f"FROM ./{self.file}\n", encoding="utf-8")
+
+    def reader(self, model: QuantizedModel, directory: Path) -> Callable[[str], Tensor]:
+        described = Description(model.checkpoint)
+        written = {tensor.name: tensor for tensor in GGUFReader(directory / self.file).tensors}
+        names = set(_written(model))
+
+        def read(name: str) -> Tensor:
+            if name not in names:
+                return model.checkpoint.read([name])[name]
+            found = written[described.name(name)]
+            values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
+            values = values.reshape(model.checkpoint.shapes[name]) - described.offset(name)
+            order = described.row_order(name, len(values))
+            return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
+
+        return read
+
+    def stored_bits(self, model: QuantizedModel) -> int:
+        forms = uniform_forms(model, self.format).values()
+        return round(sum(bits_of(self._kind(form)) * form.shape[0] * form.shape[1] for form in forms))
+
+    def commands(self, name: str) -> list[tuple[str, str]]:
+        return [
+            ("llama.cpp", f"llama-server -m {name}/{self.file}"),
+            ("Ollama", f"ollama create NAME -f {name}/Modelfile && ollama run NAME"),
+        ]
+
+    @property
+    def file(self) -> str:
+        return "model.gguf" if self.type is None else f"model-{self.type}.gguf"
+
+    def _kind(self, form: UniformWeight) -> GGMLQuantizationType:
+        return natural_kind(form) if self.type is None else GGMLQuantizationType[self.type.upper()]
+
+    def _kind_of(self, model: QuantizedModel, described: "Description", name: str) -> GGMLQuantizationType:
+        if name in model.forms:
+            return self._kind(uniform_forms(model, self.format)[name])
+        info = model.checkpoint.tensors[name]
+        if len(info.shape) == 1:
+            return GGMLQuantizationType.F32
+        if described.name(name) in EMBEDDING_NAMES and (self.embeddings != "q8_0" or info.shape[-1] % 32 == 0):
+            return GGMLQuantizationType[self.embeddings.upper()]
+        return GGMLQuantizationType[info.dtype]  # safetensors and GGUF call F32, F16 and BF16 alike
+
+
+class Description:
+    """What a GGUF file says of a checkpoint. Raises ConfigError where llama.cpp does not know the like."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config = AutoConfig.from_pretrained(checkpoint.directory)
+        self.architecture = architectures.architecture_of(self.config)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+        self.vocabulary = read_tokenizer(self.tokenizer, self.config.vocab_size)
+
+    def name(self, name: str) -> str:
+        return architectures.tensor_name(self.architecture, self.config, name)
+
+    def offset(self, name: str) -> float:
+        return architectures.offset_of(self.architecture, name)
+
+    def row_order(self, name: str, rows: int) -> Tensor | None:
+        return architectures.row_order(self.architecture, self.config, name, rows)
+
+
+def _written(model: QuantizedModel) -> list[str]:
+    """The tensors of the checkpoint that the file holds; llama.cpp computes rotary tables by itself."""
+    return [name for name in model.checkpoint.tensors if not name.endswith("rotary_emb.inv_freq")]
+
+
+def _encoded(
+    model: QuantizedModel, described: Description, name: str, kind: GGMLQuantizationType
+) -> np.ndarray[Any, Any]:
+    """The blocks of one tensor, uint8, rows in the order of llama.cpp. Raises ModelError, naming it."""
+    order = described.row_order(name, model.checkpoint.shapes[name][0])
+    if name not in model.forms:
+        tensor = model.checkpoint.read([name])[name]
+        tensor = tensor if order is None else tensor[order]
+        offset = described.offset(name)
+        return encode_plain(tensor.float() + offset if offset else tensor, kind).view(np.uint8)
+    weight = model.load_uniform(name)
+    if order is not None:
+        rows = {part: getattr(weight, part)[order] for part in ("codes", "scale", "zero_point")}
+        weight = replace(weight, **rows)
+    try:
+        return encode_blocks(weight, kind)
+    except ModelError as error:
+        raise ModelError(f"export=gguf: {name}: {error}") from error
+
+
+def _repeated(forms: Mapping[str, UniformWeight], exporter: GgufExporter) -> list[str]:
+    """Blocks have a scale for 32 columns: larger groups repeat theirs."""
+    size = max(form.group_size for form in forms.values())
+    if size == BLOCK:
+        return []
+    return [
+        f"export={exporter.format}: its blocks have a scale for {BLOCK} columns, so groups of {size} cost as much as "
+        f"quantizer.group_size={BLOCK}, with which the model is better"
+    ]
+
+
+def _window(config: Any) -> list[str]:
+    window = getattr(config, "sliding_window", None)
+    if config.model_type != "mistral" or not window or window >= config.max_position_embeddings:
+        return []
+    return [f"export=gguf: llama.cpp attends to all positions, the model to {window}: it differs in longer contexts"]

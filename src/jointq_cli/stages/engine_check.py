@@ -1,0 +1,121 @@
+"""Whether an export predicts in its engine what the dequantised checkpoint predicts in float32."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from jointq_cli.evaluation.engines import ENGINES, EnginePredictions, opened
+from jointq_cli.evaluation.perplexity import HiddenPredictions, compare, score
+from jointq_cli.evaluation.windows import ScoredWindows
+from jointq_cli.formats.export import Exporter
+from jointq_cli.models.forward import final_hidden
+from jointq_cli.models.sources import gguf_in
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.records import EngineCheck
+from jointq_cli.stages.base import Context, Stage
+from jointq_cli.stages.engine import tokenizer_problems
+from jointq_cli.stages.export import FILES, Export
+from jointq_cli.stages.plan.costs import Workload
+from jointq_cli.stages.quantize import Quantized, open_quantized
+from jointq_cli.system.record_json import encode, load_record
+
+WINDOWS = 8
+MOST_KL = 5e-4  # nats per token; bfloat16 in transformers differs from float32 by 1.5e-4
+MOST_CHANGE = 0.002  # of perplexity
+CHECK = "engine_check.json"
+
+
+def is_checked(exporter: Exporter) -> bool:
+    """Whether the engine of this format is installed."""
+    needed = (ENGINES[exporter.engine].module, *exporter.engine_needs)
+    return all(importlib.util.find_spec(module) is not None for module in needed)
+
+
+def check_all(
+    context: Context,
+    model: StreamedModel,
+    quantized: Quantized,
+    exports: list[Export],
+    tokenizer: PreTrainedTokenizerBase,
+    windows: ScoredWindows,
+) -> list[Export]:
+    """The exports, with the results of their checks where their engines are installed. model: the one that was
+    quantised."""
+    layers = [layer.name for layer in quantized.layers]
+
+    def checked(export: Export) -> Export:
+        if not is_checked(export.exporter):
+            return export
+        stage = check_stage(export.stage, quantized.stage, model, layers, export.exporter, tokenizer, windows)
+        found: EngineCheck = load_record(EngineCheck, context.run(stage).path / CHECK)
+        return replace(export, record=replace(export.record, check=found))
+
+    return [checked(export) for export in exports]
+
+
+def check_stage(
+    export: Stage,
+    quantize: Stage,
+    model: StreamedModel,
+    layers: list[str],
+    exporter: Exporter,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: ScoredWindows,
+) -> Stage:
+    """export: the stage that writes `exporter`'s files of the result of the stage `quantize`, which quantises `layers`
+    of `model`."""
+    first = windows.part(slice(WINDOWS))
+
+    def make(scratch: Path, context: Context) -> None:
+        def write() -> None:
+            checkpoint = open_quantized(context, quantize, layers).checkpoint
+            reference = StreamedModel(checkpoint, context.device, torch.float32, model.trust_remote_code)
+            files = context.directory(export) / FILES
+            found = check_in_engine(exporter, files, reference, tokenizer, first, context.pause)
+            (scratch / CHECK).write_text(encode(found), encoding="utf-8")
+
+        context.team.on_rank0(write)
+
+    return Stage(
+        name=f"check in {exporter.engine}",
+        kind="engine_check",
+        spec={"engine": ENGINES[exporter.engine].version},
+        inputs=(export.key, first.hash),
+        make=make,
+        cost=Workload.engine_check,
+        together=True,
+    )
+
+
+def check_in_engine(
+    exporter: Exporter,
+    directory: Path,
+    reference: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: ScoredWindows,
+    pause: Callable[[], None] = lambda: None,
+) -> EngineCheck:
+    """reference: the dequantised checkpoint in float32. Raises as `opened` does."""
+    expected = HiddenPredictions(reference, final_hidden(reference, windows.ids, 1, pause=pause))
+    name = exporter.engine
+    with opened(name, gguf_in(directory)) as model:
+        problems = tokenizer_problems(name, model, tokenizer, windows)
+        found = compare(score(expected, EnginePredictions(model, windows), windows, pause))
+    change = torch.tensor(found.nll_increase).expm1().item()
+    if not found.kl_divergence <= MOST_KL:
+        problems.append(f"KL {found.kl_divergence:.2g} from the checkpoint, and {MOST_KL:g} is the limit")
+    if not abs(change) <= MOST_CHANGE:
+        problems.append(
+            f"perplexity {100 * change:+.2g} % from the checkpoint's, and {100 * MOST_CHANGE:g} % is the limit"
+        )
+    return EngineCheck(
+        engine=f"{name} ({ENGINES[name].version})",
+        windows=len(windows.ids),
+        kl_divergence=found.kl_divergence,
+        perplexity_change=change,
+        problems=[f"export {exporter.label} in {name}: {problem}" for problem in problems],
+    )

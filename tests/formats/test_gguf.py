@@ -1,0 +1,231 @@
+"""GGUF files: what transformers and llama.cpp make of them, by architecture, and what is refused before any work."""
+
+import inspect
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from export_cases import write_quantized
+from gguf import GGUFReader
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.evaluation.engines import ENGINES, opened
+from jointq_cli.formats.export import QuantizedModel
+from jointq_cli.formats.export.gguf import GgufExporter
+from jointq_cli.formats.export.gguf_tokenizer import read_tokenizer
+from jointq_cli.formats.export.verification import verified
+from jointq_cli.models.gguf_file import convert_gguf
+from jointq_cli.models.sources import BUNDLED
+from jointq_cli.quantization.quantizers import RTN
+
+VOCABULARY = json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
+Q4_0 = RTN(bits=4, group_size=32, symmetric=True)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+MODELS = {
+    "llama": {},
+    "llama_tied": {},
+    "llama_bias": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {"sliding_window": None},
+}
+
+
+def write_model(directory: Path, family: str, rtn: RTN = Q4_0, **changes: object) -> QuantizedModel:
+    """A tiny model with the bundled model's tokenizer, which is one that llama.cpp knows."""
+    model = write_quantized(directory, family, rtn, vocab_size=VOCABULARY, norm_spread=0.2, **MODELS[family], **changes)
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copyfile(file, directory / file.name)
+    return model
+
+
+def exported(tmp_path: Path, model: QuantizedModel, exporter: GgufExporter) -> Path:
+    target = tmp_path / "export"
+    target.mkdir()
+    assert not [note for note in exporter.check(model) if "sliding" in note]
+    exporter.write(model, target)
+    return target
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_tensor_is_read_back_and_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
+    model = write_model(tmp_path / "model", family)
+    exporter = GgufExporter(embeddings="bf16")
+    target = exported(tmp_path, model, exporter)
+    record = verified(model, exporter, target)
+    assert record.worst_error == 0
+    assert record.bits_per_weight == 4.5
+    assert all(error < 1e-6 for error in record.rounded.values())  # Gemma's norms, which are stored plus 1
+    if not ENGINES["llama.cpp"].is_installed:
+        pytest.skip("xllamacpp is not installed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = "def f(x):\n    return [x, 12345, 'naïve', \"don't\"]  # 漢字 \U0001f980 \t end"
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+    with opened("llama.cpp", target / exporter.file) as engine:
+        assert engine.tokenize(text) == ids.tolist()
+        found = engine.log_probabilities(ids)
+    expected = torch.log_softmax(loaded(ids[None]).logits[0], dim=-1)
+    assert torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean") < 0.01
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen2"])
+def test_transformers_reads_the_same_weights(tmp_path: Path, family: str) -> None:
+    """Of the other architectures its reader drops keys or tensors."""
+    model = write_model(tmp_path / "model", family)
+    target = exported(tmp_path, model, GgufExporter(embeddings="bf16"))
+    (tmp_path / "converted").mkdir()
+    convert_gguf(target / "model.gguf", tmp_path / "converted")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "converted"))
+    expected = ours.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    ids = torch.arange(32)[None]
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rtn", "kind", "bits"),
+    [
+        (RTN(bits=4, group_size=64), "Q4_1", 5.0),
+        (RTN(bits=5, group_size=32, symmetric=True), "Q5_0", 5.5),
+        (RTN(bits=5, group_size=None), "Q5_1", 6.0),
+        (RTN(bits=8, group_size=32, symmetric=True), "Q8_0", 8.5),
+        (RTN(bits=6, group_size=32), "Q8_0", 8.5),
+    ],
+)
+def test_the_grid_chooses_the_type(tmp_path: Path, rtn: RTN, kind: str, bits: float) -> None:
+    model = write_model(tmp_path / "model", "llama", rtn)
+    exporter = GgufExporter()
+    target = exported(tmp_path, model, exporter)
+    record = verified(model, exporter, target)
+    assert record.bits_per_weight == bits
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file).tensors}
+    assert kinds["blk.1.ffn_up.weight"] == kind
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["output_norm.weight"] == "F32"
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        GgufExporter().write(model, tmp_path / name)
+        files.append((tmp_path / name / "model.gguf").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LLAMA3,
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaling_of_rotary_embeddings_is_carried_over(tmp_path: Path, rope: dict[str, object]) -> None:
+    model = write_model(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=1024)
+    target = exported(tmp_path, model, GgufExporter())
+    (tmp_path / "converted").mkdir()
+    convert_gguf(target / "model.gguf", tmp_path / "converted")
+    found = json.loads((tmp_path / "converted" / "config.json").read_text())["rope_parameters"]
+    assert {key: found[key] for key in rope} == rope
+
+
+def test_what_llama_cpp_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
+    exporter = GgufExporter()
+    for family, rule in (("olmo2", "architecture olmo2; there are llama"), ("gpt_neox", "architecture gpt_neox")):
+        with pytest.raises(ConfigError, match=rule):
+            exporter.check(write_quantized(tmp_path / family, family, Q4_0))
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **factors}
+    for name, changes, rule in (
+        ("pattern", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "no regular pattern"),
+        ("scalar", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar"),
+    ):
+        settings = {**MODELS["gemma3"], **changes}
+        with pytest.raises(ConfigError, match=rule):
+            exporter.check(write_quantized(tmp_path / name, "gemma3", Q4_0, **settings))
+    with pytest.raises(ConfigError, match="rope_type=longrope"):
+        exporter.check(write_quantized(tmp_path / "long", "phi3", Q4_0, sliding_window=None, rope_parameters=longrope))
+    words = write_quantized(tmp_path / "words", "llama", Q4_0)  # its tokenizer is a WordLevel one
+    with pytest.raises(ConfigError, match="WordLevel"):
+        exporter.check(words)
+    model = write_model(tmp_path / "model", "llama")
+    for change, rule in (
+        ({"permutation": torch.arange(64)}, "act_order"),
+        ({"bits": 3}, "nothing is gained"),
+    ):
+        forms = {name: replace(form, **change) for name, form in model.forms.items()}
+        with pytest.raises(ConfigError, match=rule):
+            exporter.check(replace(model, forms=forms))
+    with pytest.raises(ConfigError, match="type=q2_k: must be one of"):
+        GgufExporter(type="q2_k")
+
+
+def edited(**changes: object) -> PreTrainedTokenizerFast:
+    """The bundled model's tokenizer with some parts of tokenizer.json replaced."""
+    content = {**json.loads((BUNDLED / "tokenizer.json").read_text()), **changes}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused() -> None:
+    assert read_tokenizer(edited(), VOCABULARY).pre == "gpt-2"
+    digits = {"type": "Digits", "individual_digits": True}
+    levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    smollm = edited(pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, levels]})
+    assert read_tokenizer(smollm, VOCABULARY).pre == "smollm"
+    with pytest.raises(ConfigError, match="splits text in a way of its own"):
+        read_tokenizer(edited(pre_tokenizer={"type": "Sequence", "pretokenizers": [levels, digits]}), VOCABULARY)
+    with pytest.raises(ConfigError, match="normalises text"):
+        read_tokenizer(edited(normalizer={"type": "Lowercase"}), VOCABULARY)
+
+
+def sentencepiece_like(prepend: bool) -> PreTrainedTokenizerFast:
+    """BPE over characters with bytes as fallback, as converted from SentencePiece."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("\u2581")] if prepend else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    )
+    text = inspect.getsource(inspect)
+    tokenizer.train_from_iterator(text.splitlines(), trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]  # bytes are ordinary tokens
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+def test_llama_cpp_tokenizes_as_sentencepiece_does(tmp_path: Path, prepend: bool) -> None:
+    if not ENGINES["llama.cpp"].is_installed:
+        pytest.skip("xllamacpp is not installed")
+    tokenizer = sentencepiece_like(prepend)
+    model = write_quantized(tmp_path / "model", "llama", Q4_0, vocab_size=1024)
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    tokenizer.save_pretrained(tmp_path / "model")
+    target = exported(tmp_path, model, GgufExporter())
+    with opened("llama.cpp", target / "model.gguf") as engine:
+        for text in ("def function(self, x):\n    return isinstance(x, str)", "a  b   naïve 漢字", "import re"):
+            assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text
