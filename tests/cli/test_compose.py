@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -138,6 +139,35 @@ MISTAKES = {
         1,
         "recipe=pocket_w4g12: did you mean pocket_w4g128? It must be one of ci_",
     ),
+    "quantize recipe=my.yaml": (
+        1,
+        "recipe=my.yaml: no such option; a recipe of your own is a file FOLDER/recipe/my.yaml, given by --config-dir",
+    ),
+    "quantize my.yaml": (1, "my.yaml: settings are written KEY=VALUE; a recipe of your own is a file FOLDER/recipe/my"),
+    "quantize model=org/name": (
+        1,
+        "model=org/name: no such option; a directory, a GGUF file or a hub id is named by model.path=org/name",
+    ),
+    "quantize model=/tmp/name": (
+        1,
+        "model=/tmp/name: no such option; a directory, a GGUF file or a hub id is named by",
+    ),
+    "quantize model=name": (1, "model=name: must be one of checkpoint, "),
+    "quantize org/name": (1, "org/name: settings are written KEY=VALUE; a model is named by model.path=org/name"),
+    "quantize calibration=my.txt": (
+        1,
+        "calibration=my.txt: no such option; a file is named by calibration=text calibration.path=my.txt",
+    ),
+    "quantize sweep=bits": (1, "sweep=bits: a sweep is added to the recipe with a plus, and needs -m: -m +sweep=bits"),
+    "quantize model.path=a(1)": (
+        1,
+        "model.path=a(1): cannot be read; quote a value that has spaces, quotes or brackets: 'model.path=\"a(1)\"'",
+    ),
+    "quantize model.path=a,b": (
+        1,
+        "model.path=a,b: several values make a sweep, which needs --multirun (-m); a list is written [a,b], and one "
+        "text with a comma 'model.path=\"a,b\"'",
+    ),
     "quantize quantizer=gtpq": (1, "quantizer=gtpq: did you mean gptq? It must be one of "),
     "quantize quantizer.bit=4": (1, "no such key quantizer.bit; did you mean quantizer.bits?"),
     "quantize quantiser.bits=4": (1, "no such key quantiser.bits; did you mean quantizer.bits?"),
@@ -271,6 +301,38 @@ def test_a_mistake_in_a_recipe_file_names_the_file(tmp_path: Path, capsys: pytes
     assert (
         capsys.readouterr().err == "error: recipe/mine.yaml: no such key quantizer.bit; did you mean quantizer.bits?\n"
     )
+
+
+@pytest.mark.parametrize("body", ["name: mine\n", "defaults:\n  - override /model: pocket\n\nname: mine\n"])
+def test_a_recipe_file_without_its_package_line_is_told_so(
+    body: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(body)
+    assert main(["quantize", "--config-dir", str(tmp_path), "recipe=mine"]) == 1
+    rule = "a recipe must begin with the line `# @package _global_`"
+    assert capsys.readouterr().err == f"error: recipe/mine.yaml: {rule}\n"
+
+
+@pytest.mark.parametrize("value", ["~/a", "a=b", "a#b", "a%b@c", "modèle/日本", "a~b\\"])
+def test_a_path_is_read_as_it_is_typed(value: str, jobs: list[tuple[Any, Job]]) -> None:
+    assert run(f"quantize model.path={value}", jobs) == 0
+    assert jobs[0][0].model.path == value
+
+
+def test_the_values_of_a_sweep_are_read_as_they_are_typed(jobs: list[tuple[Any, Job]]) -> None:
+    run("quantize -m model.path=~/a,b=c", jobs)
+    assert [recipe.model.path for recipe, _ in jobs] == ["~/a", "b=c"]
+
+
+@pytest.mark.parametrize("value", ['a"b', "a,b", "a (1)", "it's"])
+def test_the_quoting_that_a_message_names_works(
+    value: str, jobs: list[tuple[Any, Job]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", f"model.path={value}"]) == 1
+    [word] = shlex.split(re.split("brackets: |comma ", capsys.readouterr().err)[1])
+    launch("quantize", [word], lambda recipe, job: jobs.append((recipe, job)))
+    assert jobs[0][0].model.path == value
 
 
 def test_a_recipe_file_that_is_no_yaml_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,3 +214,11 @@ def test_a_byte_that_is_not_utf8_is_found_in_a_compressed_file(tmp_path: Path) -
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "Gr\xfc\xdfe"}\n'))
     with pytest.raises(TextError, match="is not UTF-8: byte 0xfc at offset 28"):
         list(open_corpus(source(path=tmp_path / "a.jsonl.gz")).documents)
+
+
+def test_a_table_without_header_gets_a_short_message(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(",".join(f"{number} words" * 50 for number in range(20)) + "\n" + ",".join("x" * 20) + "\n")
+    with pytest.raises(TextError, match=r"and 12 more$") as refused:
+        list(open_corpus(source(path=file)).documents)
+    assert len(str(refused.value)) < 600

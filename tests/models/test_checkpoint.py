@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,65 @@ def test_a_weight_with_a_scale_beside_it_is_refused(tmp_path: Path) -> None:
     tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
     save_tensors(directory / SINGLE, tensors)
     assert refusal(directory) == f"{directory}: is quantised already (it holds a {name}_scale_inv beside a weight)"
+
+
+def test_a_packed_checkpoint_without_a_quantization_config_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    gptq, mlx, config = (write_checkpoint(tmp_path / kind) for kind in ("gptq", "mlx", "config"))
+    tensors = load_file(gptq / SINGLE)
+    save_tensors(mlx / SINGLE, {**tensors, f"{name}.scales": torch.ones(1, 1)})
+    del tensors[f"{name}.weight"]
+    save_tensors(gptq / SINGLE, {**tensors, f"{name}.qweight": torch.ones(1, 1, dtype=torch.int32)})
+    edit_config(config, quantization={"bits": 4})
+    assert refusal(gptq) == f"{gptq}: is quantised already (by GPTQ or AWQ: it holds {name}.qweight)"
+    assert refusal(mlx) == f"{mlx}: is quantised already (by MLX: it holds {name}.scales)"
+    assert refusal(config) == f"{config}: is quantised already (by MLX: its config.json has a quantization)"
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "base_model.model.", "base_model.model._orig_mod."])
+def test_the_names_of_a_wrapped_model_are_read_without_the_wrapper(wrapper: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    plain = Checkpoint(directory)
+    assert plain.warnings == []
+    tensors = load_file(directory / SINGLE)
+    save_tensors(directory / SINGLE, {wrapper + name: tensor for name, tensor in tensors.items()})
+    checkpoint = Checkpoint(directory)
+    assert checkpoint.shapes == plain.shapes
+    assert all(torch.equal(checkpoint.read([name])[name], tensor) for name, tensor in tensors.items())
+    assert checkpoint.warnings == [f"{directory}: all names of tensors begin with {wrapper}; read without it"]
+
+
+def test_tensors_of_other_dtypes_are_named_before_any_work(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    tensors = load_file(directory / SINGLE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_tensors(directory / SINGLE, {**tensors, name: tensors[name].double()})
+    [warning] = Checkpoint(directory).warnings
+    assert warning.startswith(f"{directory}: 1 of {len(tensors)} tensors are float64, {name} first;")
+    save_tensors(directory / SINGLE, {**tensors, name: tensors[name].to(torch.float8_e4m3fn)})
+    message = f"{directory / SINGLE}: tensor {name} has dtype F8_E4M3, which cannot be quantised"
+    with pytest.raises(ModelError, match=re.escape(message)):
+        StreamedModel(Checkpoint(directory), torch.device("cpu"), torch.float32)
+    with pytest.raises(ModelError, match=re.escape(message)):
+        check_finite(Checkpoint(directory), False)
+
+
+def test_a_directory_that_is_something_else_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    assert "a LoRA adapter: merge it into its model first" in refusal(tmp_path / "lora")
+    write_checkpoint(tmp_path / "run" / "checkpoint")
+    assert refusal(tmp_path / "run").endswith(f"name the checkpoint: {tmp_path / 'run' / 'checkpoint'}")
+
+
+def test_a_checkpoint_of_jointq_is_known_by_its_config_or_its_run(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint")
+    assert Checkpoint(directory).made_by_jointq is None
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "report.json").touch()
+    assert Checkpoint(directory).made_by_jointq == f"the run {tmp_path}"
+    edit_config(directory, jointq={"version": "1.0", "quantizer": "RTN W4 g128"})
+    assert Checkpoint(directory).made_by_jointq == "RTN W4 g128"
 
 
 def test_a_quantization_config_of_null_is_that_of_a_plain_model(tmp_path: Path) -> None:

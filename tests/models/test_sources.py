@@ -1,5 +1,6 @@
 """Sources of checkpoints: each gives a directory, or an error that says what to do."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def test_provenance_has_the_commit_of_the_hub(tmp_path: Path) -> None:
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(ModelError, match=r"no such (directory|file)"):
         fetch(source(path), refuse)
+
+
+def test_a_relative_path_says_relative_to_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=re.escape(f"model.path=./nowhere: no such directory in {tmp_path};")):
+        fetch(source("./nowhere"), refuse)
 
 
 def test_a_hub_out_of_reach_says_how_to_go_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -728,3 +728,10 @@ def test_a_plan_warns_of_two_sets_of_weights(words: list[str], tmp_path: Path) -
     both = write_checkpoint(tmp_path / "both", shard="100KB")
     (write_checkpoint(tmp_path / "one") / "model.safetensors").rename(both / "model.safetensors")
     assert any("has both" in warning for warning in planned([*words, f"model.path={both}"]).warnings)
+
+
+def test_a_plan_warns_of_weights_that_jointq_has_quantised(words: list[str], tmp_path: Path) -> None:
+    again = write_checkpoint(tmp_path / "again")
+    edit_config(again, jointq={"version": "1.0", "quantizer": "RTN W4 g128"})
+    expected = "model.path: jointq has quantised these weights already (RTN W4 g128); use the original model"
+    assert expected in planned([*words, f"model.path={again}"]).warnings

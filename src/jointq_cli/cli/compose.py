@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
-from jointq_cli.cli.hydra_main import command_line, errors_raised, hydra_main, overrides_and_options
+from jointq_cli.cli.hydra_main import command_line, errors_raised, hydra_main, overrides_and_options, readable
 from jointq_cli.cli.recipe_file import as_recipe
 from jointq_cli.cli.renamed_keys import KeyRenamer, renamed_by
 from jointq_cli.cli.schemas import mutable_schema
@@ -81,7 +81,7 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
 
     words, options = overrides_and_options(command, arguments)
     renamer = KeyRenamer(silent=team.rank > 0)
-    overrides = [renamer.override(word) for word in words]
+    overrides = [readable(renamer.override(word)) for word in words]
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))

@@ -7,9 +7,11 @@ import dataclasses
 import difflib
 import inspect
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,6 +31,7 @@ from jointq_cli.cli import config_files
 from jointq_cli.errors import ConfigError, JointqError, ResourceError
 
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # option: extra
+NO_PACKAGE = "a recipe must begin with the line `# @package _global_`"
 _KINDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -78,6 +81,8 @@ class ConfigErrorFormatter:
             group = prefix.removesuffix(".")
             rule = f"; the file of an option of {group} begins with `- /schema@_here_: CLASSNAME` in its defaults"
             return message + (rule if group in config_files.groups() else "")
+        if key == "recipe":  # the keys of a recipe lie there, not at the top
+            return NO_PACKAGE
         here = [prefix + field.name for field in dataclasses.fields(self._schemas[owner])]
         if key in self._keys:
             others = ", ".join(name for name in self._owners(key.removeprefix(prefix)) if name != owner)
@@ -129,17 +134,25 @@ class ConfigErrorFormatter:
 
     def _unknown_option(self, error: MissingConfigException) -> str:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        first, _, rest = (error.missing_cfg_file or "").partition("/")
+        if first in config_files.groups() and first != "hydra":  # model=org/name, which Hydra takes for a subgroup
+            group, option = first, rest
         if not group:
             return f"no config called {option}"
         if group == "hydra/launcher" and option in LAUNCHERS:
             return f"hydra/launcher={option}: is not installed; pip install 'jointq[{LAUNCHERS[option]}]'"
         if group == "schema":
             return _place(error) + self._unknown_schema(option)
-        if not error.options:
+        options = error.options or list(config_files.options(group))
+        if not options:
             return f"{group}={option}: there is no config group {group}"
-        close = difflib.get_close_matches(option, error.options, n=1, cutoff=0.5)
+        own = _own_option(group, option)
+        if own and ("/" in option or Path(option).suffix[1:].isalpha()):
+            return f"{group}={option}: no such option{own}"
+        close = difflib.get_close_matches(option, options, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? It " if close else ""
-        return f"{group}={option}: {hint}must be one of {', '.join(error.options)}"
+        own = "" if close or group != "model" else own
+        return f"{group}={option}: {hint}must be one of {', '.join(options)}{own}"
 
     def _unknown_schema(self, name: str) -> str:
         """The first line of an option's file names a class that no setting can hold."""
@@ -152,8 +165,14 @@ class ConfigErrorFormatter:
         return f"/schema@_here_: no dataclass called {name} is the type of a setting{hint}"
 
     def _unreadable(self, override: str) -> str:
-        if "=" in override:
-            return f"{override}: cannot be read; quote a value that has spaces or brackets: 'KEY=\"VALUE\"'"
+        key, equals, value = override.partition("=")
+        if equals:
+            quoted = shlex.quote(f"{key}={quoted_value(value)}")
+            return f"{override}: cannot be read; quote a value that has spaces, quotes or brackets: {quoted}"
+        if override.endswith((".yaml", ".yml")):
+            return f"{override}: settings are written KEY=VALUE{_own_recipe(override)}"
+        if "/" in override or Path(override).exists():
+            return f"{override}: settings are written KEY=VALUE; a model is named by model.path={override}"
         recipes = config_files.options("recipe")
         close = difflib.get_close_matches(override, recipes, n=1)
         hint = f"did you mean recipe={close[0]}?" if close else "see --help"
@@ -163,8 +182,16 @@ class ConfigErrorFormatter:
         sweep = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", message)
         if sweep:
             rule = "several values make a sweep, which needs --multirun (-m); a list is written [a,b]"
-            return f"{sweep.group(1)}: {rule}"
+            key, _, value = sweep.group(1).partition("=")
+            text = f", and one text with a comma {shlex.quote(f'{key}={quoted_value(value)}')}" if value else ""
+            return f"{sweep.group(1)}: {rule}{text}"
+        unplaced = re.match(r"In '(recipe/[^']+)': Could not override '[^']+@recipe\.", message)
+        if unplaced:
+            return f"{unplaced.group(1)}.yaml: {NO_PACKAGE}"
         no_group = re.match(r"Could not override '([^']+)'\.\s+No match", message)
+        if no_group and no_group.group(1) == "sweep":
+            word = next((word for word in self._overrides if word.startswith("sweep=")), "sweep=NAME")
+            return f"{word}: a sweep is added to the recipe with a plus, and needs -m: -m +{word}"
         if no_group:
             groups = ", ".join(key for key in self._keys if "." not in key)
             return f"no such group {no_group.group(1)}; there are {groups}"
@@ -172,6 +199,32 @@ class ConfigErrorFormatter:
         if message.startswith("Config group override must be") and nulls:
             return f"{nulls[0]}: a group needs one of its options"
         return _one_line("\n".join(line for line in message.splitlines() if not line.startswith("To append")))
+
+
+def quoted_value(value: str) -> str:
+    """The value of an override as Hydra reads one text, whatever characters it has."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f'"{escaped}{chr(92) * trailing}"'
+
+
+def _own_option(group: str, option: str) -> str:
+    """How to say what `GROUP=OPTION` may have been meant to say, where it is a path or a name of one's own."""
+    if group == "model":
+        return f"; a directory, a GGUF file or a hub id is named by model.path={option}"
+    if group in ("calibration", "evaluation"):
+        return f"; a file is named by {group}=text {group}.path={option}"
+    if group == "recipe":
+        return _own_recipe(option)
+    return ""
+
+
+def _own_recipe(word: str) -> str:
+    path = Path(word)
+    if path.parent.name == "recipe" and path.is_file():
+        return f"; this file is given by --config-dir {shlex.quote(str(path.parent.parent))} recipe={path.stem}"
+    place = f"a file FOLDER/recipe/{path.stem}.yaml"
+    return f"; a recipe of your own is {place}, given by --config-dir FOLDER recipe={path.stem}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

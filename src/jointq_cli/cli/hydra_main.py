@@ -10,12 +10,15 @@ from contextlib import contextmanager, redirect_stdout
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from jointq_cli.cli import config_files
-from jointq_cli.cli.config_errors import UsageError
+from jointq_cli.cli.config_errors import UsageError, quoted_value
 
 _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
+_GRAMMAR = set("()[]{}'\"")  # lists, dictionaries, functions and quotes of Hydra
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -36,6 +39,24 @@ def overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str]
             raise UsageError(f"jointq {command} has no option {word}; settings are KEY=VALUE, see --help")
     overrides = [*known.overrides, *rest]
     return overrides, [word for word in arguments if word not in overrides]
+
+
+def readable(word: str) -> str:
+    """The override, with quotes around values that are plain text but not to Hydra: with ~, =, # or beyond ASCII."""
+    key, equals, value = word.partition("=")
+    if not equals or _is_readable(word) or _GRAMMAR & set(value):
+        return word
+    parts = [part if _is_readable(f"{key}={part}") else quoted_value(part) for part in value.split(",")]
+    quoted = f"{key}={','.join(parts)}"
+    return quoted if _is_readable(quoted) else word
+
+
+def _is_readable(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def complete(command: str, arguments: list[str]) -> list[str]:

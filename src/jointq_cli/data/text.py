@@ -6,6 +6,7 @@ chooses between these.
 
 import hashlib
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from jointq_cli.data.chat import Document, instruction, messages
 from jointq_cli.errors import ConfigError, TextError
 from jointq_cli.setting_rules import check_settings, setting
 
+MOST_NAMES: Final = 8  # columns that a message lists
 COLUMN: Final = "text"
 
 
@@ -158,9 +160,11 @@ def row_document(source: TextSource, row: dict[str, Any], place: Path | None) ->
 def _found(source: TextSource, row: dict[str, Any], column: str, place: Path | None) -> Any:
     where = place if place is not None else source.dataset
     if not has_column(row, column):
-        raise TextError(
-            f"{source.section}.column={column}: {where} has no such column; it has {', '.join(column_names(row))}"
+        names = [textwrap.shorten(name, 40, placeholder="…") for name in column_names(row)]
+        listed = ", ".join(names[:MOST_NAMES]) + (
+            f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         )
+        raise TextError(f"{source.section}.column={column}: {where} has no such column; it has {listed}")
     return _cell(row, column)
 
 

@@ -49,6 +49,8 @@ DTYPES = {  # safetensors' names
 QUANTISED = "quantization_config"
 PACKED_KEYS = (QUANTISED, "quantization")  # of a packed checkpoint's config.json; the second is MLX's
 SCALES = ("_scale_inv", "_scale")  # at the end of a weight's name: block-wise fp8, as DeepSeek's; compressed-tensors
+PACKED = ".qweight"  # of GPTQ and AWQ, whose older checkpoints have their settings in a file of their own
+WRAPPERS = ("_orig_mod.", "base_model.model.", "base_model.")  # of torch.compile and of PEFT
 CHUNK = 1 << 24  # bytes compared at a time
 
 
@@ -78,7 +80,7 @@ class Checkpoint:
         if content_hash is not None:
             self.content_hash = content_hash
         self.config = _read_config(directory)
-        self.tensors = _read_headers(directory)
+        self.tensors, self._wrapper = _unwrapped(_read_headers(directory))
         if not packed and (sign := _sign_of_quantisation(self.config, self.tensors)):
             raise ModelError(f"{directory}: is quantised already ({sign})")
 
@@ -102,10 +104,28 @@ class Checkpoint:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know about the choice of files."""
-        if not all((self.directory / name).is_file() for name in (SINGLE, INDEX)):
-            return []
-        return [f"{self.directory}: has both {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does"]
+        """What a user should know about the choice of files, and about names and dtypes of tensors."""
+        found = []
+        if all((self.directory / name).is_file() for name in (SINGLE, INDEX)):
+            found.append(f"{self.directory}: has both {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does")
+        if self._wrapper:
+            found.append(f"{self.directory}: all names of tensors begin with {self._wrapper}; read without it")
+        if double := [name for name, info in self.tensors.items() if info.dtype == "F64"]:
+            found.append(
+                f"{self.directory}: {len(double)} of {len(self.tensors)} tensors are float64, {double[0]} first; "
+                "they are rounded to the dtype that the model is run in"
+            )
+        return found
+
+    @cached_property
+    def made_by_jointq(self) -> str | None:
+        """Which run of jointq has quantised these weights, as a line; None where nothing shows one."""
+        made = self.config.get("jointq")
+        if isinstance(made, dict):
+            return str(made.get("quantizer") or f"version {made.get('version')}")
+        run = self.directory.absolute().parent
+        is_run = self.directory.name == "checkpoint" and (run / "report.json").is_file() and (run / "codes").is_dir()
+        return f"the run {run}" if is_run else None
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -199,7 +219,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ModelError(f"model.path={directory}: no such directory")
     if not path.is_file():
-        raise ModelError(f"{path}: missing, so this is no Hugging Face checkpoint")
+        raise ModelError(f"{path}: missing, so this is no Hugging Face checkpoint{_meant_instead(directory)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -209,8 +229,32 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _meant_instead(directory: Path) -> str:
+    """What to do with a directory that is known to be something else."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        return f"; {adapter.name} makes it a LoRA adapter: merge it into its model first (merge_and_unload of PEFT)"
+    if (directory / "checkpoint" / "config.json").is_file():
+        return f"; of a run of jointq, name the checkpoint: {directory / 'checkpoint'}"
+    return ""
+
+
+def _unwrapped(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], str]:
+    """The tensors without the wrappers that all of their names begin with, and these wrappers."""
+    wrapper = ""
+    while found := next((one for one in WRAPPERS if tensors and all(name.startswith(one) for name in tensors)), ""):
+        tensors = {name.removeprefix(found): info for name, info in tensors.items()}
+        wrapper += found
+    return tensors, wrapper
+
+
 def _sign_of_quantisation(config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """What shows that a checkpoint is quantised: a key of its config.json, at any level, or scales beside weights."""
+    """What shows that a checkpoint is quantised: a key of its config.json, at any level, or names of tensors."""
+    if packed := next((name for name in tensors if name.endswith(PACKED)), None):
+        return f"by GPTQ or AWQ: it holds {packed}"
+    mlx = (name.removesuffix("weight") + "scales" for name in tensors if name.endswith(".weight"))
+    if isinstance(config.get("quantization"), dict) or (packed := next((one for one in mlx if one in tensors), None)):
+        return f"by MLX: it holds {packed}" if packed else "by MLX: its config.json has a quantization"
     if key := _key_of_quantisation(config):
         return f"its config.json has a {key}"
     scales = (f"{name}{ending}" for name in tensors for ending in SCALES)

@@ -24,6 +24,7 @@ from jointq_cli.models import online_rotation as online
 from jointq_cli.models.checkpoint import Checkpoint, require_finite
 from jointq_cli.models.tensor_source import TensorSource
 
+PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; 8 bits would be rounded again when written
 # What transformers raises for a config or remote code that it cannot build.
 BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
 
@@ -132,14 +133,26 @@ def check_tensors(module: nn.Module, source: TensorSource, stored_names: dict[st
             raise ModelError(f"{source.directory}: tensor {name} {shapes}")
 
 
+def check_dtypes(module: nn.Module, checkpoint: Checkpoint, stored_names: dict[str, str]) -> None:
+    """Raises ModelError for a parameter of the module that is not stored as a plain floating-point tensor."""
+    for name, _ in module.named_parameters():
+        info = checkpoint.tensors.get(stored_names.get(name, ""))
+        if info is not None and info.dtype not in PLAIN_DTYPES:
+            raise ModelError(
+                f"{info.file}: tensor {stored_names[name]} has dtype {info.dtype}, which cannot be quantised; "
+                "convert the checkpoint to bfloat16 or float32 first"
+            )
+
+
 def check_finite(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     """Reads every tensor that the model uses. Raises NumericsError for the first with NaN or Inf.
 
     Others may hold anything: GPT-NeoX checkpoints have a `masked_bias` of -1e9, which is -inf in float16.
     """
     module = build_skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
-    used = dict(named_state(module))
-    for stored, name in module_names(module, checkpoint).items():
+    used, names = dict(named_state(module)), module_names(module, checkpoint)
+    check_dtypes(module, checkpoint, {name: stored for stored, name in names.items()})
+    for stored, name in names.items():
         if name in used:
             require_finite(stored, checkpoint.read([stored])[stored], checkpoint.tensors[stored].file)
 

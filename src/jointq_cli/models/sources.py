@@ -57,7 +57,10 @@ def fetch(
     if local.exists():
         return _opened(local, converted if packed else None)
     if looks_local(source.path):
-        raise ModelError(f"model.path={source.path}: no such directory; `jointq recipes` says what a recipe needs")
+        place = "" if Path(source.path).expanduser().is_absolute() else f" in {Path.cwd()}"
+        raise ModelError(
+            f"model.path={source.path}: no such directory{place}; `jointq recipes` says what a recipe needs"
+        )
     downloaded = _downloaded(source, offline)
     try:
         return _opened(downloaded, converted if packed else None)

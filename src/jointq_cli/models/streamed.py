@@ -21,6 +21,7 @@ from jointq_cli.models.checkpoint import Checkpoint, require_finite
 from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.skeleton import (
     build_skeleton,
+    check_dtypes,
     check_tensors,
     find_blocks,
     module_names,
@@ -331,6 +332,7 @@ class StreamedModel(BlockwiseModel):
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
         super().__init__(checkpoint, device, dtype, trust_remote_code)
+        check_dtypes(self.module, checkpoint, self._stored_names)
         self.checkpoint = checkpoint
         self.trust_remote_code = trust_remote_code
 

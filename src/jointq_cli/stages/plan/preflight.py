@@ -30,6 +30,7 @@ def preflight_warnings(
     """calibrated, scored: numbers of tokens; scored is None where the text is still to be downloaded."""
     found = [
         *model.checkpoint.warnings,
+        _quantised_before(model),
         _only_language_model(model),
         _left_out(shapes),
         _uncalled(model),
@@ -74,6 +75,11 @@ def evaluation_warnings(
     positions = [text for each in models for text in _beyond_positions(each, lengths)]
     short = _short_text(recipe.evaluation, scored)
     return list(dict.fromkeys([*files, *positions, *([short] if short else [])]))
+
+
+def _quantised_before(model: StreamedModel) -> str:
+    made = model.checkpoint.made_by_jointq
+    return f"model.path: jointq has quantised these weights already ({made}); use the original model" if made else ""
 
 
 def _beyond_positions(model: StreamedModel, lengths: Mapping[str, int]) -> list[str]:
