@@ -6,6 +6,8 @@ Each stage reads artifacts and writes one through the store. Nothing here comput
 several processes share a run, all of them take every line, and rank 0 alone writes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from jointq_cli.data.token_file import Tokens, save_tokens
 from jointq_cli.data.tokenizer import load_tokenizer
+from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.evaluation.engines import require_installed
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
 from jointq_cli.formats.export import Exporter
@@ -145,7 +148,8 @@ def evaluate(
         if recipe.reference is not None:
             code = recipe.model.trust_remote_code
             source = ModelSource(recipe.reference, revision=None, trust_remote_code=code)
-            reference = _open_model(context, source, packed=True)
+            with _named("reference"):
+                reference = _open_model(context, source, packed=True)
         tokenizer = load_tokenizer(model.checkpoint.directory, recipe.model.trust_remote_code)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         described = protocol(recipe.evaluation, windows, model.dtype)
@@ -197,7 +201,7 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
     for exporter, place in zip(exporters, places, strict=True):
         with console.stage(f"export {exporter.label}"):
             record = write_beside(finished.model, exporter, place)
-        if is_checked(exporter):
+        if is_checked(exporter, finished.model.checkpoint):
             with console.stage(f"check in {exporter.engine}"):
                 record = replace(record, check=check_finished(finished, exporter, place))
         label_export(place, finished.report, record)
@@ -233,3 +237,12 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
 
 def _open_model(context: Context, source: ModelSource, *, packed: bool = False) -> StreamedModel:
     return context.open_model(fetch_model(context, source, packed=packed), source.trust_remote_code)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors about the model of another key than model.path name that key."""
+    try:
+        yield
+    except (ModelError, ResourceError) as error:
+        raise type(error)(str(error).replace("model.path=", f"{key}=")) from error

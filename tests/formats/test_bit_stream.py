@@ -16,7 +16,7 @@ def test_every_bit_is_at_its_place(bits: int, count: int) -> None:
         stream = sum(code << (place * bits) for place, code in enumerate(row))  # one large integer
         expected = [(stream >> (WORD * index)) & 0xFFFFFFFF for index in range(packed_words(count, bits))]
         assert [word & 0xFFFFFFFF for word in packed] == expected
-    assert torch.equal(unpack(words, bits, count), codes.long())
+    assert torch.equal(unpack(words, bits, count).long(), codes.long())
 
 
 def test_no_rows_or_columns_are_packed_into_nothing() -> None:

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jointq_cli import __version__
 from jointq_cli.cli.main import main
 from jointq_cli.records import Coverage, RunReport, TaskRecord
 from jointq_cli.report import Console, encode
@@ -350,7 +351,7 @@ def sweep(report, tmp_path, monkeypatch) -> Path:
 
 
 def test_settings_are_the_options_and_the_dotted_keys(report, tmp_path):
-    [run] = load_runs([write_run(tmp_path / "a", report)])
+    [run], _ = load_runs([write_run(tmp_path / "a", report)])
     assert run.settings == {
         "name": "mine",
         "quantizer": "gptq",
@@ -373,12 +374,12 @@ def test_runs_and_sweeps_mix_and_none_counts_twice(sweep, report):
     alone = write_run(Path("alone"), report)
     found = find_runs([alone, sweep, sweep / "3"])
     assert len(found.finished) == 11
-    assert [run.name for run in load_runs(found.finished)][:2] == ["alone", "0"]
+    assert [run.name for run in load_runs(found.finished)[0]][:2] == ["alone", "0"]
 
 
 def test_runs_of_the_same_name_are_called_by_more_of_their_path(report, tmp_path):
     paths = [write_run(tmp_path / sweep / "0", report) for sweep in ("a", "b")]
-    assert [run.name for run in load_runs(paths)] == ["a/0", "b/0"]
+    assert [run.name for run in load_runs(paths)[0]] == ["a/0", "b/0"]
 
 
 def refused(arguments: list[str], capsys) -> str:
@@ -404,15 +405,22 @@ def test_what_cannot_be_compared_is_one_line_with_its_path(sweep, report, capsys
 
 
 @pytest.mark.parametrize("content", ["- a", "a: [", "\x00"])
-def test_a_damaged_recipe_is_one_line_with_its_path(sweep, content, capsys):
+def test_a_run_with_a_damaged_recipe_is_left_out_with_its_path(sweep, content, capsys):
     (sweep / "3" / "recipe.yaml").write_text(content, encoding="utf-8")
-    assert refused([str(sweep)], capsys).startswith("error: sweep/3/recipe.yaml: not ")
+    assert main(["compare", "--markdown", str(sweep)]) == 0
+    assert "left out: sweep/3/recipe.yaml: not " in capsys.readouterr().out
 
 
-def test_a_report_of_another_version_is_one_line_with_its_path(sweep, capsys):
+def test_a_report_of_another_version_is_left_out_and_named_with_its_version(sweep, capsys):
     path = sweep / "3" / "report.json"
-    path.write_text(json.dumps({"recipe": "x"}), encoding="utf-8")
-    assert refused([str(sweep)], capsys).startswith(f"error: {path}: not a report of this version")
+    path.write_text(json.dumps({"recipe": "x", "versions": {"jointq": "9.9"}}), encoding="utf-8")
+    assert main(["compare", "--markdown", str(sweep)]) == 0
+    out = capsys.readouterr().out
+    assert f"left out: {path}: not a report of this version ({__version__}; jointq 9.9 wrote it)" in out
+    others = [run for run in sweep.iterdir() if run.name.isdecimal() and run.name not in ("3", "0")]
+    for run in others:
+        (run / "report.json").write_text("{}", encoding="utf-8")
+    assert refused([str(sweep)], capsys).startswith("error: sweep/")
 
 
 @pytest.mark.parametrize(

@@ -152,15 +152,11 @@ class UniformWeight(StoredWeight):
 
     def unsigned_codes(self) -> Tensor:
         """(out, in) uint8: the codes counted from 0, as packed formats store them."""
-        return (self.codes.to(torch.int16) + self._lowest_offset).to(torch.uint8)
+        return self.codes.view(torch.uint8) - (Grid(self.bits, self.symmetric).lowest & 255)  # modulo 256
 
     def unsigned_zero_point(self) -> Tensor:
         """(out, groups) uint8: the zero-point of `unsigned_codes`."""
-        return (self.zero_point.to(torch.int16) + self._lowest_offset).to(torch.uint8)
-
-    @property
-    def _lowest_offset(self) -> int:
-        return -Grid(self.bits, self.symmetric).lowest
+        return self.zero_point - (Grid(self.bits, self.symmetric).lowest & 255)
 
     def column_groups(self) -> Tensor:
         """(in,) int64: the group of each column."""

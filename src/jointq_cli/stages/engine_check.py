@@ -13,6 +13,7 @@ from jointq_cli.evaluation.engines import ENGINES, EnginePredictions, opened
 from jointq_cli.evaluation.perplexity import HiddenPredictions, compare, score
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.formats.export import Exporter
+from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.sources import gguf_in
 from jointq_cli.models.streamed import StreamedModel
@@ -25,12 +26,16 @@ from jointq_cli.stages.quantize import Quantized, open_quantized
 from jointq_cli.system.record_json import encode, load_record
 
 WINDOWS = 8
+MOST_BYTES = 1e9  # of the weights of a model that is tried
 MOST_CHANGE = 0.002  # of perplexity, where two standard errors are no more
 CHECK = "engine_check.json"
 
 
-def is_checked(exporter: Exporter) -> bool:
-    """Whether the engine of this format is installed."""
+def is_checked(exporter: Exporter, checkpoint: Checkpoint) -> bool:
+    """Whether the engine of this format is installed, and the model small enough: engines load all of it, and
+    transformers took eight times the bytes of a model of 1.2 B parameters to decode it."""
+    if checkpoint.weight_bytes > MOST_BYTES:
+        return False
     needed = (ENGINES[exporter.engine].module, *exporter.engine_needs)
     return all(importlib.util.find_spec(module) is not None for module in needed)
 
@@ -48,7 +53,7 @@ def check_all(
     layers = [layer.name for layer in quantized.layers]
 
     def checked(export: Export) -> Export:
-        if not is_checked(export.exporter):
+        if not is_checked(export.exporter, model.checkpoint):
             return export
         stage = check_stage(export.stage, quantized.stage, model, layers, export.exporter, tokenizer, windows)
         found: EngineCheck = load_record(EngineCheck, context.run(stage).path / CHECK)

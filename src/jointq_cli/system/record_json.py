@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
+from jointq_cli import __version__
 from jointq_cli.errors import JointqError
 from jointq_cli.records import RunReport
 
@@ -41,11 +42,18 @@ def load_record(kind: Any, path: Path) -> Any:
     try:
         return _decode(kind, value, "")
     except _Mismatch as mismatch:
-        raise JointqError(f"{path}: not a report of this version: {mismatch}") from None
+        raise JointqError(f"{path}: not a report of this version{_writer(value)}: {mismatch}") from None
 
 
 class _Mismatch(Exception):
     """A JSON value that does not fit the field's type."""
+
+
+def _writer(value: Any) -> str:
+    """Which version has written a report, where it says so."""
+    versions = value.get("versions") if isinstance(value, dict) else None
+    writer = versions.get("jointq") if isinstance(versions, dict) else None
+    return f" ({__version__}; jointq {writer} wrote it)" if writer else ""
 
 
 def _plain(value: Any) -> Any:

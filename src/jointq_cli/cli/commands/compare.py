@@ -22,8 +22,9 @@ def main(arguments: list[str]) -> int:
     if parsed.html is not None:
         _check_place(parsed.html)
     found = find_runs(parsed.runs)
-    comparison = RunComparison(load_runs(found.finished))
-    document = comparison_document(comparison, [str(path) for path in found.unfinished])
+    runs, unreadable = load_runs(found.finished)
+    comparison = RunComparison(runs)
+    document = comparison_document(comparison, [str(path) for path in found.unfinished], unreadable)
     if parsed.markdown:
         print(document_markdown(document), end="")
     elif parsed.html is not None:

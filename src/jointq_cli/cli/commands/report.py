@@ -2,9 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import cast
 
-from jointq_cli.records import RunReport
-from jointq_cli.report import Console, load_report
+from jointq_cli.errors import JointqError
+from jointq_cli.records import EvaluationReport, RunReport
+from jointq_cli.report import Console, load_record, load_report
+from jointq_cli.report.compare.run_files import EVALUATION, RECIPE, REPORT, load_settings
 from jointq_cli.report.compare.sweep import load_jobs
 from jointq_cli.report.pages.markdown import document_markdown, run_markdown
 from jointq_cli.report.pages.sweep import write_summary
@@ -12,10 +15,13 @@ from jointq_cli.report.tables.sweep import sweep_document
 from jointq_cli.system.run_directory import RunDirectory
 from jointq_cli.system.sweep_directory import SweepDirectory
 
+LAST_LINES = 6  # of the log of an interrupted run
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "jointq report", description="Render a finished run again, or a sweep, finished or not."
+        "jointq report",
+        description="Render a finished run again, or show an evaluation, an interrupted run or a sweep.",
     )
     parser.add_argument("run_directory", type=Path, help="a run directory, such as runs/NAME/DATE_TIME, or a sweep's")
     forms = parser.add_mutually_exclusive_group()
@@ -27,7 +33,9 @@ def main(arguments: list[str]) -> int:
     if sweep.exists:
         _report_sweep(sweep, parsed)
         return 0
-    report = load_report(parsed.run_directory / "report.json")
+    if not (parsed.run_directory / REPORT).is_file() and parsed.run_directory.is_dir():
+        return _report_without(parsed)
+    report = load_report(parsed.run_directory / REPORT)
     if parsed.markdown:
         print(run_markdown(report), end="")
     elif parsed.html:
@@ -36,6 +44,26 @@ def main(arguments: list[str]) -> int:
         with Console() as console:
             console.show_run(report, parsed.run_directory)
     return 0
+
+
+def _report_without(parsed: argparse.Namespace) -> int:
+    """Of a run that has no report.json: an evaluation, or one that was interrupted."""
+    run = parsed.run_directory
+    if parsed.markdown or parsed.html:
+        raise JointqError(f"{run}: has no {REPORT}; only a finished jointq quantize is rendered as Markdown or HTML")
+    if (run / EVALUATION).is_file():
+        with Console() as console:
+            console.show_evaluation(cast(EvaluationReport, load_record(EvaluationReport, run / EVALUATION)), run)
+        return 0
+    if not (run / RECIPE).is_file():
+        raise JointqError(f"{run}: has neither {REPORT} nor {EVALUATION} nor {RECIPE}, so it is no run of jointq")
+    settings = load_settings(run / RECIPE)
+    log = run / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if log.is_file() else []
+    print(f"{run}: not finished; recipe {settings.get('name')}, model {settings.get('model.path')}")
+    print("\n".join(["its log ends:", *lines] if lines else ["it has no log"]))
+    print("The command that began it continues it; finished stages and layers are in the store.")
+    return 1
 
 
 def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:

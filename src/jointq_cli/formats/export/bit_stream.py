@@ -16,6 +16,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     of the row, counted from the lowest bit of the first word. Returns int32 (rows, packed_words(count, bits)); unused
     bits at the end are 0."""
     rows, count = codes.shape
+    if 8 % bits == 0:
+        words_of_row = packed_words(count, bits)
+        whole = torch.nn.functional.pad(codes.to(torch.uint8), (0, words_of_row * WORD // bits - count))
+        parts = whole.reshape(rows, words_of_row * WORD // 8, 8 // bits) << _places(bits)
+        return parts.sum(dim=2, dtype=torch.uint8).view(torch.int32)
     codes = codes.to(torch.int64)
     words = torch.zeros(rows, packed_words(count, bits) + 1, dtype=torch.int64)
     first = torch.arange(count) * bits
@@ -27,9 +32,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack`: int64 (rows, count), each code cut out of the two words that it may lie in."""
+    """The inverse of `pack`: integers (rows, count), each cut out of the byte or the two words that it may lie in."""
+    if 8 % bits == 0:
+        parts = words.contiguous().view(torch.uint8)[:, :, None] >> _places(bits)
+        return (parts & ((1 << bits) - 1)).flatten(1)[:, :count]
     first = torch.arange(count) * bits
     word, shift = first // WORD, first % WORD
     low = words.to(torch.int64) & 0xFFFFFFFF
     high = torch.nn.functional.pad(low[:, 1:], (0, 1))
     return ((low | (high << WORD))[:, word] >> shift) & ((1 << bits) - 1)
+
+
+def _places(bits: int) -> Tensor:
+    """How far each of the codes in one byte is shifted."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8)

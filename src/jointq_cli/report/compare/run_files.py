@@ -40,13 +40,20 @@ def find_runs(paths: Sequence[Path]) -> FoundRuns:
     return FoundRuns(finished, [path for entry in found for path in entry.unfinished])
 
 
-def load_runs(paths: Sequence[Path]) -> list[ComparedRun]:
-    """Raises JointqError for the first report or recipe that cannot be read."""
-    names = _names(paths)
-    return [
-        ComparedRun(name, load_report(path / REPORT), load_settings(path / RECIPE))
-        for name, path in zip(names, paths, strict=True)
-    ]
+def load_runs(paths: Sequence[Path]) -> tuple[list[ComparedRun], list[str]]:
+    """The runs whose report and recipe can be read, and why the others cannot, a line each.
+
+    Raises JointqError, the first such line, where fewer than two are left of several.
+    """
+    names, found, unreadable = _names(paths), [], []
+    for name, path in zip(names, paths, strict=True):
+        try:
+            found.append(ComparedRun(name, load_report(path / REPORT), load_settings(path / RECIPE)))
+        except JointqError as error:
+            unreadable.append(str(error))
+    if unreadable and len(found) < 2:
+        raise JointqError(unreadable[0])
+    return found, unreadable
 
 
 def _runs_at(path: Path) -> FoundRuns:

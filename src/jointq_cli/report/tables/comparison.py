@@ -18,13 +18,18 @@ CHANGED_LAYERS = 10
 RATIO_WIDTH = 9  # with the gap before it
 
 
-def comparison_document(comparison: RunComparison, unfinished: Sequence[str]) -> TableDocument:
-    """unfinished: paths of runs that were left out."""
+def comparison_document(
+    comparison: RunComparison, unfinished: Sequence[str], unreadable: Sequence[str] = ()
+) -> TableDocument:
+    """unfinished: paths of runs that were left out. unreadable: why others were, a line each."""
     runs, incomparable = comparison.runs, comparison.protocol_differences()
     return TableDocument(
         title=f"{plural(len(runs), 'run')} of {' and '.join(dict.fromkeys(run.report.model for run in runs))}",
         headline="These runs do not compare: they were not measured alike." if incomparable else _headline(comparison),
-        warnings=[_in_words(difference, comparison) for difference in incomparable],
+        warnings=[
+            *(f"left out: {reason}" for reason in unreadable),
+            *(_in_words(difference, comparison) for difference in incomparable),
+        ],
         notes=_notes(comparison, unfinished),
         tables=[_metrics(comparison), *_tasks(comparison), _errors(comparison), *_changed(comparison)],
     )

@@ -144,7 +144,7 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     for exporter in recipe.exporters:
         export = _known(export_stage(shaped, layers, quantize, exporter), model)
         exporting.append((export, status(export)))
-        if recipe.check_exports and is_checked(exporter):
+        if recipe.check_exports and is_checked(exporter, original.checkpoint):
             check = check_stage(export, quantize, shaped, layers, exporter, inputs.tokenizer, windows)
             check = _known(check, model, inputs.windows)
             exporting.append((check, status(check, inputs.windows)))
