@@ -20,7 +20,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         words_of_row = packed_words(count, bits)
         whole = torch.nn.functional.pad(codes.to(torch.uint8), (0, words_of_row * WORD // bits - count))
         parts = whole.reshape(rows, words_of_row * WORD // 8, 8 // bits) << _places(bits)
-        return parts.sum(dim=2, dtype=torch.uint8).view(torch.int32)
+        packed = parts.sum(dim=2, dtype=torch.uint8)
+        return packed.flatten().view(torch.int32).reshape(rows, words_of_row)
     codes = codes.to(torch.int64)
     words = torch.zeros(rows, packed_words(count, bits) + 1, dtype=torch.int64)
     first = torch.arange(count) * bits
