@@ -115,8 +115,8 @@ def measured(grid: str, word: str, runtime: str, run: Path, scratch: Path) -> Ro
     if error:
         return error_row(grid, word, runtime, error)
     found = json.loads((result / "evaluation.json").read_text())["comparison"]
-    kl, change = found["kl_divergence"], math.expm1(found["nll_increase"])
-    kl_fails = kl is not None and not kl <= MOST_KL and runtime != "vllm"
+    kl, change = float(found["kl_divergence"]), math.expm1(found["nll_increase"])
+    kl_fails = not kl <= MOST_KL and runtime != "vllm"
     passed = not kl_fails and abs(change) <= MOST_CHANGE
     divergence = "no KL" if runtime == "vllm" else f"KL {kl:.1e}"
     return Row(
