@@ -104,8 +104,13 @@ def test_kinds_of_a_grid(bits: int, symmetric: bool, natural: Kind, further: set
 
 def test_what_no_kind_holds() -> None:
     assert refusals(on_meta(random_weight(8, False)))[Kind.Q8_0] == (
-        "W8 g32 asymmetric needs 511 levels, and Q8_0 has 256"
+        "W8 g32 asymmetric needs 511 levels, and Q8_0 has 256; quantizer.symmetric=true"
     )
+    assert refusals(on_meta(random_weight(4, False)))[Kind.Q4_0] == (
+        "W4 g32 asymmetric needs 31 levels, and Q4_0 has 16; quantizer.symmetric=true or type q4_1"
+    )
+    assert refusals(on_meta(random_weight(5, True)))[Kind.Q4_0].endswith("Q4_0 has 16; type q5_0")
+    assert refusals(on_meta(random_weight(8, False)))[Kind.Q4_0].endswith("Q4_0 has 16")
     for bits in (1, 2, 3):
         weight = on_meta(random_weight(bits, True))
         assert refusals(weight)[Kind.Q4_0] == (

@@ -123,7 +123,13 @@ def test_what_the_format_cannot_hold_is_refused_before_any_work(tmp_path: Path) 
         forms = {name: replace(form, **changes) for name, form in model.forms.items()}
         return GptqExporter().check(replace(model, forms=forms))
 
+    def runtimes(**changes: object) -> list[str]:
+        forms = {name: replace(form, **changes) for name, form in model.forms.items()}
+        return [runtime for runtime, _ in GptqExporter().commands(replace(model, forms=forms), ".")]
+
     assert check() == []
+    assert "vLLM" in runtimes()
+    assert "vLLM" not in runtimes(symmetric=False)
     for changes in ({"symmetric": False}, {"bits": 2}, {"permutation": torch.arange(64)}):
         assert any("vLLM takes this format" in note for note in check(**changes))
     with pytest.raises(ConfigError, match="has 5 bits, and its runtimes load 2, 3, 4, 8"):

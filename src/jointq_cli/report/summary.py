@@ -286,8 +286,8 @@ def _coverage_metrics(report: RunReport) -> list[KeyMetric]:
     ]
 
 
-def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
-    """How far the quantised model's predictions are from the original's."""
+def comparison_metrics(comparison: Comparison, models: str = "original || quantised") -> list[KeyMetric]:
+    """How far the quantised model's predictions are from the original's. models: the two, for the divergence."""
     ratio = math.exp(comparison.nll_increase)
     increase = relative_change(ratio - 1, ratio * comparison.nll_increase_standard_error)
     change = KeyMetric("perplexity increase", increase, "standard error of the paired difference")
@@ -295,7 +295,7 @@ def comparison_metrics(comparison: Comparison) -> list[KeyMetric]:
         return [change]
     return [
         change,
-        KeyMetric("KL divergence", kl_text(comparison), "nats per token, original || quantised"),
+        KeyMetric("KL divergence", kl_text(comparison), f"nats per token, {models}"),
         KeyMetric("top-1 agreement", percent(comparison.top1_agreement), "both put the same token first"),
     ]
 
@@ -313,7 +313,8 @@ def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
     nll = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
     perplexity = perplexity_text(report.perplexity)
     metrics = [KeyMetric("perplexity", perplexity, f"negative log-likelihood {nll} nats per token")]
-    return metrics + (comparison_metrics(report.comparison) if report.comparison else []) + task_metrics(report.tasks)
+    compared = comparison_metrics(report.comparison, "reference || model") if report.comparison else []
+    return metrics + compared + task_metrics(report.tasks)
 
 
 def total_seconds(report: RunReport | EvaluationReport) -> float:

@@ -64,11 +64,14 @@ usage: jointq rotate [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
     "evaluate": """\
 Measure the perplexity of a checkpoint by the protocol that quantize uses.
 
-usage: jointq evaluate model.path=DIR [reference=DIR] [GROUP=OPTION ...] [KEY=VALUE ...]
+usage: jointq evaluate model.path=DIR [reference=DIR] [engine=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
 
   jointq evaluate model.path=runs/NAME/DATE/checkpoint reference=pocket
   jointq evaluate model.path=DIR evaluation=wikitext2
-  jointq evaluate model.path=DIR evaluation=text evaluation.path=FILE.txt""",
+  jointq evaluate model.path=DIR evaluation=text evaluation.path=FILE.txt
+  jointq evaluate model.path=RUN/export/FORMAT reference=RUN/checkpoint engine=llama.cpp
+
+engine=transformers | llama.cpp | mlx | vllm: measured as this engine computes it; docs/serving.md""",
     "calibrate": """\
 Freeze the calibration tokens of a recipe in a file, for a machine without network.
 

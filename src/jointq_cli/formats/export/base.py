@@ -83,7 +83,7 @@ class Exporter(ABC):
         return sum(form.stored_bits for form in model.forms.values())
 
     @abstractmethod
-    def commands(self, name: str) -> list[tuple[str, str]]:
+    def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         """(runtime, shell command) that serve the export from the directory `name`, for its README."""
 
 

@@ -87,7 +87,7 @@ class CompressedTensorsExporter(Exporter):
 
         return read
 
-    def commands(self, name: str) -> list[tuple[str, str]]:
+    def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         return [("vLLM", f"vllm serve {name}"), ("transformers", "pip install compressed-tensors")]
 
 

@@ -134,7 +134,7 @@ class GgufExporter(Exporter):
         forms = uniform_forms(model, self.format).values()
         return round(sum(bits_of(self._kind(form)) * form.shape[0] * form.shape[1] for form in forms))
 
-    def commands(self, name: str) -> list[tuple[str, str]]:
+    def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         return [
             ("llama.cpp", f"llama-server -m {name}/{self.file}"),
             ("Ollama", f"ollama create NAME -f {name}/Modelfile && ollama run NAME"),

@@ -73,10 +73,20 @@ def check_kind(form: UniformWeight, kind: GGMLQuantizationType) -> str | None:
     first, last = (0, box.span) if levels.offset is None else (box.first + levels.offset, box.last + levels.offset)
     if first < levels.first or last > levels.last:
         held = levels.last - levels.first + 1
-        return f"{form.label} needs {last - first + 1} levels, and {kind.name} has {held}"
+        return f"{form.label} needs {last - first + 1} levels, and {kind.name} has {held}{_way_out(form, kind)}"
     if form.bits < LEAST_BITS:
         return f"{kind.name} holds {form.label} at {bits_of(kind):g} bits, nothing is gained; bits={LEAST_BITS}"
     return None
+
+
+def _way_out(form: UniformWeight, kind: GGMLQuantizationType) -> str:
+    """What to set where `kind` has too few levels."""
+    natural = natural_kind(form)
+    fits_symmetric = not form.symmetric and _NATURAL.get((form.bits, True), GGMLQuantizationType.Q8_0) == kind
+    ways = ["quantizer.symmetric=true"] if fits_symmetric else []
+    if natural != kind and check_kind(form, natural) is None:
+        ways.append(f"type {natural.name.lower()}")
+    return f"; {' or '.join(ways)}" if ways else ""
 
 
 def encode_blocks(weight: UniformWeight, kind: GGMLQuantizationType) -> np.ndarray:

@@ -93,13 +93,10 @@ class GptqExporter(Exporter):
         grids = sum(form.scale.numel() * (16 + form.bits) for form in forms)
         return grids + sum(form.bits * form.codes.numel() + 32 * form.shape[1] for form in forms)
 
-    def commands(self, name: str) -> list[tuple[str, str]]:
+    def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         load = f"import gptqmodel; print(gptqmodel.GPTQModel.load('{name}').generate('Hello')[0])"
-        return [
-            ("transformers", "pip install gptqmodel optimum"),
-            ("gptqmodel", f'python -c "{load}"'),
-            ("vLLM (4 and 8 bits, symmetric, without act_order)", f"vllm serve {name}"),
-        ]
+        vllm = [] if _vllm_notes(uniform_forms(model, GPTQ)) else [("vLLM", f"vllm serve {name}")]
+        return [("transformers", "pip install gptqmodel optimum"), ("gptqmodel", f'python -c "{load}"'), *vllm]
 
     def _version(self, model: QuantizedModel) -> str:
         return self.version or ("v1" if all(form.symmetric for form in uniform_forms(model, GPTQ).values()) else "v2")

@@ -116,7 +116,7 @@ class MlxExporter(Exporter):
             total += form.bits * form.codes.numel() + 16 * numbers
         return total
 
-    def commands(self, name: str) -> list[tuple[str, str]]:
+    def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         return [
             ("mlx-lm", f"mlx_lm.generate --model {name} --prompt 'Hello'"),
             ("mlx-lm, as a server", f"mlx_lm.server --model {name}"),

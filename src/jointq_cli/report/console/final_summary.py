@@ -61,9 +61,17 @@ def export_summary(records: list[ExportRecord], places: list[Path]) -> FinalSumm
         next_steps=[
             pair
             for record, place in zip(records, places, strict=True)
-            for pair in (("written to", str(place)), *record.commands.items())
+            for pair in (
+                ("written to", str(place)),
+                *((runtime, _run_in(place, command)) for runtime, command in record.commands.items()),
+            )
         ],
     )
+
+
+def _run_in(place: Path, command: str) -> str:
+    """Commands of an export are written for its README, and so for its directory."""
+    return command if command.startswith("pip ") else f"cd {shlex.quote(str(place))} && {command}"
 
 
 def rotate_summary(record: RotationRecord, run_directory: Path) -> FinalSummary:
