@@ -14,7 +14,7 @@ ORDER = [
     {"compare"},
     {"summary"},
     {"rotation_summary"},
-    {"number_format", "grouping"},
+    {"number_format", "grouping", "limits"},
 ]
 
 

@@ -2,7 +2,7 @@
 
 Imports inside the room point one way, from left to right:
 
-    console, pages > figures > tables > compare > summary, rotation_summary > number_format, grouping
+    console, pages > figures > tables > compare > summary, rotation_summary > number_format, grouping, limits
 
     reproduction   compares a run with its replay; imports compare and summary, and is imported by no other part
     console        display and log file of a running command

@@ -39,6 +39,7 @@ TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 EMBEDDINGS = ("q8_0", "f16", "bf16")
 EMBEDDING_NAMES = ("token_embd.weight", "output.weight")
 BLOCK = 32  # columns
+ROWS = 4096  # of a tensor that are decoded at a time
 FILE_TYPES = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
@@ -119,8 +120,11 @@ class GgufExporter(Exporter):
             if name not in names:
                 return model.checkpoint.read([name])[name]
             found = written[described.name(name)]
-            values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
-            values = values.reshape(model.checkpoint.shapes[name]) - described.offset(name)
+            rows = np.array_split(found.data, max(1, len(found.data) // ROWS))  # numpy's temporaries are as large
+            values = torch.cat([torch.tensor(gguf.dequantize(part, found.tensor_type)) for part in rows])
+            values = values.reshape(model.checkpoint.shapes[name])
+            if offset := described.offset(name):
+                values -= offset
             order = described.row_order(name, len(values))
             return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 

@@ -1,0 +1,112 @@
+"""Exports of whole runs of a tiny model: planned, reused, added afterwards, read by `evaluate`, tried in engines."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_checkpoint
+
+from jointq_cli.cli.main import main
+
+WORDS = [
+    "recipe=ci_smoke", "model.path=model", "quantizer=rtn", "quantizer.group_size=32", "qep=none",
+    "calibration.num_samples=4", "calibration.seqlen=32", "evaluation.seqlen=32", "evaluation.max_windows=4",
+    "generate_tokens=0", "output_dir=out", "export=[compressed-tensors,gptq]",
+]  # fmt: skip
+RUN = Path("out/run")
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    files = [path for path in sorted(directory.iterdir()) if path.name != "README.md"]  # which has measurements
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def records(run: Path) -> dict[str, dict[str, object]]:
+    return {record["format"]: record for record in json.loads((run / "report.json").read_text())["exports"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a finished run of WORDS."""
+    directory = tmp_path_factory.mktemp("exports")
+    write_checkpoint(directory / "model", "llama", dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        assert main(["quantize", *WORDS, f"hydra.run.dir={RUN}"]) == 0
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+def test_a_run_has_its_exports_complete_and_verified() -> None:
+    found = records(RUN)
+    assert set(found) == {"compressed-tensors", "gptq"}
+    for name, record in found.items():
+        assert record["worst_error"] == 0
+        present = {path.name for path in (RUN / "export" / name).iterdir()}
+        assert {"README.md", "config.json", "tokenizer.json", "model.safetensors.index.json"} <= present
+    assert "vllm serve" in (RUN / "export" / "compressed-tensors" / "README.md").read_text()
+    check = found["compressed-tensors"]["check"]
+    assert isinstance(check, dict)
+    assert check["kl_divergence"] < 5e-4
+    assert not check["problems"]
+
+
+def test_a_plan_lists_them_as_they_are_in_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *WORDS]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"export compressed-tensors +reused", out)
+    assert re.search(r"check in transformers +reused", out)
+
+
+def test_one_that_is_added_afterwards_has_the_same_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    later = Path("later")
+    shutil.copytree(RUN, later)
+    shutil.rmtree(later / "export")
+    assert main(["export", "later", "format=compressed-tensors"]) == 0
+    place = "export/compressed-tensors"
+    assert hashes(later / place) == hashes(RUN / place)
+    assert "vllm serve" in capsys.readouterr().out
+    assert main(["export", "later", "format=compressed-tensors"]) == 1
+    assert "overwrites nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_evaluate_reads_an_export_as_the_checkpoint(name: str) -> None:
+    text = ["evaluation.seqlen=32", "evaluation.max_windows=4", "output_dir=out"]
+    found = []
+    for path in ("checkpoint", f"export/{name}"):
+        run = f"out/{path.replace('/', '_')}"
+        assert main(["evaluate", f"model.path={RUN / path}", "reference=model", f"hydra.run.dir={run}", *text]) == 0
+        evaluation = json.loads(Path(run, "evaluation.json").read_text())
+        found.append((evaluation["perplexity"], evaluation["comparison"]))
+    assert found[0] == found[1]
+
+
+def test_a_run_without_exports_into_the_same_directory_leaves_none() -> None:
+    assert main(["quantize", *WORDS[:-1], "hydra.run.dir=out/again"]) == 0
+    again = Path("out/again")
+    shutil.copytree(RUN / "export", again / "export")
+    assert main(["quantize", *WORDS[:-1], "hydra.run.dir=out/again"]) == 0
+    assert not (again / "export").exists()
+
+
+def test_what_a_format_cannot_hold_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    gptq = [word for word in WORDS if "quantizer" not in word and "export" not in word]
+    for words, rule in (
+        (["quantizer=gptq", "quantizer.act_order=true", "quantizer.static_groups=false", "export=mlx"], "act_order"),
+        (["quantizer=rtn", "quantizer.bits=1", "export=compressed-tensors"], "1 bit"),
+        (["quantizer=rtn", "export=gguf"], "WordLevel"),
+    ):
+        for command in ("plan", "quantize"):
+            assert main([command, *gptq, "quantizer.group_size=32", *words]) == 1
+            error = capsys.readouterr().err
+            assert rule in error
+            assert error.count("\n") == 1
