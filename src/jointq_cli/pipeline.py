@@ -52,7 +52,7 @@ from jointq_cli.stages.report import (
 )
 from jointq_cli.stages.rotate import rotate as rotate_model
 from jointq_cli.stages.scores import score_model
-from jointq_cli.stages.tasks import fetch_tasks, run_tasks, size_tasks, task_stage, task_warnings
+from jointq_cli.stages.tasks import fetch_tasks, run_tasks, size_tasks, task_stage, task_warnings, with_tokenizer
 from jointq_cli.stages.tokens import load_calibration, load_evaluation
 from jointq_cli.stages.trial import try_paths
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
@@ -107,7 +107,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         layer_names = [layer.name for layer in quantized.layers]
         texts = generate_texts(context, original, quantized.stage, layer_names, tokenizer, recipe.generate_tokens)
         reloaded = context.open_model(quantized.checkpoint, recipe.model.trust_remote_code)
-        first = [task_stage(task, original, original.identity, "original") for task in tasks]
+        first = [task_stage(task, original, with_tokenizer(original), "original") for task in tasks]
         second = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
         results = texts, run_tasks(context, tasks, second, first)
         records = [export.record for export in exports]
@@ -165,8 +165,10 @@ def evaluate(
             expected = reference if recipe.reference else None
             measured = score_in_engine(context, recipe.engine, path, expected, tokenizer, windows)
             scores, engine, problems = measured.scores, measured.engine, measured.problems
-        first = [task_stage(task, reference, reference.identity, "reference") for task in tasks if recipe.reference]
-        second = [task_stage(task, model, model.identity, "") for task in tasks]
+        first = [
+            task_stage(task, reference, with_tokenizer(reference), "reference") for task in tasks if recipe.reference
+        ]
+        second = [task_stage(task, model, with_tokenizer(model), "") for task in tasks]
         report = EvaluationReport(
             model=recipe.model.path,
             model_hash=model.checkpoint.content_hash,
@@ -197,18 +199,20 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
     places = [output or finished.run.exports / exporter.label for exporter in exporters]
     for place in places:
         refuse_existing(place)
-    records = []
+    report, records = finished.report, []
     for exporter, place in zip(exporters, places, strict=True):
         with console.stage(f"export {exporter.label}"):
-            record = write_beside(finished.model, exporter, place)
+            record = write_beside(finished, exporter, place)
+        if output is None:  # before the check, which may be interrupted
+            report = with_exports(report, [record])
+            write_report(report, finished.run)
         if is_checked(exporter, finished.model.checkpoint):
             with console.stage(f"check in {exporter.engine}"):
                 record = replace(record, check=check_finished(finished, exporter, place))
-        label_export(place, finished.report, record)
+            label_export(place, finished.report, record)
         records.append(record)
     if output is None:
-        report = with_exports(finished.report, records)
-        write_report(report, finished.run)
+        write_report(with_exports(report, records), finished.run)
     console.show_exports(records, places)
     return records
 

@@ -17,6 +17,7 @@ from jointq_cli.stages.finished_run import refuse_existing
         (["format="], "format=: names no format"),
         (["output=x"], "format=: names no format"),
         (["format=[compressed-tensors,gguf]", "output=x"], "output=x: for one format"),
+        (["format=gptq,gptq"], "names gptq twice"),
         (["format=compressed-tensors", "bits=4"], "bits=4: compressed-tensors has no such setting"),
         (["format=compressed-tensors"], "no manifest.json, so it is no finished run"),
     ],

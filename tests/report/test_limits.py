@@ -110,3 +110,10 @@ def test_an_evaluation_has_the_figures_of_its_reference(report: RunReport, tmp_p
 def test_a_directory_without_a_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(tmp_path, "--max", "kl=1") == 1
     assert "has neither report.json nor evaluation.json" in capsys.readouterr().err
+
+
+def test_an_upper_limit_of_what_cannot_be_too_much_is_refused(
+    report: RunReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(write_run(tmp_path, report), "--max", "top1_agreement=99%") == 1
+    assert "of this figure more is better; --min top1_agreement=" in capsys.readouterr().err

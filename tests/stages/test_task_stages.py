@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import write_checkpoint
 
 from jointq_cli import pipeline
@@ -13,9 +14,11 @@ from jointq_cli.cli.compose import launch
 from jointq_cli.cli.main import main
 from jointq_cli.evaluation.activation_settings import Activations
 from jointq_cli.evaluation.tasks import LoadedTask
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import RunEstimate
 from jointq_cli.report import Console
-from jointq_cli.stages.tasks import SizedTask, task_warnings
+from jointq_cli.stages.tasks import SizedTask, task_stage, task_warnings, with_tokenizer
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "pydoc_task.py"))
 NAME = SCRIPT["NAME"]
@@ -94,3 +97,21 @@ def test_what_makes_a_figure_less_is_said_before_it_is_measured(
     found = task_warnings([task], activations)
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
+
+
+@pytest.mark.filterwarnings("ignore:::lm_eval")
+def test_another_tokenizer_is_another_measurement(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    directory = write_checkpoint(tmp_path / "model")
+
+    def key() -> str | None:
+        checkpoint = Checkpoint(directory)
+        assert checkpoint.content_hash
+        model = StreamedModel(checkpoint, torch.device("cpu"), torch.float32)
+        return task_stage(sized(), model, with_tokenizer(model), "").key
+
+    first = key()
+    assert first is not None
+    assert key() == first
+    (directory / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    assert key() != first

@@ -74,7 +74,9 @@ def link_exports(exports: Sequence[Export], directory: Path) -> None:
     """Makes `directory` hold these exports, each in a directory of its own, and none of an earlier run."""
     current = {export.record.format for export in exports}
     for old in directory.glob("*"):
-        if old.name not in current:
+        if not old.is_dir():  # such as .DS_Store
+            old.unlink()
+        elif old.name not in current:
             shutil.rmtree(old)
     for export in exports:
         link_files(export.files, directory / export.record.format)

@@ -18,6 +18,7 @@ from jointq_cli.records import EngineCheck, ExportRecord, RunReport
 from jointq_cli.report.reproduction.finished_run import read_finished_run
 from jointq_cli.stages.engine_check import WINDOWS, check_in_engine
 from jointq_cli.stages.export import check_exports, quantized_model, write_export
+from jointq_cli.stages.report import label_export
 from jointq_cli.stages.tokens import evaluation_windows
 from jointq_cli.system.files import UNFINISHED, sync_tree, translated_disk_errors
 from jointq_cli.system.run_directory import RunDirectory
@@ -58,14 +59,15 @@ def refuse_existing(place: Path) -> None:
         raise JointqError(f"{place}: exists, and an export overwrites nothing; delete it, or name another: output=DIR")
 
 
-def write_beside(model: QuantizedModel, exporter: Exporter, place: Path) -> ExportRecord:
-    """Writes and verifies an export; `place` exists once it is complete."""
+def write_beside(finished: FinishedModel, exporter: Exporter, place: Path) -> ExportRecord:
+    """Writes, verifies and labels an export; `place` exists once it is complete."""
     scratch = place.with_name(f".{place.name}{UNFINISHED}")
     with translated_disk_errors(place):
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
         scratch.mkdir(parents=True)
         try:
-            record = write_export(model, exporter, scratch)
+            record = write_export(finished.model, exporter, scratch)
+            label_export(scratch, finished.report, record)
             sync_tree(scratch)
             os.replace(scratch, place)
         finally:

@@ -120,6 +120,11 @@ def task_stage(sized: SizedTask, model: StreamedModel, inputs: Sequence[str | No
     )
 
 
+def with_tokenizer(model: StreamedModel) -> list[str | None]:
+    """What identifies a model where text goes in: tasks hold texts, and the tokenizer decides what the model reads."""
+    return [*model.identity, model.checkpoint.companions_hash(code=False)]
+
+
 def run_tasks(
     context: Context, tasks: Sequence[SizedTask], measured: Sequence[Stage], original: Sequence[Stage] = ()
 ) -> list[TaskRecord]:

@@ -60,7 +60,11 @@ def _load(directory: Path) -> RunReport | EvaluationReport:
 
 
 def _typed(words: Iterable[str], *, at_least: bool) -> list[Limit]:
-    return [Limit(*_figure(word), at_least) for word in words]
+    """Raises JointqError for an upper limit of a figure that cannot be too large."""
+    found = [Limit(*_figure(word), at_least) for word in words]
+    if turned := next((limit for limit in found if not at_least and limit.figure in AT_LEAST), None):
+        raise JointqError(f"--max {turned.figure}: of this figure more is better; --min {turned.figure}=...")
+    return found
 
 
 def _figure(word: str) -> tuple[str, float]:

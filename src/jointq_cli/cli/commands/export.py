@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> int:
     words = [word.strip() for word in settings.pop("format", "").strip("[]").split(",") if word.strip()]
     output = settings.pop("output", None)
     # Not above: these import torch, and --help answers without.
-    from jointq_cli.formats.export import EXPORTERS, exporter_of
+    from jointq_cli.formats.export import EXPORTERS, exporter_of, exporters_of
     from jointq_cli.pipeline import export
     from jointq_cli.report import Console
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     if len(words) > 1 and (settings or output):
         key = "output" if output else next(iter(settings))
         raise JointqError(f"{key}={output or settings[key]}: for one format, and {', '.join(words)} are {len(words)}")
-    exporters = [exporter_of(word, settings) for word in words]
+    exporters = exporters_of(words) if len(words) > 1 else [exporter_of(words[0], settings)]
     with Console() as console:
         records = export(parsed.run_directory, exporters, Path(output).expanduser() if output else None, console)
     found = [problem for record in records if record.check for problem in record.check.problems]

@@ -136,7 +136,8 @@ def _exact_float16(scale: Tensor) -> Tensor:
     half = _float16(scale, "scale")
     different = half.to(scale.dtype) != scale
     if different.any():
-        raise ModelError(f"scale {float(scale[different][0]):.9g}: float16, which GGUF stores, rounds it")
+        found = f"scale {float(scale[different][0]):.9g}"
+        raise ModelError(f"{found}: float16, which GGUF stores, rounds it; export=compressed-tensors keeps it")
     return half
 
 

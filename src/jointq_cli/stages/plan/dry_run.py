@@ -33,7 +33,7 @@ from jointq_cli.stages.plan.costs import Windows
 from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
-from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage
+from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage, with_tokenizer
 from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage
 from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.integrity import has_expected_sizes
@@ -152,7 +152,7 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     if recipe.generate_tokens and not why_not(original):
         texts = generation_stages(original, quantize, layers, inputs.tokenizer, recipe.generate_tokens)
         evaluating += [(stage, status(stage)) for stage in texts]
-    before = [task_stage(task, original, original.identity, "original") for task in inputs.tasks or ()]
+    before = [task_stage(task, original, with_tokenizer(original), "original") for task in inputs.tasks or ()]
     after = [task_stage(task, original, [quantize.key], "quantized") for task in inputs.tasks or ()]
     evaluating += [(stage, status(stage)) for stage in (*before, *after)]
     return DryRun(
