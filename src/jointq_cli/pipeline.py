@@ -92,7 +92,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         quantized = quantize_model(context, rotated.model, tokens, loop)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
-        exports = export_all(context, rotated.model, quantized, recipe.exporters)
+        exports, failures = export_all(context, rotated.model, quantized, recipe.exporters)
         if recipe.check_exports:
             exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
         team.on_rank0(link_exports, exports, run.exports)
@@ -111,9 +111,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         second = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
         results = texts, run_tasks(context, tasks, second, first)
         records = [export.record for export in exports]
-        return team.on_rank0(
-            finish_run, context, run, recipe, original, tokens, windows, rotated, quantized, measured, records, *results
-        )
+        measurements = (rotated, quantized, measured, records, failures, *results)
+        return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, *measurements)
 
 
 def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RotationRecord:

@@ -331,6 +331,7 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     coverage: Coverage | None = None  # None in older reports
     exports: list[ExportRecord] = field(default_factory=list)
+    failed_exports: list[str] = field(default_factory=list)  # why others could not be written
     generations: list[Generation] = field(default_factory=list)
     base_model: str = ""  # name of `model`, a hub id where it has one; older reports lack it
     beyond_limits: list[str] = field(default_factory=list)  # a line for each figure beyond the recipe's limits

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 
 from jointq_cli.cli.main import main
@@ -96,6 +97,21 @@ def test_a_run_without_exports_into_the_same_directory_leaves_none() -> None:
     shutil.copytree(RUN / "export", again / "export")
     assert main(["quantize", *WORDS[:-1], "hydra.run.dir=out/again"]) == 0
     assert not (again / "export").exists()
+
+
+def test_an_export_that_only_its_weights_forbid_is_a_problem_and_loses_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A scale that float16 cannot hold; the other formats, the measurements and the report are written."""
+    tensors = load_file("model/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e-9
+    shutil.copytree("model", "small")
+    save_file(tensors, "small/model.safetensors", {"format": "pt"})
+    words = [*WORDS[:-1], "model.path=small", "hydra.run.dir=out/small", "export=[gptq,compressed-tensors]"]
+    assert main(["quantize", *words]) == 1
+    assert "not exported" in capsys.readouterr().err
+    assert set(records(Path("out/small"))) == {"compressed-tensors"}
+    assert "up_proj" in json.loads(Path("out/small/report.json").read_text())["failed_exports"][0]
 
 
 def test_what_a_format_cannot_hold_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:

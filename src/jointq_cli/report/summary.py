@@ -151,6 +151,7 @@ def problems(report: RunReport) -> list[str]:
         found += rotation_summary.problems(report.rotation)
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
+    found += report.failed_exports
     found += [problem for record in report.exports if record.check for problem in record.check.problems]
     return found + report.beyond_limits
 

@@ -4,6 +4,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
@@ -88,7 +89,11 @@ def check_stage(
     return Stage(
         name=f"check in {exporter.engine}",
         kind="engine_check",
-        spec={"engine": ENGINES[exporter.engine].version},
+        spec={
+            "engine": ENGINES[exporter.engine].version,
+            "needs": [version(packages_distributions()[module][0]) for module in exporter.engine_needs],
+            "device": model.device.type,
+        },
         inputs=(export.key, first.hash),
         make=make,
         cost=Workload.engine_check,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jointq_cli.errors import ConfigError
+from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.export import Exporter, QuantizedModel
 from jointq_cli.formats.export.verification import verified
@@ -60,9 +60,19 @@ def export_stage(model: StreamedModel, layers: list[str], quantize: Stage, expor
 
 def export_all(
     context: Context, model: StreamedModel, quantized: Quantized, exporters: Iterable[Exporter]
-) -> list[Export]:
+) -> tuple[list[Export], list[str]]:
+    """The exports, and why others could not be written: of some formats only the weights tell, after hours of work."""
     layers = [layer.name for layer in quantized.layers]
-    return [_export(context, export_stage(model, layers, quantized.stage, one), one) for one in exporters]
+    found, failures = [], []
+    for exporter in exporters:
+        try:
+            found.append(_export(context, export_stage(model, layers, quantized.stage, exporter), exporter))
+        except (ConfigError, ModelError) as error:
+            if context.team.size > 1:  # the other processes have stopped
+                raise
+            failures.append(f"not exported: {error}")
+            context.console.warn(failures[-1])
+    return found, failures
 
 
 def _export(context: Context, stage: Stage, exporter: Exporter) -> Export:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from jointq_cli.evaluation.generation import FAILURES, generate, prompt_ids, why_not
@@ -58,6 +59,8 @@ def generation_stages(
             found: list[list[int]] | str
             try:
                 found = generate(opened(context), ids, count).tolist()
+            except torch.OutOfMemoryError:  # on another day there may be enough
+                raise
             except FAILURES as error:
                 found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             (scratch / _FILE).write_text(json.dumps(found), encoding="utf-8")

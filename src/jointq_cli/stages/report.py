@@ -72,6 +72,7 @@ def finish_run(
     quantized: Quantized,
     measured: QuantizedScores,
     exports: list[ExportRecord],
+    failed_exports: list[str],
     generations: list[Generation],
     tasks: list[TaskRecord],
 ) -> RunReport:
@@ -105,6 +106,7 @@ def finish_run(
         device=str(context.device),
         warnings=list(context.console.warnings),
         exports=exports,
+        failed_exports=failed_exports,
         generations=generations,
         base_model=base_model(recipe.model.path, original.checkpoint.config),
         tasks=tasks,
