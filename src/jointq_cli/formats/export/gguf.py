@@ -120,9 +120,11 @@ class GgufExporter(Exporter):
             if name not in names:
                 return model.checkpoint.read([name])[name]
             found = written[described.name(name)]
-            rows = np.array_split(found.data, max(1, len(found.data) // ROWS))  # numpy's temporaries are as large
-            values = torch.cat([torch.tensor(gguf.dequantize(part, found.tensor_type)) for part in rows])
-            values = values.reshape(model.checkpoint.shapes[name])
+            shape = model.checkpoint.shapes[name]
+            values = torch.empty(shape)
+            for first in range(0, len(values), ROWS):  # numpy's temporaries are several times as large
+                part = gguf.dequantize(found.data[first : first + ROWS], found.tensor_type)
+                values[first : first + ROWS] = torch.tensor(part).reshape(-1, *shape[1:])
             if offset := described.offset(name):
                 values -= offset
             order = described.row_order(name, len(values))
