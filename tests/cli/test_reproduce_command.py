@@ -38,7 +38,7 @@ def test_ci_smoke_is_identical_in_another_directory_whatever_the_threads(
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads((tmp_path / "fresh" / "reproduction.json").read_text(encoding="utf-8"))
     assert found["verdict"] == "identical"
-    assert len([step for step in found["steps"] if step["same"]]) == 16
+    assert len([step for step in found["steps"] if step["same"]]) == 18
     report = json.loads((tmp_path / "fresh" / "report.json").read_text(encoding="utf-8"))
     assert not any(stage["reused"] for stage in report["stages"])
     assert not (tmp_path / "fresh" / "store").exists()

@@ -28,7 +28,6 @@ from jointq_cli.system.record_json import encode, load_record
 
 WINDOWS = 8
 MOST_BYTES = 1e9  # of the weights of a model that is tried
-MOST_CHANGE = 0.002  # of perplexity, where two standard errors are no more
 CHECK = "engine_check.json"
 
 
@@ -109,21 +108,28 @@ def check_in_engine(
     windows: ScoredWindows,
     pause: Callable[[], None] = lambda: None,
 ) -> EngineCheck:
-    """reference: the dequantised checkpoint in float32. Raises as `opened` does."""
-    expected = HiddenPredictions(reference, final_hidden(reference, windows.ids, 1, pause=pause))
+    """reference: the dequantised checkpoint in float32. Raises as `opened` does.
+
+    Engines compute in the checkpoint's dtype: what jointq itself differs by in that dtype is allowed twice over.
+    """
+    checkpoint = reference.checkpoint
+    rounded = StreamedModel(checkpoint, reference.device, checkpoint.dtype, reference.trust_remote_code)
+    expected, own = (
+        HiddenPredictions(model, final_hidden(model, windows.ids, 1, pause=pause)) for model in (reference, rounded)
+    )
+    rounding = compare(score(expected, own, windows, pause))
     name = exporter.engine
     with opened(name, gguf_in(directory)) as model:
         problems = tokenizer_problems(name, model, tokenizer, windows)
         found = compare(score(expected, EnginePredictions(model, windows), windows, pause))
     change = math.expm1(found.nll_increase)
-    most = exporter.engine_kl
+    most = max(exporter.engine_kl, 2 * rounding.kl_divergence)
     if not found.kl_divergence <= most:
-        problems.append(f"KL {found.kl_divergence:.2g} from the checkpoint, and {most:g} is the limit")
+        problems.append(f"KL {found.kl_divergence:.2g} from the checkpoint, and {most:.2g} is the limit")
     noise = math.expm1(2 * found.nll_increase_standard_error) if len(windows.ids) > 1 else math.inf
-    if not abs(change) <= max(MOST_CHANGE, noise):
-        problems.append(
-            f"perplexity {100 * change:+.2g} % from the checkpoint's, and {100 * MOST_CHANGE:g} % is the limit"
-        )
+    most = max(exporter.engine_change, 2 * abs(math.expm1(rounding.nll_increase)), noise)
+    if not abs(change) <= most:
+        problems.append(f"perplexity {100 * change:+.2g} % from the checkpoint's, and {100 * most:.2g} % is the limit")
     return EngineCheck(
         engine=f"{name} ({ENGINES[name].version})",
         windows=len(windows.ids),

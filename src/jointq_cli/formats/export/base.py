@@ -52,6 +52,7 @@ class Exporter(ABC):
     engine: ClassVar[str]  # which loads it, of those in `evaluation.engines`
     engine_needs: ClassVar[tuple[str, ...]] = ()  # modules of other packages with which the engine reads the format
     engine_kl: ClassVar[float] = 5e-4  # nats per token from float32 that the engine's own rounding may cause
+    engine_change: ClassVar[float] = 0.002  # the same of perplexity, relative
     tolerance: ClassVar[float] = 0.0  # largest difference between a decoded and a stored weight, in steps of the grid
     plain_tolerance: ClassVar[float] = 0.0  # of the other tensors, relative to a tensor's largest magnitude
 

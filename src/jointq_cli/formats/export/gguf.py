@@ -59,6 +59,7 @@ class GgufExporter(Exporter):
     # llama.cpp rounds activations to 8 bits inside its products, whatever the weights: with the same weights in float32
     # it differs by 4e-7 (SmolLM2-135M), in blocks by 3.4e-3, and by 3.7e-4 of the bundled model.
     engine_kl: ClassVar[float] = 1e-2
+    engine_change: ClassVar[float] = 0.01
     tolerance: ClassVar[float] = max(TOLERANCE.values())
     plain_tolerance: ClassVar[float] = 0.005  # Q8_0 rounds to 127 steps of a block's largest value
 
