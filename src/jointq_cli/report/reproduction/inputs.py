@@ -12,6 +12,7 @@ Settings = Mapping[str, str]  # values as text by dotted key, and the option by 
 TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}
 HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
+FURTHER = ("export", "evaluation.tasks", "evaluation.tasks_limit")  # outputs and measurements besides the others
 MOST_NAMED = 3  # settings in one message
 
 
@@ -30,7 +31,7 @@ def config(
 ) -> ComparedStep:
     """A setting that only one run has was added or removed by another version of the code, where it has an implicit
     value. Only identical results show that it is the same value."""
-    ours, theirs = original.settings, replay.settings
+    ours, theirs = _without_unused(original.settings), _without_unused(replay.settings)
     differing = deciding_differences(ours, theirs, roles)
     if differing:
         return ComparedStep("config", REQUESTED, False, _first_of(differing))
@@ -38,6 +39,11 @@ def config(
     if one_sided and not results_are_identical:
         return ComparedStep("config", REQUESTED, False, f"not known to be the same: {'; '.join(one_sided)}")
     return ComparedStep("config", REQUESTED, True, "; ".join(one_sided))
+
+
+def _without_unused(settings: Settings) -> Settings:
+    """Without the settings of further outputs that ask for none; older runs do not have them."""
+    return {key: value for key, value in settings.items() if not (key in FURTHER and value in ("null", "[]"))}
 
 
 def hashes(original: FinishedRun, replay: FinishedRun) -> list[ComparedStep]:
