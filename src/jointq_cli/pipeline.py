@@ -8,7 +8,6 @@ several processes share a run, all of them take every line, and rank 0 alone wri
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,13 +22,13 @@ from jointq_cli.models.sources import ModelSource
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunEstimate, RunReport
-from jointq_cli.report import Console, encode, write_report
+from jointq_cli.report import Console, encode
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine
-from jointq_cli.stages.engine_check import check_all, is_checked
+from jointq_cli.stages.engine_check import check_all
 from jointq_cli.stages.export import export_all, link_exports
-from jointq_cli.stages.finished_run import check_finished, open_finished, refuse_existing, with_exports, write_beside
+from jointq_cli.stages.finished_run import export_finished, open_finished, refuse_existing
 from jointq_cli.stages.generation import generate_texts
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
@@ -41,10 +40,10 @@ from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warning
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
 from jointq_cli.stages.report import (
+    RunResults,
     finish_run,
     hash_results,
     header,
-    label_export,
     label_rotated,
     link_rotation,
     quantization_lines,
@@ -104,15 +103,14 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
             original, hidden, quantized.stage, loop, tokens, windows, batch, recipe.activations
         )
         measured = read_quantized_scores(context.run(scores).path, recipe.activations)
-        layer_names = [layer.name for layer in quantized.layers]
-        texts = generate_texts(context, original, quantized.stage, layer_names, tokenizer, recipe.generate_tokens)
+        texts = generate_texts(context, original, quantized, tokenizer, recipe.generate_tokens)
         reloaded = context.open_model(quantized.checkpoint, recipe.model.trust_remote_code)
-        first = [task_stage(task, original, with_tokenizer(original), "original") for task in tasks]
-        second = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
-        results = texts, run_tasks(context, tasks, second, first)
+        before = [task_stage(task, original, with_tokenizer(original), "original") for task in tasks]
+        after = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
+        figures = run_tasks(context, tasks, after, before)
         records = [export.record for export in exports]
-        measurements = (rotated, quantized, measured, records, failures, *results)
-        return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, *measurements)
+        results = RunResults(rotated, quantized, measured, records, failures, texts, figures)
+        return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, results)
 
 
 def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team = SINGLE_PROCESS) -> RotationRecord:
@@ -198,20 +196,10 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
     places = [output or finished.run.exports / exporter.label for exporter in exporters]
     for place in places:
         refuse_existing(place)
-    report, records = finished.report, []
-    for exporter, place in zip(exporters, places, strict=True):
-        with console.stage(f"export {exporter.label}"):
-            record = write_beside(finished, exporter, place)
-        if output is None:  # before the check, which may be interrupted
-            report = with_exports(report, [record])
-            write_report(report, finished.run)
-        if is_checked(exporter, finished.model.checkpoint):
-            with console.stage(f"check in {exporter.engine}"):
-                record = replace(record, check=check_finished(finished, exporter, place))
-            label_export(place, finished.report, record)
-        records.append(record)
-    if output is None:
-        write_report(with_exports(report, records), finished.run)
+    records = [
+        export_finished(finished, exporter, place, console, listed=output is None)
+        for exporter, place in zip(exporters, places, strict=True)
+    ]
     console.show_exports(records, places)
     return records
 

@@ -220,16 +220,6 @@ def test_a_directory_that_is_something_else_says_what_to_do(tmp_path: Path) -> N
     assert refusal(tmp_path / "run").endswith(f"name the checkpoint: {tmp_path / 'run' / 'checkpoint'}")
 
 
-def test_a_checkpoint_of_jointq_is_known_by_its_config_or_its_run(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path / "checkpoint")
-    assert Checkpoint(directory).made_by_jointq is None
-    (tmp_path / "codes").mkdir()
-    (tmp_path / "report.json").touch()
-    assert Checkpoint(directory).made_by_jointq == f"the run {tmp_path}"
-    edit_config(directory, jointq={"version": "1.0", "quantizer": "RTN W4 g128"})
-    assert Checkpoint(directory).made_by_jointq == "RTN W4 g128"
-
-
 def test_a_quantization_config_of_null_is_that_of_a_plain_model(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
     edit_config(directory, quantization_config=None, vision={"quantization_config": None})

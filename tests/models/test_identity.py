@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import write_checkpoint
+from tiny_models import edit_config, write_checkpoint
 from transformers import AutoConfig
 
-from jointq_cli.models.identity import base_model, result_hashes, without_identity, write_identity
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.identity import base_model, quantised_by, result_hashes, without_identity, write_identity
 from jointq_cli.models.sources import BUNDLED
 from jointq_cli.system.run_directory import result_files
 
@@ -83,3 +84,15 @@ def test_a_local_directory_that_looks_like_a_hub_id_has_no_organisation(
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert base_model("models/mine", {}) == "mine"
+
+
+def test_weights_that_jointq_has_quantised_are_known_by_the_key_or_the_run(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "checkpoint")
+    assert quantised_by(Checkpoint(directory)) == ""
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "report.json").touch()
+    assert quantised_by(Checkpoint(directory)) == f"the run {tmp_path}"
+    edit_config(directory, jointq={"version": "1.0", "quantizer": "RTN W4 g128"})
+    assert quantised_by(Checkpoint(directory)) == "RTN W4 g128"
+    edit_config(directory, jointq={"version": "1.0", "rotation": "R1"})
+    assert quantised_by(Checkpoint(directory)) == ""  # rotated, to be quantised now

@@ -64,7 +64,7 @@ def test_a_plan_lists_them_as_they_are_in_the_store(capsys: pytest.CaptureFixtur
     assert main(["plan", *WORDS]) == 0
     out = capsys.readouterr().out
     assert re.search(r"export compressed-tensors +reused", out)
-    assert re.search(r"check in transformers +reused", out)
+    assert re.search(r"check compressed-tensors in transformers +reused", out)
 
 
 def test_one_that_is_added_afterwards_has_the_same_bytes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +77,19 @@ def test_one_that_is_added_afterwards_has_the_same_bytes(capsys: pytest.CaptureF
     assert f"cd {Path('later') / place} && vllm serve ." in capsys.readouterr().out
     assert main(["export", "later", "format=compressed-tensors"]) == 1
     assert "overwrites nothing" in capsys.readouterr().err
+
+
+def test_one_whose_check_is_interrupted_is_complete_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run = Path("interrupted")
+    shutil.copytree(RUN, run)
+    shutil.rmtree(run / "export")
+    monkeypatch.setattr("jointq_cli.stages.finished_run.check_in_engine", interrupt)
+    assert main(["export", str(run), "format=compressed-tensors"]) == 130
+    assert (run / "export" / "compressed-tensors" / "README.md").is_file()
+    assert records(run)["compressed-tensors"]["check"] is None
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
@@ -95,6 +108,7 @@ def test_a_run_without_exports_into_the_same_directory_leaves_none() -> None:
     assert main(["quantize", *WORDS[:-1], "hydra.run.dir=out/again"]) == 0
     again = Path("out/again")
     shutil.copytree(RUN / "export", again / "export")
+    (again / "export" / ".DS_Store").touch()
     assert main(["quantize", *WORDS[:-1], "hydra.run.dir=out/again"]) == 0
     assert not (again / "export").exists()
 
@@ -112,6 +126,22 @@ def test_an_export_that_only_its_weights_forbid_is_a_problem_and_loses_nothing(
     assert "not exported" in capsys.readouterr().err
     assert set(records(Path("out/small"))) == {"compressed-tensors"}
     assert "up_proj" in json.loads(Path("out/small/report.json").read_text())["failed_exports"][0]
+
+
+def test_an_engine_that_fails_is_a_problem_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("jointq_cli.evaluation.engines.TransformersModel.log_probabilities", fail)
+    words = [*WORDS[:-1], "hydra.run.dir=out/failed", "export=compressed-tensors", "store=out/other_store"]
+    assert main(["quantize", *words]) == 1
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
+    assert Path("out/failed/export/compressed-tensors/config.json").is_file()
+    check = records(Path("out/failed"))["compressed-tensors"]["check"]
+    assert isinstance(check, dict)
+    assert check["kl_divergence"] == "nan"
 
 
 def test_what_a_format_cannot_hold_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,11 @@
 """What an inference engine computes for an evaluation."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 from torch import Tensor
 
 
-class EngineModel:
+class EngineModel(ABC):
     """A model loaded into an engine."""
 
     vocabulary: int
@@ -18,5 +18,5 @@ class EngineModel:
         """The ids of a text as the engine's own tokenizer has them, without special tokens; None where it has none."""
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most free it by themselves
         """Frees what the engine holds."""

@@ -58,8 +58,19 @@ class EnginePredictions(Predictions):
 
     def log_probabilities(self, window: int, positions: Tensor) -> Tensor:
         if self._window is None or self._window[0] != window:
-            self._window = window, self.model.log_probabilities(self.windows.ids[window])
+            with _naming(f"the engine, at window {window},", "compute"):
+                self._window = window, self.model.log_probabilities(self.windows.ids[window])
         return self._window[1][positions]
+
+
+@contextmanager
+def _naming(subject: str, action: str) -> Iterator[None]:
+    """Raises ModelError for whatever an engine raises."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{subject} cannot {action}: {type(error).__name__}: {reason}") from error
 
 
 def require_installed(name: str) -> None:
@@ -77,11 +88,8 @@ def opened(name: str, path: Path) -> Iterator[EngineModel]:
     Raises as `require_installed`, and ModelError where the engine cannot load the model.
     """
     require_installed(name)
-    try:
+    with _naming(f"{path}: {name}", "load this model"):
         model = ENGINES[name].open(path)
-    except Exception as error:  # of whatever kind the engine raises
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{path}: {name} cannot load this model: {type(error).__name__}: {reason}") from error
     try:
         yield model
     finally:

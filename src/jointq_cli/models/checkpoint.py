@@ -118,16 +118,6 @@ class Checkpoint:
         return found
 
     @cached_property
-    def made_by_jointq(self) -> str | None:
-        """Which run of jointq has quantised these weights, as a line; None where nothing shows one."""
-        made = self.config.get("jointq")
-        if isinstance(made, dict):
-            return str(made.get("quantizer") or f"version {made.get('version')}")
-        run = self.directory.absolute().parent
-        is_run = self.directory.name == "checkpoint" and (run / "report.json").is_file() and (run / "codes").is_dir()
-        return f"the run {run}" if is_run else None
-
-    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by name."""
         return {name: info.shape for name, info in self.tensors.items()}

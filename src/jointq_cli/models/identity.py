@@ -12,6 +12,7 @@ from json import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import Any
 
+from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import looks_local
 from jointq_cli.system.files import encoded, file_hashes, write_text_atomically
 
@@ -55,6 +56,16 @@ def result_hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
             continue
         hashes[file.relative_to(root).as_posix()] = hashlib.sha256(text).hexdigest()
     return hashes
+
+
+def quantised_by(checkpoint: Checkpoint) -> str:
+    """How jointq has quantised these weights, as a line; "" where nothing shows that it has. A rotated model is not."""
+    own = checkpoint.config.get(KEY)
+    if isinstance(own, dict):
+        return str(own.get("quantizer", ""))
+    run = checkpoint.directory.absolute().parent  # of a version that wrote no key
+    is_run = checkpoint.directory.name == "checkpoint" and (run / "report.json").is_file() and (run / "codes").is_dir()
+    return f"the run {run}" if is_run else ""
 
 
 def base_model(path: str, config: Mapping[str, Any]) -> str:

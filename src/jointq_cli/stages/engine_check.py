@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from jointq_cli.errors import ModelError
 from jointq_cli.evaluation.engines import ENGINES, EnginePredictions, opened
 from jointq_cli.evaluation.perplexity import HiddenPredictions, compare, score
 from jointq_cli.evaluation.windows import ScoredWindows
@@ -56,7 +57,12 @@ def check_all(
         if not is_checked(export.exporter, model.checkpoint):
             return export
         stage = check_stage(export.stage, quantized.stage, model, layers, export.exporter, tokenizer, windows)
-        found: EngineCheck = load_record(EngineCheck, context.run(stage).path / CHECK)
+        try:
+            found: EngineCheck = load_record(EngineCheck, context.run(stage).path / CHECK)
+        except ModelError as error:  # after hours of work: the other results are not lost for it
+            if context.team.size > 1:  # the other processes have stopped
+                raise
+            found = failed_check(export.exporter, error)
         return replace(export, record=replace(export.record, check=found))
 
     return [checked(export) for export in exports]
@@ -86,7 +92,7 @@ def check_stage(
         context.team.on_rank0(write)
 
     return Stage(
-        name=f"check in {exporter.engine}",
+        name=f"check {exporter.label} in {exporter.engine}",
         kind="engine_check",
         spec={
             "engine": ENGINES[exporter.engine].version,
@@ -98,6 +104,12 @@ def check_stage(
         cost=Workload.engine_check,
         together=True,
     )
+
+
+def failed_check(exporter: Exporter, error: ModelError) -> EngineCheck:
+    """Where the engine cannot load or compute the export."""
+    problem = f"export {exporter.label} in {exporter.engine}: {error}"
+    return EngineCheck(exporter.engine, 0, math.nan, math.nan, [problem])
 
 
 def check_in_engine(

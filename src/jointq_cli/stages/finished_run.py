@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from jointq_cli.data.tokenizer import load_tokenizer
-from jointq_cli.errors import JointqError
+from jointq_cli.errors import JointqError, ModelError
 from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.formats.export import Exporter, QuantizedModel
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import EngineCheck, ExportRecord, RunReport
+from jointq_cli.report import Console, load_report, write_report
 from jointq_cli.report.reproduction.finished_run import read_finished_run
-from jointq_cli.stages.engine_check import WINDOWS, check_in_engine
+from jointq_cli.stages.engine_check import WINDOWS, check_in_engine, failed_check, is_checked
 from jointq_cli.stages.export import check_exports, quantized_model, write_export
 from jointq_cli.stages.report import label_export
 from jointq_cli.stages.tokens import evaluation_windows
@@ -59,7 +60,26 @@ def refuse_existing(place: Path) -> None:
         raise JointqError(f"{place}: exists, and an export overwrites nothing; delete it, or name another: output=DIR")
 
 
-def write_beside(finished: FinishedModel, exporter: Exporter, place: Path) -> ExportRecord:
+def export_finished(
+    finished: FinishedModel, exporter: Exporter, place: Path, console: Console, *, listed: bool
+) -> ExportRecord:
+    """Writes an export and tries it in its engine. listed: whether the run's report is to list it, which it does before
+    the check, since that may be interrupted."""
+    with console.stage(f"export {exporter.label}"):
+        record = _write(finished, exporter, place)
+    if listed:
+        _list(finished.run, record)
+    if not is_checked(exporter, finished.model.checkpoint):
+        return record
+    with console.stage(f"check in {exporter.engine}"):
+        record = replace(record, check=_check(finished, exporter, place))
+    label_export(place, finished.report, record)
+    if listed:
+        _list(finished.run, record)
+    return record
+
+
+def _write(finished: FinishedModel, exporter: Exporter, place: Path) -> ExportRecord:
     """Writes, verifies and labels an export; `place` exists once it is complete."""
     scratch = place.with_name(f".{place.name}{UNFINISHED}")
     with translated_disk_errors(place):
@@ -75,15 +95,19 @@ def write_beside(finished: FinishedModel, exporter: Exporter, place: Path) -> Ex
     return record
 
 
-def check_finished(finished: FinishedModel, exporter: Exporter, place: Path) -> EngineCheck:
+def _check(finished: FinishedModel, exporter: Exporter, place: Path) -> EngineCheck:
     """Tries an export in its engine, on text that comes with Python, since that of the run may be far away."""
     model = finished.streamed
     tokenizer = load_tokenizer(model.checkpoint.directory, model.trust_remote_code)
     windows = evaluation_windows(Evaluation(max_windows=WINDOWS), tokenizer)
-    return check_in_engine(exporter, place, model, tokenizer, windows)
+    try:
+        return check_in_engine(exporter, place, model, tokenizer, windows)
+    except ModelError as error:
+        return failed_check(exporter, error)
 
 
-def with_exports(report: RunReport, records: Sequence[ExportRecord]) -> RunReport:
-    """The report of a run that has these exports too."""
-    formats = {record.format for record in records}
-    return replace(report, exports=[*(old for old in report.exports if old.format not in formats), *records])
+def _list(run: RunDirectory, record: ExportRecord) -> None:
+    """Writes the run's report again, with this export."""
+    report = load_report(run.report_json)
+    others = [other for other in report.exports if other.format != record.format]
+    write_report(replace(report, exports=[*others, record]), run)

@@ -12,7 +12,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Generation
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.plan.costs import Workload
-from jointq_cli.stages.quantize import open_quantized
+from jointq_cli.stages.quantize import Quantized, open_quantized
 
 _FILE = "generated.json"
 
@@ -20,20 +20,19 @@ _FILE = "generated.json"
 def generate_texts(
     context: Context,
     original: StreamedModel,
-    quantize: Stage,
-    layers: list[str],
+    quantized: Quantized,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
 ) -> list[Generation]:
-    """A text of each model per prompt; none, and a warning, where the models cannot write any. layers: that the stage
-    `quantize` quantises. count: of tokens, 0 for none."""
+    """A text of each model per prompt; none, and a warning, where the models cannot write any. count: of tokens, 0 for
+    none."""
     if count == 0:
         return []
     if reason := why_not(original):
         context.console.warn(f"generate_tokens={count}: no texts of the models: {reason}; generate_tokens=0")
         return []
-    texts = []
-    for stage in generation_stages(original, quantize, layers, tokenizer, count):
+    texts, layers = [], [layer.name for layer in quantized.layers]
+    for stage in generation_stages(original, quantized.stage, layers, tokenizer, count):
         found = json.loads((context.run(stage).path / _FILE).read_text(encoding="utf-8"))
         if isinstance(found, str):
             context.console.warn(f"generate_tokens={count}: no texts of the models: {found}; generate_tokens=0")

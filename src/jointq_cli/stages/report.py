@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,19 @@ def quantization_lines(recipe: Recipe, model: StreamedModel, windows: ScoredWind
     ]
 
 
+@dataclass(frozen=True)
+class RunResults:
+    """What the stages of `quantize` have found."""
+
+    rotated: Rotated
+    quantized: Quantized
+    measured: QuantizedScores
+    exports: list[ExportRecord]
+    failed_exports: list[str]
+    generations: list[Generation]
+    tasks: list[TaskRecord]
+
+
 def finish_run(
     context: Context,
     run: RunDirectory,
@@ -68,15 +81,10 @@ def finish_run(
     original: StreamedModel,
     tokens: Tokens,
     windows: ScoredWindows,
-    rotated: Rotated,
-    quantized: Quantized,
-    measured: QuantizedScores,
-    exports: list[ExportRecord],
-    failed_exports: list[str],
-    generations: list[Generation],
-    tasks: list[TaskRecord],
+    results: RunResults,
 ) -> RunReport:
     """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
+    rotated, quantized, measured = results.rotated, results.quantized, results.measured
     files = hash_results(context, run)
     audited = _audit(context, original, rotated, quantized)
     scores = measured.scores
@@ -105,17 +113,17 @@ def finish_run(
         versions=versions(),
         device=str(context.device),
         warnings=list(context.console.warnings),
-        exports=exports,
-        failed_exports=failed_exports,
-        generations=generations,
+        exports=results.exports,
+        failed_exports=results.failed_exports,
+        generations=results.generations,
         base_model=base_model(recipe.model.path, original.checkpoint.config),
-        tasks=tasks,
+        tasks=results.tasks,
     )
     report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run)
     label_checkpoint(run.checkpoint, report)
-    for record in exports:
+    for record in results.exports:
         label_export(run.exports / record.format, report, record)
     context.console.show_run(report, run.path)
     return report

@@ -1,6 +1,7 @@
 """How a model's config and tensors are written in a GGUF file, by architecture. Sources: llama.cpp's
 convert_hf_to_gguf.py (keys and tensors), its src/models (what is computed from them)."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,12 +83,17 @@ def further_tensors(config: Any) -> dict[str, Tensor]:
 
 def tensor_name(architecture: Architecture, config: Any, name: str) -> str:
     """llama.cpp's name. Raises ConfigError for a tensor that it does not know."""
-    names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    names = _name_map(architecture.arch, config.num_hidden_layers)
+    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
         kind = config.model_type
         raise ConfigError(f"export=gguf: llama.cpp has no place for the tensor {name} in the architecture {kind}")
     return found
+
+
+@functools.cache
+def _name_map(arch: MODEL_ARCH, blocks: int) -> Any:
+    return gguf.get_tensor_name_map(arch, blocks)
 
 
 def row_order(architecture: Architecture, config: Any, name: str, rows: int) -> Tensor | None:

@@ -49,28 +49,32 @@ def codes(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
 
 
 def checkpoint(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    files = sorted(name for name in original.files | replay.files if name.startswith(CHECKPOINT))
+    files = _files(CHECKPOINT, original, replay)
     if not any(name.endswith(".safetensors") for name in files):
         return ComparedStep("checkpoint", COMPUTED, False, "no hash of any weights")
-    differing = _differing(files, original, replay)
-    of_all = plural(len(files), "file")
-    if not differing:
-        return ComparedStep("checkpoint", COMPUTED, True, of_all + _by_manifest(files, original, replay))
-    first = f"{differing[0].removeprefix(CHECKPOINT)} first{_no_hash(differing[0], original, replay)}"
-    return ComparedStep("checkpoint", COMPUTED, False, f"{len(differing)} of {of_all}, {first}")
+    return _compared("checkpoint", CHECKPOINT, original, replay)
 
 
 def exports(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     """The packed checkpoints that the recipe asks for."""
-    files = sorted(name for name in original.files | replay.files if name.startswith(EXPORTS))
-    if not files:
+    if not _files(EXPORTS, original, replay):
         return ComparedStep("exports", COMPUTED, True, "none")
+    return _compared("exports", EXPORTS, original, replay)
+
+
+def _files(folder: str, original: FinishedRun, replay: FinishedRun) -> list[str]:
+    return sorted(name for name in original.files | replay.files if name.startswith(folder))
+
+
+def _compared(step: str, folder: str, original: FinishedRun, replay: FinishedRun) -> ComparedStep:
+    """All files of a folder by their hashes."""
+    files = _files(folder, original, replay)
     differing = _differing(files, original, replay)
     of_all = plural(len(files), "file")
     if not differing:
-        return ComparedStep("exports", COMPUTED, True, of_all + _by_manifest(files, original, replay))
-    first = f"{differing[0].removeprefix(EXPORTS)} first{_no_hash(differing[0], original, replay)}"
-    return ComparedStep("exports", COMPUTED, False, f"{len(differing)} of {of_all}, {first}")
+        return ComparedStep(step, COMPUTED, True, of_all + _by_manifest(files, original, replay))
+    first = f"{differing[0].removeprefix(folder)} first{_no_hash(differing[0], original, replay)}"
+    return ComparedStep(step, COMPUTED, False, f"{len(differing)} of {of_all}, {first}")
 
 
 def _differing(files: Iterable[str], original: FinishedRun, replay: FinishedRun) -> list[str]:

@@ -11,6 +11,7 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.models.identity import quantised_by
 from jointq_cli.models.layer_selection import find_uncalled
 from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
@@ -78,7 +79,7 @@ def evaluation_warnings(
 
 
 def _quantised_before(model: StreamedModel) -> str:
-    made = model.checkpoint.made_by_jointq
+    made = quantised_by(model.checkpoint)
     return f"model.path: jointq has quantised these weights already ({made}); use the original model" if made else ""
 
 
