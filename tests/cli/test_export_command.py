@@ -14,6 +14,7 @@ from jointq_cli.stages.finished_run import refuse_existing
     [
         (["format=awq"], "export=awq: no such format; there are compressed-tensors"),
         (["compressed-tensors"], "not a setting; write format=compressed-tensors"),
+        ([], "format=: names no format"),
         (["format="], "format=: names no format"),
         (["output=x"], "format=: names no format"),
         (["format=[compressed-tensors,gguf]", "output=x"], "output=x: for one format"),

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "settings",
-        nargs="+",
+        nargs="*",
         metavar="KEY=VALUE",
         help="format=compressed-tensors, or a list format=[gguf:q4_0,mlx]; output=DIR (default: RUN/export/FORMAT); "
         "settings of the format",
