@@ -15,6 +15,7 @@ from jointq_cli.models.identity import quantised_by
 from jointq_cli.models.layer_selection import find_uncalled
 from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
 from jointq_cli.stages.export import check_exports, model_to_quantize
@@ -57,12 +58,13 @@ def _only_language_model(model: StreamedModel) -> str:
     )
 
 
-def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
-    """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+def export_warnings(recipe: Recipe, model: StreamedModel, layers: Mapping[str, Quantizer]) -> list[str]:
+    """layers: those to quantise, each with its quantizer. Raises ConfigError where a format of the recipe cannot hold
+    the model."""
     if not recipe.exporters:
         return []
     online = [part for part in recipe.rotation.parts if part == "R4"]
-    planned = model_to_quantize(model, layers, recipe.quantizer)
+    planned = model_to_quantize(model, layers)
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
 
 
