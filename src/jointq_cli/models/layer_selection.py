@@ -18,6 +18,7 @@ from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.setting_rules import check_settings, setting, shown
 
 KEEP = "keep"  # in `overrides`, of layers that are not quantised
+MIXES = ("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 REGEX = "re:"  # before a pattern that is a regular expression, as in compressed-tensors
 
 # A part of the name of a router: mlp.gate, block_sparse_moe.router.layer, mlp.shared_expert_gate. The gate of a gated
@@ -47,6 +48,7 @@ class LayerSelection:
 
     `overrides`: settings of the quantizer, or KEEP, for those of the remaining layers that a pattern matches: a name, a
     name with the wildcards of a shell, or REGEX and a regular expression that matches the beginning of a full name.
+    `mix`: llama.cpp's choice of a K grid for each layer that no override decides.
     """
 
     include_layer_names: list[str] = setting([])
@@ -55,6 +57,7 @@ class LayerSelection:
     exclude_layer_keywords: list[str] = setting([])
     num_layers: int | None = setting(None, least=1, null="for all")
     overrides: dict[str, Any] = setting({})
+    mix: str | None = setting(None, choices=MIXES, null="for the quantizer's own grid")
 
     def __post_init__(self) -> None:
         check_settings(self, "layers")

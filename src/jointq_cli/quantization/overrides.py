@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jointq_cli.errors import ConfigError
+from jointq_cli.formats.k_mixes import FALLBACKS, UNIFORM_SETTINGS
+from jointq_cli.formats.k_quant import SUPER_BLOCK
 from jointq_cli.models.layer_selection import KEEP, LayerSelection, override_key
 from jointq_cli.quantization.quantizers.base import Quantizer
-from jointq_cli.setting_rules import is_of_kind, kind_in_words, shown
+from jointq_cli.setting_rules import is_of_kind, kind_in_words, rule_of, shown
 
 
 def quantizers_of_patterns(layers: LayerSelection, quantizer: Quantizer) -> dict[str, Quantizer | None]:
@@ -31,11 +33,38 @@ def overridden(quantizer: Quantizer, settings: Mapping[str, Any], key: str) -> Q
         changed: Quantizer = _changed(quantizer, settings, key)
     except ConfigError as error:
         raise ConfigError(renamed(str(error), settings, key)) from error
+    for field in dataclasses.fields(changed):
+        if field.name in settings and not rule_of(field).used(changed):
+            value = shown(settings[field.name])
+            raise ConfigError(f"{key}.{field.name}={value}: has no effect beside the other settings")
     return changed
+
+
+def on_type(quantizer: Quantizer, name: str, key: str) -> Quantizer:
+    """The quantizer whose result a type of `k_mixes` holds; its groups are of neighbouring columns, as in GGUF. Raises
+    ConfigError, naming the key, where it has no K grids."""
+    known = [field.name for field in dataclasses.fields(quantizer)]
+    if "grid" not in known:
+        raise ConfigError(f"{key}: {type(quantizer).__name__} has no K grids; quantizer=rtn, gptq or jointq")
+    settings: dict[str, Any] = {"grid": name}
+    if name in UNIFORM_SETTINGS:
+        order: dict[str, bool] = {"static_groups": True} if "static_groups" in known else {"act_order": False}
+        settings = {**UNIFORM_SETTINGS[name], **{field: value for field, value in order.items() if field in known}}
+    return overridden(quantizer, settings, key)
+
+
+def fitting(quantizer: Quantizer, in_features: int) -> Quantizer:
+    """The quantizer of a layer of so many columns: another one where its K grid does not fit."""
+    grid: Any = getattr(quantizer, "grid", None)
+    if grid not in FALLBACKS or in_features % SUPER_BLOCK == 0:
+        return quantizer
+    return on_type(quantizer, FALLBACKS[grid], "quantizer.grid")
 
 
 def renamed(message: str, settings: Mapping[str, Any], key: str) -> str:
     """A message about `quantizer` that names another key, under which some of its settings stand."""
+    if message.startswith(key):
+        return message
     names = "|".join(map(re.escape, map(str, settings)))
     found, count = re.subn(rf"\bquantizer\.(?=({names})\b)", lambda _: f"{key}.", message)
     return found if count else f"{key}: {message}"
