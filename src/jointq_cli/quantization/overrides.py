@@ -35,8 +35,9 @@ def overridden(quantizer: Quantizer, settings: Mapping[str, Any], key: str) -> Q
         raise ConfigError(renamed(str(error), settings, key)) from error
     for field in dataclasses.fields(changed):
         if field.name in settings and not rule_of(field).used(changed):
-            value = shown(settings[field.name])
-            raise ConfigError(f"{key}.{field.name}={value}: has no effect beside the other settings")
+            grid = getattr(changed, "grid", None)
+            others = f"grid={grid}; add grid: null" if grid else "the other settings"
+            raise ConfigError(f"{key}.{field.name}={shown(settings[field.name])}: has no effect beside {others}")
     return changed
 
 
@@ -100,11 +101,11 @@ def by_text(quantizers: Sequence[Quantizer]) -> dict[str, Quantizer]:
 def describe(quantizers: Sequence[Quantizer]) -> str:
     """Those of all layers in one line, of the rarer ones what differs: "RTN W4 g128 asymmetric mse + 3 layers W8"."""
     usual = most_common(quantizers)
-    counts = Counter(map(repr, quantizers))
+    different = by_text(quantizers)
     others = [
-        f"{counts[text]} layer{'s' * (counts[text] > 1)} {_difference(one, usual)}"
-        for text, one in by_text(quantizers).items()
-        if one != usual
+        f"{count} layer{'s' * (count > 1)} {_difference(different[text], usual)}"
+        for text, count in Counter(map(repr, quantizers)).most_common()
+        if different[text] != usual
     ]
     return f"{usual.describe()} + {', '.join(others)}" if others else usual.describe()
 

@@ -79,6 +79,10 @@ class Exporter(ABC):
         Shares no code with `write`, or code that has an oracle of its own: exports are verified by it.
         """
 
+    def engine_reads(self, model: QuantizedModel) -> bool:
+        """Whether the engine computes all that the format can hold; `check` says so where it does not."""
+        return True
+
     def stored_bits(self, model: QuantizedModel) -> int:
         """Bits that the quantised weights take in the format."""
         return sum(form.stored_bits for form in model.forms.values())

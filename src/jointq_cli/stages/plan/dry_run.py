@@ -24,7 +24,7 @@ from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
 from jointq_cli.stages.engine_check import check_stage, is_checked
-from jointq_cli.stages.export import export_stage
+from jointq_cli.stages.export import export_stage, model_to_quantize
 from jointq_cli.stages.generation import generation_stages
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
@@ -141,11 +141,11 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
 
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
     computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
-    exporting = []
+    exporting, planned = [], model_to_quantize(original, layers)
     for exporter in recipe.exporters:
         export = _known(export_stage(shaped, list(layers), quantize, exporter), model)
         exporting.append((export, status(export)))
-        if recipe.check_exports and is_checked(exporter, original.checkpoint):
+        if recipe.check_exports and is_checked(exporter, planned):
             check = check_stage(export, quantize, shaped, list(layers), exporter, inputs.tokenizer, windows)
             check = _known(check, model, inputs.windows)
             exporting.append((check, status(check, inputs.windows)))

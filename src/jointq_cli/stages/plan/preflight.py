@@ -203,7 +203,7 @@ def _fallen_back(recipe: Recipe, model: StreamedModel) -> str:
     if not found:
         return ""
     count = sum(map(len, found.values()))
-    kinds = [f"{FALLBACKS[grid].upper()} for {grid.upper()} ({listed(names)})" for grid, names in found.items()]
+    kinds = [f"{FALLBACKS[grid].upper()} for {grid.upper()} ({listed(names, 2)})" for grid, names in found.items()]
     return (
         f"layers: {count} of {len(asked)} have in_features that {SUPER_BLOCK} does not divide, and take what llama.cpp "
         f"takes then: {'; '.join(kinds)}"
