@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import write_quantized
+from export_cases import Chosen, write_quantized
 from gguf import GGUFReader
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ MODELS = {
 }
 
 
-def write_model(directory: Path, family: str, rtn: RTN = Q4_0, **changes: object) -> QuantizedModel:
+def write_model(directory: Path, family: str, rtn: RTN | Chosen = Q4_0, **changes: object) -> QuantizedModel:
     """A tiny model with the bundled model's tokenizer, which is one that llama.cpp knows."""
     model = write_quantized(directory, family, rtn, vocab_size=VOCABULARY, norm_spread=0.2, **MODELS[family], **changes)
     for file in BUNDLED.glob("tokenizer*"):
@@ -121,6 +121,21 @@ def test_the_grid_chooses_the_type(tmp_path: Path, rtn: RTN, kind: str, bits: fl
     assert kinds["blk.1.ffn_up.weight"] == kind
     assert kinds["token_embd.weight"] == "Q8_0"
     assert kinds["output_norm.weight"] == "F32"
+
+
+def test_each_layer_has_the_type_of_its_own_grid(tmp_path: Path) -> None:
+    grids = {"q_proj": RTN(bits=5, group_size=32), "down_proj": RTN(bits=8, group_size=32, symmetric=True)}
+    model = write_model(
+        tmp_path / "model",
+        "llama",
+        lambda name: None if "layers.0" in name else grids.get(name.rpartition(".")[2], Q4_0),
+    )
+    exporter = GgufExporter()
+    target = exported(tmp_path, model, exporter)
+    assert verified(model, exporter, target).worst_error <= exporter.tolerance
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file).tensors}
+    found = [types[f"blk.{name}.weight"] for name in ("0.ffn_up", "1.attn_q", "1.attn_k", "2.ffn_down")]
+    assert found == ["BF16", "Q5_1", "Q4_0", "Q8_0"]
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
