@@ -275,13 +275,22 @@ def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_e
 
 
 def test_an_entry_of_a_dictionary_is_no_setting_that_came_with_later_code(run: FinishedRun) -> None:
-    (name,) = ROLES.dictionaries
-    assert compare(run, with_setting(f"{name}.down_proj", "8")(run)).verdict == DIFFERENT
-    assert compare(with_setting(f"{name}.down_proj", "8")(run), run).verdict == DIFFERENT
+    for name in ROLES.dictionaries:
+        assert compare(run, with_setting(f"{name}.down_proj", "8")(run)).verdict == DIFFERENT
+        assert compare(with_setting(f"{name}.down_proj", "8")(run), run).verdict == DIFFERENT
+
+
+def test_an_empty_dictionary_is_one_that_older_runs_lack(run: FinishedRun) -> None:
+    older = replace(run, settings={key: value for key, value in run.settings.items() if "layers.overrides" not in key})
+    later = with_setting("layers.overrides", "{}")(older)
+    assert deciding_differences(older.settings, later.settings) == []
+    assert compare(older, later).verdict == compare(later, older).verdict == IDENTICAL
+    entry = with_setting("layers.overrides.v_proj.bits", "8")(older)
+    assert deciding_differences(later.settings, entry.settings) == ["layers.overrides.v_proj.bits not there → 8"]
 
 
 def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no_more() -> None:
-    assert ROLES.dictionaries == {"activations.layer_bits"}
+    assert ROLES.dictionaries == {"activations.layer_bits", "layers.overrides"}
     assert ROLES.replayable == [
         "calibration.path",
         "calibration.revision",

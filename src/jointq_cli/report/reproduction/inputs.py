@@ -18,8 +18,11 @@ MOST_NAMED = 3  # settings in one message
 
 
 def deciding_differences(ours: Settings, theirs: Settings, roles: SettingRoles) -> list[str]:
-    """Such as "quantizer.bits 4 → 3", for each deciding setting that both runs have."""
-    shared = {key for key in (*ours, *theirs) if (key in ours and key in theirs) or roles.is_entry(key)}
+    """Such as "quantizer.bits 4 → 3", for each deciding setting that both runs have and each entry of a dictionary that
+    one has; a run may lack an empty one."""
+    empty = {key for settings in (ours, theirs) for key, value in settings.items() if value == "{}"}
+    both = ours.keys() & theirs.keys()
+    shared = {key for key in (*ours, *theirs) if key in both or (roles.is_entry(key) and key not in empty)}
     return [
         f"{key} {before_after(ours.get(key), theirs.get(key))}"
         for key in dict.fromkeys([*ours, *theirs])
