@@ -35,6 +35,7 @@ def preflight_warnings(
         _only_language_model(model),
         _left_out(shapes),
         _uncalled(model),
+        _unsplit_experts(model),
         *_beyond_positions(model, {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}),
         _few_tokens(calibrated, shapes),
         _short_text(recipe.evaluation, scored),
@@ -133,6 +134,15 @@ def _uncalled(model: StreamedModel) -> str:
         f"layers: {', '.join(sorted(kinds))} cannot be quantised and is left out: the model uses its weight without "
         "calling the layer, so that its inputs cannot be seen"
     )
+
+
+def _unsplit_experts(model: StreamedModel) -> str:
+    if not model.unsplit_experts:
+        return ""
+    name, reason = next(iter(model.unsplit_experts.items()))
+    others = len(model.unsplit_experts) - 1
+    more = f" and {others} more are" if others else " is"
+    return f"layers: {name}{more} left out: {reason}"
 
 
 def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
