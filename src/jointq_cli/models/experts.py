@@ -90,7 +90,7 @@ class WeightedExperts(Experts):
 
 
 class SortedLinears(nn.Module):
-    """JetMoE's: linear layer 0, 1, ... of the tokens that are sorted by their expert."""
+    """JetMoE's: linear layers 0.proj, 1.proj, ... of the tokens that are sorted by their expert."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
@@ -99,13 +99,14 @@ class SortedLinears(nn.Module):
         self.slices: dict[str, FusedSlice] = {}
         for number in range(self.num_experts):
             layer = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
-            self.add_module(str(number), layer)
-            self.slices[f"{number}.weight"] = FusedSlice("weight", number, is_transposed=False, rows=slice(None))
+            self.add_module(str(number), nn.ModuleDict({"proj": layer}))
+            self.slices[f"{number}.proj.weight"] = FusedSlice("weight", number, is_transposed=False, rows=slice(None))
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
         """inputs: (tokens, in). expert_size: the number of tokens of each expert."""
-        routed = zip(self.children(), inputs.split(expert_size), strict=True)
-        return torch.cat([layer(tokens) if len(tokens) else layer.forward(tokens) for layer, tokens in routed])
+        layers = [part for part in self.modules() if isinstance(part, nn.Linear)]
+        routed = zip(layers, inputs.split(expert_size), strict=True)
+        return torch.cat([layer(tokens) for layer, tokens in routed if len(tokens)])
 
 
 @dataclass(frozen=True)
