@@ -32,3 +32,28 @@ def random_k_weight(grid: KGrid, rows: int = 24, columns: int = 768, seed: int =
         dmin=halves((rows, super_blocks))[:, some],
         grid=grid,
     )
+
+
+def simply_rounded(weight: Tensor, grid: KGrid) -> KQuantWeight:
+    """weight (out, in) float32. Without any search, which takes seconds: each block's range sets its scale and min."""
+    rows = len(weight)
+    blocks = weight.view(rows, -1, grid.blocks, grid.block)
+    some = slice(None) if grid.has_mins else slice(0)
+    least, greatest = blocks.amin(dim=-1).clamp_max(0), blocks.amax(dim=-1)
+    widths = (greatest - least) / grid.last_code if grid.has_mins else torch.maximum(greatest, -least) / grid.zero
+    d, sc = _units(widths, grid.scales[1])
+    dmin, mn = _units(-least, grid.last_min) if grid.has_mins else (torch.zeros_like(d), torch.zeros_like(sc))
+    codes = torch.round((blocks + (dmin * mn)[..., None]) / (d * sc)[..., None]) + grid.zero
+    return KQuantWeight(
+        codes=codes.nan_to_num(0.0).clamp(0, grid.last_code).to(torch.uint8).view(rows, -1),
+        scales=sc.to(torch.int8).view(rows, -1),
+        mins=mn.to(torch.uint8).view(rows, -1)[:, some],
+        d=d.half().view(rows, -1),
+        dmin=dmin.half().view(rows, -1)[:, some],
+        grid=grid,
+    )
+
+
+def _units(wanted: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    unit = (wanted.amax(dim=-1, keepdim=True) / last).half().float().clamp_min(2.0**-24)
+    return unit, torch.round(wanted / unit).clamp(0, last)

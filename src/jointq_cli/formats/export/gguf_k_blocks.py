@@ -33,7 +33,12 @@ def _q3_k(weight: KQuantWeight, shape: _Shape) -> list[Tensor]:
     sc = weight.scales.view(torch.uint8).add(32).view(*shape, 16)  # 0 to 63
     low = (sc[..., :8] & 15) | ((sc[..., 8:] & 15) << 4)
     scales = torch.cat([low, _shared(sc >> 4, shape, 16, 2)], dim=-1)
-    return [_shared(weight.codes >> 2, shape, 256, 1), _shared(weight.codes & 3, shape, 128, 2), scales, _bytes(weight.d)]
+    return [
+        _shared(weight.codes >> 2, shape, 256, 1),
+        _shared(weight.codes & 3, shape, 128, 2),
+        scales,
+        _bytes(weight.d),
+    ]
 
 
 def _q4_k(weight: KQuantWeight, shape: _Shape) -> list[Tensor]:
