@@ -195,7 +195,9 @@ def test_a_mix_of_k_quants_and_uniform_layers(tmp_path: Path, family: str, base:
     stored = sum(form.stored_bits for name, form in model.forms.items() if "layers.0.mlp.down" not in name)
     sizes = [form.shape[0] * form.shape[1] for form in model.forms.values()]
     assert record.bits_per_weight == (stored + 5.5 * 256 * 512) / sum(sizes)
+    assert record.types[base.upper()] > record.types[wider.upper()] == 3
     reader = GGUFReader(target / file)
+    assert sum(record.types.values()) == len(reader.tensors)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.1.ffn_up.weight"] == base.upper()
     assert kinds.get("blk.1.attn_v.weight", kinds.get("blk.1.attn_qkv.weight")) == wider.upper()
@@ -263,7 +265,7 @@ def test_other_formats_refuse_k_quants_with_a_way_out(tmp_path: Path) -> None:
     for word in ("compressed-tensors", "gptq", "mlx"):
         with pytest.raises(ConfigError, match=rf"{word}: .*_proj.weight is stored as Q4_K, .* hold; export=gguf$"):
             exporter_of(word).check(model)
-    with pytest.raises(ConfigError, match=r"_proj\.weight: Q4_0 does not hold Q4_K; without a type"):
+    with pytest.raises(ConfigError, match=r"_proj\.weight: Q4_0 does not hold Q4_K; export=gguf without a type"):
         GgufExporter(type="q4_0").check(model)
     for word in ("q4_k", "q4_k_m"):
         with pytest.raises(ConfigError, match=f"type={word}: .* quantizer.grid=q4_k export=gguf"):

@@ -87,6 +87,10 @@ class Exporter(ABC):
         """Bits that the quantised weights take in the format."""
         return sum(form.stored_bits for form in model.forms.values())
 
+    def types(self, model: QuantizedModel) -> dict[str, int]:
+        """How many tensors have each of the format's types; none where it has no names for them."""
+        return {}
+
     @abstractmethod
     def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         """(runtime, shell command) that serve the export from the directory `name`, for its README."""

@@ -1,6 +1,7 @@
 """GGUF, the file of llama.cpp and Ollama: codes and scales in its blocks of 32, config and tokenizer as its keys."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,10 @@ class GgufExporter(Exporter):
     def stored_bits(self, model: QuantizedModel) -> int:
         forms = _forms(model).values()
         return round(sum(bits_of(self._kind(form)) * form.shape[0] * form.shape[1] for form in forms))
+
+    def types(self, model: QuantizedModel) -> dict[str, int]:
+        kinds = self._kinds(model, Description(model.checkpoint)).values()
+        return dict(Counter(kind.name for kind in kinds).most_common())
 
     def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         return [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ModelError
 from jointq_cli.formats.export.gguf_k_blocks import encode_k_blocks
-from jointq_cli.formats.k_quant import K_GRIDS, KGrid, KQuantWeight
+from jointq_cli.formats.k_quant import K_GRIDS, KQuantWeight
 from jointq_cli.formats.k_rounding import round_to_k
 from jointq_cli.formats.uniform import Grid, UniformWeight
 
@@ -73,7 +73,11 @@ def bits_of(kind: GGMLQuantizationType) -> float:
 def check_kind(form: BlockWeight, kind: GGMLQuantizationType) -> str | None:
     """Why `kind` cannot hold a weight of this form; None where it can. Reads no tensor."""
     if isinstance(form, KQuantWeight):
-        return None if kind == natural_kind(form) else f"{kind.name} does not hold {form.label}; without a type it does"
+        return (
+            None
+            if kind == natural_kind(form)
+            else f"{kind.name} does not hold {form.label}; export=gguf without a type"
+        )
     if form.group_size % BLOCK:
         if form.scale.shape[1] == 1:
             return f"in_features={form.shape[1]}: blocks have {BLOCK} columns"
@@ -138,19 +142,14 @@ def encode_plain(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     if kind == GGMLQuantizationType.Q8_0:
         return np.concatenate([quantize(part.float().numpy(), kind) for part in tensor.split(ROWS)])
     if kind == GGMLQuantizationType.Q6_K:
-        return np.concatenate([_rounded(part.float(), K_GRIDS["q6_k"]) for part in tensor.split(ROWS)])
+        return np.concatenate(
+            [encode_k_blocks(round_to_k(part.float(), K_GRIDS["q6_k"])) for part in tensor.split(ROWS)]
+        )
     if kind == GGMLQuantizationType.F16:
         tensor = _float16(tensor, "value")
     else:
         tensor = tensor.to({GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF16: torch.bfloat16}[kind])
     return tensor.contiguous().view(torch.uint8).numpy()
-
-
-def _rounded(values: Tensor, grid: KGrid) -> np.ndarray:
-    weight = round_to_k(values, grid)
-    if not bool(weight.d.isfinite().all()):
-        raise ModelError(f"values up to {float(values.abs().max()):.6g}: out of the range of {grid.label}")
-    return encode_k_blocks(weight)
 
 
 def _exact_float16(scale: Tensor) -> Tensor:
