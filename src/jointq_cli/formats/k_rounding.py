@@ -16,8 +16,8 @@ from torch import Tensor
 from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid, KQuantWeight
 
 STEP_TRIALS = 19  # steps of a block: its range divided by (levels + offset), offsets from -0.9 to 0.9
-SCALE_TRIALS = 16  # of d and dmin: the largest scale divided by (largest integer + offset)
-REFITS = 3
+SCALE_TRIALS = 8  # of d and dmin: the largest scale divided by (largest integer + offset)
+REFITS = 2
 LEAST = 2.0**-24  # of d and dmin: float16's smallest number
 ROWS = 1 << 20  # weights that are rounded at once: bounds memory
 

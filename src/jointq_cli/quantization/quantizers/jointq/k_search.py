@@ -218,7 +218,7 @@ def _change(before: Tensor, after: Tensor) -> Tensor:
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """(rows,) float64."""
-    return (one.double() * other.double()).sum(dim=1)
+    return torch.sum(one * other, dim=1, dtype=torch.float64)
 
 
 def _inverse_factor(metric: Tensor) -> Tensor:
