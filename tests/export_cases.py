@@ -45,7 +45,7 @@ def quantize_checkpoint(directory: Path, chosen: Rounding | Chosen) -> Quantized
             weights[name] = _rounded(weight, stored[name])
             tensors[name] = weights[name].dequantize(weight.dtype)
         save_file(tensors, file, {"format": "pt"})
-    linear = model_to_quantize(model, [], RTN()).linear
+    linear = model_to_quantize(model, {}).linear
     forms = {name: _form(weights[name]) for name in stored}
     return QuantizedModel(Checkpoint(directory), forms, linear, weights.__getitem__)
 

@@ -149,11 +149,13 @@ def k_model(directory: Path, family: str, chosen: Chosen, **changes: object) -> 
     ("base", "wider", "named"),
     [
         ("q2_k", None, "q2_k_s"),
+        ("q2_k", "q4_k", "q2_k_s"),
         ("q2_k", "q3_k", "q2_k"),
         ("q3_k", None, "q3_k_s"),
         ("q3_k", "q4_k", "q3_k_m"),
         ("q3_k", "q5_k", "q3_k_l"),
         ("q4_k", None, "q4_k_s"),
+        ("q4_k", "q5_k", "q4_k_s"),
         ("q4_k", "q6_k", "q4_k_m"),
         ("q5_k", None, "q5_k_s"),
         ("q5_k", "q6_k", "q5_k_m"),
@@ -267,8 +269,8 @@ def test_other_formats_refuse_k_quants_with_a_way_out(tmp_path: Path) -> None:
             exporter_of(word).check(model)
     with pytest.raises(ConfigError, match=r"_proj\.weight: Q4_0 does not hold Q4_K; export=gguf without a type"):
         GgufExporter(type="q4_0").check(model)
-    for word in ("q4_k", "q4_k_m"):
-        with pytest.raises(ConfigError, match=f"type={word}: .* quantizer.grid=q4_k export=gguf"):
+    for word, way_out in (("q4_k", "quantizer.grid=q4_k"), ("q4_k_m", "layers.mix=q4_k_m")):
+        with pytest.raises(ConfigError, match=f"type={word}: .* {way_out} export=gguf"):
             GgufExporter(type=word)
 
 

@@ -83,6 +83,10 @@ class Exporter(ABC):
         """The same of a tensor that is not quantised, relative to its largest magnitude."""
         return 0.0
 
+    def engine_reads(self, model: QuantizedModel) -> bool:
+        """Whether the engine computes all that the format can hold; `check` says so where it does not."""
+        return True
+
     def stored_bits(self, model: QuantizedModel) -> int:
         """Bits that the quantised weights take in the format."""
         return sum(form.stored_bits for form in model.forms.values())

@@ -33,6 +33,7 @@ from jointq_cli.formats.export.gguf_blocks import (
     natural_kind,
 )
 from jointq_cli.formats.export.gguf_tokenizer import read_tokenizer
+from jointq_cli.formats.k_mixes import MIXES
 from jointq_cli.formats.k_quant import K_GRIDS, SUPER_BLOCK, KQuantWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
@@ -50,12 +51,25 @@ FILE_TYPES = {
     GGMLQuantizationType.Q5_1: LlamaFileType.MOSTLY_Q5_1,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
-K_FILE_TYPES = {  # alone, and beside wider ones
-    GGMLQuantizationType.Q2_K: (LlamaFileType.MOSTLY_Q2_K_S, LlamaFileType.MOSTLY_Q2_K),
-    GGMLQuantizationType.Q3_K: (LlamaFileType.MOSTLY_Q3_K_S, LlamaFileType.MOSTLY_Q3_K_M),
-    GGMLQuantizationType.Q4_K: (LlamaFileType.MOSTLY_Q4_K_S, LlamaFileType.MOSTLY_Q4_K_M),
-    GGMLQuantizationType.Q5_K: (LlamaFileType.MOSTLY_Q5_K_S, LlamaFileType.MOSTLY_Q5_K_M),
-    GGMLQuantizationType.Q6_K: (LlamaFileType.MOSTLY_Q6_K, LlamaFileType.MOSTLY_Q6_K),
+K_FILE_TYPES = {  # by the smallest K-quant of a file; of these, the first that the file has
+    GGMLQuantizationType.Q2_K: {
+        GGMLQuantizationType.Q3_K: LlamaFileType.MOSTLY_Q2_K,
+        GGMLQuantizationType.Q2_K: LlamaFileType.MOSTLY_Q2_K_S,
+    },
+    GGMLQuantizationType.Q3_K: {
+        GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q3_K_M,
+        GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q3_K_L,
+        GGMLQuantizationType.Q3_K: LlamaFileType.MOSTLY_Q3_K_S,
+    },
+    GGMLQuantizationType.Q4_K: {
+        GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q4_K_M,
+        GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_S,
+    },
+    GGMLQuantizationType.Q5_K: {
+        GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q5_K_M,
+        GGMLQuantizationType.Q5_K: LlamaFileType.MOSTLY_Q5_K_S,
+    },
+    GGMLQuantizationType.Q6_K: {GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K},
 }
 
 
@@ -77,9 +91,9 @@ class GgufExporter(Exporter):
     embeddings: str | None = setting(None, choices=EMBEDDINGS, null="for q6_k beside K-quants, else q8_0")
 
     def __post_init__(self) -> None:
-        grid = (self.type or "").removesuffix("_s").removesuffix("_m")
-        if grid in K_GRIDS:
-            raise ConfigError(f"type={self.type}: is for a model quantised so: quantizer.grid={grid} export=gguf")
+        if self.type in MIXES or self.type in K_GRIDS:
+            way_out = f"layers.mix={self.type}" if self.type in MIXES else f"quantizer.grid={self.type}"
+            raise ConfigError(f"type={self.type}: is for a model that was quantised so: {way_out} export=gguf")
         check_settings(self)
 
     @property
@@ -173,15 +187,12 @@ class GgufExporter(Exporter):
         return "model.gguf" if kind is None else f"model-{kind}.gguf"
 
     def file_type(self, model: QuantizedModel) -> LlamaFileType:
-        """Of a mix, as llama-quantize calls it: after the most frequent K-quant and what stands beside it."""
+        """Of a mix, as llama-quantize calls it: all others of its types are wider than the one it is named after."""
         kinds = [self._kind(form) for form in _forms(model).values()]
-        beside = {kind for kind in kinds if kind in K_FILE_TYPES}
-        if not beside:
+        base = min((kind for kind in kinds if kind in K_FILE_TYPES), default=None)
+        if base is None:
             return FILE_TYPES[max(FILE_TYPES, key=kinds.count)]
-        base = max(K_FILE_TYPES, key=kinds.count)
-        if base == GGMLQuantizationType.Q3_K and beside == {base, GGMLQuantizationType.Q5_K}:
-            return LlamaFileType.MOSTLY_Q3_K_L
-        return K_FILE_TYPES[base][max(beside) > base]
+        return next(named for beside, named in K_FILE_TYPES[base].items() if beside in kinds)
 
     def _kind(self, form: BlockWeight) -> GGMLQuantizationType:
         return natural_kind(form) if self.type is None else GGMLQuantizationType[self.type.upper()]
