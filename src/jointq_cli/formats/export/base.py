@@ -80,7 +80,7 @@ class Exporter(ABC):
         """
 
     def plain_tolerance(self, model: QuantizedModel, name: str) -> float:
-        """The same of a tensor that is not quantised, relative to its largest magnitude."""
+        """The largest error of a decoded tensor that is not quantised, relative to its largest magnitude."""
         return 0.0
 
     def engine_reads(self, model: QuantizedModel) -> bool:
