@@ -91,8 +91,8 @@ class Exporter(ABC):
         """Bits that the quantised weights take in the format."""
         return sum(form.stored_bits for form in model.forms.values())
 
-    def types(self, model: QuantizedModel) -> dict[str, int]:
-        """How many tensors have each of the format's types; none where it has no names for them."""
+    def types(self, model: QuantizedModel, directory: Path) -> dict[str, int]:
+        """How many of the written tensors have each of the format's types; none where it has no names for them."""
         return {}
 
     @abstractmethod

@@ -169,9 +169,9 @@ class GgufExporter(Exporter):
         forms = _forms(model).values()
         return round(sum(bits_of(self._kind(form)) * form.shape[0] * form.shape[1] for form in forms))
 
-    def types(self, model: QuantizedModel) -> dict[str, int]:
-        kinds = self._kinds(model, Description(model.checkpoint)).values()
-        return dict(Counter(kind.name for kind in kinds).most_common())
+    def types(self, model: QuantizedModel, directory: Path) -> dict[str, int]:
+        tensors = GGUFReader(directory / self.file_name(model)).tensors
+        return dict(Counter(tensor.tensor_type.name for tensor in tensors).most_common())
 
     def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         return [

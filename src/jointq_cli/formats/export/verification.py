@@ -46,7 +46,7 @@ def verified(model: QuantizedModel, exporter: Exporter, directory: Path) -> Expo
         bits_per_weight=exporter.stored_bits(model) / sum(sizes),
         worst_error=worst,
         rounded=rounding,
-        types=exporter.types(model),
+        types=exporter.types(model, directory),
         commands=dict(exporter.commands(model, ".")),
     )
 
