@@ -48,8 +48,6 @@ CASES = [
     (f"{GPTQ}=128 quantizer.bits=4", [("gptq", "transformers")]),
     (f"{RTN}=32 quantizer.bits=4 quantizer.symmetric=true", [("gguf:q4_0", "llama.cpp")]),
     (f"{RTN}=32 quantizer.bits=4", [("gguf:q4_1", "llama.cpp"), ("mlx", "mlx")]),
-    ("quantizer=rtn layers.mix=q4_k_m", [("gguf", "llama.cpp")]),
-    ("quantizer=rtn layers.mix=q2_k", [("gguf", "llama.cpp")]),
     (f"{RTN}=128 quantizer.bits=8 quantizer.symmetric=true", [("gptq", "transformers"), ("mlx", "mlx")]),
     (f"{RTN}=128 quantizer.bits=3", [("compressed-tensors", "transformers"), ("gptq", "transformers"), ("mlx", "mlx")]),
     (f"{RTN}=64 quantizer.bits=2", [("gptq", "transformers"), ("mlx", "mlx")]),
