@@ -274,6 +274,21 @@ def test_other_formats_refuse_k_quants_with_a_way_out(tmp_path: Path) -> None:
             GgufExporter(type=word)
 
 
+def test_each_layer_has_the_type_of_its_own_grid(tmp_path: Path) -> None:
+    grids = {"q_proj": RTN(bits=5, group_size=32), "down_proj": RTN(bits=8, group_size=32, symmetric=True)}
+    model = write_model(
+        tmp_path / "model",
+        "llama",
+        lambda name: None if "layers.0" in name else grids.get(name.rpartition(".")[2], Q4_0),
+    )
+    exporter = GgufExporter()
+    target = exported(tmp_path, model, exporter)
+    assert verified(model, exporter, target).worst_error <= exporter.tolerance
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file_name(model)).tensors}
+    found = [types[f"blk.{name}.weight"] for name in ("0.ffn_up", "1.attn_q", "1.attn_k", "2.ffn_down")]
+    assert found == ["BF16", "Q5_1", "Q4_0", "Q8_0"]
+
+
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     files = []

@@ -153,6 +153,9 @@ class ConfigErrorFormatter:
 
     def _unreadable(self, override: str) -> str:
         key, equals, value = override.partition("=")
+        if value.startswith("{"):
+            rule = "a backslash goes before each of : = ( ) [ ] { } in a dictionary's keys"
+            return f"{override}: cannot be read; {rule}"
         if equals:
             quoted = shlex.quote(f"{key}={quoted_value(value)}")
             return f"{override}: cannot be read; quote a value that has spaces, quotes or brackets: {quoted}"

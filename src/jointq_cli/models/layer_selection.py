@@ -107,10 +107,10 @@ class LayerSelection:
                 raise ConfigError(f"{override_key(pattern)}: matches none of the {len(names)} layers to quantise")
             own = [name for name in meant if name not in found]
             if not own:
-                earlier = " and ".join(dict.fromkeys(found[name] for name in meant))
+                earlier = ", ".join(dict.fromkeys(found[name] for name in meant))
                 raise ConfigError(
-                    f"{override_key(pattern)}: the first match decides, and {earlier} has all that it matches; put it "
-                    "before"
+                    f"{override_key(pattern)}: the first match decides, and earlier patterns ({earlier}) have all that "
+                    "it matches; put it before them"
                 )
             found |= dict.fromkeys(own, pattern)
         return found

@@ -47,10 +47,9 @@ def on_type(quantizer: Quantizer, name: str, key: str) -> Quantizer:
     known = [field.name for field in dataclasses.fields(quantizer)]
     if "grid" not in known:
         raise ConfigError(f"{key}: {type(quantizer).__name__} has no K grids; quantizer=rtn, gptq or jointq")
-    settings: dict[str, Any] = {"grid": name}
-    if name in UNIFORM_SETTINGS:
-        order: dict[str, bool] = {"static_groups": True} if "static_groups" in known else {"act_order": False}
-        settings = {**UNIFORM_SETTINGS[name], **{field: value for field, value in order.items() if field in known}}
+    settings = dict(UNIFORM_SETTINGS.get(name, {"grid": name}))
+    if name in UNIFORM_SETTINGS and "static_groups" in known:
+        settings["static_groups"] = True
     return overridden(quantizer, settings, key)
 
 
