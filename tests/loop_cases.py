@@ -1,7 +1,7 @@
 """Quantizers, corrections and windows shared by tests of the quantising loop."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +61,7 @@ def quantize(
     qep: QepSettings = NO_QEP,
     weights: TokenWeights = EQUAL,
     suspended: float = 1e9,
+    own: Mapping[str, Quantizer] | None = None,
 ) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
@@ -68,7 +69,7 @@ def quantize(
     workspace, records = Workspace(scratch), []
     with torch.no_grad():
         tokens = windows() if tokens is None else tokens
-        settings = LoopSettings(quantizer, qep, names, inputs, weights, len(tokens), batch, suspended)
+        settings = LoopSettings(quantizer, qep, names, inputs, weights, len(tokens), batch, suspended, own or {})
         quantize_blocks(model, tokens, settings, workspace, records.append, pause)
         assemble(model, workspace, scratch / "checkpoint", code=False)
     return model, workspace, records

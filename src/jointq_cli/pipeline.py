@@ -72,9 +72,9 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
         tokens = load_calibration(context, recipe.calibration, tokenizer)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
-        console.header(header(recipe, original, tokens, quantization_lines(recipe, original, windows), team))
-
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
+        console.header(header(recipe, original, tokens, quantization_lines(recipe, layers, original, windows), team))
+
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
         warnings += export_warnings(recipe, original, layers)
@@ -83,7 +83,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
-        loop = loop_settings(layers, recipe.quantizer, recipe.qep, recipe.calibration, recipe.runtime, tokens)
+        loop = loop_settings(layers, recipe.qep, recipe.calibration, recipe.runtime, tokens)
         try_paths(original, tokens, windows, loop, recipe.activations)
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         team.on_rank0(link_rotation, rotated, run)
@@ -109,7 +109,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         after = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
         figures = run_tasks(context, tasks, after, before)
         records = [export.record for export in exports]
-        results = RunResults(rotated, quantized, measured, records, failures, texts, figures)
+        results = RunResults(layers, rotated, quantized, measured, records, failures, texts, figures)
         return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, results)
 
 
@@ -219,7 +219,8 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
     """What `quantize` would do with this recipe, from configs and headers; writes nothing."""
     with torch.no_grad():
         inputs = find_inputs(recipe, use_device(recipe.runtime))
-        lines = quantization_lines(recipe, inputs.original, inputs.windows)
+        layers = selected_layers(inputs.original, recipe.layers, recipe.quantizer, recipe.activations)
+        lines = quantization_lines(recipe, layers, inputs.original, inputs.windows)
         console.header(header(recipe, inputs.original, inputs.tokens, lines))
         estimate = estimate_run(recipe, inputs)
         console.show_tables(plan_document(estimate))

@@ -21,6 +21,7 @@ from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
+from jointq_cli.quantization.overrides import quantizers_of_patterns
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.report.limits import Limits
@@ -60,6 +61,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
+        quantizers_of_patterns(self.layers, self.quantizer)
         exporters_of(self.export)
         if self.evaluation.tasks and "R4" in self.rotation.parts:
             tasks = ",".join(self.evaluation.tasks)

@@ -11,6 +11,8 @@ import copy
 import dataclasses
 import math
 import re
+import types
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +27,15 @@ RENAMED: Final = {"runtime.waiting_gb": "runtime.suspended_activations_gb"}
 
 Here rather than at the fields, since reports of old runs need it and should not have to load torch.
 """
+
+_KINDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, such as [a,b]",
+    dict: "a dictionary, such as {a:1}",
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,26 @@ def _require(rule: Rule, key: str, value: Any) -> None:
             raise ConfigError(f"{key}={value}: each value {rule.demand(wrong[0])}, and {shown(wrong[0])} is not")
     elif value is not None and not rule.admits(value):
         raise ConfigError(f"{key}={shown(value)}: {rule.demand(value)}")
+
+
+def kind_in_words(annotation: Any) -> str:
+    """A field's type, as in "must be an integer or null"; "" where it has no words."""
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(_KINDS.get(part, "null") for part in typing.get_args(annotation))
+    if annotation == list[float]:
+        return "a list of numbers, such as [1,2]"
+    return _KINDS.get(typing.get_origin(annotation) or annotation, "")
+
+
+def is_of_kind(value: Any, annotation: Any) -> bool:
+    """Whether a value of a config, where no schema has checked it, may stand in a field of this type."""
+    if isinstance(annotation, types.UnionType):
+        return any(is_of_kind(value, part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        return isinstance(value, list) and all(is_of_kind(item, typing.get_args(annotation)[0]) for item in value)
+    if isinstance(value, bool):  # which Python counts as an integer
+        return annotation is bool
+    return isinstance(value, int | float if annotation is float else annotation)
 
 
 def changed(settings: "DataclassInstance") -> dict[str, Any]:

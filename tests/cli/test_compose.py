@@ -239,6 +239,11 @@ MISTAKES = {
         1,
         "layers.exclude_layer_names=lm_head: must be a list, such as [a,b]",
     ),
+    "quantize layers.overrides={q_proj:{bits:9}}": (1, "layers.overrides.q_proj.bits=9: must be from 1 to 8"),
+    "quantize layers.overrides={re:(:keep}": (
+        1,
+        "layers.overrides={re:(:keep}: cannot be read; a backslash goes before each of : = ( ) [ ] { } in a ",
+    ),
     "quantize quantizer.bits=0": (1, "quantizer.bits=0: must be from 1 to 8"),
     "quantize quantizer.bits=9": (1, "quantizer.bits=9: must be from 1 to 8"),
     "quantize quantizer.on_failure=shrug": (1, "quantizer.on_failure=shrug: must be"),
@@ -402,6 +407,26 @@ def test_the_task_gets_a_typed_recipe_its_folder_and_the_overrides(jobs: list[tu
 def test_overrides_may_stand_on_both_sides_of_an_option(jobs: list[tuple[Any, Job]]) -> None:
     assert run("quantize recipe=ci_smoke -m quantizer.bits=3,4", jobs) == 0
     assert [recipe.quantizer.bits for recipe, _ in jobs] == [3, 4]
+
+
+def test_overrides_of_layers_are_entries_of_a_dictionary_in_their_order(
+    jobs: list[tuple[Any, Job]], tmp_path: Path
+) -> None:
+    words = "quantize recipe=ci_smoke quantizer=rtn"
+    given = "{model.layers.0.*:keep,v_proj:{bits:6,group_size:null},re\\:.*o_proj:{}}"
+    run(f"{words} layers.overrides={given}", jobs)
+    written = {"model.layers.0.*": "keep", "v_proj": {"bits": 6, "group_size": None}, "re:.*o_proj": {}}
+    assert list(jobs[0][0].layers.overrides.items()) == list(written.items())
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "again.yaml").write_text(jobs[0][1].config)
+    run(f"quantize --config-dir {tmp_path} recipe=again layers.overrides={{a_proj:keep,v_proj:{{bits:5}}}}", jobs)
+    later = {**written, "v_proj": {"bits": 5, "group_size": None}, "a_proj": "keep"}
+    assert list(jobs[1][0].layers.overrides.items()) == list(later.items())
+    run(f"{words} -m layers.overrides={{v_proj:{{bits:6}}}},{{v_proj:keep,o_proj:{{bits:3}}}}", jobs)
+    assert [recipe.layers.overrides for recipe, _ in jobs[2:]] == [
+        {"v_proj": {"bits": 6}},
+        {"v_proj": "keep", "o_proj": {"bits": 3}},
+    ]
 
 
 def test_the_config_of_a_job_is_a_recipe_that_gives_the_same_again(jobs: list[tuple[Any, Job]], tmp_path: Path) -> None:
@@ -738,7 +763,9 @@ QUESTIONS = {
     "jointq qu": {"quantize"},
     "jointq quantize rec": {"recipe="},
     "jointq quantize recipe=pocket_w4": {"recipe=pocket_w4a4", "recipe=pocket_w4g128"},
-    "jointq quantize recipe=qwen": {"recipe=qwen3_0.6b_w4g128", "recipe=qwen3_0.6b_q4_0"},
+    "jointq quantize recipe=qwen": {
+        *("recipe=qwen3_0.6b_w4g128", "recipe=qwen3_0.6b_q4_0", "recipe=qwen3_0.6b_q4_k_m"),
+    },
     "jointq quantize quantizer=gptq quantizer.da": {"quantizer.damping="},
     "jointq quantize quantizer.regularization_": {
         f"quantizer.regularization_{key}=" for key in ("lambda", "mode", "gamma", "floor", "reference")

@@ -98,3 +98,59 @@ def test_rules_that_leave_nothing_are_an_error() -> None:
 def test_a_count_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_layers=0"):
         select(num_layers=0)
+
+
+# --- overrides
+
+
+def test_the_first_pattern_decides() -> None:
+    first, values, regex, glob = "model.layers.0.mlp.down_proj", "q_proj", r"re:.*\.(0|1)\.self_attn", "layers.10.*"
+    selection = LayerSelection(overrides={first: {"bits": 8}, values: "keep", regex: {"bits": 8}, glob: {}})
+    assert selection.match_overrides(NAMES) == {
+        "model.layers.0.mlp.down_proj": first,
+        **{name: values for name in NAMES if name.endswith("q_proj")},
+        "model.layers.0.self_attn.o_proj": regex,
+        "model.layers.1.self_attn.o_proj": regex,
+        "model.layers.10.self_attn.o_proj": glob,
+        "model.layers.10.mlp.down_proj": glob,
+    }
+    assert LayerSelection().match_overrides(NAMES) == {}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("mlp.*", 3), ("*_proj", 9), ("o_proj", 3), ("[oq]_proj", 6), ("re:model.layers.1", 6), ("re:.*mlp", 3)],
+)
+def test_a_pattern_is_an_end_a_glob_or_the_beginning_of_a_regular_expression(pattern: str, count: int) -> None:
+    assert len(LayerSelection(overrides={pattern: {}}).match_overrides(NAMES)) == count
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"v_proj": {}}, "layers.overrides.v_proj: matches none of the 9 layers to quantise"),
+        ({"own_proj": {}}, "layers.overrides.own_proj: matches none of the 9 layers to quantise"),
+        ({"re:mlp": {}}, "layers.overrides.re:mlp: matches none of the 9 layers to quantise"),
+        (
+            {"q_proj": {}, "o_proj": {}, "self_attn.*": {}},
+            "layers.overrides.self_attn.*: the first match decides, and earlier patterns (q_proj, o_proj) have all "
+            "that it matches; put it before them",
+        ),
+    ],
+)
+def test_an_idle_pattern_is_refused(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LayerSelection(overrides=overrides).match_overrides(NAMES)
+    assert str(caught.value) == message
+
+
+def test_an_override_that_is_none_is_refused() -> None:
+    for value in (8, None, "left", [8]):
+        with pytest.raises(
+            ConfigError, match=r"^layers\.overrides\.q_proj=.*: must be settings .*\{bits: 8\}, or keep$"
+        ):
+            LayerSelection(overrides={"q_proj": value})
+    with pytest.raises(ConfigError, match=r"^layers\.overrides\.re:\(: not a regular expression: missing \)"):
+        LayerSelection(overrides={"re:(": {}})
+    with pytest.raises(ConfigError, match=r"^layers\.mix=q4_k_x: must be one of q2_k, "):
+        LayerSelection(mix="q4_k_x")

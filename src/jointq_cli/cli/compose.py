@@ -27,7 +27,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
-from jointq_cli.cli.hydra_main import command_line, errors_raised, hydra_main, overrides_and_options, readable
+from jointq_cli.cli.hydra_main import (
+    command_line,
+    errors_raised,
+    hydra_main,
+    overrides_and_options,
+    readable,
+    with_entries,
+)
 from jointq_cli.cli.recipe_file import as_recipe
 from jointq_cli.cli.renamed_keys import KeyRenamer, renamed_by
 from jointq_cli.cli.schemas import mutable_schema
@@ -77,12 +84,13 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
 
 def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     # Not above: it brings torch, and shell completion answers without.
-    from jointq_cli.recipe import RECIPES, Recipe, keys, schemas
+    from jointq_cli.recipe import RECIPES, Recipe, keys, schemas, setting_roles
 
     words, options = overrides_and_options(command, arguments)
     renamer = KeyRenamer(silent=team.rank > 0)
-    overrides = [readable(renamer.override(word)) for word in words]
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
+    dictionaries = setting_roles(RECIPES[command]).dictionaries
+    overrides = [with_entries(readable(renamer.override(word)), dictionaries) for word in words]
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]

@@ -8,7 +8,6 @@ import difflib
 import inspect
 import re
 import shlex
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,17 +28,10 @@ from omegaconf.errors import (
 
 from jointq_cli.cli import config_files
 from jointq_cli.errors import ConfigError, JointqError, ResourceError
+from jointq_cli.setting_rules import kind_in_words
 
 LAUNCHERS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}  # option: extra
 NO_PACKAGE = "a recipe must begin with the line `# @package _global_`"
-_KINDS: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list, such as [a,b]",
-    dict: "a dictionary, such as {a:1}",
-}
 
 
 class UsageError(ConfigError):
@@ -125,12 +117,7 @@ class ConfigErrorFormatter:
         name, item, _ = name.partition("[")
         owners = [owner] if owner in self._schemas else self._owners(name) if item else []
         hint = typing.get_type_hints(self._schemas[owners[0]]).get(name) if owners else None
-        if isinstance(hint, types.UnionType):
-            parts = [_KINDS.get(part, "null") for part in typing.get_args(hint)]
-            return " or ".join(parts)
-        if hint == list[float]:
-            return "a list of numbers, such as [1,2]"
-        return _KINDS.get(typing.get_origin(hint) or hint, "")
+        return kind_in_words(hint)
 
     def _unknown_option(self, error: MissingConfigException) -> str:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
@@ -166,6 +153,9 @@ class ConfigErrorFormatter:
 
     def _unreadable(self, override: str) -> str:
         key, equals, value = override.partition("=")
+        if value.startswith("{"):
+            rule = "a backslash goes before each of : = ( ) [ ] { } in a dictionary's keys"
+            return f"{override}: cannot be read; {rule}"
         if equals:
             quoted = shlex.quote(f"{key}={quoted_value(value)}")
             return f"{override}: cannot be read; quote a value that has spaces, quotes or brackets: {quoted}"

@@ -4,7 +4,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 
 import hydra
@@ -49,6 +49,12 @@ def readable(word: str) -> str:
     parts = [part if _is_readable(f"{key}={part}") else quoted_value(part) for part in value.split(",")]
     quoted = f"{key}={','.join(parts)}"
     return quoted if _is_readable(quoted) else word
+
+
+def with_entries(word: str, dictionaries: Collection[str]) -> str:
+    """The override, with the plus that Hydra demands of new entries where it gives a dictionary some."""
+    key, _, value = word.partition("=")
+    return f"+{word}" if key in dictionaries and value.startswith("{") and _is_readable(word) else word
 
 
 def _is_readable(word: str) -> bool:

@@ -1,4 +1,5 @@
-"""Which linear layers are quantised: the rules of the reference implementation (OneComp), in its order.
+"""Which linear layers are quantised: the rules of the reference implementation (OneComp), in its order. And which of
+them have settings of their own.
 
 Routers of experts are small, and an error of theirs sends tokens to other experts: they are left out by default. Layers
 whose weight the model uses without calling them are left out always, since no hook sees what the weight multiplies.
@@ -7,12 +8,18 @@ whose weight the model uses without calling them are left out always, since no h
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.models.layer_ref import LayerRef
-from jointq_cli.setting_rules import check_settings, setting
+from jointq_cli.setting_rules import check_settings, setting, shown
+
+KEEP = "keep"  # in `overrides`, of layers that are not quantised
+MIXES = ("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+REGEX = "re:"  # before a pattern that is a regular expression, as in compressed-tensors
 
 # A part of the name of a router: mlp.gate, block_sparse_moe.router.layer, mlp.shared_expert_gate. The gate of a gated
 # MLP may have the same name, but it has more outputs than inputs.
@@ -38,6 +45,10 @@ class LayerSelection:
     A *name* must match a layer's full name or its last components (`lm_head`, `mlp.down_proj`); a *keyword* may occur
     anywhere in it. Empty includes select everything, but routers are included by a name only. `num_layers` keeps the
     first of the remaining layers.
+
+    `overrides`: settings of the quantizer, or KEEP, for those of the remaining layers that a pattern matches: a name, a
+    name with the wildcards of a shell, or REGEX and a regular expression that matches the beginning of a full name.
+    `mix`: llama.cpp's choice of a K grid for each layer that no override decides.
     """
 
     include_layer_names: list[str] = setting([])
@@ -45,9 +56,16 @@ class LayerSelection:
     exclude_layer_names: list[str] = setting(["lm_head"])
     exclude_layer_keywords: list[str] = setting([])
     num_layers: int | None = setting(None, least=1, null="for all")
+    overrides: dict[str, Any] = setting({})
+    mix: str | None = setting(None, choices=MIXES, null="for the quantizer's own grid")
 
     def __post_init__(self) -> None:
         check_settings(self, "layers")
+        for pattern, settings in self.overrides.items():
+            if not (isinstance(settings, dict) or settings == KEEP):
+                rule = f"must be settings of the quantizer, such as {{bits: 8}}, or {KEEP}"
+                raise ConfigError(f"{override_key(pattern)}={shown(settings)}: {rule}")
+            _check_pattern(pattern)
 
     def select(
         self, names: list[str], known: list[str], routers: Collection[str] = (), uncalled: Collection[str] = ()
@@ -76,6 +94,26 @@ class LayerSelection:
         if not chosen:
             raise ConfigError(f"layers: the rules select none of the model's {len(names)} linear layers")
         return chosen
+
+    def match_overrides(self, names: Collection[str]) -> dict[str, str]:
+        """The first pattern of `overrides` that matches a layer, by the layer's name, for those that one matches.
+
+        names: what `select` returned. Raises ConfigError for a pattern that decides none.
+        """
+        found: dict[str, str] = {}
+        for pattern in self.overrides:
+            meant = [name for name in names if _matches(name, pattern)]
+            if not meant:
+                raise ConfigError(f"{override_key(pattern)}: matches none of the {len(names)} layers to quantise")
+            own = [name for name in meant if name not in found]
+            if not own:
+                earlier = ", ".join(dict.fromkeys(found[name] for name in meant))
+                raise ConfigError(
+                    f"{override_key(pattern)}: the first match decides, and earlier patterns ({earlier}) have all that "
+                    "it matches; put it before them"
+                )
+            found |= dict.fromkeys(own, pattern)
+        return found
 
     def _refuse_unmatched_patterns(self, known: list[str]) -> None:
         for key, matches in (
@@ -109,3 +147,21 @@ def _named(name: str, patterns: list[str]) -> bool:
 
 def _contains(name: str, keywords: list[str]) -> bool:
     return any(keyword in name for keyword in keywords)
+
+
+def override_key(pattern: str) -> str:
+    return f"layers.overrides.{pattern}"
+
+
+def _check_pattern(pattern: str) -> None:
+    if pattern.startswith(REGEX):
+        try:
+            re.compile(pattern.removeprefix(REGEX))
+        except re.error as error:
+            raise ConfigError(f"{override_key(pattern)}: not a regular expression: {error}") from error
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith(REGEX):
+        return re.match(pattern.removeprefix(REGEX), name) is not None
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

@@ -3,12 +3,14 @@
     for groups of layers that share an input, in the order they run:
         Hessian of that input  ->  QEP  ->  quantizer  ->  the dequantised weight in the block
 
+Of a group, layers whose quantizers prepare that input alike share what comes of it.
+
 The hidden states of the calibration windows pass through every block with its original and with its quantised weights:
 all of them where statistics depend on them, otherwise the first batch, for the error that is recorded for each block.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +23,7 @@ from jointq_cli.quantization.collector import naming
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStates, WeightSet
 from jointq_cli.quantization.qep import Correction, NoCorrection
+from jointq_cli.quantization.quantizers.statistics import Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import LayerSolution, Solver
 from jointq_cli.quantization.walk import BlockVisit, Group, walk
@@ -77,41 +80,59 @@ class _Loop:
         self.workspace.write_block(BlockRecord(block.index, _relative_error(first)), block.tensors)
 
     def _quantize_group(self, group: Group) -> None:
-        solver: Solver | None = None
         finished = self.team.broadcast_from_rank0(self._finished, group)
-        for layer in group.layers:
-            stored = group.block.weight(layer)
-            if layer.name in finished:
-                quantized, record = finished[layer.name]
-                weight = quantized.dequantize(stored.dtype)
-            else:
-                solver = solver or self._prepare(group)
-                solved, record = self._solve(group.block.index, layer, stored, solver)
-                self.team.on_rank0(self.workspace.write_layer, solved.solution.quantized, record)
-                weight = solved.weight(stored.dtype)
-            group.block.replace(layer, weight)
-            self.on_layer(record)
-            self.pause()
+        statistics: Statistics | None = None
+        parts = self._prepared_alike(group.layers)
+        for layers in parts:
+            solver: Solver | None = None
+            for layer in layers:
+                stored = group.block.weight(layer)
+                if layer.name in finished:
+                    quantized, record = finished[layer.name]
+                    weight = quantized.dequantize(stored.dtype)
+                else:
+                    if solver is None:
+                        statistics = statistics or self._statistics(group)
+                        solver = self._prepare(layers, statistics)
+                        if layers is parts[-1]:
+                            statistics = None  # which may be large
+                    solved, record = self._solve(group.block.index, layer, stored, solver)
+                    self.team.on_rank0(self.workspace.write_layer, solved.solution.quantized, record)
+                    weight = solved.weight(stored.dtype)
+                group.block.replace(layer, weight)
+                self.on_layer(record)
+                self.pause()
+
+    def _prepared_alike(self, layers: Sequence[LayerRef]) -> list[list[LayerRef]]:
+        """Those with equal `prepare_key` together."""
+        parts: dict[str, list[LayerRef]] = {}
+        for layer in layers:
+            parts.setdefault(self.settings.quantizer_for(layer.name).prepare_key, []).append(layer)
+        return list(parts.values())
 
     def _finished(self, group: Group) -> dict[str, tuple[StoredWeight, LayerRecord]]:
         """The layers that an earlier run has solved."""
         found = {layer.name: self.workspace.layer(layer.name) for layer in group.layers}
         return {name: kept for name, kept in found.items() if kept is not None}
 
-    def _prepare(self, group: Group) -> Solver:
-        statistics = group.statistics() if self.hessians is None else self.hessians.read(group)
-        quantizer = self.settings.quantizer_for(group.layers[0].name)
+    def _statistics(self, group: Group) -> Statistics:
+        return group.statistics() if self.hessians is None else self.hessians.read(group)
+
+    def _prepare(self, layers: Sequence[LayerRef], statistics: Statistics) -> Solver:
+        """layers: of one input, prepared alike."""
+        quantizer = self.settings.quantizer_for(layers[0].name)
         started = time.perf_counter()
-        with naming(group.layers[0]):
+        with naming(layers[0]):
             prepared = quantizer.prepare(statistics.hessian, statistics.heldout)
             correction: Correction = NoCorrection()
             if statistics.cross is not None and not prepared.failed:
                 correction = self.settings.qep.correction(statistics, quantizer.ridge(statistics.hessian))
-        seconds = (time.perf_counter() - started) / len(group.layers)
+        seconds = (time.perf_counter() - started) / len(layers)
         return Solver(quantizer, prepared, correction, statistics.hessian, self.team, seconds)
 
     def _solve(self, block: int, layer: LayerRef, stored: Tensor, solver: Solver) -> tuple[LayerSolution, LayerRecord]:
         """stored: the layer's weight (out, in) as in the checkpoint."""
+        solver = replace(solver, quantizer=self.settings.quantizer_for(layer.name))
         if not self.settings.qep.corrects(layer.name):
             solver = replace(solver, correction=NoCorrection())
         weight = stored.to(solver.hessian.device, torch.float32)

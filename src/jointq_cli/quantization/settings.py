@@ -1,6 +1,7 @@
 """What is done to every block, as one value."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError
@@ -13,7 +14,7 @@ from jointq_cli.quantization.quantizers.base import Quantizer
 class LoopSettings:
     """What is done to every block. Raises ConfigError where quantizer, qep and number of windows do not go together."""
 
-    quantizer: Quantizer
+    quantizer: Quantizer  # of most layers
     qep: QepSettings
     layers: frozenset[str]  # full names of the linear layers to quantise
     inputs: str  # "original" or "quantized": the model whose activations a layer is solved for
@@ -21,6 +22,7 @@ class LoopSettings:
     windows: int  # of calibration tokens
     batch: int  # windows per forward pass
     suspended_bytes: float  # of activations that suspended forward passes may hold
+    own: Mapping[str, Quantizer] = field(default_factory=dict)  # of layers with other settings, by full name
 
     def __post_init__(self) -> None:
         self.qep.check_inputs(self.inputs)
@@ -29,20 +31,31 @@ class LoopSettings:
                 f"calibration.num_samples={self.windows}: must be more than the {self.batch} windows of one forward "
                 "pass, because complete passes are held out; lower runtime.batch_tokens"
             )
-        if self.quantizer.heldout and self.qep.heldout and self.quantizer.heldout != self.qep.heldout:
+        shares = self._heldout_shares
+        if self.qep.heldout and len(shares) > 1:
+            other = max(shares - {self.qep.heldout})
             raise ConfigError(
-                f"qep.heldout_share={self.qep.heldout:g}: must be the quantizer's {self.quantizer.heldout:g}, "
-                "since both hold out the same tokens"
+                f"qep.heldout_share={self.qep.heldout:g}: must be the quantizer's {other:g}, since both hold out the "
+                "same tokens"
             )
+        if len(shares) > 1:
+            listed = " and ".join(f"{share:g}" for share in sorted(shares))
+            raise ConfigError(f"layers.overrides: heldout_share={listed}; all layers hold out the same tokens")
 
     def quantizer_for(self, layer: str) -> Quantizer:
         """The quantizer of the layer of this full name."""
-        return self.quantizer
+        return self.own.get(layer, self.quantizer)
 
     @property
     def heldout(self) -> float:
         """The share of the windows whose statistics are also collected separately; 0: none."""
-        return max(self.quantizer.heldout, self.qep.heldout)
+        return max(self._heldout_shares, default=0.0)
+
+    @property
+    def _heldout_shares(self) -> set[float]:
+        """All that are asked for; valid settings ask for one at most."""
+        quantizers = (self.quantizer, *self.own.values())
+        return {share for share in (self.qep.heldout, *(each.heldout for each in quantizers)) if share}
 
     @property
     def corrects(self) -> bool:

@@ -14,15 +14,14 @@ from jointq_cli.errors import ModelError
 from jointq_cli.evaluation.engines import ENGINES, EnginePredictions, opened
 from jointq_cli.evaluation.perplexity import HiddenPredictions, compare, score
 from jointq_cli.evaluation.windows import ScoredWindows
-from jointq_cli.formats.export import Exporter
-from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.formats.export import Exporter, QuantizedModel
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.sources import gguf_in
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import EngineCheck
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.engine import tokenizer_problems
-from jointq_cli.stages.export import FILES, Export
+from jointq_cli.stages.export import FILES, Export, quantized_model
 from jointq_cli.stages.plan.costs import Workload
 from jointq_cli.stages.quantize import Quantized, open_quantized
 from jointq_cli.system.record_json import encode, load_record
@@ -32,10 +31,10 @@ MOST_BYTES = 1e9  # of the weights of a model that is tried
 CHECK = "engine_check.json"
 
 
-def is_checked(exporter: Exporter, checkpoint: Checkpoint) -> bool:
-    """Whether the engine of this format is installed, and the model small enough: engines load all of it, and
-    transformers took eight times the bytes of a model of 1.2 B parameters to decode it."""
-    if checkpoint.weight_bytes > MOST_BYTES:
+def is_checked(exporter: Exporter, model: QuantizedModel) -> bool:
+    """Whether the engine of this format reads this model and is installed, and the model small enough: engines load all
+    of it, and transformers took eight times the bytes of a model of 1.2 B parameters to decode it."""
+    if model.checkpoint.weight_bytes > MOST_BYTES or not exporter.engine_reads(model):
         return False
     needed = (ENGINES[exporter.engine].module, *exporter.engine_needs)
     return all(importlib.util.find_spec(module) is not None for module in needed)
@@ -52,9 +51,10 @@ def check_all(
     """The exports, with the results of their checks where their engines are installed. model: the one that was
     quantised."""
     layers = [layer.name for layer in quantized.layers]
+    result = quantized_model(model, quantized.checkpoint, layers, quantized.codes)
 
     def checked(export: Export) -> Export:
-        if not is_checked(export.exporter, model.checkpoint):
+        if not is_checked(export.exporter, result):
             return export
         stage = check_stage(export.stage, quantized.stage, model, layers, export.exporter, tokenizer, windows)
         try:

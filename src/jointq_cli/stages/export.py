@@ -1,7 +1,7 @@
 """A quantised model in the layout of a runtime: written from its stored weights, and read back to verify it."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,13 +108,14 @@ def quantized_model(model: StreamedModel, result: Checkpoint, layers: Iterable[s
     return QuantizedModel(result, forms, _linear(model), lambda name: load_layer(files[name]), _transposed(model))
 
 
-def model_to_quantize(model: StreamedModel, layers: Iterable[str], quantizer: Quantizer) -> QuantizedModel:
-    """What a model will be once these layers are quantised; exporters check it before any work."""
+def model_to_quantize(model: StreamedModel, layers: Mapping[str, Quantizer]) -> QuantizedModel:
+    """What a model will be once these layers are quantised, each by its quantizer; exporters check it before any
+    work."""
     linear = model.linear_layers()
     dtype = model.checkpoint.dtype
     forms = {
         _stored(model, layer): quantizer.storage(linear[layer].out_features, linear[layer].in_features, dtype)
-        for layer in layers
+        for layer, quantizer in layers.items()
     }
 
     def load(name: str) -> StoredWeight:

@@ -69,7 +69,7 @@ def export_finished(
         record = _write(finished, exporter, place)
     if listed:
         _list(finished.run, record)
-    if not is_checked(exporter, finished.model.checkpoint):
+    if not is_checked(exporter, finished.model):
         return record
     with console.stage(f"check in {exporter.engine}"):
         record = replace(record, check=_check(finished, exporter, place))

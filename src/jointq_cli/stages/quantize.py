@@ -76,6 +76,7 @@ def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hes
         kind="quantize",
         spec={
             "quantizer": loop.quantizer,
+            **({"own": dict(loop.own)} if loop.own else {}),
             "qep": loop.qep,
             "layers": names,
             "inputs": loop.inputs,

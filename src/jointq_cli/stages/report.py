@@ -1,6 +1,7 @@
 """What a run shows before it begins and leaves when it has ended: header, report and manifest."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,11 @@ from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.formats.audit import audit
 from jointq_cli.models.coverage import coverage
 from jointq_cli.models.identity import base_model, result_hashes, write_identity
+from jointq_cli.models.layer_selection import KEEP
 from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.overrides import describe
+from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.recipe import Recipe, RotateRecipe
 from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
@@ -52,10 +56,12 @@ def header(
     return [(label, value) for label, value in lines if value]
 
 
-def quantization_lines(recipe: Recipe, model: StreamedModel, windows: ScoredWindows | None) -> Header:
+def quantization_lines(
+    recipe: Recipe, layers: Mapping[str, Quantizer], model: StreamedModel, windows: ScoredWindows | None
+) -> Header:
     """How the model is quantised and evaluated, for `header`."""
     return [
-        ("quantizer", _quantizer(recipe)),
+        ("quantizer", _quantizer(recipe, layers)),
         ("simulated", recipe.activations.describe()),
         ("protocol", "" if windows is None else protocol(recipe.evaluation, windows, model.dtype).line()),
     ]
@@ -65,6 +71,7 @@ def quantization_lines(recipe: Recipe, model: StreamedModel, windows: ScoredWind
 class RunResults:
     """What the stages of `quantize` have found."""
 
+    layers: Mapping[str, Quantizer]
     rotated: Rotated
     quantized: Quantized
     measured: QuantizedScores
@@ -94,7 +101,7 @@ def finish_run(
         model_hash=original.checkpoint.content_hash,
         architecture=type(original.module).__name__,
         parameters=original.checkpoint.parameters,
-        quantizer=_quantizer(recipe),
+        quantizer=_quantizer(recipe, results.layers),
         rotation=rotated.record,
         simulation=measured.simulation,
         calibration=_calibration(recipe, tokens),
@@ -216,5 +223,7 @@ def _calibration(recipe: Recipe, tokens: Tokens | None) -> str:
     return f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_statistics()}"
 
 
-def _quantizer(recipe: Recipe) -> str:
-    return " + ".join(filter(None, [recipe.quantizer.describe(), recipe.qep.describe()]))
+def _quantizer(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:
+    kept = [pattern for pattern, settings in recipe.layers.overrides.items() if settings == KEEP]
+    left = f"{', '.join(kept)} left alone" if kept else ""
+    return " + ".join(filter(None, [describe(list(layers.values())), left, recipe.qep.describe()]))

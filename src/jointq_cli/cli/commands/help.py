@@ -41,6 +41,7 @@ usage: jointq quantize [recipe=NAME] [GROUP=OPTION ...] [KEY=VALUE ...]
   jointq quantize recipe=llama1b_w4g128                    a recipe by name (jointq recipes lists them)
   jointq quantize model.path=DIR quantizer.bits=3          any checkpoint directory, hub id or FILE.gguf
   jointq quantize quantizer=rtn                            another option of a group
+  jointq quantize layers.overrides={down_proj:{bits:8}}    settings of some layers (docs/layers.md)
   jointq quantize -m quantizer.bits=4,3,2                  a sweep: one run per value
   jointq quantize -m +sweep=lambda                         a sweep that comes with jointq (docs/sweeps.md)""",
     "plan": """\

@@ -78,6 +78,9 @@ class CompressedTensorsExporter(Exporter):
         schemes = _schemes(forms)
         return [*_kernel_notes(schemes), *_mixed_notes(schemes), *_fused_notes(model, schemes)]
 
+    def engine_reads(self, model: QuantizedModel) -> bool:
+        return not _mixed_notes(_schemes(uniform_forms(model, WORD)))
+
     def write(self, model: QuantizedModel, directory: Path) -> None:
         write_shards(model, directory, lambda name: pack_weight(_module(name), model.load_uniform(name)))
         write_config(model, directory, {"quantization_config": _quantization_config(model)})

@@ -61,7 +61,7 @@ class Quantizer(ABC):
     @property
     @abstractmethod
     def prepare_key(self) -> str:
-        """What of the config `prepare` depends on: quantizers with equal keys may share what it returns."""
+        """What of the config `prepare` and `ridge` depend on: quantizers with equal keys may share what they return."""
 
     def check(self, in_features: Mapping[str, int]) -> None:  # noqa: B027 - a config without groups fits every layer
         """in_features by layer name. Raises ConfigError, naming layers, where the config does not fit."""

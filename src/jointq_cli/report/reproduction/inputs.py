@@ -12,7 +12,8 @@ Settings = Mapping[str, str]  # values as text by dotted key, and the option by 
 TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}
 HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
-FURTHER = ("export", "evaluation.tasks", "evaluation.tasks_limit")  # outputs and measurements besides the others
+# Outputs, measurements and settings besides the others.
+FURTHER = ("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix")
 MOST_NAMED = 3  # settings in one message
 
 
@@ -42,8 +43,8 @@ def config(
 
 
 def _without_unused(settings: Settings) -> Settings:
-    """Without the settings of further outputs that ask for none; older runs do not have them."""
-    return {key: value for key, value in settings.items() if not (key in FURTHER and value in ("null", "[]"))}
+    """Without the settings of further things that ask for none; older runs do not have them."""
+    return {key: value for key, value in settings.items() if not (key in FURTHER and value in ("null", "[]", "{}"))}
 
 
 def hashes(original: FinishedRun, replay: FinishedRun) -> list[ComparedStep]:

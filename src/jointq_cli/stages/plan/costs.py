@@ -5,7 +5,6 @@ were fitted to measured runs; docs/plan.md says to which, and how accurate the e
 adds to the process.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -119,7 +118,7 @@ class Workload:
 
     def _packed(self, one: InputGroup) -> float:
         """Bytes of the float64 Hessian of an input, and of the one over held-out tokens if there are any."""
-        parts = 2 if self.recipe.quantizer.heldout else 1
+        parts = 2 if self.shapes.heldout else 1
         return parts * DOUBLE * packed_size(one.in_features)
 
     def hessians(self) -> Cost:
@@ -248,9 +247,15 @@ class Workload:
 
     def _sum_of_forms(self, size: Callable[[StoredWeight], float]) -> float:
         """Of the stored weights of all selected layers."""
-        shapes = Counter((rows, one.in_features) for one in self.shapes.inputs for rows in one.out_features)
-        storage = self.recipe.quantizer.storage
-        return sum(count * size(storage(*shape, self.dtype)) for shape, count in shapes.items())
+        sizes: dict[tuple[int, int, str], float] = {}
+        total = 0.0
+        for one in self.shapes.inputs:
+            for rows, quantizer in zip(one.out_features, one.quantizers, strict=True):
+                key = (rows, one.in_features, repr(quantizer))
+                if key not in sizes:
+                    sizes[key] = size(quantizer.storage(rows, one.in_features, self.dtype))
+                total += sizes[key]
+        return total
 
     @property
     def _largest_outside(self) -> int:
@@ -307,7 +312,7 @@ class Workload:
         layers are solved (moments, their factors, and float64 copies of a layer), whichever are more."""
         square, rows = one.in_features**2 * DOUBLE, max(one.out_features) * one.in_features * DOUBLE
         qep = bool(self.recipe.qep.describe())
-        parts = 2 if self.recipe.quantizer.heldout or self.recipe.qep.heldout else 1
+        parts = 2 if self.shapes.heldout or self.recipe.qep.heldout else 1
         moments = parts * (square + qep * (square + one.writes * rows))
         return moments + max(self._pass + self._batch * 4 * FLOAT * one.in_features, (2 + 2 * qep) * square + 3 * rows)
 
@@ -361,12 +366,15 @@ class Workload:
         """Seconds of solving the layers that read an input."""
         width, rows = one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())
-        double = width**3 * (1 + qep) + qep * 6 * rows * width**2
+        prepared = len({quantizer.prepare_key for quantizer in one.quantizers})
+        double = prepared * width**3 * (1 + qep) + qep * 6 * rows * width**2
         weights = rows * width
         seconds = double / self.speeds.double
         seconds += 8 * weights * width / self.speeds.single  # the errors that are reported of a layer
         seconds += WEIGHT_OPERATIONS * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
-        return seconds + self.recipe.quantizer.cost(rows, width, self.calibration.tokens) / self.speeds.single
+        layers = zip(one.quantizers, one.out_features, strict=True)
+        operations = sum(quantizer.cost(out, width, self.calibration.tokens) for quantizer, out in layers)
+        return seconds + operations / self.speeds.single
 
 
 def _packed_bytes(form: StoredWeight) -> float:

@@ -20,10 +20,11 @@ from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
 from jointq_cli.stages.engine_check import check_stage, is_checked
-from jointq_cli.stages.export import export_stage
+from jointq_cli.stages.export import export_stage, model_to_quantize
 from jointq_cli.stages.generation import generation_stages
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
@@ -74,7 +75,7 @@ class DryRun:
     """The stored stages of a run, in their order, and what they work on."""
 
     stages: list[tuple[Stage, StageStatus]]
-    layers: list[str]  # names of those to quantise
+    layers: dict[str, Quantizer]  # those to quantise
     calibration: Windows
     evaluation: Windows
     shares_hessians: bool
@@ -122,7 +123,7 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         rotation = [_known(stage, inputs.tokens) for stage in pair]
         model = _find_rotated(rotation[-1], recipe, original)
 
-    loop = loop_settings(layers, recipe.quantizer, recipe.qep, recipe.calibration, runtime, tokens)
+    loop = loop_settings(layers, recipe.qep, recipe.calibration, runtime, tokens)
     # A model that is yet to be rotated has the shapes of the original, so what the run would refuse is refused now.
     shaped = original if model is None else model
     quantize = _known(quantize_stage(shaped, tokens, loop), model, inputs.tokens)
@@ -140,17 +141,17 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
 
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
     computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
-    exporting = []
+    exporting, planned = [], model_to_quantize(original, layers)
     for exporter in recipe.exporters:
-        export = _known(export_stage(shaped, layers, quantize, exporter), model)
+        export = _known(export_stage(shaped, list(layers), quantize, exporter), model)
         exporting.append((export, status(export)))
-        if recipe.check_exports and is_checked(exporter, original.checkpoint):
-            check = check_stage(export, quantize, shaped, layers, exporter, inputs.tokenizer, windows)
+        if recipe.check_exports and is_checked(exporter, planned):
+            check = check_stage(export, quantize, shaped, list(layers), exporter, inputs.tokenizer, windows)
             check = _known(check, model, inputs.windows)
             exporting.append((check, status(check, inputs.windows)))
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
     if recipe.generate_tokens and not why_not(original):
-        texts = generation_stages(original, quantize, layers, inputs.tokenizer, recipe.generate_tokens)
+        texts = generation_stages(original, quantize, list(layers), inputs.tokenizer, recipe.generate_tokens)
         evaluating += [(stage, status(stage)) for stage in texts]
     before = [task_stage(task, original, with_tokenizer(original), "original") for task in inputs.tasks or ()]
     after = [task_stage(task, original, [quantize.key], "quantized") for task in inputs.tasks or ()]

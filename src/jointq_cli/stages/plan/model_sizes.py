@@ -7,6 +7,7 @@ from typing import Any
 
 from jointq_cli.models.coverage import left_out
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class InputGroup:
 
     in_features: int
     out_features: tuple[int, ...]
+    quantizers: tuple[Quantizer, ...]  # of each layer
     writes: bool  # whether their outputs are added to the residual stream
 
     @property
@@ -48,12 +50,17 @@ class Shapes:
         return sum(one.weights for one in self.inputs)
 
     @property
+    def heldout(self) -> bool:
+        """Whether a quantizer needs a held-out set."""
+        return any(quantizer.heldout for one in self.inputs for quantizer in one.quantizers)
+
+    @property
     def embedding(self) -> int:
         return self.vocabulary * self.hidden
 
 
-def shapes_of(model: StreamedModel, selected: list[str]) -> Shapes:
-    """selected: full names of the layers to quantise, in the order of the model."""
+def shapes_of(model: StreamedModel, selected: Mapping[str, Quantizer]) -> Shapes:
+    """selected: the layers to quantise by full name, in the order of the model, each with its quantizer."""
     config: Any = model.module.config.get_text_config()  # of a model with vision as well
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
     head = next(layer for layer in model.linear_layers().values() if layer.module is _head(model))
@@ -75,12 +82,15 @@ def _head(model: StreamedModel) -> Any:
     return model.module.get_output_embeddings()
 
 
-def _inputs(model: StreamedModel, selected: list[str]) -> Iterable[InputGroup]:
+def _inputs(model: StreamedModel, selected: Mapping[str, Quantizer]) -> Iterable[InputGroup]:
     linear = model.linear_layers()
     for _, names in groupby(selected, key=lambda name: name.rpartition(".")[0]):
         *readers, last = names
-        if readers:
-            yield InputGroup(
-                linear[readers[0]].in_features, tuple(linear[name].out_features for name in readers), False
-            )
-        yield InputGroup(linear[last].in_features, (linear[last].out_features,), True)
+        for layers, writes in ((readers, False), ([last], True)):
+            if layers:
+                yield InputGroup(
+                    in_features=linear[layers[0]].in_features,
+                    out_features=tuple(linear[name].out_features for name in layers),
+                    quantizers=tuple(selected[name] for name in layers),
+                    writes=writes,
+                )

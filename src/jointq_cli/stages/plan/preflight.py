@@ -11,13 +11,19 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
+from jointq_cli.formats.k_mixes import FALLBACKS
+from jointq_cli.formats.k_quant import SUPER_BLOCK
 from jointq_cli.models.identity import dequantised_from, quantised_by
 from jointq_cli.models.layer_selection import find_uncalled
 from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.overrides import fitting
+from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.recipe import EvaluateRecipe, Recipe
 from jointq_cli.records import FULL_COVERAGE
+from jointq_cli.report.number_format import listed
 from jointq_cli.stages.export import check_exports, model_to_quantize
+from jointq_cli.stages.loop_settings import asked_for
 from jointq_cli.stages.plan.model_sizes import Shapes
 
 LEAST_TOKENS_PER_COLUMN = 4  # of calibration; with fewer than one the Hessian is singular
@@ -42,6 +48,7 @@ def preflight_warnings(
         _short_text(recipe.evaluation, scored),
         _untied(recipe, model, shapes),
         _head_left_out(recipe),
+        _fallen_back(recipe, model),
     ]
     return [text for text in found if text]
 
@@ -59,12 +66,13 @@ def _only_language_model(model: StreamedModel) -> str:
     )
 
 
-def export_warnings(recipe: Recipe, model: StreamedModel, layers: list[str]) -> list[str]:
-    """layers: names of those to quantise. Raises ConfigError where a format of the recipe cannot hold the model."""
+def export_warnings(recipe: Recipe, model: StreamedModel, layers: Mapping[str, Quantizer]) -> list[str]:
+    """layers: those to quantise, each with its quantizer. Raises ConfigError where a format of the recipe cannot hold
+    the model."""
     if not recipe.exporters:
         return []
     online = [part for part in recipe.rotation.parts if part == "R4"]
-    planned = model_to_quantize(model, layers, recipe.quantizer)
+    planned = model_to_quantize(model, layers)
     return check_exports(recipe.exporters, planned, online, recipe.activations.describe())
 
 
@@ -204,3 +212,21 @@ def _head_left_out(recipe: Recipe) -> str:
     if recipe.layers.exclude_layer_names:
         return ""
     return "layers.exclude_layer_names=[]: the head is not quantised all the same, nor is any layer outside the blocks"
+
+
+def _fallen_back(recipe: Recipe, model: StreamedModel) -> str:
+    """Layers that cannot be on the K grid that is asked for."""
+    linear = model.linear_layers()
+    asked = asked_for(model, recipe.layers, recipe.quantizer)
+    found: dict[str, list[str]] = {}
+    for name, quantizer in asked.items():
+        if fitting(quantizer, linear[name].in_features) != quantizer:
+            found.setdefault(getattr(quantizer, "grid", ""), []).append(name)
+    if not found:
+        return ""
+    count = sum(map(len, found.values()))
+    kinds = [f"{FALLBACKS[grid].upper()} for {grid.upper()} ({listed(names, 2)})" for grid, names in found.items()]
+    return (
+        f"layers: {count} of {len(asked)} have in_features that {SUPER_BLOCK} does not divide, and take what llama.cpp "
+        f"takes then: {'; '.join(kinds)}"
+    )
