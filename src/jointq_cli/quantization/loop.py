@@ -8,7 +8,7 @@ all of them where statistics depend on them, otherwise the first batch, for the 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.collector import naming
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStates, WeightSet
+from jointq_cli.quantization.importance import save_importance
 from jointq_cli.quantization.qep import Correction, NoCorrection
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import LayerSolution, Solver
@@ -47,7 +48,7 @@ def quantize_blocks(
     finished for all. Raises NumericsError, with the layer's name, where a layer cannot be solved, and ResourceError
     where processes find different numbers of finished blocks.
     """
-    loop = _Loop(settings, workspace, on_layer, pause, hessians, team)
+    loop = _Loop(settings, workspace, windows.shape, on_layer, pause, hessians, team)
     collects = hessians is None
     complete: dict[WeightSet, bool] = {
         "original": collects and (settings.solved_for == "original" or settings.corrects),
@@ -62,6 +63,7 @@ def quantize_blocks(
 class _Loop:
     settings: LoopSettings
     workspace: Workspace
+    windows: Sequence[int]  # their shape
     on_layer: Callable[[LayerRecord], None]
     pause: Callable[[], None]
     hessians: Hessians | None
@@ -100,6 +102,10 @@ class _Loop:
 
     def _prepare(self, group: Group) -> Solver:
         statistics = group.statistics() if self.hessians is None else self.hessians.read(group)
+        names, folder = [layer.name for layer in group.layers], self.workspace.importance
+        self.team.on_rank0(
+            save_importance, folder, group.block.index, group.number, names, statistics.hessian, self.windows
+        )
         quantizer = self.settings.quantizer_for(group.layers[0].name)
         started = time.perf_counter()
         with naming(group.layers[0]):
