@@ -40,7 +40,7 @@ from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.qep import NoQep
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ
 from jointq_cli.quantization.quantizers.base import Quantizer
-from jointq_cli.quantization.quantizers.statistics import Statistics, output_error
+from jointq_cli.quantization.quantizers.statistics import output_error
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.walk import walk
 from jointq_cli.stages.base import open_model, windows_per_pass
@@ -71,15 +71,27 @@ class Result:
     seconds: float
 
 
-def collect(model: StreamedModel, windows: Tensor, loop: LoopSettings) -> dict[tuple[str, ...], Statistics]:
-    """The statistics of each input that layers of `loop` read, by the names of these layers."""
+def hessians(model: StreamedModel, names: list[str], text: Calibration) -> dict[tuple[str, ...], Tensor]:
+    """Those (in, in) of the inputs that the layers of these names read in the original model, by all layers that share
+    an input."""
+    windows = calibration_tokens(text, load_tokenizer(model.checkpoint.directory, trust_remote_code=False)).windows
+    loop = LoopSettings(
+        quantizer=RTN(),
+        qep=NoQep(),
+        layers=frozenset(names),
+        inputs="original",
+        weights=text.weights,
+        windows=len(windows),
+        batch=windows_per_pass(Runtime(), windows),
+        suspended_bytes=4e9,
+    )
     found = {}
-    last = max(model.block_of(name) or 0 for name in loop.layers)
+    last = max(model.block_of(name) or 0 for name in names)
     with tempfile.TemporaryDirectory() as folder:
         states = HiddenStateFile(Path(folder))
         for visit in walk(model, windows, loop, states, {"original": True}, 0, lambda: None, SINGLE_PROCESS):
             for group in visit.groups():
-                found[tuple(layer.name for layer in group.layers)] = group.statistics()
+                found[tuple(layer.name for layer in group.layers)] = group.statistics().hessian
             if visit.index == last:
                 break
     return found
@@ -87,8 +99,9 @@ def collect(model: StreamedModel, windows: Tensor, loop: LoopSettings) -> dict[t
 
 def read_inputs(model: StreamedModel, names: list[str], arguments: argparse.Namespace) -> list[Input]:
     """Those of the layers of these names."""
-    tokenizer = load_tokenizer(model.checkpoint.directory, trust_remote_code=False)
-    chosen = Calibration(token_weighting=arguments.weighting, seqlen=arguments.seqlen, inputs="original")
+    chosen = Calibration(
+        token_weighting=arguments.weighting, seqlen=arguments.seqlen, num_samples=arguments.windows, inputs="original"
+    )
     if arguments.text is not None:
         chosen = replace(chosen, dataset="text", path=arguments.text)
     heldout = replace(chosen, num_samples=arguments.heldout_windows)
@@ -96,28 +109,14 @@ def read_inputs(model: StreamedModel, names: list[str], arguments: argparse.Name
         heldout = replace(heldout, dataset="text", path=arguments.heldout_text)
     elif chosen.dataset == "pydoc":
         heldout = replace(heldout, split="evaluation")
-    collected = []
-    for text in (replace(chosen, num_samples=arguments.windows), heldout):
-        windows = calibration_tokens(text, tokenizer).windows
-        loop = LoopSettings(
-            quantizer=RTN(),
-            qep=NoQep(),
-            layers=frozenset(names),
-            inputs="original",
-            weights=text.weights,
-            windows=len(windows),
-            batch=windows_per_pass(Runtime(), windows),
-            suspended_bytes=4e9,
-        )
-        collected.append(collect(model, windows, loop))
-    seen, unseen = collected
+    seen, unseen = (hessians(model, names, text) for text in (chosen, heldout))
     found = []
-    for layers, statistics in seen.items():
+    for layers, hessian in seen.items():
         weights = {}
         for layer in layers:
             stored = model.stored_name(f"{layer}.weight")
             weights[layer] = model.linear_layers()[layer].turned(model.checkpoint.read([stored])[stored].float())
-        found.append(Input(weights, statistics.hessian, unseen[layers].hessian))
+        found.append(Input(weights, hessian, unseen[layers]))
     return found
 
 

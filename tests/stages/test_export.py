@@ -86,7 +86,7 @@ def test_an_importance_matrix_is_written_of_the_statistics_of_the_run(capsys: py
     [*tensors] = GGUFReader("matrix/imatrix.gguf").tensors
     kept = load_importance(RUN / "importance").mean_squares
     found = {tensor.name: tensor.data for tensor in tensors}
-    assert len(found) == 2 * len(kept) == 28
+    assert len(found) == 2 * len(kept) == 42
     means = found["blk.1.ffn_down.weight.in_sum2"] / found["blk.1.ffn_down.weight.counts"]
     torch.testing.assert_close(torch.tensor(means[0]), kept["model.layers.1.mlp.down_proj"])
     assert found["blk.1.ffn_down.weight.counts"].item() == 4 * 32
