@@ -7,9 +7,9 @@
 
 For each run its GGUF file is copied, and the weight of every quantised tensor replaced by the original's, as the
 quantiser of llama.cpp rounds it to the type that the tensor has: that is what llama-quantize computes, and the mix of
-types, what falls back and the size are the run's. The importance matrix is what llama-imatrix computes of the run's calibration
-tokens: the mean squares of inputs in the original model, all tokens equal (--weighting: weighted as jointq does).
-All files are scored in llama.cpp over the run's evaluation windows, against the original in a file of F16.
+types, what falls back and the size are the run's. The importance matrix is what llama-imatrix computes of the run's
+calibration tokens: the mean squares of inputs in the original model, all tokens equal (--weighting: weighted as jointq
+does). All files are scored in llama.cpp over the run's evaluation windows, against the original in a file of F16.
 
 Runs are of one model, without rotation (of a rotated model, rotate first and quantise the result). Needs xllamacpp.
 """
