@@ -213,7 +213,7 @@ def table_of_layers(name: str, found: dict[str, list[Result]]) -> Table:
         table.add_column(method, justify="right")
     for number, base in enumerate(found[IMATRIX]):
         ratios = (f"{found[method][number].unseen / base.unseen:.3f}" for method in others)
-        table.add_row(base.layer, f"{base.unseen:.3e}", *ratios)
+        table.add_row(".".join(base.layer.split(".")[-3:]), f"{base.unseen:.3e}", *ratios)
     return table
 
 
