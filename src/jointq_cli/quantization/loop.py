@@ -22,6 +22,7 @@ from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStates, WeightSet
 from jointq_cli.quantization.importance import save_importance
 from jointq_cli.quantization.qep import Correction, NoCorrection
+from jointq_cli.quantization.quantizers.statistics import Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import LayerSolution, Solver
 from jointq_cli.quantization.walk import BlockVisit, Group, walk
@@ -100,12 +101,14 @@ class _Loop:
         found = {layer.name: self.workspace.layer(layer.name) for layer in group.layers}
         return {name: kept for name, kept in found.items() if kept is not None}
 
-    def _prepare(self, group: Group) -> Solver:
-        statistics = group.statistics() if self.hessians is None else self.hessians.read(group)
+    def _statistics(self, group: Group) -> Statistics:
+        found = group.statistics() if self.hessians is None else self.hessians.read(group)
         names, folder = [layer.name for layer in group.layers], self.workspace.importance
-        self.team.on_rank0(
-            save_importance, folder, group.block.index, group.number, names, statistics.hessian, self.windows
-        )
+        self.team.on_rank0(save_importance, folder, group.block.index, group.number, names, found.hessian, self.windows)
+        return found
+
+    def _prepare(self, group: Group) -> Solver:
+        statistics = self._statistics(group)
         quantizer = self.settings.quantizer_for(group.layers[0].name)
         started = time.perf_counter()
         with naming(group.layers[0]):
