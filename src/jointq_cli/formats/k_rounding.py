@@ -5,6 +5,7 @@ For each block, steps on a grid of candidates are tried, each refined by least s
 scales are refitted to the codes and codes rounded again, as long as the error falls.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid, KQuantWeight
 
 STEP_TRIALS = 19  # steps of a block: its range divided by (levels + offset), offsets from -0.9 to 0.9
-SCALE_TRIALS = 16  # of d and dmin: the largest scale divided by (largest integer + offset)
-REFITS = 3
+SCALE_TRIALS = 8  # of d and dmin: the largest scale divided by (largest integer + offset)
+REFITS = 2
 LEAST = 2.0**-24  # of d and dmin: float16's smallest number
 ROWS = 1 << 20  # weights that are rounded at once: bounds memory
 
@@ -38,6 +39,11 @@ class KScales:
     @property
     def offset(self) -> Tensor:
         return self.dmin * self.mn
+
+    @classmethod
+    def joined(cls, parts: Sequence["KScales"]) -> "KScales":
+        """Of all super-blocks of some rows: the parts (rows, super-blocks, ...) next to each other."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in _FIELDS))
 
     def where(self, condition: Tensor, others: "KScales") -> "KScales":
         """The others where the condition holds."""
