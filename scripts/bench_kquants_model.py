@@ -198,7 +198,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--weighting", default="uniform", choices=("uniform", "input", "residual"), help="of tokens")
     parser.add_argument("--windows", type=int, help="of evaluation; default: the first run's")
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other on a busy machine")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
     runs = [read_run(directory) for directory in arguments.runs]
     if len({run.model for run in runs}) > 1:
