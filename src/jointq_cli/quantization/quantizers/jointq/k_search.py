@@ -18,8 +18,9 @@ from jointq_cli.kernels import TOLERANCE, KLimits
 from jointq_cli.quantization.quantizers.jointq.descent import Descent, RowState
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 
-START_PASSES = 2  # over the blocks of a super-block, in its metric S_t
+START_PASSES = 1  # over the blocks of a super-block, in its metric S_t
 SWEEP_PASSES = 1
+COLUMNS_AT_ONCE = 32  # whose errors are compensated one by one inside, and by a product beyond
 
 
 @dataclass(frozen=True)
@@ -105,20 +106,15 @@ class KSearch(Descent[KState]):
         step, offset = scales.step.flatten(1).float(), scales.offset.flatten(1)
         work = (wanted + offset.repeat_interleave(grid.block, dim=1)).float()
         codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-        columns = range(SUPER_BLOCK)
-        kernels.for_device(work.device).quantize_columns(
-            work,
-            codes,
-            torch.empty_like(work),
-            _inverse_factor(metric).float(),
-            step,
-            torch.full(step.shape, grid.zero, dtype=torch.uint8, device=work.device),
-            torch.arange(SUPER_BLOCK, device=work.device) // grid.block,
-            columns,
-            columns,
-            0,
-            grid.last_code,
-        )
+        upper = _inverse_factor(metric).float()
+        zero = torch.full(step.shape, grid.zero, dtype=torch.uint8, device=work.device)
+        groups = torch.arange(SUPER_BLOCK, device=work.device) // grid.block
+        column_loop = kernels.for_device(work.device).quantize_columns
+        for start in range(0, SUPER_BLOCK, COLUMNS_AT_ONCE):
+            part = range(start, start + COLUMNS_AT_ONCE)
+            errors = work.new_empty(len(work), len(part))
+            column_loop(work, codes, errors, upper, step, zero, groups, part, part, 0, grid.last_code)
+            work[:, part.stop :].addmm_(errors, upper[start : part.stop, part.stop :], alpha=-1.0)
         levels = codes.to(wanted.dtype) - grid.zero
         return KState(levels, scales.sc.flatten(1), scales.mn.flatten(1), scales.d.flatten(1), scales.dmin.flatten(1))
 
@@ -148,10 +144,8 @@ class KSearch(Descent[KState]):
                 part.levels[:, span], part.sc[:, number], part.mn[:, number] = levels, sc, mn
                 steps += taken
                 decrease += gained
-            gained = self._refit_units(part, gradient, metric)
-            steps += gained > 0
-            decrease += gained
-        return steps, decrease
+        gained = self._refit_units(part, gradient, metric)
+        return steps + (gained > 0), decrease + gained
 
     def _refit_units(self, part: KState, gradient: Tensor, metric: Tensor) -> Tensor:
         """The d and dmin of one super-block that are best for its integers, in place where they lower the cost, by how
