@@ -97,15 +97,17 @@ class Original:
         order = self.described.row_order(stored, len(found))
         return found if order is None else found[order]
 
-    def importance(self, calibration: Calibration) -> dict[str, Tensor]:
-        """(columns,) by name, of all linear layers in blocks."""
-        linear = [name for name in self.model.linear_layers() if self.model.block_of(name) is not None]
-        found = hessians(self.model, linear, calibration)
-        diagonals = {layer: hessian.diagonal() for layers, hessian in found.items() for layer in layers}
-        return {
-            self.described.name(self.model.stored_name(f"{layer}.weight")): values
-            for layer, values in diagonals.items()
-        }
+    def importance(self, quantized: set[str], calibration: Calibration) -> dict[str, Tensor]:
+        """(columns,) by name, of those of these tensors that are in blocks."""
+        stored = {layer: self.model.stored_name(f"{layer}.weight") for layer in self.model.linear_layers()}
+        inside = [layer for layer in stored if self.model.block_of(layer) is not None]
+        names = {layer: self.described.name(stored[layer]) for layer in inside}
+        found = hessians(self.model, [layer for layer, name in names.items() if name in quantized], calibration)
+        return {names[layer]: hessian.diagonal() for layers, hessian in found.items() for layer in layers}
+
+
+def quantized_tensors(file: Path) -> list[str]:
+    return [tensor.name for tensor in GGUFReader(file).tensors if tensor.tensor_type not in PLAIN]
 
 
 def replace_weights(source: Path, target: Path, original: Original, rounded: Rounded) -> None:
@@ -214,10 +216,11 @@ def main() -> None:
         folder = Path(place)
         files, seconds = {ORIGINAL: folder / "f16.gguf"}, {}
         write_f16(runs[0].file, files[ORIGINAL], original)
+        quantized = {name for run in runs for name in quantized_tensors(run.file)}
         known: dict[Calibration, dict[str, Tensor]] = {}
         for number, run in enumerate(runs):
             calibration = replace(run.calibration, token_weighting=arguments.weighting, inputs="original")
-            importance = known.get(calibration) or original.importance(calibration)
+            importance = known.get(calibration) or original.importance(quantized, calibration)
             known[calibration] = importance
             files[f"{run.name}: jointq"], seconds[f"{run.name}: jointq"] = run.file, run.seconds
             for word, matrix in (("llama.cpp + imatrix", importance), ("llama.cpp", {})):
