@@ -5,20 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from k_cases import simply_rounded
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
+from torch import Tensor
 
 from jointq_cli.formats.export import QuantizedModel
-from jointq_cli.formats.uniform import UniformWeight
+from jointq_cli.formats.export.gguf_blocks import BlockWeight
+from jointq_cli.formats.k_quant import KGrid, KQuantWeight
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.quantizers import RTN
 from jointq_cli.stages.export import model_to_quantize
 
-Chosen = Callable[[str], RTN | None]  # the quantizer of a layer, None for one that stays as it is
+Rounding = RTN | KGrid
+Chosen = Callable[[str], Rounding | None]  # how a layer is rounded, None for one that stays as it is
 
 
-def write_quantized(directory: Path, family: str, chosen: RTN | Chosen, **settings: object) -> QuantizedModel:
+def write_quantized(directory: Path, family: str, chosen: Rounding | Chosen, **settings: object) -> QuantizedModel:
     """A tiny model of `family`, its decoder layers rounded, with its dequantised checkpoint in `directory`.
 
     settings: of `write_checkpoint`.
@@ -27,31 +31,38 @@ def write_quantized(directory: Path, family: str, chosen: RTN | Chosen, **settin
     return quantize_checkpoint(directory, chosen)
 
 
-def quantize_checkpoint(directory: Path, chosen: RTN | Chosen) -> QuantizedModel:
+def quantize_checkpoint(directory: Path, chosen: Rounding | Chosen) -> QuantizedModel:
     """Rounds the decoder layers of a checkpoint in its place."""
     quantizer_of = chosen if callable(chosen) else lambda name: chosen
     model = StreamedModel(Checkpoint(directory), torch.device("cpu"), torch.float32)
     layers = {name: quantizer_of(name) for name in model.linear_layers() if model.block_of(name) is not None}
-    stored = {model.stored_name(f"{name}.weight"): rtn for name, rtn in layers.items() if rtn is not None}
-    weights: dict[str, UniformWeight] = {}
+    stored = {model.stored_name(f"{name}.weight"): how for name, how in layers.items() if how is not None}
+    weights: dict[str, BlockWeight] = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors = load_file(file)
         for name in stored.keys() & tensors.keys():
-            rtn, weight = stored[name], tensors[name]
-            assert rtn is not None
-            prepared = rtn.prepare(torch.eye(weight.shape[1], dtype=torch.float64))
-            found = rtn.quantize(weight.float(), prepared, weight.dtype).quantized
-            assert isinstance(found, UniformWeight)
-            weights[name] = found
-            tensors[name] = found.dequantize(weight.dtype)
+            weight = tensors[name]
+            weights[name] = _rounded(weight, stored[name])
+            tensors[name] = weights[name].dequantize(weight.dtype)
         save_file(tensors, file, {"format": "pt"})
     linear = model_to_quantize(model, {}).linear
     forms = {name: _form(weights[name]) for name in stored}
     return QuantizedModel(Checkpoint(directory), forms, linear, weights.__getitem__)
 
 
-def _form(weight: UniformWeight) -> UniformWeight:
+def _rounded(weight: Tensor, how: Rounding) -> BlockWeight:
+    if isinstance(how, KGrid):
+        return simply_rounded(weight.float(), how)
+    prepared = how.prepare(torch.eye(weight.shape[1], dtype=torch.float64))
+    found = how.quantize(weight.float(), prepared, weight.dtype).quantized
+    assert isinstance(found, BlockWeight)
+    return found
+
+
+def _form(weight: BlockWeight) -> BlockWeight:
     """As exporters see it before they load it."""
+    if isinstance(weight, KQuantWeight):
+        return KQuantWeight.empty(*weight.shape, weight.grid, torch.device("meta"))
     meta = {name: getattr(weight, name).to("meta") for name in ("codes", "scale", "zero_point")}
     permutation = None if weight.permutation is None else weight.permutation.to("meta")
     return replace(weight, permutation=permutation, **meta)

@@ -17,7 +17,7 @@ from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.evaluation.engines import require_installed
 from jointq_cli.evaluation.perplexity import compare, perplexity, protocol
-from jointq_cli.formats.export import Exporter
+from jointq_cli.formats.export import IMATRIX, Exporter
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
@@ -28,7 +28,7 @@ from jointq_cli.stages.base import Context, open_context, use_device, windows_pe
 from jointq_cli.stages.engine import engine_path, score_in_engine
 from jointq_cli.stages.engine_check import check_all
 from jointq_cli.stages.export import export_all, link_exports
-from jointq_cli.stages.finished_run import export_finished, open_finished, refuse_existing
+from jointq_cli.stages.finished_run import export_finished, export_imatrix, open_finished, refuse_existing
 from jointq_cli.stages.generation import generate_texts
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
@@ -91,6 +91,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         quantized = quantize_model(context, rotated.model, tokens, loop)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
+        team.on_rank0(link_files, quantized.importance, run.importance)
         exports, failures = export_all(context, rotated.model, quantized, recipe.exporters)
         if recipe.check_exports:
             exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
@@ -202,6 +203,15 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
     ]
     console.show_exports(records, places)
     return records
+
+
+def export_importance(directory: Path, output: Path | None, console: Console) -> None:
+    """Writes llama.cpp's importance matrix of a finished run, by default into it. Raises JointqError where one exists
+    already."""
+    finished = open_finished(directory, use_device(Runtime()))
+    place = output or finished.run.exports / IMATRIX
+    refuse_existing(place)
+    export_imatrix(finished, place, console)
 
 
 def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = SINGLE_PROCESS) -> Tokens:

@@ -252,6 +252,7 @@ class ExportRecord:
     bits_per_weight: float  # over the quantised layers, as the format stores them
     worst_error: float  # of a quantised weight, in steps of its grid; 0 where the format holds it exactly
     rounded: dict[str, float] = field(default_factory=dict)  # other tensors that the format rounds: relative error
+    types: dict[str, int] = field(default_factory=dict)  # tensors of each type, such as "Q4_K", the most frequent first
     warnings: list[str] = field(default_factory=list)  # what the runtimes cannot do with it
     commands: dict[str, str] = field(default_factory=dict)  # by runtime, run in the directory: what serves it
     check: EngineCheck | None = None  # None where the engine is not installed

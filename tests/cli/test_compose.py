@@ -763,7 +763,9 @@ QUESTIONS = {
     "jointq qu": {"quantize"},
     "jointq quantize rec": {"recipe="},
     "jointq quantize recipe=pocket_w4": {"recipe=pocket_w4a4", "recipe=pocket_w4g128"},
-    "jointq quantize recipe=qwen": {"recipe=qwen3_0.6b_w4g128", "recipe=qwen3_0.6b_q4_0"},
+    "jointq quantize recipe=qwen": {
+        *("recipe=qwen3_0.6b_w4g128", "recipe=qwen3_0.6b_q4_0", "recipe=qwen3_0.6b_q4_k_m"),
+    },
     "jointq quantize quantizer=gptq quantizer.da": {"quantizer.damping="},
     "jointq quantize quantizer.regularization_": {
         f"quantizer.regularization_{key}=" for key in ("lambda", "mode", "gamma", "floor", "reference")

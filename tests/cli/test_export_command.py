@@ -20,6 +20,8 @@ from jointq_cli.stages.finished_run import refuse_existing
         (["format=[compressed-tensors,gguf]", "output=x"], "output=x: for one format"),
         (["format=gptq,gptq"], "names gptq twice"),
         (["format=compressed-tensors", "bits=4"], "bits=4: compressed-tensors has no such setting"),
+        (["format=imatrix", "type=q4_k"], "type=q4_k: imatrix has no settings"),
+        (["format=[gguf,imatrix]"], "export=imatrix: holds no model; jointq export RUN format=imatrix"),
         (["format=compressed-tensors"], "no manifest.json, so it is no finished run"),
     ],
 )

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import Chosen, write_quantized
-from gguf import GGUFReader
+from export_cases import Chosen, Rounding, write_quantized
+from gguf import GGUFReader, LlamaFileType
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from jointq_cli.errors import ConfigError
+from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.evaluation.engines import ENGINES, opened
-from jointq_cli.formats.export import QuantizedModel
+from jointq_cli.formats import KQuantWeight, StoredWeight
+from jointq_cli.formats.export import QuantizedModel, exporter_of
 from jointq_cli.formats.export.gguf import GgufExporter
 from jointq_cli.formats.export.gguf_tokenizer import read_tokenizer
 from jointq_cli.formats.export.verification import verified
+from jointq_cli.formats.k_quant import K_GRIDS, KGrid
+from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.gguf_file import convert_gguf
 from jointq_cli.models.sources import BUNDLED
 from jointq_cli.quantization.quantizers import RTN
@@ -48,9 +51,10 @@ MODELS = {
 }
 
 
-def write_model(directory: Path, family: str, rtn: RTN | Chosen = Q4_0, **changes: object) -> QuantizedModel:
+def write_model(directory: Path, family: str, rounding: Rounding | Chosen = Q4_0, **changes: object) -> QuantizedModel:
     """A tiny model with the bundled model's tokenizer, which is one that llama.cpp knows."""
-    model = write_quantized(directory, family, rtn, vocab_size=VOCABULARY, norm_spread=0.2, **MODELS[family], **changes)
+    settings = {"vocab_size": VOCABULARY, "norm_spread": 0.2, **MODELS[family], **changes}
+    model = write_quantized(directory, family, rounding, **settings)
     for file in BUNDLED.glob("tokenizer*"):
         shutil.copyfile(file, directory / file.name)
     return model
@@ -79,7 +83,7 @@ def test_every_tensor_is_read_back_and_llama_cpp_computes_the_same(tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     text = "def f(x):\n    return [x, 12345, 'naïve', \"don't\"]  # 漢字 \U0001f980 \t end"
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
-    with opened("llama.cpp", target / exporter.file) as engine:
+    with opened("llama.cpp", target / exporter.file_name(model)) as engine:
         assert engine.tokenize(text) == ids.tolist()
         found = engine.log_probabilities(ids)
     expected = torch.log_softmax(loaded(ids[None]).logits[0], dim=-1)
@@ -117,10 +121,157 @@ def test_the_grid_chooses_the_type(tmp_path: Path, rtn: RTN, kind: str, bits: fl
     target = exported(tmp_path, model, exporter)
     record = verified(model, exporter, target)
     assert record.bits_per_weight == bits
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file).tensors}
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file_name(model)).tensors}
     assert kinds["blk.1.ffn_up.weight"] == kind
     assert kinds["token_embd.weight"] == "Q8_0"
     assert kinds["output_norm.weight"] == "F32"
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
+
+
+def k_mix(base: str, wider: str | None = None) -> Chosen:
+    """`wider` for what computes attention's values, as llama.cpp's mixes have it; Q5_0 for one layer."""
+
+    def chosen(name: str) -> Rounding:
+        if name.endswith("down_proj") and ".0." in name:
+            return RTN(bits=5, group_size=32, symmetric=True)
+        return K_GRIDS[wider if wider and name.endswith(("v_proj", "qkv_proj")) else base]
+
+    return chosen
+
+
+def k_model(directory: Path, family: str, chosen: Chosen, **changes: object) -> QuantizedModel:
+    return write_model(directory, family, chosen, **{**WIDE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("base", "wider", "named"),
+    [
+        ("q2_k", None, "q2_k_s"),
+        ("q2_k", "q4_k", "q2_k_s"),
+        ("q2_k", "q3_k", "q2_k"),
+        ("q3_k", None, "q3_k_s"),
+        ("q3_k", "q4_k", "q3_k_m"),
+        ("q3_k", "q5_k", "q3_k_l"),
+        ("q4_k", None, "q4_k_s"),
+        ("q4_k", "q5_k", "q4_k_s"),
+        ("q4_k", "q6_k", "q4_k_m"),
+        ("q5_k", None, "q5_k_s"),
+        ("q5_k", "q6_k", "q5_k_m"),
+        ("q6_k", None, "q6_k"),
+    ],
+)
+def test_a_mix_is_named_as_llama_quantize_does(base: str, wider: str | None, named: str) -> None:
+    names = [
+        f"model.layers.{layer}.{part}_proj" for layer in range(2) for part in ("self_attn.v", "mlp.up", "mlp.down")
+    ]
+    chosen = {name: k_mix(base, wider)(name) for name in names}
+    meta = torch.device("meta")
+    forms = {name: KQuantWeight.empty(8, 256, how, meta) for name, how in chosen.items() if isinstance(how, KGrid)}
+    assert len(forms) == 5
+    exporter = GgufExporter()
+    model = QuantizedModel(Checkpoint(BUNDLED), forms, [], forms.__getitem__)
+    assert exporter.file_name(model) == f"model-{named}.gguf"
+    assert exporter.file_type(model) == LlamaFileType[f"MOSTLY_{named.upper()}"]
+
+
+@pytest.mark.parametrize(
+    ("family", "base", "wider", "named"),
+    [
+        ("llama", "q4_k", "q6_k", "q4_k_m"),
+        ("phi3", "q5_k", "q6_k", "q5_k_m"),
+        ("mistral", "q2_k", "q3_k", "q2_k"),
+    ],
+)
+def test_a_mix_of_k_quants_and_uniform_layers(tmp_path: Path, family: str, base: str, wider: str, named: str) -> None:
+    model = k_model(tmp_path / "model", family, k_mix(base, wider))
+    exporter = GgufExporter(embeddings="q8_0")
+    target = exported(tmp_path, model, exporter)
+    record = verified(model, exporter, target)
+    file = f"model-{named}.gguf"
+    assert record.worst_error == 0
+    assert file in record.files
+    assert file in record.commands["llama.cpp"]
+    stored = sum(form.stored_bits for name, form in model.forms.items() if "layers.0.mlp.down" not in name)
+    sizes = [form.shape[0] * form.shape[1] for form in model.forms.values()]
+    assert record.bits_per_weight == (stored + 5.5 * 256 * 512) / sum(sizes)
+    assert record.types[base.upper()] > record.types[wider.upper()] == 2
+    reader = GGUFReader(target / file)
+    assert sum(record.types.values()) == len(reader.tensors)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.1.ffn_up.weight"] == base.upper()
+    assert kinds.get("blk.1.attn_v.weight", kinds.get("blk.1.attn_qkv.weight")) == wider.upper()
+    assert kinds["blk.0.ffn_down.weight"] == "Q5_0"
+    assert LlamaFileType(reader.fields["general.file_type"].contents()) == LlamaFileType[f"MOSTLY_{named.upper()}"]
+    if not ENGINES["llama.cpp"].is_installed:
+        pytest.skip("xllamacpp is not installed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.arange(100, 140)
+    with opened("llama.cpp", target / file) as engine:
+        found = engine.log_probabilities(ids)
+    expected = torch.log_softmax(loaded(ids[None]).logits[0], dim=-1)
+    assert torch.nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean") < 0.01
+
+
+def test_transformers_reads_k_quants_of_permuted_rows(tmp_path: Path) -> None:
+    model = k_model(tmp_path / "model", "llama", k_mix("q4_k", "q6_k"))
+    target = exported(tmp_path, model, GgufExporter(embeddings="bf16"))
+    (tmp_path / "converted").mkdir()
+    convert_gguf(target / "model-q4_k_m.gguf", tmp_path / "converted")
+    ours, theirs = (Checkpoint(tmp_path / name) for name in ("model", "converted"))
+    for name in model.forms:
+        assert torch.equal(theirs.read([name])[name], ours.read([name])[name]), name
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "hidden", "found"),
+    [(None, 256, "Q6_K"), ("q6_k", 320, "Q8_0"), ("q6_k", 336, "BF16"), ("f16", 256, "F16")],
+)
+def test_embeddings_beside_k_quants(tmp_path: Path, embeddings: str | None, hidden: int, found: str) -> None:
+    def chosen(name: str) -> Rounding | None:
+        return K_GRIDS["q4_k"] if name.endswith("down_proj") else None
+
+    model = k_model(tmp_path / "model", "llama_tied", chosen, hidden_size=hidden, num_hidden_layers=1)
+    exporter = GgufExporter(embeddings=embeddings)
+    target = exported(tmp_path, model, exporter)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / "model-q4_k_s.gguf").tensors}
+    assert kinds["token_embd.weight"] == found
+    assert kinds["blk.0.ffn_up.weight"] == "BF16"
+    rounded = verified(model, exporter, target).rounded
+    assert rounded.keys() <= {"model.embed_tokens.weight"}
+    assert all(error < 0.03 for error in rounded.values())
+
+
+def test_a_change_of_one_code_is_found(tmp_path: Path) -> None:
+    model = k_model(tmp_path / "model", "llama", k_mix("q4_k"))
+    exporter = GgufExporter(embeddings="bf16")
+    target = exported(tmp_path, model, exporter)
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def load(asked: str) -> StoredWeight:
+        weight = model.load(asked)
+        if asked != name:
+            return weight
+        assert isinstance(weight, KQuantWeight)
+        codes = weight.codes.clone()
+        codes[3, 5] ^= 1
+        return replace(weight, codes=codes)
+
+    with pytest.raises(ModelError, match=rf"{name} is read back with an error of inf steps"):
+        verified(replace(model, load=load), exporter, target)
+
+
+def test_other_formats_refuse_k_quants_with_a_way_out(tmp_path: Path) -> None:
+    model = k_model(tmp_path / "model", "llama", k_mix("q4_k"))
+    for word in ("compressed-tensors", "gptq", "mlx"):
+        with pytest.raises(ConfigError, match=rf"{word}: .*_proj.weight is stored as Q4_K, .* hold; export=gguf$"):
+            exporter_of(word).check(model)
+    with pytest.raises(ConfigError, match=r"_proj\.weight: Q4_0 does not hold Q4_K; export=gguf without a type"):
+        GgufExporter(type="q4_0").check(model)
+    for word, way_out in (("q4_k", "quantizer.grid=q4_k"), ("q4_k_m", "layers.mix=q4_k_m")):
+        with pytest.raises(ConfigError, match=f"type={word}: .* {way_out} export=gguf"):
+            GgufExporter(type=word)
 
 
 def test_each_layer_has_the_type_of_its_own_grid(tmp_path: Path) -> None:
@@ -133,7 +284,7 @@ def test_each_layer_has_the_type_of_its_own_grid(tmp_path: Path) -> None:
     exporter = GgufExporter()
     target = exported(tmp_path, model, exporter)
     assert verified(model, exporter, target).worst_error <= exporter.tolerance
-    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file).tensors}
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(target / exporter.file_name(model)).tensors}
     found = [types[f"blk.{name}.weight"] for name in ("0.ffn_up", "1.attn_q", "1.attn_k", "2.ffn_down")]
     assert found == ["BF16", "Q5_1", "Q4_0", "Q8_0"]
 
@@ -196,8 +347,8 @@ def test_what_llama_cpp_does_not_know_is_refused_by_name(tmp_path: Path) -> None
     wide = {name: replace(form, scale=form.scale.float()) for name, form in model.forms.items()}
     with pytest.raises(ConfigError, match="float32 as the checkpoint is"):
         exporter.check(replace(model, forms=wide))
-    with pytest.raises(ConfigError, match="type=q2_k: must be one of"):
-        GgufExporter(type="q2_k")
+    with pytest.raises(ConfigError, match="type=q3_0: must be one of"):
+        GgufExporter(type="q3_0")
 
 
 @pytest.mark.parametrize("family", ["mistral", "phi3"])

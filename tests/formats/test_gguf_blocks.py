@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ggml_library import quantized
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from torch import Tensor
@@ -158,3 +159,19 @@ def test_plain_tensors_of_one_dimension_and_beyond_float16() -> None:
     assert np.array_equal(dequantize(encode_plain(norm, Kind.F32), Kind.F32), norm.float().numpy())
     with pytest.raises(ModelError, match="value -70144: out of the range of float16"):
         encode_plain(torch.tensor([1.0, -7e4], dtype=torch.bfloat16), Kind.F16)
+
+
+@pytest.mark.parametrize("freedom", [3.0, 50.0])
+def test_q6_k_rounds_plain_tensors_no_worse_than_llama_cpp(freedom: float) -> None:
+    torch.manual_seed(0)
+    tensor = torch.distributions.StudentT(freedom).sample((64, 512)).mul_(0.02).bfloat16()
+    tensor[0] = 0
+    values = tensor.float().numpy()
+    ours, theirs = encode_plain(tensor, Kind.Q6_K), quantized(values, Kind.Q6_K)
+    assert ours.shape == theirs.shape
+    errors = [
+        np.square(dequantize(blocks, Kind.Q6_K) - values).reshape(-1, 256).sum(axis=1) for blocks in (ours, theirs)
+    ]
+    assert errors[0].sum() < 0.98 * errors[1].sum()
+    assert (errors[0] <= errors[1]).mean() > 0.95
+    assert errors[0][:2].sum() == 0

@@ -35,6 +35,7 @@ from jointq_cli.models.checkpoint import SINGLE, Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import Block
+from jointq_cli.quantization.importance import load_importance
 from jointq_cli.quantization.qep import Correction, Qep, QepSettings
 from jointq_cli.quantization.quantizers import RTN, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
@@ -181,7 +182,12 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_an_undisturbed_one(
     _, undisturbed, _ = quantize(
         directory, tmp_path / "whole", SOLVE, inputs, pause=lambda: ticks.update(["pause"]), qep=qep, weights=WEIGHED
     )
-    expected = file_hashes(tmp_path / "whole" / "checkpoint"), file_hashes(undisturbed.directory / "layers")
+
+    def results(folder: Path) -> list[dict[str, str]]:
+        return [file_hashes(folder / name) for name in ("checkpoint", "layers", "importance")]
+
+    expected = results(undisturbed.directory)
+    assert len(expected[2]) == 4 * len(undisturbed.blocks())  # groups
 
     class Stop(Exception):
         pass
@@ -199,8 +205,18 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_an_undisturbed_one(
         with pytest.raises(Stop):
             quantize(directory, scratch, SOLVE, inputs, pause=pause, qep=qep, weights=WEIGHED)
         _, workspace, _ = quantize(directory, scratch, SOLVE, inputs, qep=qep, weights=WEIGHED)
-        assert (file_hashes(scratch / "checkpoint"), file_hashes(scratch / "layers")) == expected
+        assert results(scratch) == expected
         assert workspace.blocks() == undisturbed.blocks()
+
+
+def test_the_diagonals_of_the_hessians_are_kept(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    model, workspace, _ = quantize(directory, tmp_path / "work", Spy(**vars(ROUND)))
+    kept = load_importance(workspace.importance)
+    assert (kept.windows, kept.seqlen) == tuple(windows().shape)
+    assert set(kept.mean_squares) == {name for name in model.linear_layers() if model.block_of(name) is not None}
+    for place, layer in ((0, "self_attn.k_proj"), (1, "self_attn.o_proj"), (3, "mlp.down_proj")):
+        assert torch.equal(kept.mean_squares[f"model.layers.0.{layer}"], SEEN[place].diagonal().float())
 
 
 def test_a_finished_layer_is_never_solved_again(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 
 from jointq_cli.cli.main import main
+from jointq_cli.quantization.importance import load_importance
 
 WORDS = [
     "recipe=ci_smoke", "model.path=model", "quantizer=rtn", "quantizer.group_size=32", "qep=none",
@@ -77,6 +79,24 @@ def test_one_that_is_added_afterwards_has_the_same_bytes(capsys: pytest.CaptureF
     assert f"cd {Path('later') / place} && vllm serve ." in capsys.readouterr().out
     assert main(["export", "later", "format=compressed-tensors"]) == 1
     assert "overwrites nothing" in capsys.readouterr().err
+
+
+def test_an_importance_matrix_is_written_of_the_statistics_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(RUN), "format=imatrix", "output=matrix"]) == 0
+    [*tensors] = GGUFReader("matrix/imatrix.gguf").tensors
+    kept = load_importance(RUN / "importance").mean_squares
+    found = {tensor.name: tensor.data for tensor in tensors}
+    assert len(found) == 2 * len(kept) == 42
+    means = found["blk.1.ffn_down.weight.in_sum2"] / found["blk.1.ffn_down.weight.counts"]
+    torch.testing.assert_close(torch.tensor(means[0]), kept["model.layers.1.mlp.down_proj"])
+    assert found["blk.1.ffn_down.weight.counts"].item() == 4 * 32
+    assert main(["export", str(RUN), "format=imatrix", "output=matrix"]) == 1
+    shutil.copytree(RUN, "older", ignore=shutil.ignore_patterns("importance"))
+    assert main(["export", "older", "format=imatrix"]) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert "overwrites nothing" in errors[-2]
+    assert "has no statistics of model.layers.0.self_attn.q_proj" in errors[-1]
+    assert not Path("older/export/imatrix").exists()
 
 
 def test_one_whose_check_is_interrupted_is_complete_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,8 @@ def _quantized(wanted: Tensor, cost: Tensor, least: int, last: int, exponent: in
     unit = float16((weighted * wanted).sum(dim=-1, keepdim=True) / square, exponent)
     count = torch.round(wanted / unit).clamp_(least, last)
     best = (cost * (unit * count - wanted).square()).sum(dim=-1, keepdim=True).argmin(dim=0, keepdim=True)
-    return unit.gather(0, best)[0], count.gather(0, best.expand(1, *wanted.shape))[0]
+    fits = torch.isfinite(float16(peak / last, exponent))
+    return torch.where(fits, unit.gather(0, best)[0], torch.inf), count.gather(0, best.expand(1, *wanted.shape))[0]
 
 
 def float16(values: Tensor, exponent: int) -> Tensor:

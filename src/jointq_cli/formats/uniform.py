@@ -150,6 +150,10 @@ class UniformWeight(StoredWeight):
     def record_fields(self) -> dict[str, Any]:
         return super().record_fields() | {"bits": self.bits, "group_size": self.group_size}
 
+    def take_rows(self, rows: Tensor) -> "UniformWeight":
+        """The layer with the rows in another order, or some of them. rows: indices."""
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero_point=self.zero_point[rows])
+
     def unsigned_codes(self) -> Tensor:
         """(out, in) uint8: the codes counted from 0, as packed formats store them."""
         return self.codes.view(torch.uint8) - (Grid(self.bits, self.symmetric).lowest & 255)  # modulo 256

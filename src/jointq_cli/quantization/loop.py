@@ -22,6 +22,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.collector import naming
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStates, WeightSet
+from jointq_cli.quantization.importance import save_importance
 from jointq_cli.quantization.qep import Correction, NoCorrection
 from jointq_cli.quantization.quantizers.statistics import Statistics
 from jointq_cli.quantization.settings import LoopSettings
@@ -50,7 +51,7 @@ def quantize_blocks(
     finished for all. Raises NumericsError, with the layer's name, where a layer cannot be solved, and ResourceError
     where processes find different numbers of finished blocks.
     """
-    loop = _Loop(settings, workspace, on_layer, pause, hessians, team)
+    loop = _Loop(settings, workspace, windows.shape, on_layer, pause, hessians, team)
     collects = hessians is None
     complete: dict[WeightSet, bool] = {
         "original": collects and (settings.solved_for == "original" or settings.corrects),
@@ -65,6 +66,7 @@ def quantize_blocks(
 class _Loop:
     settings: LoopSettings
     workspace: Workspace
+    windows: Sequence[int]  # their shape
     on_layer: Callable[[LayerRecord], None]
     pause: Callable[[], None]
     hessians: Hessians | None
@@ -116,7 +118,10 @@ class _Loop:
         return {name: kept for name, kept in found.items() if kept is not None}
 
     def _statistics(self, group: Group) -> Statistics:
-        return group.statistics() if self.hessians is None else self.hessians.read(group)
+        found = group.statistics() if self.hessians is None else self.hessians.read(group)
+        names, folder = [layer.name for layer in group.layers], self.workspace.importance
+        self.team.on_rank0(save_importance, folder, group.block.index, group.number, names, found.hessian, self.windows)
+        return found
 
     def _prepare(self, layers: Sequence[LayerRef], statistics: Statistics) -> Solver:
         """layers: of one input, prepared alike."""

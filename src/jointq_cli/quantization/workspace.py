@@ -3,6 +3,7 @@
     hidden.safetensors          see hidden_states; written last, so that it says which blocks are finished
     layers/NAME.safetensors     codes, scale, zero-point and permutation of one finished layer
     layers/NAME.json            its record; written last, so a layer with a record is a finished layer
+    importance/                 see importance; of a group, written before its layers
     blocks/00003.json           the record of one block
     shards/00003.safetensors    the checkpoint tensors of one block
 
@@ -29,7 +30,8 @@ class Workspace:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.hidden = HiddenStateFile(directory)
-        for name in ("layers", "blocks", "shards"):
+        self.importance = directory / "importance"
+        for name in ("layers", "importance", "blocks", "shards"):
             (directory / name).mkdir(exist_ok=True)
 
     def write_block(self, record: BlockRecord, tensors: dict[str, Tensor]) -> None:

@@ -219,7 +219,8 @@ def export_line(record: ExportRecord) -> str:
     size, bits = byte_size(record.weight_bytes), significant(record.bits_per_weight, 3)
     exact = f"within {significant(record.worst_error, 2)} steps" if record.worst_error else "exact"
     rounded = f"; {plural(len(record.rounded), 'other tensor')} rounded" if record.rounded else ""
-    line = f"{size}, {bits} bits per weight; read back from its files: {exact}{rounded}"
+    types = f" ({', '.join(f'{count} {kind}' for kind, count in record.types.items())})" if record.types else ""
+    line = f"{size}{types}, {bits} bits per weight; read back from its files: {exact}{rounded}"
     if record.check is None:
         return f"{line}; not tried in an engine"
     found = record.check

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from jointq_cli.data.tokenizer import load_tokenizer
 from jointq_cli.errors import JointqError, ModelError
 from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.formats.export import Exporter, QuantizedModel
+from jointq_cli.formats.export.imatrix import FILE, FORMAT, write_imatrix
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.importance import load_importance
 from jointq_cli.records import EngineCheck, ExportRecord, RunReport
 from jointq_cli.report import Console, load_report, write_report
 from jointq_cli.report.reproduction.finished_run import read_finished_run
@@ -79,19 +82,44 @@ def export_finished(
     return record
 
 
-def _write(finished: FinishedModel, exporter: Exporter, place: Path) -> ExportRecord:
-    """Writes, verifies and labels an export; `place` exists once it is complete."""
+def export_imatrix(finished: FinishedModel, place: Path, console: Console) -> None:
+    """Writes llama.cpp's importance matrix, of the statistics that the run has solved its layers with, into a new
+    directory. Raises JointqError where the run has none, ConfigError as `write_imatrix`."""
+    run, layers = finished.run, finished.report.layers
+    kept = load_importance(run.importance)
+    if missing := [layer.name for layer in layers if layer.name not in kept.mean_squares]:
+        raise JointqError(
+            f"{run.importance}: has no statistics of {missing[0]}; a run of before export knew format=imatrix kept "
+            "none, and has to be repeated"
+        )
+    model = finished.streamed
+    means = {model.stored_name(f"{layer.name}.weight"): kept.mean_squares[layer.name] for layer in layers}
+    with console.stage(f"export {FORMAT}"), _written(place) as scratch:
+        text = finished.report.calibration
+        write_imatrix(scratch / FILE, model.checkpoint.directory, means, text, kept.windows, kept.seqlen)
+    console.note(f"importance of {len(means)} weights -> {place / FILE}; llama-quantize --imatrix {FILE} ...")
+
+
+@contextmanager
+def _written(place: Path) -> Iterator[Path]:
+    """An empty directory to fill, which is renamed to `place` at the end."""
     scratch = place.with_name(f".{place.name}{UNFINISHED}")
     with translated_disk_errors(place):
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
         scratch.mkdir(parents=True)
         try:
-            record = write_export(finished.model, exporter, scratch)
-            label_export(scratch, finished.report, record)
+            yield scratch
             sync_tree(scratch)
             os.replace(scratch, place)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(finished: FinishedModel, exporter: Exporter, place: Path) -> ExportRecord:
+    """Writes, verifies and labels an export; `place` exists once it is complete."""
+    with _written(place) as scratch:
+        record = write_export(finished.model, exporter, scratch)
+        label_export(scratch, finished.report, record)
     return record
 
 

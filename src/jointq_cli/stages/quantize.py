@@ -35,6 +35,10 @@ class Quantized:
         return self.directory / "layers"
 
     @property
+    def importance(self) -> Path:
+        return Workspace(self.directory).importance
+
+    @property
     def probe(self) -> Tensor:
         """Final hidden states of the first calibration batch, as they were in memory when the last block was done."""
         return Workspace(self.directory).hidden.read("quantized")

@@ -154,6 +154,11 @@ class RunDirectory:
         return self.path / "codes"
 
     @property
+    def importance(self) -> Path:
+        """The mean squares of the inputs of layers as safetensors; older runs have none."""
+        return self.path / "importance"
+
+    @property
     def exports(self) -> Path:
         """The quantised model in the layouts of runtimes, a directory each; exists only if the recipe exports."""
         return self.path / "export"
@@ -162,7 +167,9 @@ class RunDirectory:
         """Raises ConfigError where a run that writes a checkpoint of `model` (a path or a name) here would overwrite
         directories that no run has written, or the model itself."""
         foreign = [
-            place.name for place in (self.checkpoint, self.codes, self.rotation, self.exports) if os.path.lexists(place)
+            place.name
+            for place in (self.checkpoint, self.codes, self.importance, self.rotation, self.exports)
+            if os.path.lexists(place)
         ]
         if foreign and not self.recipe.is_file():
             raise ConfigError(

@@ -12,18 +12,26 @@ def main(arguments: list[str]) -> int:
     words = [word.strip() for word in settings.pop("format", "").strip("[]").split(",") if word.strip()]
     output = settings.pop("output", None)
     # Not above: these import torch, and --help answers without.
-    from jointq_cli.formats.export import EXPORTERS, exporter_of, exporters_of
-    from jointq_cli.pipeline import export
+    from jointq_cli.formats.export import EXPORTERS, IMATRIX, exporter_of, exporters_of
+    from jointq_cli.pipeline import export, export_importance
     from jointq_cli.report import Console
 
     if not words:
-        raise JointqError(f"format=: names no format; there are {', '.join(EXPORTERS)}")
+        raise JointqError(f"format=: names no format; there are {', '.join(EXPORTERS)} and {IMATRIX}")
     if len(words) > 1 and (settings or output):
         key = "output" if output else next(iter(settings))
         raise JointqError(f"{key}={output or settings[key]}: for one format, and {', '.join(words)} are {len(words)}")
+    place = Path(output).expanduser() if output else None
+    if words == [IMATRIX]:
+        if settings:
+            key = next(iter(settings))
+            raise JointqError(f"{key}={settings[key]}: {IMATRIX} has no settings")
+        with Console() as console:
+            export_importance(parsed.run_directory, place, console)
+        return 0
     exporters = exporters_of(words) if len(words) > 1 else [exporter_of(words[0], settings)]
     with Console() as console:
-        records = export(parsed.run_directory, exporters, Path(output).expanduser() if output else None, console)
+        records = export(parsed.run_directory, exporters, place, console)
     found = [problem for record in records if record.check for problem in record.check.problems]
     if found:
         raise UntrustedResult("; ".join(found))

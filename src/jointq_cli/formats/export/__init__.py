@@ -9,19 +9,22 @@ from jointq_cli.formats.export.base import Exporter, QuantizedModel
 from jointq_cli.formats.export.compressed_tensors import CompressedTensorsExporter
 from jointq_cli.formats.export.gguf import GgufExporter
 from jointq_cli.formats.export.gptq import GptqExporter
+from jointq_cli.formats.export.imatrix import FORMAT as IMATRIX
 from jointq_cli.formats.export.mlx import MlxExporter
 
 EXPORTERS: dict[str, Any] = {
     exporter.format: exporter for exporter in (CompressedTensorsExporter, GptqExporter, GgufExporter, MlxExporter)
 }
 
-__all__ = ["EXPORTERS", "Exporter", "QuantizedModel", "exporter_of", "exporters_of"]
+__all__ = ["EXPORTERS", "IMATRIX", "Exporter", "QuantizedModel", "exporter_of", "exporters_of"]
 
 
 def exporter_of(word: str, settings: Mapping[str, str] | None = None) -> Exporter:
     """The exporter of a word such as "compressed-tensors" or "gguf:q4_0", where the first setting of the format stands
     after the colon. Raises ConfigError for an unknown format, setting or value."""
     name, _, first = word.partition(":")
+    if name == IMATRIX:
+        raise ConfigError(f"export={word}: holds no model; jointq export RUN format={IMATRIX} writes it afterwards")
     if name not in EXPORTERS:
         raise ConfigError(f"export={word}: no such format; there are {', '.join(EXPORTERS)}")
     kind = EXPORTERS[name]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.k_quant import KQuantWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
 
@@ -54,7 +55,6 @@ class Exporter(ABC):
     engine_kl: ClassVar[float] = 5e-4  # nats per token from float32 that the engine's own rounding may cause
     engine_change: ClassVar[float] = 0.002  # the same of perplexity, relative
     tolerance: ClassVar[float] = 0.0  # largest difference between a decoded and a stored weight, in steps of the grid
-    plain_tolerance: ClassVar[float] = 0.0  # of the other tensors, relative to a tensor's largest magnitude
 
     @property
     @abstractmethod
@@ -79,6 +79,10 @@ class Exporter(ABC):
         Shares no code with `write`, or code that has an oracle of its own: exports are verified by it.
         """
 
+    def plain_tolerance(self, model: QuantizedModel, name: str) -> float:
+        """The largest error of a decoded tensor that is not quantised, relative to its largest magnitude."""
+        return 0.0
+
     def engine_reads(self, model: QuantizedModel) -> bool:
         """Whether the engine computes all that the format can hold; `check` says so where it does not."""
         return True
@@ -87,19 +91,27 @@ class Exporter(ABC):
         """Bits that the quantised weights take in the format."""
         return sum(form.stored_bits for form in model.forms.values())
 
+    def types(self, model: QuantizedModel, directory: Path) -> dict[str, int]:
+        """How many of the written tensors have each of the format's types; none where it has no names for them."""
+        return {}
+
     @abstractmethod
     def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
         """(runtime, shell command) that serve the export from the directory `name`, for its README."""
 
 
-def uniform_forms(model: QuantizedModel, word: str) -> dict[str, UniformWeight]:
-    """The forms of all quantised weights. word: as the user named the export. Raises ConfigError where one is not
-    uniform."""
+def uniform_forms(
+    model: QuantizedModel, word: str, beside: tuple[type[StoredWeight], ...] = ()
+) -> dict[str, UniformWeight]:
+    """The forms of all quantised weights but those of the kinds `beside`. word: as the user named the export. Raises
+    ConfigError where one is not uniform."""
     found: dict[str, UniformWeight] = {}
     for name, form in model.forms.items():
-        if not isinstance(form, UniformWeight):
-            raise ConfigError(f"export={word}: {name} is stored as {form.label}, which the format cannot hold")
-        found[name] = form
+        if isinstance(form, UniformWeight):
+            found[name] = form
+        elif not isinstance(form, beside):
+            way_out = "; export=gguf" if isinstance(form, KQuantWeight) else ""
+            raise ConfigError(f"export={word}: {name} is stored as {form.label}, which the format cannot hold{way_out}")
     return found
 
 

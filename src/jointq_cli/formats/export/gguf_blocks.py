@@ -14,7 +14,12 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from jointq_cli.errors import ModelError
+from jointq_cli.formats.export.gguf_k_blocks import encode_k_blocks
+from jointq_cli.formats.k_quant import K_GRIDS, KQuantWeight
+from jointq_cli.formats.k_rounding import round_to_k
 from jointq_cli.formats.uniform import Grid, UniformWeight
+
+BlockWeight = UniformWeight | KQuantWeight  # what GGUF has blocks for
 
 BLOCK = 32  # columns
 LEAST_BITS = 4  # of a grid that the narrowest kind stores without waste
@@ -52,8 +57,10 @@ _NATURAL = {  # by bits, symmetric
 }
 
 
-def natural_kind(form: UniformWeight) -> GGMLQuantizationType:
+def natural_kind(form: BlockWeight) -> GGMLQuantizationType:
     """The smallest kind that holds the grid as it is."""
+    if isinstance(form, KQuantWeight):
+        return GGMLQuantizationType[form.label]
     return _NATURAL.get((form.bits, form.symmetric), GGMLQuantizationType.Q8_0)
 
 
@@ -63,8 +70,14 @@ def bits_of(kind: GGMLQuantizationType) -> float:
     return 8 * size / columns
 
 
-def check_kind(form: UniformWeight, kind: GGMLQuantizationType) -> str | None:
-    """Why `kind`, one of `encode_blocks`, cannot hold a weight of this form; None where it can. Reads no tensor."""
+def check_kind(form: BlockWeight, kind: GGMLQuantizationType) -> str | None:
+    """Why `kind` cannot hold a weight of this form; None where it can. Reads no tensor."""
+    if isinstance(form, KQuantWeight):
+        return (
+            None
+            if kind == natural_kind(form)
+            else f"{kind.name} does not hold {form.label}; export=gguf without a type"
+        )
     if form.group_size % BLOCK:
         if form.scale.shape[1] == 1:
             return f"in_features={form.shape[1]}: blocks have {BLOCK} columns"
@@ -89,11 +102,13 @@ def _way_out(form: UniformWeight, kind: GGMLQuantizationType) -> str:
     return f"; {' or '.join(ways)}" if ways else ""
 
 
-def encode_blocks(weight: UniformWeight, kind: GGMLQuantizationType) -> np.ndarray:
+def encode_blocks(weight: BlockWeight, kind: GGMLQuantizationType) -> np.ndarray:
     """(out, bytes of a row) uint8, exact but for TOLERANCE. weight: one that `check_kind` lets pass, no permutation.
 
     Raises ModelError where a scale has no float16 of the same value.
     """
+    if isinstance(weight, KQuantWeight):
+        return encode_k_blocks(weight)
     assert weight.permutation is None
     rows = weight.shape[0]
     levels, zero_point = _LEVELS[kind], weight.unsigned_zero_point()
@@ -119,12 +134,17 @@ def encode_blocks(weight: UniformWeight, kind: GGMLQuantizationType) -> np.ndarr
 
 
 def encode_plain(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    """A tensor that is not quantised, as F32, F16, BF16 or Q8_0 by rounding to nearest: (..., bytes of a row) uint8.
+    """A tensor that is not quantised, as F32, F16, BF16, Q8_0 or Q6_K by rounding to nearest: (..., bytes of a row)
+    uint8.
 
     Raises ModelError where a value is out of float16's range.
     """
     if kind == GGMLQuantizationType.Q8_0:
         return np.concatenate([quantize(part.float().numpy(), kind) for part in tensor.split(ROWS)])
+    if kind == GGMLQuantizationType.Q6_K:
+        return np.concatenate(
+            [encode_k_blocks(round_to_k(part.float(), K_GRIDS["q6_k"])) for part in tensor.split(ROWS)]
+        )
     if kind == GGMLQuantizationType.F16:
         tensor = _float16(tensor, "value")
     else:

@@ -61,7 +61,6 @@ class MlxExporter(Exporter):
     format: ClassVar[str] = MLX
     engine: ClassVar[str] = "mlx"
     tolerance: ClassVar[float] = 255 * ROUNDING  # of a bias, which is at most 2^bits - 1 steps
-    plain_tolerance: ClassVar[float] = ROUNDING
 
     dtype: str = setting("float16", choices=("float16", "checkpoint"))
 
@@ -108,6 +107,9 @@ class MlxExporter(Exporter):
             return unpack_weight(forms[name].bits, *written.read(_entries(name)).values())
 
         return read
+
+    def plain_tolerance(self, model: QuantizedModel, name: str) -> float:
+        return ROUNDING
 
     def stored_bits(self, model: QuantizedModel) -> int:
         total = 0

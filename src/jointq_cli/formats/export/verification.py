@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ModelError
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.export.base import Exporter, QuantizedModel, relative_error
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.records import ExportRecord
@@ -16,13 +17,13 @@ WEIGHTS = (".safetensors", ".gguf")  # endings of the files that hold them
 def verified(model: QuantizedModel, exporter: Exporter, directory: Path) -> ExportRecord:
     """Reads every tensor back, one in memory at a time.
 
-    Quantised weights are compared with (code - zero_point) * scale in float32, all others with the checkpoint's. Raises
+    Quantised weights are compared with what they dequantise to in float32, all others with the checkpoint's. Raises
     ModelError where one differs by more than the format's tolerance.
     """
     read = exporter.reader(model, directory)
     worst = 0.0
     for name in model.forms:
-        error = _error_in_steps(read(name), model.load_uniform(name))
+        error = _error_in_steps(read(name), model.load(name))
         worst = max(worst, error)
         if not error <= exporter.tolerance:
             raise ModelError(
@@ -32,7 +33,7 @@ def verified(model: QuantizedModel, exporter: Exporter, directory: Path) -> Expo
     rounding = {}
     for name in model.plain:
         error = relative_error(read(name), model.checkpoint.read([name])[name])
-        if not error <= exporter.plain_tolerance:
+        if not error <= exporter.plain_tolerance(model, name):
             raise ModelError(f"{directory}: {name} is read back with a relative error of {error:.3g}")
         if error:
             rounding[name] = error
@@ -45,14 +46,18 @@ def verified(model: QuantizedModel, exporter: Exporter, directory: Path) -> Expo
         bits_per_weight=exporter.stored_bits(model) / sum(sizes),
         worst_error=worst,
         rounded=rounding,
+        types=exporter.types(model, directory),
         commands=dict(exporter.commands(model, ".")),
     )
 
 
-def _error_in_steps(found: Tensor, stored: UniformWeight) -> float:
-    """The largest difference from the stored weight, in steps of its grid."""
+def _error_in_steps(found: Tensor, stored: StoredWeight) -> float:
+    """The largest difference from the stored weight, in steps of its grid; of a K-quant, which is in a GGUF file what
+    it is here, inf for any."""
     expected = stored.dequantize(torch.float32)
-    if found.shape != expected.shape:
+    if torch.equal(found, expected):
+        return 0.0
+    if found.shape != expected.shape or not isinstance(stored, UniformWeight):
         return torch.inf
     step = stored.scale.to(torch.float32)[:, stored.column_groups()]
     return float(((found - expected) / step).abs().max())
