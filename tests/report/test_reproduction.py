@@ -285,8 +285,18 @@ def test_an_empty_dictionary_is_one_that_older_runs_lack(run: FinishedRun) -> No
     later = with_setting("layers.overrides", "{}")(older)
     assert deciding_differences(older.settings, later.settings) == []
     assert compare(older, later).verdict == compare(later, older).verdict == IDENTICAL
-    entry = with_setting("layers.overrides.v_proj.bits", "8")(older)
-    assert deciding_differences(later.settings, entry.settings) == ["layers.overrides.v_proj.bits not there → 8"]
+
+
+def test_the_order_of_overrides_counts() -> None:
+    first, second = (
+        parse_settings(yaml.safe_dump({"layers": {"overrides": dict(pairs)}}, sort_keys=False), Path("recipe.yaml"))
+        for pairs in ([("a.*", {"bits": 8}), ("b", "keep")], [("b", "keep"), ("a.*", {"bits": 8})])
+    )
+    assert deciding_differences(first, first) == []
+    assert deciding_differences(first, second) == [
+        "layers.overrides {a.*: {bits: 8}, b: keep} → {b: keep, a.*: {bits: 8}}"
+    ]
+    assert deciding_differences({}, second) == ["layers.overrides not there → {b: keep, a.*: {bits: 8}}"]
 
 
 def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no_more() -> None:

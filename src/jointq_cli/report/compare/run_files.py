@@ -18,6 +18,7 @@ from jointq_cli.system.record_json import load_report
 from jointq_cli.system.sweep_directory import DONE, SweepDirectory
 
 REPORT, EVALUATION, RECIPE = "report.json", "evaluation.json", "recipe.yaml"
+ORDERED = "layers.overrides"  # one value, since the order of its entries counts, and their names have dots
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def _settings(recipe: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
+    if key == ORDERED and value:
+        yield key, json.dumps(value, ensure_ascii=False, default=str).replace('"', "")
+    elif isinstance(value, dict) and value:
         for name, item in value.items():
             yield from _leaves(f"{key}.{name}", item)
     else:
