@@ -37,7 +37,7 @@ class Quantized:
     @property
     def probe(self) -> Tensor:
         """Final hidden states of the first calibration batch, as they were in memory when the last block was done."""
-        return Workspace(self.directory).hidden.read("quantized")
+        return Workspace(self.directory).hidden.read_as_checkpoint()
 
 
 def quantize(context: Context, model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Quantized:
