@@ -36,8 +36,9 @@ class LayerRecord:
     weight_error: float
     damping: float | None  # fraction of the Hessian's mean diagonal that was added to its diagonal, None if unused
     seconds: float
-    # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: none or zero), "no token"
-    verdict: str  # (no calibration token is routed to this expert: solved for those that enter the block's experts)
+    # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: none or zero)
+    # or "no token" (none is routed to this expert: solved for those that enter the block's experts)
+    verdict: str
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer reports: dead columns, condition
     label: str = ""  # how the weight is stored, such as "W4 g128 asymmetric"; older reports lack it
     tokens: int | None = None  # of calibration, routed to this expert; None for layers of no expert

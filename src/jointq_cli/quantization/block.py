@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from jointq_cli.errors import ModelError
 from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.expert_unit import ExpertUnit, find_units
+from jointq_cli.quantization.expert_unit import ExpertUnit, find_units, watching
 from jointq_cli.quantization.hidden_states import Stream, WeightSet
 from jointq_cli.quantization.layer_groups import Run, merged
 from jointq_cli.quantization.resumable_forward import ModuleCall, ResumableForward, group_hooks
@@ -31,7 +32,7 @@ class Block:
         self.tensors = tensors
         self._linear = layer_refs(model.blocks[index], model.prefix(index))
         self.layers = [layer for name, layer in self._linear.items() if name in names]
-        weights = {layer: layer.module.get_parameter("weight") for layer in self.layers}
+        weights: dict[LayerRef, Tensor] = {layer: layer.module.get_parameter("weight") for layer in self.layers}
         self._weights: dict[WeightSet, dict[LayerRef, Tensor]] = {"original": weights, "quantized": dict(weights)}
         self._units: list[ExpertUnit] = []
 
@@ -66,7 +67,8 @@ class Block:
         rms = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_PROBE_RMS)
         hidden = (hidden.float() * (_PROBE_RMS / rms)).to(hidden.dtype)
         units = find_units(self.model.blocks[self.index], self.model.prefix(self.index), self.layers)
-        self._units = [watched for unit in units if (watched := self._watched(unit, hidden)) is not None]
+        with watching(units) as self._units:
+            self.run(hidden)
         outputs: dict[nn.Module, Tensor] = {}
         handles = [
             layer.module.register_forward_hook(lambda module, args, output: outputs.update({module: output}))
@@ -136,18 +138,6 @@ class Block:
             for handle in handles:
                 handle.remove()
         return [names for _, names in groups], output
-
-    def _watched(self, unit: ExpertUnit, hidden: Tensor) -> ExpertUnit | None:
-        """The unit with what a pass of hidden states (batch, tokens, hidden) shows, None where that is not enough."""
-        calls: list[ModuleCall] = []
-        handle = unit.module.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append(ModuleCall(args, kwargs)), with_kwargs=True
-        )
-        try:
-            self.run(hidden)
-        finally:
-            handle.remove()
-        return unit.watched(calls[0]) if len(calls) == 1 else None
 
     def _key(self, layer: LayerRef) -> str:
         return self.model.stored_name(layer.weight_name)

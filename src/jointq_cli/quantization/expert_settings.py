@@ -33,5 +33,12 @@ class ExpertSettings:
         return 0 if tokens else 1
 
     def at_once(self, in_features: int, matrices: int) -> int:
-        """How many experts may have `matrices` moments (in, in) float64 in memory at the same time."""
-        return int(min(max(1.0, self.memory_gb * 1e9 // (8 * in_features**2 * matrices)), 2.0**31))
+        """How many experts' moments are collected at the same time; `matrices` (in, in) float64 for each."""
+        return int(min(max(1.0, self.memory_gb * 1e9 / self.bytes_each(in_features, matrices)), 2.0**31))
+
+    def bytes_each(self, in_features: int, matrices: int) -> int:
+        """Bytes of an expert's moments while they are collected: with `blend`, of its own tokens and of the block's."""
+        return 8 * in_features**2 * matrices * (2 if self.calibration == "blend" else 1)
+
+
+DEFAULT_EXPERTS = ExpertSettings()

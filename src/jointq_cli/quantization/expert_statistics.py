@@ -61,7 +61,7 @@ class ExpertStatistics:
             self._forwards["quantized"].change_calls(self._number, changes)
 
     def groups(self) -> Iterator[tuple[list[LayerRef], Callable[[], Statistics]]]:
-        """The layers that share an input, stage by stage, and what collects its statistics: to be used in this order."""
+        """The layers that share an input and what collects its statistics, stage by stage: to be used in this order."""
         for stage in range(max(map(len, self._unit.groups.values()))):
             groups = {expert: found[stage] for expert, found in self._unit.groups.items() if stage < len(found)}
             if self._settings.experts.calibration == "all" and self._reads_tokens(stage, groups):
@@ -113,7 +113,9 @@ class ExpertStatistics:
         return added if divided else max(added, 1)  # held-out tokens are some of all, never none and never all
 
     def _statistics(self, group: list[LayerRef], sums: Sums, block_share: float) -> Statistics:
-        counts = {layer.name: self._counts[expert] for expert in self._unit.layers for layer in self._unit.layers[expert]}
+        counts = {
+            layer.name: self._counts[expert] for expert in self._unit.layers for layer in self._unit.layers[expert]
+        }
         tokens = ExpertTokens({layer.name: counts[layer.name] for layer in group}, block_share)
         return self._collector.statistics(group[0], sums, tokens)
 

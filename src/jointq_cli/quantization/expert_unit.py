@@ -5,7 +5,8 @@ expert, from the tokens that a router has chosen for it or from others, without 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import signature
@@ -61,11 +62,13 @@ class ExpertUnit(ABC):
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return None
-        return replace(
-            self,
-            groups={number: [layers for _, layers in inputs] for number, inputs in found.items() if inputs},
-            readers=frozenset(number for number, inputs in found.items() if inputs and torch.equal(inputs[0][0], token)),
-        )
+        groups = {number: [layers for _, layers in inputs] for number, inputs in found.items()}
+        if any(
+            sorted(chain(*groups[number]), key=_name) != sorted(self.layers[number], key=_name) for number in groups
+        ):
+            return None  # a layer is not called, or twice
+        readers = frozenset(number for number, inputs in found.items() if torch.equal(inputs[0][0], token))
+        return replace(self, groups=groups, readers=readers)
 
     @abstractmethod
     def tokens(self, call: ModuleCall) -> Tensor:
@@ -115,7 +118,11 @@ class ExpertUnit(ABC):
         return groups
 
 
-class _Reached(Exception):  # noqa: N818 - no error
+def _name(layer: LayerRef) -> str:
+    return layer.name
+
+
+class _Reached(Exception):
     def __init__(self, inputs: Tensor) -> None:
         super().__init__()
         self.inputs = inputs
@@ -193,6 +200,27 @@ def find_units(block: nn.Module, prefix: str, layers: Collection[LayerRef]) -> I
             yield RoutedUnit(experts=part, module=part, layers=by_expert)
         elif isinstance(part, nn.ModuleList) and name.endswith("experts") and parent:
             yield ListedUnit(experts=part, module=block.get_submodule(parent), layers=by_expert)
+
+
+@contextmanager
+def watching(units: Iterable[ExpertUnit]) -> Iterator[list[ExpertUnit]]:
+    """Inside, the block is to be run once. The list then has those units that can be used, with what that has shown:
+    not where a module is not called once, what its experts receive cannot be seen, or one cannot be run alone."""
+    calls: dict[ExpertUnit, list[ModuleCall]] = {unit: [] for unit in units}
+    handles = [
+        unit.module.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append(ModuleCall(args, kwargs)), with_kwargs=True
+        )
+        for unit, seen in calls.items()
+    ]
+    found: list[ExpertUnit] = []
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    watched = [unit.watched(*seen) for unit, seen in calls.items() if len(seen) == 1]
+    found += [unit for unit in watched if unit is not None]
 
 
 def _by_expert(prefix: str, layers: Collection[LayerRef]) -> dict[str, dict[int, list[LayerRef]]]:

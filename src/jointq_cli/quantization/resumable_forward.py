@@ -24,7 +24,7 @@ class ModuleCall:
     """The arguments of a module."""
 
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    kwargs: dict[str, Any]
 
 
 @contextmanager
@@ -149,7 +149,7 @@ def _suspend_at(group: int, inputs: Tensor) -> None:
         getcurrent().parent.switch()  # type: ignore[union-attr]  # a _ForwardCoroutine has one
 
 
-def _suspend_at_call(group: int, call: ModuleCall) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+def _suspend_at_call(group: int, call: ModuleCall) -> tuple[Any, dict[str, Any]] | None:
     if not isinstance(getcurrent(), _ForwardCoroutine):
         return None
     if _reaches(getcurrent(), group, call):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError
-from jointq_cli.quantization.expert_settings import ExpertSettings
+from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSettings
 from jointq_cli.quantization.hidden_states import WeightSet
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers.base import Quantizer
@@ -22,7 +22,7 @@ class LoopSettings:
     windows: int  # of calibration tokens
     batch: int  # windows per forward pass
     suspended_bytes: float  # of activations that suspended forward passes may hold
-    experts: ExpertSettings = ExpertSettings()
+    experts: ExpertSettings = DEFAULT_EXPERTS
 
     def __post_init__(self) -> None:
         self.qep.check_inputs(self.inputs)
@@ -53,7 +53,7 @@ class LoopSettings:
 
     @property
     def follows_original(self) -> bool:
-        """Whether experts receive the tokens that the original model's router sends them, wherever QEP compares both."""
+        """Whether experts receive the tokens that the original model's router sends them, in both models."""
         return self.corrects and self.experts.routing == "original"
 
     @property
