@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import signature
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from jointq_cli.errors import ModelError
+from jointq_cli.models.experts import WeightedExperts
 from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.streamed import BlockwiseModel
 from jointq_cli.quantization.resumable_forward import ModuleCall
@@ -151,6 +152,21 @@ class RoutedUnit(ExpertUnit):
         return signature(self.module.forward).bind(*call.args, **call.kwargs).arguments
 
 
+class WeightedUnit(ExpertUnit):
+    """A module that is called with every token once per expert, times its weight: zeros where it is not routed there
+    (Llama 4). Its "tokens" are these; rows of zeros add nothing to any sum."""
+
+    def tokens(self, call: ModuleCall) -> Tensor:
+        hidden: Tensor = call.args[0] if call.args else next(iter(call.kwargs.values()))
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def rows(self, call: ModuleCall) -> dict[int, Tensor]:
+        tokens = self.tokens(call)
+        count = len(tokens) // cast("WeightedExperts", self.experts).num_experts
+        routed = tokens.any(dim=-1)
+        return {n: n * count + routed[n * count : (n + 1) * count].nonzero().squeeze(1) for n in self.layers}
+
+
 class ListedUnit(ExpertUnit):
     """A module that routes inside, to experts in a ModuleList of its own that it calls with rows of its input."""
 
@@ -198,6 +214,8 @@ def find_units(block: nn.Module, prefix: str, layers: Collection[LayerRef]) -> I
         part, parent = block.get_submodule(name), name.rpartition(".")[0]
         if _INDEX in signature(part.forward).parameters:
             yield RoutedUnit(experts=part, module=part, layers=by_expert)
+        elif isinstance(part, WeightedExperts):
+            yield WeightedUnit(experts=part, module=part, layers=by_expert)
         elif isinstance(part, nn.ModuleList) and name.endswith("experts") and parent:
             yield ListedUnit(experts=part, module=block.get_submodule(parent), layers=by_expert)
 
