@@ -199,6 +199,12 @@ def test_passes_do_not_grow_with_the_number_of_experts(tmp_path: Path, monkeypat
     assert counts[0] == counts[1] > 0
 
 
+def test_what_experts_add_to_the_residual_stream_is_known(directory: Path, tmp_path: Path) -> None:
+    """So that QEP corrects the layers before them for the stream's drift, as in models without experts."""
+    found = first_block(directory, tmp_path, ExpertSettings(), FULL, rounded)
+    assert found["model.layers.0.self_attn.o_proj"].drift is not None
+
+
 def is_kept(name: str) -> bool:
     return not name.endswith("mlp.gate")
 
