@@ -114,7 +114,7 @@ INDEXER = {
     "indexer_compress_ratio": 4,
 }
 
-# What a family needs besides.
+# What a family needs besides. FAMILY+WORD is another model of a family, with which other things can be done.
 TWEAKS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -139,6 +139,14 @@ TWEAKS: dict[str, dict[str, Any]] = {
     },
     "got_ocr2": {"vision_config": {"output_channels": 32, "mlp_dim": MLP}},
     "gemma4_text": {**PER_LAYER_INPUTS, "global_head_dim": 32},
+    "gemma4_text+experts": {
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM},
@@ -185,7 +193,7 @@ class Result:
 
 
 def tiny_config(family: str) -> Any:
-    return small(CONFIG_MAPPING[family], TWEAKS.get(family, {}))
+    return small(CONFIG_MAPPING[family.partition("+")[0]], TWEAKS.get(family, {}))
 
 
 def small(kind: Any, tweaks: dict[str, Any]) -> Any:
@@ -405,7 +413,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)  # no threads, which a forked process would lack
-    everything = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    everything = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *TWEAKS})
     if unknown := [name for name in given.families if name not in everything]:
         parser.error(f"{unknown[0]}: no such family; there are {', '.join(everything)}")
     todo = given.families or [name for name in everything if not (given.work / f"{name}.json").is_file()]
