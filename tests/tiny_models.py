@@ -50,6 +50,28 @@ FAMILIES = {
     "falcon": lambda: transformers.FalconConfig(**SIZES),  # its blocks return tuples
 }
 
+MOE = {**GROUPED, "num_hidden_layers": 2, "intermediate_size": 96, "num_experts_per_tok": 2}
+QWEN_MOE = {**MOE, "num_experts": 4, "moe_intermediate_size": 32}
+DEEPSEEK = {
+    **QWEN_MOE,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT = {**DEEPSEEK, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32}
+LATENT |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+MIXED_LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR_ATTENTION = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+    **MIXED_LAYERS,
+}
+
 EXPERTS = {  # their experts are parameters, not linear layers, except for the first
     "llama_experts": lambda: ExpertsConfig(**{**GROUPED, "num_hidden_layers": 2, "intermediate_size": 32}),
     "granitemoe": lambda: transformers.GraniteMoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
@@ -61,6 +83,75 @@ EXPERTS = {  # their experts are parameters, not linear layers, except for the f
         intermediate_size_mlp=128,
         interleave_moe_layer_step=1,
         attention_chunk_size=32,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**MOE, num_local_experts=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**QWEN_MOE, shared_expert_intermediate_size=32),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**QWEN_MOE, head_dim=16),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(**QWEN_MOE, **LINEAR_ATTENTION, head_dim=16),
+    "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**QWEN_MOE, **LINEAR_ATTENTION, head_dim=16),
+    "olmoe": lambda: transformers.OlmoeConfig(**QWEN_MOE),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **MOE,
+        head_dim=16,
+        num_local_experts=4,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(**LATENT),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(**LATENT),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(**DEEPSEEK, head_dim=16),
+    "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **QWEN_MOE, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1
+    ),
+    "phimoe": lambda: transformers.PhimoeConfig(**MOE, num_local_experts=4),
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+        **QWEN_MOE, num_dense_layers=1, layer_types=["conv", "full_attention"]
+    ),
+    "minimax": lambda: transformers.MiniMaxConfig(
+        **MOE, num_local_experts=4, head_dim=16, block_size=8, **MIXED_LAYERS
+    ),
+    "jamba": lambda: transformers.JambaConfig(
+        **MOE,
+        num_experts=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=8,
+        use_mamba_kernels=False,
+    ),
+    "gemma4_moe": lambda: transformers.Gemma4TextConfig(
+        **QWEN_MOE,
+        head_dim=16,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=256,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=0,
+        enable_moe_block=True,
+        top_k_experts=2,
+    ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **QWEN_MOE,
+        head_dim=16,
+        layers_block_type=["attention", "moe"],
+        n_routed_experts=4,
+        moe_shared_expert_intermediate_size=32,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=1,
+    ),
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **MOE,
+        num_local_experts=4,
+        shared_intermediate_size=32,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_n_groups=1,
     ),
 }
 

@@ -30,13 +30,16 @@ def test_all_weights_of_dense_models_are_linear_layers(tmp_path: Path, family: s
     assert left_out(model, [name for name in model.linear_layers() if model.block_of(name) is not None]) == {}
 
 
-def test_fused_experts_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_of_a_mixture_of_experts_the_routers_are_left_out_and_counted(tmp_path: Path) -> None:
     model = open_model(tmp_path, "granitemoe")
     attention, up, down, router = 64 * (64 + 32 + 32 + 64), 4 * 64 * 256, 4 * 128 * 64, 4 * 64
     total = attention + up + down + router
-    assert left_out(model, selected(model)) == {
-        "block_sparse_moe.experts.gate_up_proj": up / total,
-        "block_sparse_moe.experts.down_proj": down / total,
+    assert left_out(model, selected(model)) == {"block_sparse_moe.router": router / total}
+    without = selected(model, exclude_layer_keywords=["experts"])
+    assert left_out(model, without) == {
+        "block_sparse_moe.experts.*.gate_proj": up / 2 / total,
+        "block_sparse_moe.experts.*.up_proj": up / 2 / total,
+        "block_sparse_moe.experts.*.down_proj": down / total,
         "block_sparse_moe.router": router / total,
     }
 

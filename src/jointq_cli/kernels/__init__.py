@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-5  # of a step's energy s^2 R_jj: smaller gains count as rounding errors
+K_ROUNDS = 8  # of `k_flip_search`, which mostly ends after two
 CANCELLED = 8192  # machine epsilons of sum_j R_jj z_j^2: an energy z R z below that is too inexact to divide by
 
 
@@ -40,6 +41,22 @@ class Rounding:
     digits: int  # bits of the mantissa after the leading one
     min_exponent: int  # of normal numbers
     least: float  # the least value allowed
+
+
+@dataclass(frozen=True)
+class KLimits:
+    """The values that the integers of one block of a K grid may have: levels z = code - zero from `first` to `last`,
+    scales sc from `least_scale` to `last_scale` but for 0, mins mn from 0 to `last_min`."""
+
+    first: int
+    last: int
+    least_scale: int
+    last_scale: int
+    last_min: int
+
+    @property
+    def box(self) -> Box:
+        return Box(self.first, self.last, self.last - self.first)
 
 
 class Kernels(Protocol):
@@ -151,6 +168,29 @@ class Kernels(Protocol):
         positive, at the input scale and in the same direction as there. At the end the best scale for the levels is
         rounded and written, unless o is below CANCELLED. noise (steps, d) of levels' dtype, the same for all rows, so
         that a row's result does not depend on the other rows.
+        """
+
+    @staticmethod
+    def k_flip_search(
+        correlation: Tensor,
+        metric: Tensor,
+        products: Tensor,
+        levels: Tensor,
+        scales: Tensor,
+        mins: Tensor,
+        d: Tensor,
+        dmin: Tensor,
+        limits: KLimits,
+    ) -> tuple[Tensor, Tensor]:
+        """The local search in one block of a K grid, for every row independently.
+
+        Minimises f = y R y - 2 h y with y = d sc z - dmin mn by turns: steps of z_j by 1, as in phase 2 of
+        `flip_search`; then the sc and mn that are best for these levels, of the integers next to the least-squares
+        solution; until neither gains, at most K_ROUNDS times. f never rises.
+
+        correlation h (rows, c); metric R (c, c); products (rows, c) = z R, overwritten; levels z (rows, c), scales sc
+        and mins mn (rows,), integers, updated in place; d and dmin (rows,) > 0. All contiguous and of one dtype,
+        float32 or float64. Returns the number of steps (rows,) int64, and by how much f fell (rows,) float64.
         """
 
 

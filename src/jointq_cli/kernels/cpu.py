@@ -16,7 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jointq_cli.kernels import CANCELLED, TOLERANCE, Box, Kernels, Rounding, cpu_flips
+from jointq_cli.kernels import (
+    CANCELLED,
+    K_ROUNDS,
+    TOLERANCE,
+    Box,
+    Kernels,
+    KLimits,
+    Rounding,
+    cpu_flips,
+    cpu_k_flips,
+)
 from jointq_cli.kernels.compiled import compiled
 
 Floats = NDArray[np.float32]
@@ -256,3 +266,29 @@ class CpuKernels(Kernels):
             )
 
         _over_rows(levels.shape[0], _SEARCH_PASSES * levels.shape[1], body)
+
+    @staticmethod
+    def k_flip_search(
+        correlation: Tensor,
+        metric: Tensor,
+        products: Tensor,
+        levels: Tensor,
+        scales: Tensor,
+        mins: Tensor,
+        d: Tensor,
+        dmin: Tensor,
+        limits: KLimits,
+    ) -> tuple[Tensor, Tensor]:
+        steps = torch.empty(len(levels), dtype=torch.int64)
+        fall = torch.empty(len(levels), dtype=torch.float64)
+        h, m, v, z, s, b, u, w = (t.numpy() for t in (correlation, metric, products, levels, scales, mins, d, dmin))
+        n, f, most = steps.numpy(), fall.numpy(), limits.box.most_steps(levels.shape[1])
+
+        def body(rows: slice) -> None:
+            cpu_k_flips.k_flip_search(
+                h[rows], m, v[rows], z[rows], s[rows], b[rows], u[rows], w[rows], astuple(limits), TOLERANCE, K_ROUNDS,
+                most, n[rows], f[rows], _scratch(z),
+            )  # fmt: skip
+
+        _over_rows(levels.shape[0], _SEARCH_PASSES * levels.shape[1], body)
+        return steps, fall

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jointq_cli.kernels import CANCELLED, Box, Kernels, Rounding
+from jointq_cli.kernels import CANCELLED, Box, Kernels, KLimits, Rounding, reference_k_flips
 from jointq_cli.kernels.reference_flips import TorchSteps, dots, nearest
 
 
@@ -116,6 +116,23 @@ class ReferenceKernels(Kernels):
         q, o, e = dots(correlation, products, levels, metric.diagonal())
         reliable = o > CANCELLED * torch.finfo(levels.dtype).eps * e
         scale.copy_(torch.where(reliable & (q > 0), rounded(q / o, rounding).to(scale.dtype), scale))
+
+    @classmethod
+    def k_flip_search(
+        cls,
+        correlation: Tensor,
+        metric: Tensor,
+        products: Tensor,
+        levels: Tensor,
+        scales: Tensor,
+        mins: Tensor,
+        d: Tensor,
+        dmin: Tensor,
+        limits: KLimits,
+    ) -> tuple[Tensor, Tensor]:
+        return reference_k_flips.k_flip_search(
+            cls.steps, correlation, metric, products, levels, scales, mins, d, dmin, limits
+        )
 
 
 def rounded(scale: Tensor, rounding: Rounding) -> Tensor:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 
+from jointq_cli.models.checkpoint import DTYPES
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Coverage, LayerRecord
 
@@ -31,8 +32,8 @@ def coverage(model: StreamedModel, layers: list[LayerRecord], packed_bytes: int)
     """packed_bytes: of the quantised checkpoint with its codes packed."""
     weights = _block_weights(model)
     others = _not_quantized(weights, {layer.name for layer in layers})
-    stored = [model.stored_name(name) for name in others if model.stores(name)]
-    plain = sum(8 * model.checkpoint.tensors[name].nbytes for name in stored)
+    stored = {name: model.checkpoint.tensors[model.stored_name(name)] for name in others if model.stores(name)}
+    plain = sum(8 * weights[name] * DTYPES[info.dtype].itemsize for name, info in stored.items())
     quantized = sum(layer.bits_per_weight * layer.out_features * layer.in_features for layer in layers)
     names = left_out(model, {layer.name for layer in layers})
     return Coverage(

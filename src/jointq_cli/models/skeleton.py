@@ -1,9 +1,9 @@
-"""A model's modules without its weights, and how the stored tensor names map to theirs.
+"""A model's modules without its weights, and whether the stored tensors fit them.
 
 Everything that asks transformers how an architecture is built and stored is here; nothing here runs a model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,11 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from jointq_cli.errors import ModelError
 from jointq_cli.models import online_rotation as online
 from jointq_cli.models.checkpoint import Checkpoint, require_finite
+from jointq_cli.models.stored_parts import Location, stored_tensors
 from jointq_cli.models.tensor_source import TensorSource
 
 _LARGE_LIST = 0.1  # of the parameters of the blocks: a list outside of them with more is a part of the model's depth
@@ -116,58 +115,36 @@ def text_state(module: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named_state(module) if name.startswith(prefixes)}
 
 
-def module_names(module: Any, source: TensorSource) -> dict[str, str]:
-    """Stored name -> name in the module, for every tensor of the source, as transformers renames them.
-
-    Raises ModelError where transformers would also reshape or merge tensors of the language model on loading: such a
-    weight is not stored in the layout that the layer runs with.
-    """
-    transforms = get_model_conversion_mapping(module)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    state, of_text = dict(named_state(module)), text_state(module)
-    names = {}
-    for stored in source.shapes:
-        name, converter = rename_source_key(stored, renamings, converters, module.base_model_prefix, state)
-        if converter is not None and name in of_text:
-            raise ModelError(
-                f"{source.directory}: {type(module).__name__} stores {stored} in another layout than it runs; "
-                "such architectures are not supported"
-            )
-        names[stored] = name
-    return names
-
-
 def tied_names(module: Any) -> list[str]:
     """Parameters that the config ties to another one, so that a checkpoint need not hold them."""
     return list(getattr(module, "all_tied_weights_keys", None) or ())
 
 
-def check_tensors(module: nn.Module, source: TensorSource, stored_names: dict[str, str]) -> None:
-    """Raises ModelError for a tensor of `text_state` that the source lacks or has in another shape. stored_names: name
-    in the module -> stored name."""
+def check_tensors(module: nn.Module, source: TensorSource, locations: Mapping[str, Location]) -> None:
+    """Raises ModelError for a tensor of `text_state` that the source lacks or has in another shape. locations: of
+    the source's parameters, by name in the module."""
     tied = set(tied_names(module))
     state = text_state(module)
-    missing = [name for name in state if name not in stored_names and name not in tied]
+    missing = [name for name in state if name not in locations and name not in tied]
     if missing:
         raise ModelError(
             f"{source.directory}: lacks {len(missing)} of the {len(state)} tensors of "
             f"{type(module).__name__}, {missing[0]} first"
         )
-    for name, tensor in state.items():
-        shape = source.shapes.get(stored_names.get(name, ""))
-        if shape is not None and shape != tuple(tensor.shape):
-            shapes = f"has shape {list(shape)}, but config.json asks for {list(tensor.shape)}"
+    for name in [name for name in state if name in locations]:
+        shape, asked = locations[name].shape, tuple(state[name].shape)
+        if shape != asked:
+            shapes = f"has shape {list(shape)}, but config.json asks for {list(asked)}"
             raise ModelError(f"{source.directory}: tensor {name} {shapes}")
 
 
-def check_dtypes(module: nn.Module, checkpoint: Checkpoint, stored_names: dict[str, str]) -> None:
-    """Raises ModelError for a parameter of the module that is not stored as a plain floating-point tensor."""
-    for name, _ in module.named_parameters():
-        info = checkpoint.tensors.get(stored_names.get(name, ""))
-        if info is not None and info.dtype not in PLAIN_DTYPES:
+def check_dtypes(checkpoint: Checkpoint, used: Iterable[str]) -> None:
+    """Raises ModelError for a stored tensor with a parameter that is not a plain floating-point tensor."""
+    for name in used:
+        info = checkpoint.tensors[name]
+        if info.dtype not in PLAIN_DTYPES:
             raise ModelError(
-                f"{info.file}: tensor {stored_names[name]} has dtype {info.dtype}, which cannot be quantised; "
+                f"{info.file}: tensor {name} has dtype {info.dtype}, which cannot be quantised; "
                 "convert the checkpoint to bfloat16 or float32 first"
             )
 
@@ -178,11 +155,12 @@ def check_finite(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     Others may hold anything: GPT-NeoX checkpoints have a `masked_bias` of -1e9, which is -inf in float16.
     """
     module = build_skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
-    used, names = dict(named_state(module)), module_names(module, checkpoint)
-    check_dtypes(module, checkpoint, {name: stored for stored, name in names.items()})
-    for stored, name in names.items():
+    stored = stored_tensors(module, checkpoint, text_state(module))
+    parameters, used = dict(module.named_parameters()), dict(named_state(module))
+    check_dtypes(checkpoint, [each for each, name in stored.names.items() if name in parameters])
+    for each, name in stored.names.items():
         if name in used:
-            require_finite(stored, checkpoint.read([stored])[stored], checkpoint.tensors[stored].file)
+            require_finite(each, checkpoint.read([each])[each], checkpoint.tensors[each].file)
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

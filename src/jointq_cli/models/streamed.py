@@ -18,19 +18,20 @@ from torch import Tensor, nn
 from jointq_cli.errors import ModelError, NumericsError
 from jointq_cli.models import online_rotation as online
 from jointq_cli.models.checkpoint import Checkpoint, require_finite
+from jointq_cli.models.experts import split_experts
 from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.skeleton import (
     build_skeleton,
     check_dtypes,
     check_tensors,
     find_blocks,
-    module_names,
     move_buffers,
     named_state,
     text_state,
     tied_names,
     unload,
 )
+from jointq_cli.models.stored_parts import Location, stored_tensors
 from jointq_cli.models.tensor_source import TensorSource
 from jointq_cli.system.machine import release_freed_memory
 
@@ -70,9 +71,11 @@ class BlockwiseModel:
             online.attach(self.blocks, source.config)
         self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
         self._outputs = 0  # the length of the tuple that blocks return, hidden states first; 0 for a plain tensor
-        self._module_names = module_names(self.module, source)
-        self._stored_names = {name: stored for stored, name in self._module_names.items()}
-        check_tensors(self.module, source, self._stored_names)
+        stored = stored_tensors(self.module, source, text_state(self.module))
+        fused, self.whole_experts = split_experts(self.module)
+        self._module_names = stored.names
+        self._locations = stored.locations(fused)
+        check_tensors(self.module, source, self._locations)
         # The first parameter, of a vision tower perhaps, is where transformers takes a model's device from.
         names = dict.fromkeys([next(self.module.named_parameters())[0], *text_state(self.module)])
         self._outer_names = [name for name in names if self.block_of(name) is None]
@@ -87,15 +90,20 @@ class BlockwiseModel:
         return f"{self._blocks_name}.{index}."
 
     def stored_name(self, name: str) -> str:
-        """The stored name of the module's tensor `name`; they differ where transformers renames on loading."""
-        return self._stored_names[name]
+        """The stored name of the module's tensor `name`; they differ where transformers renames on loading. The first
+        of several that hold parts of it."""
+        return self._locations[name].tensors[0]
+
+    def location(self, name: str) -> Location:
+        """Where the source has the module's tensor `name`."""
+        return self._locations[name]
 
     def stores(self, name: str) -> bool:
         """Whether the source holds the module's tensor `name`; False where it holds only one that is tied to it."""
-        return name in self._stored_names
+        return name in self._locations
 
     def module_name(self, stored: str) -> str:
-        """The module's name for the tensor `stored`."""
+        """The name in the module, as transformers builds it, of what the tensor `stored` is or is a part of."""
         return self._module_names[stored]
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
@@ -118,7 +126,8 @@ class BlockwiseModel:
 
         tensors: what `outer_tensors` returns, where the caller has read it already.
         """
-        stored = [self._stored_names[name] for name in self._outer_names if name in self._stored_names]
+        locations = [self._locations[name] for name in self._outer_names if name in self._locations]
+        stored = [name for location in locations for name in location.tensors]
         try:
             self._load("", self.source.read(stored) if tensors is None else {name: tensors[name] for name in stored})
             self.module.tie_weights()
@@ -300,21 +309,24 @@ class BlockwiseModel:
     def _untie(self) -> None:
         """Loads a head that differs from the embeddings it is declared tied to, as transformers does."""
         for name in tied_names(self.module):
-            if name in self._stored_names:
-                stored = self._stored_names[name]
-                tensor = self.source.read([stored])[stored].to(self.device, self.dtype)
+            if name in self._locations:
+                tensors = self.source.read(self._locations[name].tensors)
+                tensor = self._locations[name].read(tensors).to(self.device, self.dtype)
                 if not torch.equal(tensor, self.module.get_parameter(name)):
-                    self._load("", {stored: tensor})
+                    self._load("", tensors)
 
     def _load(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         module = self.module.get_submodule(prefix.removesuffix("."))
-        known = {name for name, _ in named_state(module)}
-        state = {}
-        for stored, tensor in tensors.items():
-            name = self._module_names[stored].removeprefix(prefix)
-            if name in known:
-                require_finite(stored, tensor, self.source.directory)
-                state[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        used, state = set[str](), {}
+        for name, _ in named_state(module):
+            location = self._locations.get(prefix + name)
+            if location is not None and all(stored in tensors for stored in location.tensors):
+                used.update(location.tensors)
+                tensor = location.read(tensors)
+                dtype = self.dtype if tensor.is_floating_point() else None
+                state[name] = tensor.to(self.device, dtype).contiguous()
+        for stored in sorted(used):
+            require_finite(stored, tensors[stored], self.source.directory)
         module.load_state_dict(state, strict=False, assign=True)
 
     def block_of(self, name: str) -> int | None:
@@ -332,7 +344,8 @@ class StreamedModel(BlockwiseModel):
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
     ) -> None:
         super().__init__(checkpoint, device, dtype, trust_remote_code)
-        check_dtypes(self.module, checkpoint, self._stored_names)
+        parameters = [name for name, _ in self.module.named_parameters() if self.stores(name)]
+        check_dtypes(checkpoint, dict.fromkeys(stored for name in parameters for stored in self.location(name).tensors))
         self.checkpoint = checkpoint
         self.trust_remote_code = trust_remote_code
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jointq_cli.models.layer_ref import LayerRef, layer_refs
+from jointq_cli.models.stored_parts import Location
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.hidden_states import WeightSet
 from jointq_cli.quantization.layer_groups import Run, merged
@@ -27,6 +28,7 @@ class Block:
         self.model = model
         self.index = index
         self.tensors = tensors
+        self._changed = set[str]()  # stored tensors of which several layers have parts, and that were copied
         self._linear = layer_refs(model.blocks[index], model.prefix(index))
         self.layers = [layer for name, layer in self._linear.items() if name in names]
         self._weights: dict[WeightSet, list[Tensor]] = {
@@ -44,12 +46,18 @@ class Block:
 
     def weight(self, layer: LayerRef) -> Tensor:
         """A layer's weight (out, in) as stored in the checkpoint."""
-        return layer.turned(self.tensors[self._key(layer)])
+        return layer.turned(self._location(layer).read(self.tensors).contiguous())
 
     def replace(self, layer: LayerRef, weight: Tensor) -> None:
         """weight: (out, in), dequantised to the dtype of the checkpoint."""
-        turned = layer.turned(weight)
-        self.tensors[self._key(layer)] = turned.cpu()
+        turned, location = layer.turned(weight), self._location(layer)
+        if location.whole:
+            self.tensors[location.whole] = turned.cpu()
+        else:
+            for shared in set(location.tensors) - self._changed:  # the original weights are views of them
+                self.tensors[shared] = self.tensors[shared].clone()
+                self._changed.add(shared)
+            location.write(turned.cpu(), self.tensors)
         parameter = nn.Parameter(turned.to(self.model.device, self.model.dtype), requires_grad=False)
         self._weights["quantized"][self.layers.index(layer)] = parameter
 
@@ -124,8 +132,8 @@ class Block:
                 handle.remove()
         return [names for _, names in groups], output
 
-    def _key(self, layer: LayerRef) -> str:
-        return self.model.stored_name(layer.weight_name)
+    def _location(self, layer: LayerRef) -> Location:
+        return self.model.location(layer.weight_name)
 
 
 @dataclass(frozen=True)
