@@ -159,6 +159,7 @@ TWEAKS: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 16,
         "lsh_attn_chunk_length": 16,
     },
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
@@ -223,6 +224,11 @@ def write_model(family: str, directory: Path) -> str:
             parameter.data = torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
         elif "norm" in name or name.endswith("bias"):  # gains of one and biases of zero would be no test
             parameter.data += 0.1 * torch.randn_like(parameter)
+    for part in model.modules():
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            part.weight.data[part.padding_idx] = (
+                0  # transformers sets those of some families to zero when it loads them
+            )
     model.to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(directory)
     return type(model).__name__
