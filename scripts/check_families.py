@@ -116,6 +116,7 @@ INDEXER = {
 
 # What a family needs besides. FAMILY+WORD is another model of a family, with which other things can be done.
 TWEAKS: dict[str, dict[str, Any]] = {
+    "axk2": {"gated_norm_rank": 32},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dots1": {"n_shared_experts": 1},
