@@ -121,6 +121,7 @@ EXPERTS = {  # their experts are parameters, not linear layers, except for the f
         mamba_dt_rank=8,
         use_mamba_kernels=False,
     ),
+    "jetmoe": lambda: transformers.JetMoeConfig(**MOE, kv_channels=16, num_local_experts=4),
     "gemma4_moe": lambda: transformers.Gemma4TextConfig(
         **QWEN_MOE,
         head_dim=16,

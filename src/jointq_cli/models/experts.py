@@ -86,6 +86,25 @@ class WeightedExperts(Experts):
         return output
 
 
+class SortedLinears(nn.Module):
+    """JetMoE's: linear layer 0, 1, ... of the tokens that are sorted by their expert."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        weight = fused.get_parameter("weight")
+        self.num_experts, out_features, in_features = weight.shape
+        self.slices: dict[str, FusedSlice] = {}
+        for number in range(self.num_experts):
+            layer = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
+            self.add_module(str(number), layer)
+            self.slices[f"{number}.weight"] = FusedSlice("weight", number, is_transposed=False, rows=slice(None))
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """inputs: (tokens, in). expert_size: the number of tokens of each expert."""
+        routed = zip(self.children(), inputs.split(expert_size), strict=True)
+        return torch.cat([layer(tokens) if len(tokens) else layer.forward(tokens) for layer, tokens in routed])
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a fused module has its experts."""
@@ -123,16 +142,11 @@ class Layout:
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Of one expert, on the meta device, in the order they run."""
-        inside = (self.hidden, self.intermediate)
+        shapes = dict.fromkeys(self._fused, (self.hidden, self.intermediate))
+        shapes["down_proj"] = (self.intermediate, self.hidden)
         return {
-            name: nn.utils.skip_init(
-                nn.Linear,
-                *(reversed(inside) if name == "down_proj" else inside),
-                bias=self.has_bias,
-                device="meta",
-                dtype=self.dtype,
-            )
-            for name in self._fused
+            name: nn.Linear(inside, outside, bias=self.has_bias, device="meta", dtype=self.dtype)
+            for name, (inside, outside) in shapes.items()
         }
 
     def slices(self, expert: int) -> dict[str, FusedSlice]:
@@ -153,21 +167,45 @@ def split_experts(model: nn.Module) -> tuple[dict[str, tuple[str, FusedSlice]], 
     for made-up weights and tokens.
     """
     places: dict[str, tuple[str, FusedSlice]] = {}
-    unknown: dict[str, str] = {}
+    unsplit: dict[str, str] = {}
     tried: dict[object, str] = {}
     for name, module in list(model.named_modules()):
-        layout = _layout(module)
-        if layout is None:
+        experts = _split(module)
+        if experts is None:
+            if parameter := _unknown(module):
+                unsplit[name] = f"what {type(module).__name__} computes with its {parameter} is not known here"
             continue
-        if (kind := (type(module), layout)) not in tried:
-            tried[kind] = _difference(module, layout)
+        if (kind := (type(module), *_shapes(module).items())) not in tried:
+            tried[kind] = _difference(module)
         if tried[kind]:
-            unknown[name] = tried[kind]
+            unsplit[name] = tried[kind]
             continue
-        experts = _split(module, layout)
         model.set_submodule(name, experts)
         places |= {f"{name}.{new}": (f"{name}.{part.parameter}", part) for new, part in experts.slices.items()}
-    return places, unknown
+    return places, unsplit
+
+
+def _split(fused: nn.Module) -> Experts | SortedLinears | None:
+    """The replacement of a module; None for one that holds no fused experts, or unknown ones."""
+    inputs = list(inspect.signature(inspect.unwrap(type(fused).forward)).parameters)[1:]
+    if layout := _layout(fused):
+        return (WeightedExperts if len(inputs) == 1 else Experts)(layout, fused)
+    is_sorted = inputs[1:] == ["expert_size"] and [len(shape) for shape in _shapes(fused).values()] == [3]
+    return SortedLinears(fused) if is_sorted else None
+
+
+def _unknown(module: nn.Module) -> str:
+    """A parameter that seems to hold experts, "" where there is none."""
+    is_named = "Expert" in type(module).__name__
+    for name, shape in _shapes(module).items():
+        is_fused = len(shape) == 3 and min(shape) > 1 and not isinstance(module, nn.Conv1d)
+        if is_fused or (is_named and len(shape) > 1):
+            return name
+    return ""
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
 
 
 def _layout(module: nn.Module) -> Layout | None:
@@ -197,11 +235,6 @@ def _layout(module: nn.Module) -> Layout | None:
     )
 
 
-def _split(fused: nn.Module, layout: Layout) -> Experts:
-    takes_tokens_alone = len(inspect.signature(inspect.unwrap(type(fused).forward)).parameters) == 2  # with self
-    return (WeightedExperts if takes_tokens_alone else Experts)(layout, fused)
-
-
 def _activation(fused: Any, layout: Layout) -> Callable[..., Tensor]:
     """Of the outputs of gate_proj and up_proj, or of up_proj alone."""
     if not layout.is_gated:
@@ -213,37 +246,48 @@ def _activation(fused: Any, layout: Layout) -> Callable[..., Tensor]:
     return lambda gate, up: fused._apply_gate(torch.cat([gate, up], dim=-1))
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-
-
-def _difference(fused: nn.Module, layout: Layout) -> str:
+def _difference(fused: nn.Module) -> str:
     """What is different between a module's outputs and those of its experts split, "" for nothing. Of both, a few
     narrow experts with made-up weights are tried, in float32 on the CPU."""
-    few = replace(layout, experts=min(layout.experts, 2), intermediate=min(layout.intermediate, 48))
-    original = deepcopy(fused)
+    original: Any = deepcopy(fused)
     random = torch.Generator().manual_seed(0)
     for part in original.modules():
-        shapes = few.shapes if part is original else _shapes(part)
+        shapes = _few(part) if part is original else _shapes(part)
         for name, shape in shapes.items():
             value = torch.randn(shape, generator=random) * min(shape[-2:]) ** -0.5
             part.register_parameter(name, nn.Parameter(value, requires_grad=False))
     weights = dict(original.named_parameters(recurse=False))
-    experts = _split(original, few)
+    experts = _split(original)
+    assert experts is not None  # as `fused`
+    original.num_experts = experts.num_experts
     own = {name: nn.Parameter(each.of(weights[each.parameter]).contiguous()) for name, each in experts.slices.items()}
     experts.load_state_dict(own, strict=False, assign=True)
-    tokens = torch.randn(6, layout.hidden, generator=random)
-    index = torch.tensor([[0], [1], [1], [0], [1], [1]]).clamp(max=few.experts - 1)
-    weight = torch.rand(6, 1, generator=random)
-    inputs = (
-        (tokens * (torch.arange(6) % 2)[:, None],) if isinstance(experts, WeightedExperts) else (tokens, index, weight)
-    )
     try:
         with torch.no_grad():
+            inputs = _made_up_inputs(experts, random)
             expected = inspect.unwrap(type(original).forward)(original, *inputs)
-            error = (experts(*inputs) - expected).abs().max() / expected.abs().max()
+            error = float((experts(*inputs) - expected).abs().max() / expected.abs().max())
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as failure:
         return f"{type(fused).__name__} cannot be run alone: {' '.join(str(failure).split())[:200]}"
-    if not error < _TOLERANCE:
-        return f"{type(fused).__name__} computes something else than its experts one by one (error {float(error):.2g})"
-    return ""
+    if error < _TOLERANCE:
+        return ""
+    return f"{type(fused).__name__} computes something else than its experts one by one (relative error {error:.2g})"
+
+
+def _few(fused: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's parameters with fewer and narrower experts."""
+    if layout := _layout(fused):
+        return replace(layout, experts=min(layout.experts, 2), intermediate=min(layout.intermediate, 48)).shapes
+    return {name: (min(shape[0], 2), *shape[1:]) for name, shape in _shapes(fused).items()}
+
+
+def _made_up_inputs(experts: Experts | SortedLinears, random: torch.Generator) -> tuple[Any, ...]:
+    """Of the forward pass: six tokens, two of which the first expert sees."""
+    first = next(part for part in experts.modules() if isinstance(part, nn.Linear))
+    tokens = torch.randn(6, first.in_features, generator=random)
+    if isinstance(experts, SortedLinears):
+        return tokens, [2, 4] if experts.num_experts > 1 else [6]
+    if isinstance(experts, WeightedExperts):
+        return (tokens * torch.tensor([1, 0, 1, 1, 1, 0])[:, None],)
+    index = torch.tensor([[0], [1], [1], [0], [1], [1]]).clamp(max=experts.num_experts - 1)
+    return tokens, index, torch.rand(6, 1, generator=random)

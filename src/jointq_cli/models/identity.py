@@ -17,6 +17,7 @@ from jointq_cli.models.sources import looks_local
 from jointq_cli.system.files import encoded, file_hashes, write_text_atomically
 
 KEY = "jointq"
+SOURCE_LAYOUT = "dequantized"  # below it: the layout that the weights were published in
 CONFIG = "config.json"
 _START = re.compile(rf'\s*\{{\n  "{KEY}": ')
 
@@ -66,6 +67,12 @@ def quantised_by(checkpoint: Checkpoint) -> str:
     run = checkpoint.directory.absolute().parent  # of a version that wrote no key
     is_run = checkpoint.directory.name == "checkpoint" and (run / "report.json").is_file() and (run / "codes").is_dir()
     return f"the run {run}" if is_run else ""
+
+
+def dequantised_from(checkpoint: Checkpoint) -> str:
+    """The layout from which jointq has dequantised these weights before anything else; "" for none."""
+    own = checkpoint.config.get(KEY)
+    return str(own.get(SOURCE_LAYOUT, "")) if isinstance(own, dict) else ""
 
 
 def base_model(path: str, config: Mapping[str, Any]) -> str:

@@ -21,6 +21,8 @@ from jointq_cli.setting_rules import check_settings, setting
 
 BUNDLED = Path(__file__).parents[1] / "pocket"
 
+PUBLISHED = "mxfp4"  # the layout in which gpt-oss is trained and published, with no other checkpoint
+
 UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights that repositories also hold
 
 
@@ -55,7 +57,7 @@ def fetch(
             raise ModelError(f"model.path={local}: no such file")
         return Checkpoint(converted(local))
     if local.exists():
-        return _opened(local, converted if packed else None)
+        return _opened(local, converted, packed)
     if looks_local(source.path):
         place = "" if Path(source.path).expanduser().is_absolute() else f" in {Path.cwd()}"
         raise ModelError(
@@ -63,7 +65,7 @@ def fetch(
         )
     downloaded = _downloaded(source, offline)
     try:
-        return _opened(downloaded, converted if packed else None)
+        return _opened(downloaded, converted, packed)
     except ModelError as error:
         if offline:  # a part of it, for instance only the tokenizer, is in the cache
             raise _not_downloaded(source) from error
@@ -94,12 +96,12 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _opened(directory: Path, converted: Callable[[Path], Path] | None) -> Checkpoint:
-    """The checkpoint of a directory; with `converted` also where it is a quantised one."""
-    if converted is None:
-        return Checkpoint(directory)
+def _opened(directory: Path, converted: Callable[[Path], Path], packed: bool) -> Checkpoint:
+    """The checkpoint of a directory; a quantised one if `packed`, or if the model was published so."""
     config = Checkpoint(directory, packed=True).config
-    return Checkpoint(converted(directory) if any(config.get(key) for key in PACKED_KEYS) else directory)
+    settings = next((config[key] for key in PACKED_KEYS if config.get(key)), None)
+    is_published = isinstance(settings, dict) and settings.get("quant_method") == PUBLISHED
+    return Checkpoint(converted(directory) if settings and (packed or is_published) else directory)
 
 
 def _downloaded(source: ModelSource, offline: bool) -> Path:

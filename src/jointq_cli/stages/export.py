@@ -149,8 +149,16 @@ def _transposed(model: StreamedModel) -> list[str]:
 
 
 def _stored(model: StreamedModel, layer: str) -> str:
-    return model.stored_name(f"{layer}.weight")
+    """Raises ConfigError for a layer without a tensor of its own."""
+    location = model.location(f"{layer}.weight")
+    if location.whole is None:
+        raise ConfigError(
+            f"export: {layer} is a part of {location.tensors[0]}, as experts are that are stored in one tensor, and "
+            "packed formats have a tensor for each layer; export=none"
+        )
+    return location.whole
 
 
 def _linear(model: StreamedModel) -> list[str]:
-    return [_stored(model, layer) for layer in model.linear_layers() if model.stores(f"{layer}.weight")]
+    names = (f"{layer}.weight" for layer in model.linear_layers())
+    return [whole for name in names if model.stores(name) and (whole := model.location(name).whole)]

@@ -7,6 +7,7 @@ Of a weight NAME.weight (out, in) on a uniform grid with b bits:
     NAME.weight_zero_point  int32 (words, groups)  asymmetric only, packed along out
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from jointq_cli.models.checkpoint import Checkpoint
 WORD = "compressed-tensors"
 VERSION = "0.20.0"  # of the library, whose layout this is
 MARLIN_GROUPS = (32, 64, 128)
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that vLLM joins into one
 
 
@@ -67,6 +69,12 @@ class CompressedTensorsExporter(Exporter):
         name = next((name for name, form in forms.items() if form.bits < 2), None)
         if name is not None:
             raise ConfigError(f"export={WORD}: {name} has 1 bit, and vLLM runs 2 to 8; quantizer.bits=2")
+        expert = next((name for name, form in forms.items() if _EXPERT.search(name) and not form.symmetric), None)
+        if expert is not None:
+            raise ConfigError(
+                f"export={WORD}: {expert} is asymmetric, and transformers and vLLM read experts with symmetric grids "
+                "alone; quantizer.symmetric=true"
+            )
         schemes = _schemes(forms)
         return [*_kernel_notes(schemes), *_mixed_notes(schemes), *_fused_notes(model, schemes)]
 

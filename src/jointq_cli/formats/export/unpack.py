@@ -1,4 +1,4 @@
-"""A packed checkpoint as an ordinary one: compressed-tensors `pack-quantized`, GPTQ v1 and v2, MLX affine.
+"""A packed checkpoint as an ordinary one: compressed-tensors `pack-quantized`, GPTQ v1 and v2, MLX affine, MXFP4.
 
 Reads what jointq exports and what others write in these layouts, with nothing but torch. Weights are computed in
 float32 and rounded once.
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ModelError
+from jointq_cli.formats import mxfp4
 from jointq_cli.formats.export import compressed_tensors, gptq, mlx
 from jointq_cli.formats.export.bit_stream import WORD, packed_words
 from jointq_cli.formats.export.shards import CONFIG
 from jointq_cli.models.checkpoint import PACKED_KEYS, Checkpoint, copy_companions, write_index
+from jointq_cli.models.identity import KEY, SOURCE_LAYOUT
 from jointq_cli.system.tensor_files import save_tensors
 
 SHARD_BYTES = 1 << 30  # of a file that is written; the last tensor may exceed it
@@ -47,6 +49,14 @@ class PackedCheckpoint(ABC):
     @abstractmethod
     def decode(self, module: str, parts: list[Tensor]) -> Tensor:
         """The weight (out, in) of `parts`, rounded. Raises ModelError where they do not fit together."""
+
+    def module(self, name: str) -> str:
+        """The module of a packed tensor."""
+        return name.rpartition(".")[0]
+
+    def weight(self, module: str) -> str:
+        """The name of what `decode` returns."""
+        return module + WEIGHT
 
     def refuse(self, reason: str) -> ModelError:
         return ModelError(f"{self.checkpoint.directory}: is quantised, and is not read: {reason}")
@@ -189,6 +199,27 @@ class PackedMlx(PackedCheckpoint):
         return mlx.unpack_weight(bits, words, scales, biases).to(self.dtype)
 
 
+class PackedMxfp4(PackedCheckpoint):
+    """`quantization_config` of gpt-oss: its experts in FP4, with an exponent for each 32 of them."""
+
+    def check(self) -> None:
+        return None
+
+    def module(self, name: str) -> str:
+        return name.removesuffix(mxfp4.BLOCKS)
+
+    def weight(self, module: str) -> str:
+        return module  # such as experts.gate_up_proj, a parameter
+
+    def parts(self, name: str) -> list[str]:
+        return self._grouped(name, (mxfp4.BLOCKS, mxfp4.EXPONENTS))
+
+    def decode(self, module: str, parts: list[Tensor]) -> Tensor:
+        blocks, exponents = parts
+        self.require(f"{module}{mxfp4.BLOCKS}", blocks, torch.uint8, (*exponents.shape, mxfp4.BYTES))
+        return mxfp4.dequantized(blocks, exponents, self.dtype)
+
+
 def unpack_checkpoint(directory: Path, target: Path) -> None:
     """Writes the checkpoint of `directory` as an ordinary one into `target`, an empty directory.
 
@@ -204,6 +235,8 @@ def unpack_checkpoint(directory: Path, target: Path) -> None:
     copy_companions(packed.checkpoint, target, code=True)
     (target / gptq.CONFIG_FILE).unlink(missing_ok=True)
     config = {key: value for key, value in packed.checkpoint.config.items() if key not in PACKED_KEYS}
+    if isinstance(packed, PackedMxfp4):  # a model that was trained for it, and has no other checkpoint
+        config[KEY] = {SOURCE_LAYOUT: mxfp4.WORD}
     (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_index(target, shards)
 
@@ -217,10 +250,13 @@ def open_packed(directory: Path) -> PackedCheckpoint:
         return PackedCompressedTensors(checkpoint, config)
     if method == gptq.GPTQ:
         return PackedGptq(checkpoint, config)
+    if method == mxfp4.WORD:
+        return PackedMxfp4(checkpoint, config)
     if method is None and (affine := checkpoint.config.get("quantization") or config):
         return PackedMlx(checkpoint, affine)
     raise ModelError(
-        f"{directory}: is quantised with quant_method={method}, and compressed-tensors, gptq and MLX's layout are read"
+        f"{directory}: is quantised with quant_method={method}, and compressed-tensors, gptq, mxfp4 and MLX's layout "
+        "are read"
     )
 
 
@@ -232,8 +268,8 @@ def _shards(packed: PackedCheckpoint) -> Iterator[dict[str, Tensor]]:
         if len(parts) == 1:
             tensors[name] = found[0]
         elif parts:
-            module = name.rpartition(".")[0]
-            tensors[module + WEIGHT] = packed.decode(module, found)
+            module = packed.module(name)
+            tensors[packed.weight(module)] = packed.decode(module, found)
         if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
             yield tensors
             tensors = {}

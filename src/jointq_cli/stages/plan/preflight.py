@@ -11,7 +11,7 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
-from jointq_cli.models.identity import quantised_by
+from jointq_cli.models.identity import dequantised_from, quantised_by
 from jointq_cli.models.layer_selection import find_uncalled
 from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel
@@ -32,9 +32,11 @@ def preflight_warnings(
     found = [
         *model.checkpoint.warnings,
         _quantised_before(model),
+        _dequantised(model),
         _only_language_model(model),
         _left_out(shapes),
         _uncalled(model),
+        _unsplit_experts(model),
         *_beyond_positions(model, {"calibration": recipe.calibration.seqlen, "evaluation": recipe.evaluation.seqlen}),
         _few_tokens(calibrated, shapes),
         _short_text(recipe.evaluation, scored),
@@ -133,6 +135,26 @@ def _uncalled(model: StreamedModel) -> str:
         f"layers: {', '.join(sorted(kinds))} cannot be quantised and is left out: the model uses its weight without "
         "calling the layer, so that its inputs cannot be seen"
     )
+
+
+def _dequantised(model: StreamedModel) -> str:
+    layout = dequantised_from(model.checkpoint)
+    if not layout:
+        return ""
+    dtype = str(model.checkpoint.dtype).removeprefix("torch.")
+    return (
+        f"model: its weights are published in {layout}, and are dequantised to {dtype}: sizes and errors are compared "
+        "with that model, which is larger than the published one"
+    )
+
+
+def _unsplit_experts(model: StreamedModel) -> str:
+    if not model.unsplit_experts:
+        return ""
+    name, reason = next(iter(model.unsplit_experts.items()))
+    others = len(model.unsplit_experts) - 1
+    more = f" and {others} more are" if others else " is"
+    return f"layers: {name}{more} left out: {reason}"
 
 
 def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
