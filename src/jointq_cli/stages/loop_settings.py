@@ -1,35 +1,27 @@
 """The settings of the quantisation loop, from the parts of a recipe; all of them become part of the stages' keys."""
 
-from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.activation_settings import Activations
 from jointq_cli.models.layer_selection import LayerSelection, find_routers, find_uncalled
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.quantization.settings import LoopSettings
+from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import windows_per_pass
-from jointq_cli.system.settings import Runtime
 
 
-def loop_settings(
-    layers: list[str],
-    quantizer: Quantizer,
-    qep: QepSettings,
-    calibration: Calibration,
-    runtime: Runtime,
-    tokens: Tokens,
-) -> LoopSettings:
+def loop_settings(layers: list[str], recipe: Recipe, tokens: Tokens) -> LoopSettings:
     """What the loop does to these layers. Raises ConfigError where the settings do not go together."""
     return LoopSettings(
-        quantizer=quantizer,
-        qep=qep,
+        quantizer=recipe.quantizer,
+        qep=recipe.qep,
         layers=frozenset(layers),
-        inputs=calibration.inputs,
-        weights=calibration.weights,
+        inputs=recipe.calibration.inputs,
+        weights=recipe.calibration.weights,
         windows=len(tokens.windows),
-        batch=windows_per_pass(runtime, tokens.windows),
-        suspended_bytes=runtime.suspended_activations_gb * 1e9,
+        batch=windows_per_pass(recipe.runtime, tokens.windows),
+        suspended_bytes=recipe.runtime.suspended_activations_gb * 1e9,
+        experts=recipe.experts,
     )
 
 
