@@ -308,7 +308,11 @@ def changed_weights(source: Path, result: Path) -> int:
 
 def export(result: Result, run: Path, place: Path) -> None:
     """Writes the run's model in each format, and reads it back."""
-    finished = open_finished(run, torch.device("cpu"))
+    try:
+        finished = open_finished(run, torch.device("cpu"))
+    except JointqError as error:
+        result.not_exported = dict.fromkeys(EXPORTS, str(error))
+        return
     for word in EXPORTS:
         directory = place / word.replace(":", "-")
         directory.mkdir()
