@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """KL divergence of a quantised mixture of experts, by quantizer, bits and how its experts are calibrated.
 
-    python scripts/bench_moe.py pocket-moe runs/moe                    # some 30 runs, about a minute each
+    python scripts/bench_moe.py pocket-moe runs/moe                    # 30 runs, about a minute each
     python scripts/bench_moe.py pocket-moe runs/moe --bits 3 2 --set calibration.num_samples=8
 
 pocket-moe is what scripts/train_pocket.py --experts 8 trains. Runs that are in the folder already are not repeated.
@@ -34,21 +34,17 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path, help="of the runs")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--experts", nargs="+", default=list(EXPERTS), choices=EXPERTS, help="how they are calibrated")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of every run")
     given = parser.parse_args()
     print("| quantizer | experts | " + " | ".join(f"W{bits}" for bits in given.bits) + " |")
     print("|---|---|" + "---|" * len(given.bits))
-    for experts, more in EXPERTS.items():
+    for experts in given.experts:
         for method, words in METHODS.items():
-            if needs_run(method, experts):
-                settings = [*words, *more, *given.set]
+            if experts == "blend" or "QEP" in method:
+                settings = [*words, *EXPERTS[experts], *given.set]
                 figures = [divergence(given.model, given.folder, bits, settings) for bits in given.bits]
                 print(f"| {method} | {experts} | {' | '.join(figures)} |", flush=True)
-
-
-def needs_run(method: str, experts: str) -> bool:
-    """RTN uses no calibration, and without QEP there is one stream and one routing."""
-    return "QEP" in method or (experts == "blend" if method == "RTN" else "own" not in experts)
 
 
 def divergence(model: Path, folder: Path, bits: int, settings: list[str]) -> str:
