@@ -80,6 +80,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "experts_per_token", "moe_k", "moe_topk", "top_k_experts"), 2),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 64),
+    "moe_shared_expert_intermediate_size": 64,
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("mamba_headdim",), 16),
@@ -398,7 +399,8 @@ What jointq does with a tiny random model of each family that `AutoModelForCausa
 Right: the checkpoint has, loaded by plain transformers, the perplexity that jointq reports, and differs from the source
 in the tensors that are listed as quantised alone. Quantised: the share of the weights of the decoder blocks. Rotated:
 the rotations that leave the perplexity as it is. Exported: the layouts that were written and read back, at 4 bits with
-zero-points in groups of 32; whether a runtime knows the family is not tried here.
+zero-points in groups of 32; whether a runtime knows the family is not tried here. Without zero-points, compressed-tensors
+holds experts too.
 
 | family | | quantised | without | rotated | exported |
 |---|---|---|---|---|---|
