@@ -399,8 +399,8 @@ What jointq does with a tiny random model of each family that `AutoModelForCausa
 Right: the checkpoint has, loaded by plain transformers, the perplexity that jointq reports, and differs from the source
 in the tensors that are listed as quantised alone. Quantised: the share of the weights of the decoder blocks. Rotated:
 the rotations that leave the perplexity as it is. Exported: the layouts that were written and read back, at 4 bits with
-zero-points in groups of 32; whether a runtime knows the family is not tried here. Without zero-points, compressed-tensors
-holds experts too.
+zero-points in groups of 32; whether a runtime knows the family is not tried here. Without zero-points,
+compressed-tensors holds experts too.
 
 | family | | quantised | without | rotated | exported |
 |---|---|---|---|---|---|
