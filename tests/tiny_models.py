@@ -123,6 +123,14 @@ EXPERTS = {  # their experts are parameters, not linear layers, except for the f
         use_mamba_kernels=False,
     ),
     "jetmoe": lambda: transformers.JetMoeConfig(**MOE, kv_channels=16, num_local_experts=4),
+    "longcat_flash": lambda: transformers.LongcatFlashConfig(
+        **{**LATENT, "num_layers": 1},
+        head_dim=16,
+        ffn_hidden_size=96,
+        expert_ffn_hidden_size=32,
+        zero_expert_num=2,
+        moe_topk=2,
+    ),
     "gemma4_moe": lambda: transformers.Gemma4TextConfig(
         **QWEN_MOE,
         head_dim=16,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from export_cases import Chosen, write_quantized
+from tiny_models import write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from jointq_cli.errors import ConfigError, ModelError
@@ -15,7 +16,9 @@ from jointq_cli.formats.export.compressed_tensors import CompressedTensorsExport
 from jointq_cli.formats.export.verification import verified
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.quantizers import RTN
+from jointq_cli.stages.export import model_to_quantize
 
 EXPORTER = CompressedTensorsExporter()
 
@@ -135,3 +138,19 @@ def test_words_name_exporters() -> None:
             exporters_of(word)
     with pytest.raises(ConfigError, match="bits=4: compressed-tensors has no such setting"):
         exporter_of("compressed-tensors", {"bits": "4"})
+
+
+def test_experts_are_read_back_by_transformers_and_are_refused_where_it_cannot(tmp_path: Path) -> None:
+    _, target = exported(tmp_path, "mixtral", RTN(bits=4, group_size=32, symmetric=True))
+    same_model(tmp_path / "model", target)
+    asymmetric = write_quantized(tmp_path / "other", "mixtral", RTN(bits=4, group_size=32))
+    with pytest.raises(ConfigError, match=r"experts\.0\.w1\.weight is asymmetric.*quantizer\.symmetric=true"):
+        EXPORTER.check(asymmetric)
+
+
+def test_layers_without_a_tensor_of_their_own_are_refused(tmp_path: Path) -> None:
+    model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "llama4")), torch.device("cpu"), torch.float32)
+    expert = "model.layers.0.feed_forward.experts.0.gate_proj"
+    assert model_to_quantize(model, ["model.layers.0.self_attn.q_proj"], RTN()).forms
+    with pytest.raises(ConfigError, match=rf"{expert} has no tensor of its own \(it is in .*experts.gate_up_proj\)"):
+        model_to_quantize(model, [expert], RTN())

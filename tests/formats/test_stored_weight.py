@@ -175,7 +175,7 @@ def test_an_unknown_kind_is_an_error_in_one_line_that_names_file_and_kind(tmp_pa
     save_tensors(path, uniform().to_tensors(), {"kind": "binary_product"})
     with pytest.raises(ModelError) as caught:
         load_layer(path)
-    assert str(caught.value).startswith(f"{path}: a stored weight of kind binary_product; known are uniform")
+    assert str(caught.value).startswith(f"{path}: a stored weight of kind binary_product; known are k_quant, uniform")
     assert "\n" not in str(caught.value)
 
 

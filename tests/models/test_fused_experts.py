@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from loop_cases import CPU, quantize, windows
+from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, write_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -94,3 +95,18 @@ def test_parameters_that_seem_to_hold_experts_are_named() -> None:
 
     model = nn.ModuleDict({"mixture": Mixture(), "conv": nn.Conv1d(4, 4, 3)})
     assert split_experts(model) == ({}, {"mixture": "what Mixture computes with its matrices is not known here"})
+
+
+def test_the_audit_sees_a_change_beside_a_quantised_layer_in_the_same_tensor(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "source", "gpt_oss")
+    model, workspace, records = quantize(directory, tmp_path / "work", keep=lambda name: name.endswith("1.up_proj"))
+    result, codes = Checkpoint(tmp_path / "work" / "checkpoint"), workspace.directory / "layers"
+    found = audit(model, result, records, codes)
+    assert (found.changed, found.quantized) == ([], 2)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert (result.read([name])[name] == model.checkpoint.read([name])[name]).float().mean() > 0.8
+    shard = result.tensors[name].file
+    tensors = load_file(shard)
+    tensors[name][2, 5, 7] += 1
+    save_file(tensors, shard, {"format": "pt"})
+    assert audit(model, Checkpoint(result.directory), records, codes).changed == [name]

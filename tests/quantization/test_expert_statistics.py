@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization import expert_settings
 from jointq_cli.quantization.expert_settings import ExpertSettings
 from jointq_cli.quantization.expert_unit import ListedUnit, RoutedUnit, model_units
 from jointq_cli.quantization.hidden_states import HiddenStateFile, Stream
@@ -25,7 +26,7 @@ from jointq_cli.system.distributed import SINGLE_PROCESS
 
 EXPERTS = "model.layers.0.mlp.experts"
 LIST, CALLED = "llama_experts", "llama_called_experts"
-TOKENS = windows(24)
+TOKENS = windows(80)
 
 
 @pytest.fixture(scope="module", params=[LIST, CALLED])
@@ -116,8 +117,11 @@ def test_every_token_passes_through_every_expert_where_all_are_wanted(directory:
     assert found[f"{EXPERTS}.0.up_proj"] is found[f"{EXPERTS}.3.gate_proj"]  # one Hessian for all
 
 
-def test_a_blend_is_filled_up_with_tokens_of_the_block(directory: Path, tmp_path: Path) -> None:
-    """And is the Hessian of the routed tokens where these are as many as columns."""
+def test_a_blend_has_the_more_of_the_block_the_fewer_tokens_are_routed(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of it where enough are."""
+    monkeypatch.setattr(expert_settings, "BLOCK_TOKENS_PER_COLUMN", 0.5)
     routed, blend = (first_block(directory, tmp_path, ExpertSettings(kind)) for kind in ("routed", "blend"))
     tokens = entering(directory)
     index, full, mixed = chosen(directory, tokens), 0, 0
@@ -129,15 +133,16 @@ def test_a_blend_is_filled_up_with_tokens_of_the_block(directory: Path, tmp_path
             columns = part.shape[1]
             assert blend[layer].tokens is not None
             assert blend[layer].tokens.counts[layer] == len(own)
-            if len(own) >= columns:
+            if len(own) >= 8 * columns:
                 assert torch.equal(blend[layer].hessian, routed[layer].hessian)
                 assert_close(routed[layer].hessian, moment(part, part))
                 full += 1
             else:
-                missing = columns - len(own)
-                summed = part.double().T @ part.double() + missing * moment(every, every)
-                assert_close(blend[layer].hessian, summed / columns)
-                assert blend[layer].tokens.block_share == pytest.approx(missing / columns)
+                added = columns // 2 - len(own) // 16
+                some = every if name == "up_proj" else every.view(len(TOKENS) // 4, -1, columns)[::10].flatten(0, 1)
+                summed = part.double().T @ part.double() + added * moment(some, some)
+                assert_close(blend[layer].hessian, summed / (len(own) + added))
+                assert blend[layer].tokens.block_share == pytest.approx(added / (len(own) + added))
                 mixed += 1
     assert full
     assert mixed
@@ -176,6 +181,28 @@ def test_held_out_tokens_are_a_part_of_those_of_every_expert(directory: Path, tm
     shares = [statistics.heldout.share for statistics in found.values() if statistics.heldout is not None]
     assert len(shares) == len(found)
     assert all(0 < share < 1 for share in shares)
+
+
+def test_passes_do_not_grow_with_the_number_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where each has to start anew for every set of experts."""
+    counts, run = [], StreamedModel.run
+
+    def counted(self: StreamedModel, index: int, hidden: Tensor) -> Tensor:
+        counts[-1] += 1
+        return run(self, index, hidden)
+
+    monkeypatch.setattr(StreamedModel, "run", counted)
+    for experts in (3, 9):
+        counts.append(0)
+        directory = write_checkpoint(tmp_path / str(experts), CALLED, num_experts=experts)
+        first_block(directory, tmp_path, ExpertSettings("routed"), FULL, suspended=0.0)
+    assert counts[0] == counts[1] > 0
+
+
+def test_what_experts_add_to_the_residual_stream_is_known(directory: Path, tmp_path: Path) -> None:
+    """So that QEP corrects the layers before them for the stream's drift, as in models without experts."""
+    found = first_block(directory, tmp_path, ExpertSettings(), FULL, rounded)
+    assert found["model.layers.0.self_attn.o_proj"].drift is not None
 
 
 def is_kept(name: str) -> bool:
@@ -217,6 +244,12 @@ def test_the_bits_do_not_depend_on_memory_and_interruptions(directory: Path, tmp
     with torch.no_grad():
         computed = final_hidden(reloaded, windows()[:2], batch=2)
     assert torch.equal(computed, HiddenStateFile(tmp_path / "plenty").read_as_checkpoint())
+
+
+def test_tokens_of_the_block_are_the_fewer_the_more_an_expert_has() -> None:
+    blend = ExpertSettings("blend")
+    assert [blend.tokens_of_block(tokens, 256) for tokens in (0, 256, 4096, 16384, 10**6)] == [1024, 1008, 768, 0, 0]
+    assert [ExpertSettings("routed").tokens_of_block(tokens, 256) for tokens in (0, 1)] == [1, 0]
 
 
 def test_experts_at_once_fit_into_their_memory() -> None:

@@ -5,9 +5,9 @@ For each block, steps on a grid of candidates are tried, each refined by least s
 scales are refitted to the codes and codes rounded again, as long as the error falls.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid, KQuantWeight
 
 STEP_TRIALS = 19  # steps of a block: its range divided by (levels + offset), offsets from -0.9 to 0.9
-SCALE_TRIALS = 16  # of d and dmin: the largest scale divided by (largest integer + offset)
-REFITS = 3
+SCALE_TRIALS = 8  # of d and dmin: the largest scale divided by (largest integer + offset)
+REFITS = 2
 LEAST = 2.0**-24  # of d and dmin: float16's smallest number
 ROWS = 1 << 20  # weights that are rounded at once: bounds memory
 
@@ -38,6 +38,11 @@ class KScales:
     @property
     def offset(self) -> Tensor:
         return self.dmin * self.mn
+
+    @classmethod
+    def joined(cls, parts: Sequence["KScales"]) -> "KScales":
+        """Of all super-blocks of some rows: the parts (rows, super-blocks, ...) next to each other."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts], dim=1) for name in _FIELDS))
 
     def where(self, condition: Tensor, others: "KScales") -> "KScales":
         """The others where the condition holds."""
@@ -127,16 +132,18 @@ def _block_fit(values: Tensor, weights: Tensor, grid: KGrid) -> tuple[Tensor, Te
         low, high = torch.aminmax(values, dim=-1)
         widths = torch.where(-low >= high, -low, -high)  # the extreme value gets the level -zero, of which there is one
         start = torch.zeros_like(widths)
-    found: tuple[Tensor, Tensor, Tensor] | None = None
+    least, best_step, best_offset = torch.full_like(widths, torch.inf), widths, start
     for more in _offsets(STEP_TRIALS, -0.9, 0.9):
         step = widths / ((grid.last_code if grid.has_mins else grid.zero) + more)
         step = torch.where(step == 0, 1.0, step)
         levels = _nearest(values, step[..., None], start[..., None], grid)
         step, offset = _least_squares(values, weights, levels, grid, step, start)
         error = levels.mul_(step[..., None]).sub_(offset[..., None]).sub_(values)
-        found = _better(found, (error.square_().mul_(weights).sum(dim=-1), step, offset))
-    assert found is not None
-    return found[1], found[2]
+        loss = error.square_().mul_(weights).sum(dim=-1)
+        better = loss < least
+        best_step, best_offset = torch.where(better, step, best_step), torch.where(better, offset, best_offset)
+        least = torch.where(better, loss, least)
+    return best_step, best_offset
 
 
 def _least_squares(
@@ -185,32 +192,20 @@ def _round_scales(step: Tensor, offset: Tensor, levels: Tensor, weights: Tensor,
 def _quantized(wanted: Tensor, cost: Tensor, least: int, last: int, exponent: int) -> tuple[Tensor, Tensor]:
     """The unit (..., 1), a float16 number, and integers n (..., blocks): least sum of cost (unit n - wanted)^2."""
     peak = wanted.abs().amax(dim=-1, keepdim=True)
-    found: tuple[Tensor, Tensor, Tensor] | None = None
-    for more in _offsets(SCALE_TRIALS, -1.0, 0.25 * last):
-        count = torch.round(wanted / float16(peak / (last + more), exponent)).clamp_(least, last)
-        weighted = cost * count
-        square = (weighted * count).sum(dim=-1, keepdim=True).clamp_min_(torch.finfo(cost.dtype).tiny)
-        unit = float16((weighted * wanted).sum(dim=-1, keepdim=True) / square, exponent)
-        count = torch.round(wanted / unit).clamp_(least, last)
-        loss = (cost * (unit * count - wanted).square()).sum(dim=-1, keepdim=True)
-        found = _better(found, (loss, unit, count))
-    assert found is not None
-    return found[1], found[2]
+    trials = last + wanted.new_tensor(_offsets(SCALE_TRIALS, -1.0, 0.25 * last))
+    count = torch.round(wanted / float16(peak / trials.view(-1, *[1] * peak.dim()), exponent)).clamp_(least, last)
+    weighted = cost * count
+    square = (weighted * count).sum(dim=-1, keepdim=True).clamp_min_(torch.finfo(cost.dtype).tiny)
+    unit = float16((weighted * wanted).sum(dim=-1, keepdim=True) / square, exponent)
+    count = torch.round(wanted / unit).clamp_(least, last)
+    best = (cost * (unit * count - wanted).square()).sum(dim=-1, keepdim=True).argmin(dim=0, keepdim=True)
+    return unit.gather(0, best)[0], count.gather(0, best.expand(1, *wanted.shape))[0]
 
 
 def float16(values: Tensor, exponent: int) -> Tensor:
     """values rounded to float16 numbers divided by 2^exponent; at least the smallest of them."""
-    shift = torch.tensor(exponent, device=values.device)
-    half = torch.ldexp(values, shift).to(torch.float16).to(values.dtype).clamp_min_(LEAST)
-    return torch.ldexp(half, -shift)
-
-
-def _better(found: tuple[Tensor, ...] | None, new: tuple[Tensor, ...]) -> Any:
-    """Of two choices, each the loss and what it is the loss of, the one that costs less; the first of equals."""
-    if found is None:
-        return new
-    wins = new[0] < found[0]
-    return tuple(torch.where(wins, theirs, mine) for mine, theirs in zip(found, new, strict=True))
+    half = (values * 2.0**exponent).to(torch.float16).to(values.dtype).clamp_min_(LEAST)
+    return half.mul_(2.0**-exponent)
 
 
 def _nearest(values: Tensor, step: Tensor, offset: Tensor, grid: KGrid) -> Tensor:

@@ -7,7 +7,6 @@ With y = a z - b 1, a = d sc and b = dmin mn, the objective is
 For fixed a the best b is (a w - p) / u, and the best of both is a = (q u - p w) / (o u - w^2).
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ def _best_integers(
         wanted = (q * u - p * w) / (o * u - w * w) / d
     else:
         wanted = (q + dmin * mn * w) / o / d
-    for candidate in (math.floor(wanted), math.floor(wanted) + 1.0, sc):
+    for candidate in (np.floor(wanted), np.floor(wanted) + 1.0, sc):
         trial = min(max(candidate, float(least_scale)), float(last_scale))
         if trial == 0.0:
             continue

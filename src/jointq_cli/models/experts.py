@@ -54,19 +54,22 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum of the experts' outputs (tokens, hidden), each times its weight.
 
-        hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, experts per token); a token without an
-        expert has the index `num_experts`. An expert sees the tokens that are routed to it, in their order, and none
-        else. The sum is of float32, as in transformers' faster implementations.
+        hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, experts per token); an index of
+        `num_experts` or more is no expert, or one that returns its input (LongCat-Flash). An expert sees the tokens
+        that are routed to it, in their order, and none else. The sum is of float32, as in transformers' faster
+        implementations.
         """
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for number in top_k_index.unique().tolist():
-            if number < self.num_experts:
+            if number < self.num_experts or hasattr(self, "identity_expert"):
                 tokens, choice = torch.where(top_k_index == number)
                 routed = self._expert(number, hidden_states[tokens])
                 output.index_add_(0, tokens, (routed * top_k_weights[tokens, choice, None]).float())
         return output.to(hidden_states.dtype)
 
     def _expert(self, number: int, tokens: Tensor) -> Tensor:
+        if number >= self.num_experts:
+            return tokens
         output: Tensor = self.get_submodule(str(number))(tokens)
         return self.post_expert_norm(output) if hasattr(self, "post_expert_norm") else output
 
@@ -87,7 +90,7 @@ class WeightedExperts(Experts):
 
 
 class SortedLinears(nn.Module):
-    """JetMoE's: linear layer 0, 1, ... of the tokens that are sorted by their expert."""
+    """JetMoE's: linear layers 0.proj, 1.proj, ... of the tokens that are sorted by their expert."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
@@ -96,13 +99,14 @@ class SortedLinears(nn.Module):
         self.slices: dict[str, FusedSlice] = {}
         for number in range(self.num_experts):
             layer = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
-            self.add_module(str(number), layer)
-            self.slices[f"{number}.weight"] = FusedSlice("weight", number, is_transposed=False, rows=slice(None))
+            self.add_module(str(number), nn.ModuleDict({"proj": layer}))
+            self.slices[f"{number}.proj.weight"] = FusedSlice("weight", number, is_transposed=False, rows=slice(None))
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
         """inputs: (tokens, in). expert_size: the number of tokens of each expert."""
-        routed = zip(self.children(), inputs.split(expert_size), strict=True)
-        return torch.cat([layer(tokens) if len(tokens) else layer.forward(tokens) for layer, tokens in routed])
+        layers = [part for part in self.modules() if isinstance(part, nn.Linear)]
+        routed = zip(layers, inputs.split(expert_size), strict=True)
+        return torch.cat([layer(tokens) for layer, tokens in routed if len(tokens)])
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def _layout(module: nn.Module) -> Layout | None:
     """None for a module that holds no fused experts, or in other parameters."""
     own = dict(module.named_parameters(recurse=False))
     first, down = own.get("gate_up_proj", own.get("up_proj")), own.get("down_proj")
-    if first is None or down is None or first.dim() != 3 or down.dim() != 3 or len(first) != len(down):
+    if first is None or down is None or first.dim() != 3 or down.dim() != 3 or len(first) < len(down):
         return None
     is_gated = "gate_up_proj" in own
     weights = {"gate_up_proj" if is_gated else "up_proj", "down_proj"}
@@ -282,12 +286,12 @@ def _few(fused: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _made_up_inputs(experts: Experts | SortedLinears, random: torch.Generator) -> tuple[Any, ...]:
-    """Of the forward pass: six tokens, two of which the first expert sees."""
+    """Of the forward pass: six tokens, of which each expert sees some."""
     first = next(part for part in experts.modules() if isinstance(part, nn.Linear))
     tokens = torch.randn(6, first.in_features, generator=random)
     if isinstance(experts, SortedLinears):
         return tokens, [2, 4] if experts.num_experts > 1 else [6]
     if isinstance(experts, WeightedExperts):
         return (tokens * torch.tensor([1, 0, 1, 1, 1, 0])[:, None],)
-    index = torch.tensor([[0], [1], [1], [0], [1], [1]]).clamp(max=experts.num_experts - 1)
-    return tokens, index, torch.rand(6, 1, generator=random)
+    index = torch.tensor([[0, 1], [1, 1], [1, 0], [1, 1], [1, 1], [0, 0]]).clamp(max=experts.num_experts - 1)
+    return tokens, index, torch.rand(6, 2, generator=random)

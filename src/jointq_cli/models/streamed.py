@@ -73,7 +73,8 @@ class BlockwiseModel:
         self._outputs = 0  # the length of the tuple that blocks return, hidden states first; 0 for a plain tensor
         self._passed_on: list[int] = []  # positions in it of what the model passes to its next block
         stored = stored_tensors(self.module, source, text_state(self.module))
-        fused, self.unsplit_experts = split_experts(self.module)
+        fused, unsplit = split_experts(self.module)
+        self.unsplit_experts = {name: why for name, why in unsplit.items() if self.block_of(name) is not None}
         self._module_names = stored.names
         self._locations = stored.locations(fused)
         check_tensors(self.module, source, self._locations)

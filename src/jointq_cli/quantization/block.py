@@ -18,7 +18,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.expert_unit import ExpertUnit, find_units, watching
 from jointq_cli.quantization.hidden_states import Stream, WeightSet
 from jointq_cli.quantization.layer_groups import Run, merged
-from jointq_cli.quantization.resumable_forward import ModuleCall, ResumableForward, group_hooks
+from jointq_cli.quantization.resumable_forward import ModuleCall, ResumableForward, first_tensor, group_hooks
 
 _PROBE_RMS = 0.1  # of the tokens that show a block's structure: far above the epsilon of its norms
 _CLOSE = 0.02  # relative
@@ -74,14 +74,15 @@ class Block:
         """
         rms = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_PROBE_RMS)
         hidden = (hidden.float() * (_PROBE_RMS / rms)).to(hidden.dtype)
-        units = find_units(self.model.blocks[self.index], self.model.prefix(self.index), self.layers)
-        with watching(units) as self._units:
-            self.run(hidden)
+        units = list(find_units(self.model.blocks[self.index], self.model.prefix(self.index), self.layers))
+        if units:
+            with watching(units) as self._units:
+                self.run(hidden)
         outputs: dict[nn.Module, Tensor] = {}
+        modules = {layer.module for layer in self._linear.values() if layer.out_features == hidden.shape[-1]}
         handles = [
-            layer.module.register_forward_hook(lambda module, args, output: outputs.update({module: output}))
-            for layer in self._linear.values()
-            if layer.out_features == hidden.shape[-1]
+            module.register_forward_hook(lambda module, _, output: outputs.update({module: first_tensor(output)}))
+            for module in modules | {unit.holder for unit in self._units}
         ]
         try:
             run, output = self._observed(hidden)
@@ -155,8 +156,9 @@ class Block:
 class BlockStructure:
     """groups: the layers in the order they run, those that read the same tensor together.
 
-    writers: the linear layers, selected or not, whose outputs are added to the residual stream, and the factor of each,
-    the same for all. Empty where the block does more to the stream than that, such as a norm after its layers.
+    writers: the linear layers, selected or not, and the modules with experts, whose outputs are added to the residual
+    stream, and the factor of each, the same for all. Empty where the block does more to the stream than that, such as a
+    norm after its layers.
 
     passive: further groups, at whose inputs no pass stops: layers that no token has reached (experts), those with as
     many columns together; or all, where their statistics are known.

@@ -4,18 +4,22 @@ from dataclasses import dataclass
 
 from jointq_cli.setting_rules import check_settings, setting
 
+BLOCK_TOKENS_PER_COLUMN = 4  # of the block, that are added to an expert's own
+LESS_PER_TOKENS = 16  # own tokens for which one less is added
+
 
 @dataclass(frozen=True)
 class ExpertSettings:
     """The group `experts` of a recipe, which configs/experts/default.yaml explains.
 
-    An expert that receives n of the N calibration tokens of its block has the Hessian H_e of these n tokens; all N
-    tokens passed through it would have H_b. With `blend` it is solved for
+    An expert that receives n calibration tokens has their Hessian H_e; the tokens of its block, whether they are routed
+    to it or not, would have H_b when passed through it. With `blend` it is solved for
 
-        (n H_e + m H_b) / (n + m),     m = max(0, in_features - n),
+        (n H_e + m H_b) / (n + m),     m = max(0, 4 in_features - n / 16),
 
-    as if tokens of the block were added until there are as many as columns: the mean of an inverse Wishart posterior
-    whose prior has scale H_b and m degrees of freedom. From in_features tokens on that is H_e, without any token H_b.
+    as if m tokens of the block were added: the mean of an inverse Wishart posterior whose prior has scale H_b and m
+    degrees of freedom. That is H_b without any token, and H_e from 64 tokens per column on. H_b is of 4 tokens per
+    column at least, or of all. docs/experts.md has what was measured.
     """
 
     calibration: str = setting("blend", choices=("routed", "all", "blend"))
@@ -29,7 +33,7 @@ class ExpertSettings:
     def tokens_of_block(self, tokens: int, in_features: int) -> int:
         """How many tokens of the block (m) are added to an expert's own for a layer of so many columns."""
         if self.calibration == "blend":
-            return max(0, in_features - tokens)
+            return max(0, int(BLOCK_TOKENS_PER_COLUMN * in_features) - tokens // LESS_PER_TOKENS)
         return 0 if tokens else 1
 
     def at_once(self, in_features: int, matrices: int) -> int:

@@ -17,6 +17,7 @@ from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.quantization.accumulator import Accumulator
 from jointq_cli.quantization.block import Block, BlockForward
 from jointq_cli.quantization.collector import Collector, naming
+from jointq_cli.quantization.expert_settings import BLOCK_TOKENS_PER_COLUMN
 from jointq_cli.quantization.expert_unit import ExpertUnit, RoutedUnit
 from jointq_cli.quantization.hidden_states import Stream
 from jointq_cli.quantization.quantizers.statistics import ExpertTokens, Statistics
@@ -134,6 +135,8 @@ class ExpertStatistics:
         sums = {expert: self._collector.accumulators(groups[expert][0], cross=cross[expert]) for expert in groups}
         for batch in self._batches():
             for expert, [layer, *_] in groups.items():
+                if of_all and not self._is_sampled(batch.number, layer.in_features):
+                    continue
                 chosen = slice(None) if of_all else batch.rows[expert]
                 current = self._input(self._settings.solved_for, layer, expert, batch.current[chosen])
                 original = None
@@ -144,6 +147,16 @@ class ExpertStatistics:
             self._collector.pause()
         self._reduce(list(sums.values()))
         return sums
+
+    def _is_sampled(self, batch: int, in_features: int) -> bool:
+        """Whether the tokens of this batch are among those that represent the block in a blend: some batches, evenly
+        spaced, both of the held-out ones and of the others."""
+        settings = self._settings
+        if settings.experts.calibration == "all":
+            return True
+        wanted = BLOCK_TOKENS_PER_COLUMN * in_features / (settings.batch * self._forwards[settings.solved_for].tokens)
+        start = 0 if batch < settings.heldout_from else settings.heldout_from
+        return (batch - start) % max(1, int(settings.batches // max(1.0, wanted))) == 0
 
     def _input(self, stream: Stream, layer: LayerRef, expert: int, tokens: Tensor) -> Tensor:
         self._block.activate(stream, self._unit.layers[expert])

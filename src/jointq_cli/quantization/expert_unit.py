@@ -27,8 +27,8 @@ _INDEX, _WEIGHTS = "top_k_index", "top_k_weights"  # of the router, (tokens, exp
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExpertUnit(ABC):
-    """experts: the module whose submodules 0, 1, ... are the experts. module: what is called with all tokens. layers:
-    those to quantise of each expert, by its number.
+    """experts: the module whose submodules 0, 1, ... are the experts. module: what is called with all tokens. holder:
+    the module that holds them, with the router. layers: those to quantise of each expert, by its number.
 
     Known once a call has been seen: groups, the layers of each expert in the order they run, those that share an input
     together; readers, the experts whose first layers read tokens as they enter the module.
@@ -36,6 +36,7 @@ class ExpertUnit(ABC):
 
     experts: nn.Module
     module: nn.Module
+    holder: nn.Module
     layers: Mapping[int, list[LayerRef]]
     groups: Mapping[int, list[list[LayerRef]]] = field(default_factory=dict)
     readers: frozenset[int] = frozenset()
@@ -212,12 +213,13 @@ def find_units(block: nn.Module, prefix: str, layers: Collection[LayerRef]) -> I
     """The modules of a block that may be units, those without a layer to quantise left out. prefix: of names in it."""
     for name, by_expert in _by_expert(prefix, layers).items():
         part, parent = block.get_submodule(name), name.rpartition(".")[0]
+        holder = block.get_submodule(parent)
         if _INDEX in signature(part.forward).parameters:
-            yield RoutedUnit(experts=part, module=part, layers=by_expert)
+            yield RoutedUnit(experts=part, module=part, holder=holder, layers=by_expert)
         elif isinstance(part, WeightedExperts):
-            yield WeightedUnit(experts=part, module=part, layers=by_expert)
+            yield WeightedUnit(experts=part, module=part, holder=holder, layers=by_expert)
         elif isinstance(part, nn.ModuleList) and name.endswith("experts") and parent:
-            yield ListedUnit(experts=part, module=block.get_submodule(parent), layers=by_expert)
+            yield ListedUnit(experts=part, module=holder, holder=holder, layers=by_expert)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def group_hooks(
 ) -> Iterator[None]:
     """Inside, a ResumableForward stops at the input of each group of layers; groups are in the order they run.
 
-    writers: layers whose outputs, times a factor, a ResumableForward adds up. called: the modules of groups (without
+    writers: modules whose outputs, times a factor, a ResumableForward adds up. called: the modules of groups (without
     layers of their own here) at whose call it stops as a whole.
     """
     handles = [
@@ -50,7 +50,9 @@ def group_hooks(
         for number, module in (called or {}).items()
     ]
     handles += [
-        layer.register_forward_hook(lambda _, args, output, factor=factor: _add_output(getcurrent(), factor * output))
+        layer.register_forward_hook(
+            lambda _, args, output, factor=factor: _add_output(getcurrent(), factor * first_tensor(output))
+        )
         for layer, factor in writers.items()
     ]
     try:
@@ -161,6 +163,12 @@ def _suspend_at_call(group: int, call: ModuleCall) -> tuple[Any, dict[str, Any]]
 
 def _reaches(current: greenlet, group: int, inputs: Tensor | ModuleCall) -> bool:
     return isinstance(current, _ForwardCoroutine) and current.reaches(group, inputs)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a module returns, or the first of several."""
+    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return tensor
 
 
 def _add_output(current: greenlet, output: Tensor) -> None:

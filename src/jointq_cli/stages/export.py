@@ -153,8 +153,8 @@ def _stored(model: StreamedModel, layer: str) -> str:
     location = model.location(f"{layer}.weight")
     if location.whole is None:
         raise ConfigError(
-            f"export: {layer} is a part of {location.tensors[0]}, as experts are that are stored in one tensor, and "
-            "packed formats have a tensor for each layer; export=none"
+            f"export: {layer} has no tensor of its own (it is in {', '.join(location.tensors)}), and packed formats "
+            "have one for each layer; export=none"
         )
     return location.whole
 

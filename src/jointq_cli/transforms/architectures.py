@@ -150,7 +150,8 @@ def _check_blocks(model: BlockwiseModel, family: ModelFamily, name: str, key: st
 def _check_unused(model: BlockwiseModel, name: str, key: str, *, r1: bool) -> None:
     """Stored tensors that the model class has no place for (multi-token prediction, a classifier's head) would stay in
     the old basis. They are read after R1 changes the residual stream; without R1, if they belong to a block."""
-    used = {model.stored_name(tensor) for tensor in model.module.state_dict() if model.stores(tensor)}
+    parameters = [name for name in model.module.state_dict() if model.stores(name)]
+    used = {stored for name in parameters for stored in model.location(name).tensors}
     for stored in model.source.shapes:
         is_changed = r1 or model.block_of(model.module_name(stored)) is not None
         if stored not in used and is_changed and not stored.endswith(_BASIS_FREE):

@@ -103,9 +103,9 @@ def test_a_solution_has_the_shapes_dtypes_and_ranges_of_the_contract(
         assert quantized.scale.shape == quantized.zero_point.shape == (12, groups)
         assert (quantized.scale.dtype, quantized.zero_point.dtype) == (dtype, torch.uint8)
         assert (quantized.scale > 0).all()
-        assert quantizer.grid.lowest <= int(quantized.codes.min())
-        assert int(quantized.codes.max()) <= quantizer.grid.highest
-        assert int(quantized.zero_point.max()) <= (0 if symmetric else quantizer.grid.highest)
+        assert quantizer.integer_grid.lowest <= int(quantized.codes.min())
+        assert int(quantized.codes.max()) <= quantizer.integer_grid.highest
+        assert int(quantized.zero_point.max()) <= (0 if symmetric else quantizer.integer_grid.highest)
         if quantized.permutation is not None:
             assert quantized.permutation.dtype == torch.int32
             assert quantized.permutation.sort().values.tolist() == list(range(48))

@@ -57,8 +57,8 @@ def textbook(quantizer: GPTQ, weight: Tensor, hessian: Tensor) -> Tensor:
             group = weight[:, start : start + columns]
         elif j % columns == 0:
             group = work[:, j : j + columns].clone()
-        scale, zero = fit(group, quantizer.grid, quantizer.mse, torch.float32)
-        code = quantizer.grid.nearest_codes(work[:, j], scale, zero.float())
+        scale, zero = fit(group, quantizer.integer_grid, quantizer.mse, torch.float32)
+        code = quantizer.integer_grid.nearest_codes(work[:, j], scale, zero.float())
         value = (code.float() - zero.float()) * scale
         result[:, order[j]] = value
         error = (work[:, j] - value) / upper[j, j]
@@ -109,7 +109,7 @@ def test_no_gptq_row_beats_brute_force_and_most_come_close(bits: int, symmetric:
     weight, hessian = layer(24, size)
     quantizer = gptq(bits=bits, symmetric=symmetric, damping=0.0)
     quantized = quantizer.quantize(weight, quantizer.prepare(hessian), torch.float32).quantized
-    levels = torch.arange(quantizer.grid.lowest, quantizer.grid.highest + 1).float()
+    levels = torch.arange(quantizer.integer_grid.lowest, quantizer.integer_grid.highest + 1).float()
     choices = torch.cartesian_prod(*[levels] * size)
     error = output_error(weight, quantized.dequantize(torch.float32), hessian)
     best = torch.stack(
@@ -186,7 +186,7 @@ def test_static_groups_have_the_scales_of_the_original_weights() -> None:
     weight, hessian = layer(8, 64)
     quantizer = gptq(act_order=True, static_groups=True, group_size=16)
     quantized = quantizer.quantize(weight, quantizer.prepare(hessian), torch.float32).quantized
-    scale, zero_point = fit(weight.view(8, 4, 16), quantizer.grid, False, torch.float32)
+    scale, zero_point = fit(weight.view(8, 4, 16), quantizer.integer_grid, False, torch.float32)
     assert torch.equal(quantized.scale, scale)
     assert torch.equal(quantized.zero_point, zero_point)
 

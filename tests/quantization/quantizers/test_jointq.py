@@ -15,7 +15,7 @@ from jointq_cli.formats.uniform import Grid, UniformWeight
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Prepared, Quantizer
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, JointQPrepared
-from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer
 from jointq_cli.quantization.quantizers.jointq.search import State
 from jointq_cli.quantization.quantizers.scale_fit import round_scale
 
@@ -124,7 +124,7 @@ def test_scales_of_eight_digits_are_the_best_that_bfloat16_can_hold() -> None:
     """Few levels, so that the search finds the optimum: what is left is how scales are rounded."""
     weight, hessian = layer(200, 3)
     quantizer = jointq(bits=1, group_size=3, **EVERY_START)
-    least = least_of_one_group(weight, hessian, quantizer.grid, torch.bfloat16)
+    least = least_of_one_group(weight, hessian, quantizer.integer_grid, torch.bfloat16)
     ratios = costs(solve(quantizer, weight, hessian, torch.bfloat16), weight, hessian) / least
     assert float(ratios.min()) > 1 - 1e-5
     assert float((ratios < 1 + 1e-5).double().mean()) > 0.95
@@ -271,16 +271,16 @@ def test_it_errs_less_than_strong_gptq_and_rtn(seed: int, bits: int, most: float
 
 
 @pytest.fixture
-def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ScaledLayer, Metric, State]]:
+def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[UniformLayer, Metric, State]]:
     """Layers, metrics and states as they were when results were made of them."""
-    seen: list[tuple[ScaledLayer, Metric, State]] = []
-    quantized = ScaledLayer.quantized
+    seen: list[tuple[UniformLayer, Metric, State]] = []
+    quantized = UniformLayer.quantized
 
-    def spy(self: ScaledLayer, metric: Metric, state: State, permuted: bool) -> UniformWeight:
+    def spy(self: UniformLayer, metric: Metric, state: State, permuted: bool) -> UniformWeight:
         seen.append((self, metric, state))
         return quantized(self, metric, state, permuted)
 
-    monkeypatch.setattr(ScaledLayer, "quantized", spy)
+    monkeypatch.setattr(UniformLayer, "quantized", spy)
     return seen
 
 
@@ -288,7 +288,7 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ScaledLayer, Metric,
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_stored_form_gives_back_the_values_that_were_searched(
-    symmetric: bool, act_order: bool, dtype: torch.dtype, finished: list[tuple[ScaledLayer, Metric, State]]
+    symmetric: bool, act_order: bool, dtype: torch.dtype, finished: list[tuple[UniformLayer, Metric, State]]
 ) -> None:
     weight, hessian = layer(20, 48)
     weight = weight.to(dtype).float() * 0.02
@@ -304,9 +304,9 @@ def test_the_stored_form_gives_back_the_values_that_were_searched(
             expected[:, column] = level * scale * 2.0**made.exponent
         assert torch.equal(quantized.dequantize(torch.float32), expected)
         assert torch.equal(quantized.scale.to(torch.float32), round_scale(quantized.scale.float(), dtype))
-        assert quantizer.grid.lowest <= int(quantized.codes.min())
-        assert int(quantized.codes.max()) <= quantizer.grid.highest
-        assert int(quantized.zero_point.max()) <= (0 if symmetric else quantizer.grid.highest)
+        assert quantizer.integer_grid.lowest <= int(quantized.codes.min())
+        assert int(quantized.codes.max()) <= quantizer.integer_grid.highest
+        assert int(quantized.zero_point.max()) <= (0 if symmetric else quantizer.integer_grid.highest)
         if not act_order or quantized.scale.shape[1] == 1:
             assert quantized.permutation is None
         else:

@@ -114,7 +114,7 @@ def test_dead_columns_round_to_nearest_and_do_not_disturb_the_others(
     scale = quantized.scale[:, quantized.column_groups()][:, DEAD]
     error = (quantized.dequantize(torch.float32) - weight)[:, DEAD].abs() / scale
     codes = quantized.codes[:, DEAD]
-    at_the_edge = (codes == quantizer.grid.lowest) | (codes == quantizer.grid.highest)
+    at_the_edge = (codes == quantizer.integer_grid.lowest) | (codes == quantizer.integer_grid.highest)
     assert (at_the_edge | (error < 0.5001)).double().mean() > 0.95
     assert error.max() < 3
     still = weight.clone()

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from jointq_cli import kernels
 from jointq_cli.formats.uniform import Grid
+from jointq_cli.quantization.quantizers.jointq.descent import PADDING, SearchResult
 from jointq_cli.quantization.quantizers.jointq.metric import Metric, measure, natural_order, penalty
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import over_tiles
-from jointq_cli.quantization.quantizers.jointq.search import PADDING, Search, SearchResult, State
+from jointq_cli.quantization.quantizers.jointq.search import Search, State
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 
 CPU = torch.device("cpu")

@@ -14,16 +14,19 @@ the BLAS chooses for the products.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from jointq_cli import kernels
+from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid, KQuantWeight
 from jointq_cli.formats.uniform import UniformWeight, group_columns
 from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.quantizers.cholesky import factorize
-from jointq_cli.quantization.quantizers.rtn import RTN
+from jointq_cli.quantization.quantizers.k_columns import quantize_on_k_grid
+from jointq_cli.quantization.quantizers.rtn import RTN, check_k_scales
 from jointq_cli.quantization.quantizers.scale_fit import fit
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
@@ -34,11 +37,12 @@ Notes = dict[str, float | int | str | bool]
 
 @dataclass(frozen=True)
 class GptqPrepared(Prepared):
-    """How errors propagate: order (in,) int64 of the columns, dead (in,) bool, upper (in, in) float32: the Cholesky
-    factor of the inverse Hessian in that order."""
+    """How errors propagate: order (in,) int64 of the columns, dead (in,) bool, diagonal (in,) float64 of the Hessian,
+    upper (in, in) float32: the Cholesky factor of the inverse Hessian in that order."""
 
     order: Tensor
     dead: Tensor
+    diagonal: Tensor
     upper: Tensor
     damping: float
     verdict: str
@@ -61,14 +65,14 @@ class GPTQ(UniformQuantizer):
 
     @property
     def _rtn(self) -> RTN:
-        return RTN(self.bits, self.group_size, self.symmetric, self.mse)
+        return RTN(self.bits, self.group_size, self.symmetric, self.mse, grid=self.grid)
 
     @property
     def _fallback(self) -> RTN | None:
         return self._rtn if self.on_failure == "rtn" else None
 
     def _permutes(self, groups: int) -> bool:
-        return self.act_order and not self.static_groups and groups > 1
+        return self.act_order and not self._has_static_scales and groups > 1
 
     def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> GptqPrepared:
         diagonal = hessian.diagonal()
@@ -80,6 +84,7 @@ class GPTQ(UniformQuantizer):
         return GptqPrepared(
             order=order,
             dead=dead,
+            diagonal=diagonal.clone(),
             upper=factor.upper,
             damping=factor.damping,
             verdict="damped" if factor.damping_retries else "ok",
@@ -89,9 +94,30 @@ class GPTQ(UniformQuantizer):
     def _solve(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         if not isinstance(prepared, GptqPrepared):
             raise TypeError(f"GPTQ.quantize needs what GPTQ.prepare returned, not {type(prepared).__name__}")
-        return Solution(
-            self.uniform(weight, prepared, scale_dtype), prepared.damping, prepared.verdict, dict(prepared.notes)
+        quantized: StoredWeight
+        if self.k_grid:
+            quantized = self._on_k_grid(weight, prepared, self.k_grid)
+        else:
+            quantized = self.uniform(weight, prepared, scale_dtype)
+        return Solution(quantized, prepared.damping, prepared.verdict, dict(prepared.notes))
+
+    def _on_k_grid(self, weight: Tensor, prepared: GptqPrepared, grid: KGrid) -> KQuantWeight:
+        """With `act_order` the super-blocks are still of neighbouring columns, and their scales static."""
+        found = quantize_on_k_grid(
+            weight.masked_fill(prepared.dead, 0.0),
+            grid,
+            prepared.order,
+            prepared.upper,
+            prepared.diagonal,
+            replace(self, block_size=min(self.block_size, SUPER_BLOCK))._blocks(weight.shape[1], SUPER_BLOCK),
+            static=self._has_static_scales,
         )
+        check_k_scales(found)
+        return found
+
+    @property
+    def _has_static_scales(self) -> bool:
+        return self.static_groups or (self.grid is not None and self.act_order)
 
     def uniform(self, weight: Tensor, prepared: GptqPrepared, scale_dtype: torch.dtype) -> UniformWeight:
         """Algorithm 1 on a finite `weight` (out, in) float32. Raises NumericsError where a scale does not fit."""
@@ -99,7 +125,7 @@ class GPTQ(UniformQuantizer):
         order = prepared.order
         work = weight.masked_fill(prepared.dead, 0.0).index_select(1, order)
         scale, zero_point, column_groups = self._groups(work, order, columns, scale_dtype)
-        codes = torch.empty(work.shape, dtype=self.grid.code_dtype, device=work.device)
+        codes = torch.empty(work.shape, dtype=self.integer_grid.code_dtype, device=work.device)
         quantize_columns = kernels.for_device(work.device).quantize_columns
         buffer = torch.empty(len(work) * min(self.block_size, work.shape[1]), device=work.device)
         for block in self._blocks(work.shape[1], columns):
@@ -108,7 +134,7 @@ class GPTQ(UniformQuantizer):
                 if not self.static_groups and span.start % columns == 0:
                     group = span.start // columns
                     current = work[:, span.start : span.start + columns]
-                    scale[:, group], zero_point[:, group] = fit(current, self.grid, self.mse, scale_dtype)
+                    scale[:, group], zero_point[:, group] = fit(current, self.integer_grid, self.mse, scale_dtype)
                 quantize_columns(
                     work,
                     codes,
@@ -119,8 +145,8 @@ class GPTQ(UniformQuantizer):
                     column_groups,
                     span,
                     block,
-                    self.grid.lowest,
-                    self.grid.highest,
+                    self.integer_grid.lowest,
+                    self.integer_grid.highest,
                 )
             rest = slice(block.stop, None)
             work[:, rest].addmm_(errors, prepared.upper[block.start : block.stop, rest], alpha=-1.0)
@@ -139,7 +165,7 @@ class GPTQ(UniformQuantizer):
         """scale and zero_point (out, groups), filled if static_groups; and the group (in,) of each column of `work`."""
         if self.static_groups:
             original = torch.empty_like(work).index_copy_(1, order, work)
-            scale, zero_point = fit(original.view(len(work), -1, columns), self.grid, self.mse, scale_dtype)
+            scale, zero_point = fit(original.view(len(work), -1, columns), self.integer_grid, self.mse, scale_dtype)
             return scale, zero_point, order // columns
         shape = (len(work), work.shape[1] // columns)
         scale = torch.empty(shape, device=work.device)
@@ -150,7 +176,7 @@ class GPTQ(UniformQuantizer):
         """Ranges of columns, each several complete groups or a part of one, so that no column of a group is out of date
         when its scale is fitted."""
         section, step = in_features, self.block_size
-        if not self.static_groups:
+        if not self._has_static_scales:
             section = in_features if columns <= step else columns
             step = step // columns * columns or step
         for first in range(0, in_features, section):

@@ -1,16 +1,22 @@
-"""What quantizers on a uniform grid share: bits, groups, checks, and rounding to nearest where a solve fails."""
+"""What quantizers on integer grids share: bits, groups, checks, and rounding to nearest where a solve fails.
+
+A grid is uniform, with a scale of its own for every group, or one of llama.cpp's K grids, whose scales are quantised
+too.
+"""
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from jointq_cli.errors import NumericsError
-from jointq_cli.formats.uniform import Grid, UniformWeight, check_group_size, grid_label, group_columns
+from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.k_quant import K_GRIDS, SUPER_BLOCK, KGrid, KQuantWeight
+from jointq_cli.formats.uniform import MOST_NAMED, Grid, UniformWeight, check_group_size, grid_label, group_columns
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.setting_rules import check_settings, setting
@@ -33,34 +39,59 @@ class NoInput(Prepared):
     failed: ClassVar[bool] = True
 
 
+def _is_uniform(quantizer: "UniformQuantizer") -> bool:
+    return quantizer.grid is None
+
+
 @dataclass(frozen=True)
 class UniformQuantizer(Quantizer):
-    """Base of the quantizers whose result is a UniformWeight. group_size null or -1: one scale per row."""
+    """Base of the quantizers whose result is a UniformWeight, or a KQuantWeight if `grid` names a K grid. group_size
+    null or -1: one scale per row."""
 
-    bits: int = setting(4, least=1, most=8)
-    group_size: int | None = setting(128)
-    symmetric: bool = setting(False)
+    bits: int = setting(4, least=1, most=8, used=_is_uniform)
+    group_size: int | None = setting(128, used=_is_uniform)
+    symmetric: bool = setting(False, used=_is_uniform)
+    _: KW_ONLY
+    grid: str | None = setting(None, choices=tuple(K_GRIDS), null="for bits, group_size and symmetric")
 
     def __post_init__(self) -> None:
         check_settings(self, "quantizer")
         check_group_size(self.group_size, {})
 
     @property
-    def grid(self) -> Grid:
+    def integer_grid(self) -> Grid:
         return Grid(self.bits, self.symmetric)
 
     @property
+    def k_grid(self) -> KGrid | None:
+        return None if self.grid is None else K_GRIDS[self.grid]
+
+    @property
     def prepare_key(self) -> str:
-        return repr(replace(self, bits=1, symmetric=False))  # `_prepare` sees no codes
+        # `_prepare` sees no codes, and all super-blocks are alike.
+        if self.k_grid:
+            return repr(replace(self, bits=1, group_size=None, symmetric=False, grid="q4_k"))
+        return repr(replace(self, bits=1, symmetric=False))
 
     def check(self, in_features: Mapping[str, int]) -> None:
-        check_group_size(self.group_size, in_features)
+        if self.k_grid is None:
+            check_group_size(self.group_size, in_features)
+            return
+        offending = [f"{name} ({size})" for name, size in in_features.items() if size % SUPER_BLOCK]
+        if offending:
+            more = f" and {len(offending) - MOST_NAMED} more" if len(offending) > MOST_NAMED else ""
+            raise ConfigError(
+                f"quantizer.grid={self.grid}: in_features must be a multiple of {SUPER_BLOCK}, and is not for "
+                f"{', '.join(offending[:MOST_NAMED])}{more}"
+            )
 
-    def storage(self, out_features: int, in_features: int, dtype: torch.dtype) -> UniformWeight:
+    def storage(self, out_features: int, in_features: int, dtype: torch.dtype) -> StoredWeight:
+        if self.k_grid:
+            return KQuantWeight.empty(out_features, in_features, self.k_grid, torch.device("meta"))
         groups = in_features // group_columns(self.group_size, in_features)
         meta = torch.device("meta")
         return UniformWeight(
-            codes=torch.empty(out_features, in_features, dtype=self.grid.code_dtype, device=meta),
+            codes=torch.empty(out_features, in_features, dtype=self.integer_grid.code_dtype, device=meta),
             scale=torch.empty(out_features, groups, dtype=dtype, device=meta),
             zero_point=torch.empty(out_features, groups, dtype=torch.uint8, device=meta),
             permutation=torch.empty(in_features, dtype=torch.int32, device=meta) if self._permutes(groups) else None,
@@ -96,7 +127,7 @@ class UniformQuantizer(Quantizer):
             return replace(rounded, verdict="fallback", notes={"failure": str(error)})
 
     def describe(self) -> str:
-        label = grid_label(self.bits, self.group_size, self.symmetric)
+        label = self.k_grid.label if self.k_grid else grid_label(self.bits, self.group_size, self.symmetric)
         return " ".join([type(self).__name__, label, *self._describe_options()])
 
     def _describe_options(self) -> list[str]:

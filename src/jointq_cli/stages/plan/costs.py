@@ -14,6 +14,7 @@ import torch
 from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.quantization.accumulator import packed_size
+from jointq_cli.quantization.expert_settings import BLOCK_TOKENS_PER_COLUMN
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
@@ -355,8 +356,7 @@ class Workload:
 
     def _moments_seconds(self, one: InputGroup) -> float:
         """Seconds of collecting an input's statistics."""
-        share = 1.0 if self.recipe.experts.calibration == "all" else one.share
-        tokens, width, rows = share * self.calibration.tokens, one.in_features, sum(one.out_features)
+        tokens, width, rows = self._tokens_of(one), one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())
         residual = 2 * tokens * width * rows if qep and one.writes else 0
         moments = tokens * width**2 * (1.2 + 2 * qep) + residual
@@ -366,6 +366,15 @@ class Workload:
         )  # experts are run once more for each stage
         seconds = STATISTICS_SLOWDOWN * moments / self.speeds.single + pointwise / self.speeds.pointwise
         return seconds + running / self.speeds.forward
+
+    def _tokens_of(self, one: InputGroup) -> float:
+        """How many tokens the statistics of an input are of."""
+        own, everything, experts = one.share * self.calibration.tokens, self.calibration.tokens, self.recipe.experts
+        if not one.experts or experts.calibration == "all":
+            return everything
+        if one.reads_tokens or not experts.tokens_of_block(round(own), one.in_features):
+            return own
+        return own + min(everything, max(self._batch, BLOCK_TOKENS_PER_COLUMN * one.in_features))
 
     def _solving_seconds(self, one: InputGroup) -> float:
         """Seconds of solving the layers that read an input."""

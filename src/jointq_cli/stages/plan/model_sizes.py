@@ -19,6 +19,7 @@ class InputGroup:
     out_features: tuple[int, ...]
     writes: bool  # whether their outputs are added to the residual stream
     share: float = 1.0  # of the tokens that reach them: of an expert, those that a router sends there on average
+    reads_tokens: bool = False  # of an expert: those that enter it
     experts: int = 0  # that receive tokens together with theirs; 0 for layers of no expert
 
     @property
@@ -89,8 +90,8 @@ def _inputs(model: StreamedModel, selected: list[str]) -> Iterable[InputGroup]:
         share = min(1.0, _experts_per_token(model, count) / count) if count else 1.0
         if readers:
             rows = tuple(linear[name].out_features for name in readers)
-            yield InputGroup(linear[readers[0]].in_features, rows, False, share, count)
-        yield InputGroup(linear[last].in_features, (linear[last].out_features,), not count, share, count)
+            yield InputGroup(linear[readers[0]].in_features, rows, False, share, count > 0, count)
+        yield InputGroup(linear[last].in_features, (linear[last].out_features,), not count, share, False, count)
 
 
 def _experts_per_token(model: StreamedModel, experts: int) -> int:

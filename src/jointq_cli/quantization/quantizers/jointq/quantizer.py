@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.formats.k_quant import SUPER_BLOCK
 from jointq_cli.formats.uniform import group_columns
 from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.quantizers.gptq import GPTQ, GptqPrepared
+from jointq_cli.quantization.quantizers.jointq.descent import SearchResult
 from jointq_cli.quantization.quantizers.jointq.metric import Metric, activation_order, measure, natural_order, penalty
-from jointq_cli.quantization.quantizers.jointq.scaled_layer import ScaledLayer
-from jointq_cli.quantization.quantizers.jointq.search import Search, SearchResult, State
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import KLayer, ScaledLayer, UniformLayer
+from jointq_cli.quantization.quantizers.jointq.search import Search, State
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
-from jointq_cli.setting_rules import changed, check_settings, setting
+from jointq_cli.setting_rules import changed, check_settings, setting, shown
+
+Chosen = tuple[float, Metric, SearchResult[Any]]  # a lambda, its metric, and what the search found
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,17 @@ class JointQ(UniformQuantizer):
             )
         if self.ils_enabled and self.max_sweeps == 0:
             yield "max_sweeps=0: ils_enabled=true needs at least 1, for it searches from where a search ended"
+        uniform_only = (
+            "act_order",
+            "enable_clip_optimize",
+            "enable_clip_optimize_ep",
+            "enable_gptq",
+            "annealing_sweeps",
+            "ils_enabled",
+        )
+        for name in uniform_only:
+            if self.grid and getattr(self, name):
+                yield f"grid={self.grid}: does not go with {name}={shown(getattr(self, name))}"
         if (self.ils_enabled or self.annealing_sweeps) and self.annealing_temperature == 0:
             yield "annealing_temperature=0: must be above 0 where ils_enabled or annealing_sweeps ask for random steps"
 
@@ -133,7 +148,7 @@ class JointQ(UniformQuantizer):
                 raise ValueError("JointQ.prepare needs held-out tokens where lambda_mode is heldout")
             hessian = heldout.complement(everything)
         self.check({"this layer": len(hessian)})
-        columns = group_columns(self.group_size, len(hessian))
+        columns = SUPER_BLOCK if self.grid else group_columns(self.group_size, len(hessian))
         order = activation_order(hessian) if self.act_order else natural_order(hessian, columns)
         first = self.regularization_lambda if self.lambda_mode == "fixed_lambda" else self.lambda_list[0]
         extra = self._penalty(hessian, first)
@@ -203,7 +218,7 @@ class JointQ(UniformQuantizer):
 
     @property
     def _rtn(self) -> RTN:
-        return RTN(self.bits, self.group_size, self.symmetric, mse=True)
+        return RTN(self.bits, self.group_size, self.symmetric, mse=True, grid=self.grid)
 
     @property
     def _fallback(self) -> RTN | None:
@@ -215,7 +230,7 @@ class JointQ(UniformQuantizer):
     def _solve(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         if not isinstance(prepared, JointQPrepared):
             raise TypeError(f"JointQ.quantize needs what JointQ.prepare returned, not {type(prepared).__name__}")
-        layer = ScaledLayer.of(weight, self.grid, scale_dtype, self.batch_size)
+        layer = self._layer(weight, scale_dtype)
         strength, metric, solved = {
             "fixed_lambda": self._fixed,
             "incremental_lambda": self._incremental,
@@ -240,13 +255,19 @@ class JointQ(UniformQuantizer):
             signal=math.ldexp(signal, 2 * layer.exponent),  # parts of a layer may have different exponents
         )
 
-    def _fixed(self, layer: ScaledLayer, prepared: JointQPrepared) -> tuple[float, Metric, SearchResult]:
+    def _layer(self, weight: Tensor, scale_dtype: torch.dtype) -> ScaledLayer[Any]:
+        exponent = math.frexp(float(weight.abs().max()))[1]
+        if self.k_grid:
+            return KLayer(weight, exponent, self.batch_size, self.k_grid)
+        return UniformLayer(weight, exponent, self.batch_size, self.integer_grid, scale_dtype)
+
+    def _fixed(self, layer: ScaledLayer[Any], prepared: JointQPrepared) -> Chosen:
         return self.regularization_lambda, prepared.metric, self._from_starts(layer, prepared.metric, prepared.gptq)
 
-    def _incremental(self, layer: ScaledLayer, prepared: JointQPrepared) -> tuple[float, Metric, SearchResult]:
+    def _incremental(self, layer: ScaledLayer[Any], prepared: JointQPrepared) -> Chosen:
         """The reference's rule: increase lambda as long as the weight error falls and the output error hardly rises."""
         skip = self.incremental_initial_skip_ew_threshold
-        accepted: tuple[float, Metric, SearchResult] | None = None
+        accepted: Chosen | None = None
         e_y = e_w = math.inf
         for strength in self.lambda_list:
             metric, solved = self._next(layer, prepared, strength, accepted[2] if accepted else None)
@@ -271,7 +292,7 @@ class JointQ(UniformQuantizer):
         traded = new_y <= e_y * (1 + self.incremental_eps_y) and new_w <= e_w * (1 - self.incremental_eps_w)
         return both_fell or traded
 
-    def _heldout(self, layer: ScaledLayer, prepared: JointQPrepared) -> tuple[float, Metric, SearchResult]:
+    def _heldout(self, layer: ScaledLayer[Any], prepared: JointQPrepared) -> Chosen:
         """The lambda whose solution has the least output error on the held-out tokens; then solved with all tokens.
 
         Each lambda is solved from the starts, as the final one is: continuing from the solution of a smaller lambda
@@ -289,8 +310,8 @@ class JointQ(UniformQuantizer):
         return best, metric, self._from_starts(layer, metric, prepared.gptq)
 
     def _next(
-        self, layer: ScaledLayer, prepared: JointQPrepared, strength: float, previous: SearchResult | None
-    ) -> tuple[Metric, SearchResult]:
+        self, layer: ScaledLayer[Any], prepared: JointQPrepared, strength: float, previous: SearchResult[Any] | None
+    ) -> tuple[Metric, SearchResult[Any]]:
         """The solution for one of several lambda: continued from `previous`, or from the starts if that is None."""
         first = strength == self.lambda_list[0]
         extra = self._penalty(prepared.hessian, strength)
@@ -299,16 +320,19 @@ class JointQ(UniformQuantizer):
             return metric, layer.solve(metric, self._continue, previous.state)
         return metric, self._from_starts(layer, metric, prepared.gptq)
 
-    def _continue(self, search: Search, target: Tensor, state: State | None) -> SearchResult:
+    def _continue(self, search: Search, target: Tensor, state: State | None) -> SearchResult[Any]:
         assert state is not None
         return search.descend(target, state, self.max_sweeps)
 
-    def _from_starts(self, layer: ScaledLayer, metric: Metric, gptq: GptqPrepared | None) -> SearchResult:
+    def _from_starts(self, layer: ScaledLayer[Any], metric: Metric, gptq: GptqPrepared | None) -> SearchResult[Any]:
         """For every row the best of the searches from all starts."""
-        state = None if gptq is None else layer.gptq_start(self._gptq(), gptq, metric)
+        state = None
+        if gptq is not None:
+            assert isinstance(layer, UniformLayer)  # __post_init__ requires it
+            state = layer.gptq_start(self._gptq(), gptq, metric)
 
-        def solve(search: Search, target: Tensor, gptq_start: State | None) -> SearchResult:
-            best: SearchResult | None = None
+        def solve(search: Search, target: Tensor, gptq_start: State | None) -> SearchResult[Any]:
+            best: SearchResult[Any] | None = None
             for start in self._starts(search, target, gptq_start):
                 found = search.descend(target, start, self.max_sweeps)
                 best = found if best is None else best.or_better(found)
@@ -327,19 +351,19 @@ class JointQ(UniformQuantizer):
         if gptq_start is not None:
             yield gptq_start
 
-    def _anneal(self, search: Search, target: Tensor, found: SearchResult) -> SearchResult:
+    def _anneal(self, search: Search, target: Tensor, found: SearchResult[Any]) -> SearchResult[Any]:
         if not self.annealing_sweeps:
             return found
         annealed = search.anneal(target, found.state, self.annealing_sweeps, self.annealing_temperature, seed=0)
         result = search.descend(target, annealed, max(1, self.max_sweeps))
         return found.or_better(replace(result, start_cost=found.start_cost))
 
-    def _iterate(self, layer: ScaledLayer, metric: Metric, solved: SearchResult) -> SearchResult:
+    def _iterate(self, layer: ScaledLayer[Any], metric: Metric, solved: SearchResult[Any]) -> SearchResult[Any]:
         """Iterated local search on the worst rows: random steps, a descent from there, and the best result is kept."""
         count = min(self.ils_num_channels or len(solved.cost), len(solved.cost))
         worst = torch.argsort(solved.cost, descending=True, stable=True)[:count].sort().values
 
-        def solve(search: Search, target: Tensor, state: State | None) -> SearchResult:
+        def solve(search: Search, target: Tensor, state: State | None) -> SearchResult[Any]:
             assert state is not None
             best = search.descend(target, state, self.max_sweeps)
             for kick in range(self.ils_num_iterations * self.ils_num_clones):
@@ -361,7 +385,7 @@ class JointQ(UniformQuantizer):
     def _describe_options(self) -> list[str]:
         """Lambda or how it is chosen, and all else that differs from the defaults."""
         strength = f"lambda={self.regularization_lambda:g}" if self.lambda_mode == "fixed_lambda" else self.lambda_mode
-        stated = ("bits", "group_size", "symmetric", "regularization_lambda", "lambda_mode")
+        stated = ("bits", "group_size", "symmetric", "grid", "regularization_lambda", "lambda_mode")
         return [strength, *(_option(name, value) for name, value in changed(self).items() if name not in stated)]
 
 

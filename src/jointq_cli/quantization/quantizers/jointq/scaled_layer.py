@@ -5,53 +5,70 @@ search computes with numbers near 1 and a layer scaled by 2^k is solved with the
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from jointq_cli.errors import NumericsError
+from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid, KQuantWeight
+from jointq_cli.formats.k_rounding import KScales, stored
 from jointq_cli.formats.uniform import Grid, UniformWeight
-from jointq_cli.kernels import Rounding
 from jointq_cli.quantization.quantizers.gptq import GPTQ, GptqPrepared
+from jointq_cli.quantization.quantizers.jointq.descent import (
+    PADDING,
+    Descent,
+    RowState,
+    SearchResult,
+    combined,
+    with_rows,
+)
+from jointq_cli.quantization.quantizers.jointq.k_search import KSearch, KState
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
-from jointq_cli.quantization.quantizers.jointq.search import PADDING, Search, SearchResult, State
+from jointq_cli.quantization.quantizers.jointq.search import Search, State
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 from jointq_cli.quantization.quantizers.statistics import output_error, weight_error
 
 _CPU_ROWS = 256  # the errors of a tile of so many rows fit in cache
 
 T = TypeVar("T")
-Solve = Callable[[Search, Tensor, State | None], SearchResult]
+S = TypeVar("S", bound=RowState)
 
 
 @dataclass(frozen=True)
-class ScaledLayer:
+class ScaledLayer(ABC, Generic[S]):
     """`weight` (out, in) float32, not yet scaled; `exponent` of the power of two by which it is divided."""
 
     weight: Tensor
     exponent: int
-    grid: Grid
-    scale_dtype: torch.dtype
     batch_size: int | None
 
-    @classmethod
-    def of(cls, weight: Tensor, grid: Grid, scale_dtype: torch.dtype, batch_size: int | None) -> "ScaledLayer":
-        return cls(weight, math.frexp(float(weight.abs().max()))[1], grid, scale_dtype, batch_size)
+    @abstractmethod
+    def search(self, metric: Metric) -> Descent[S]:
+        """The search of one tile."""
 
-    def rows(self, rows: Tensor) -> "ScaledLayer":
+    @abstractmethod
+    def quantized(self, metric: Metric, state: S, permuted: bool) -> StoredWeight:
+        """The result in its stored form. Raises NumericsError where a scale does not fit in its dtype."""
+
+    def rows(self, rows: Tensor) -> Self:
         """The same with these rows only."""
         return replace(self, weight=self.weight[rows])
 
-    def solve(self, metric: Metric, solve: Solve, state: State | None) -> SearchResult:
+    def solve(
+        self, metric: Metric, solve: Callable[[Any, Tensor, S | None], SearchResult[S]], state: S | None
+    ) -> SearchResult[S]:
         """Calls `solve` for every tile with a search, targets (rows, in) and the tile's part of `state`."""
-        search = Search(metric, self.grid, self._rounding())
+        search = self.search(metric)
 
-        def one(tile: slice) -> SearchResult:
+        def one(tile: slice) -> SearchResult[S]:
             target = self._target(self.weight[tile], metric)
-            part = None if state is None else _padded(state, tile, target)
+            part = None if state is None else combined(lambda tensor: tensor[tile], state).padded(len(target), target)
             return solve(search, target, part).head(tile.stop - tile.start)
 
         return SearchResult.joined(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
@@ -65,6 +82,32 @@ class ScaledLayer:
 
         return math.fsum(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
 
+    def values(self, metric: Metric, state: S) -> Tensor:
+        """The dequantised weights of `state`, (out, in) float32 in the original order."""
+        values = torch.ldexp(state.values(metric).float(), torch.tensor(self.exponent))
+        return torch.empty_like(values).index_copy_(1, metric.order, values)
+
+    def output_error(self, metric: Metric, state: S, hessian: Tensor) -> float:
+        return output_error(self.weight, self.values(metric, state), hessian)
+
+    def weight_error(self, metric: Metric, state: S) -> float:
+        return weight_error(self.weight, self.values(metric, state))
+
+    def _target(self, weight: Tensor, metric: Metric) -> Tensor:
+        ordered = torch.ldexp(weight.index_select(1, metric.order), torch.tensor(-self.exponent))
+        return with_rows(ordered.to(metric.full.dtype), len(weight) + -len(weight) % PADDING, 0.0)
+
+
+@dataclass(frozen=True)
+class UniformLayer(ScaledLayer[State]):
+    """On a uniform grid."""
+
+    grid: Grid
+    scale_dtype: torch.dtype
+
+    def search(self, metric: Metric) -> Search:
+        return Search(metric, self.grid, scale_rounding(self.scale_dtype, self.exponent))
+
     def gptq_start(self, gptq: GPTQ, prepared: GptqPrepared, metric: Metric) -> State:
         """GPTQ's solution as a start, in JointQ's order of columns and groups."""
         ordered = self.weight.index_select(1, metric.order)
@@ -72,17 +115,6 @@ class ScaledLayer:
         levels = found.codes.to(metric.full.dtype)
         levels.view(len(levels), -1, metric.columns).sub_(found.zero_point.to(levels.dtype)[:, :, None])
         return State(levels, torch.ldexp(found.scale.to(levels.dtype), torch.tensor(-self.exponent)))
-
-    def values(self, metric: Metric, state: State) -> Tensor:
-        """The dequantised weights of `state`, (out, in) float32 in the original order."""
-        values = torch.ldexp(state.values(metric).float(), torch.tensor(self.exponent))
-        return torch.empty_like(values).index_copy_(1, metric.order, values)
-
-    def output_error(self, metric: Metric, state: State, hessian: Tensor) -> float:
-        return output_error(self.weight, self.values(metric, state), hessian)
-
-    def weight_error(self, metric: Metric, state: State) -> float:
-        return weight_error(self.weight, self.values(metric, state))
 
     def quantized(self, metric: Metric, state: State, permuted: bool) -> UniformWeight:
         """The result in its stored form. Raises NumericsError where a scale does not fit in the checkpoint's dtype."""
@@ -104,24 +136,34 @@ class ScaledLayer:
             symmetric=self.grid.symmetric,
         )
 
-    def _rounding(self) -> Rounding:
-        return scale_rounding(self.scale_dtype, self.exponent)
 
-    def _target(self, weight: Tensor, metric: Metric) -> Tensor:
-        ordered = torch.ldexp(weight.index_select(1, metric.order), torch.tensor(-self.exponent))
-        return _with_rows(ordered.to(metric.full.dtype), len(weight) + -len(weight) % PADDING, 0.0)
+@dataclass(frozen=True)
+class KLayer(ScaledLayer[KState]):
+    """On a K grid."""
 
+    grid: KGrid
 
-def _padded(state: State, tile: slice, target: Tensor) -> State:
-    """The tile's part with as many rows as `target` and its dtype, which may differ between values of lambda."""
-    levels, scale = state.levels[tile].to(target.dtype), state.scale[tile].to(target.dtype)
-    return State(_with_rows(levels, len(target), 0.0), _with_rows(scale, len(target), 1.0))
+    def search(self, metric: Metric) -> KSearch:
+        return KSearch(metric, self.grid, self.exponent)
 
+    def quantized(self, metric: Metric, state: KState, permuted: bool) -> KQuantWeight:
+        rows = len(state.levels)
+        original = torch.argsort(metric.order.view(-1, SUPER_BLOCK)[:, 0])  # super-blocks in the original order
 
-def _with_rows(tensor: Tensor, rows: int, value: float) -> Tensor:
-    if len(tensor) == rows:
-        return tensor
-    return torch.cat([tensor, tensor.new_full((rows - len(tensor), tensor.shape[1]), value)])
+        def arranged(tensor: Tensor) -> Tensor:
+            return tensor.view(rows, metric.groups, -1)[:, original]
+
+        unit = torch.tensor(self.exponent, device=state.d.device)
+        scales = KScales(
+            d=torch.ldexp(arranged(state.d).float(), unit),
+            dmin=torch.ldexp(arranged(state.dmin).float(), unit),
+            sc=arranged(state.sc),
+            mn=arranged(state.mn),
+        )
+        found = stored(scales, arranged(state.levels).unflatten(-1, (self.grid.blocks, self.grid.block)), self.grid)
+        if not bool(torch.isfinite(found.d).all()) or not bool(torch.isfinite(found.dmin).all()):
+            raise NumericsError("a scale of a super-block does not fit in float16")
+        return found
 
 
 def over_tiles(rows: int, batch_size: int | None, device: torch.device, solve: Callable[[slice], T]) -> list[T]:
