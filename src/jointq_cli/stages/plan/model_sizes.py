@@ -71,7 +71,7 @@ def shapes_of(model: StreamedModel, selected: Mapping[str, Quantizer]) -> Shapes
     head = next(layer for layer in model.linear_layers().values() if layer.module is _head(model))
     return Shapes(
         blocks=len(model),
-        hidden=int(config.hidden_size),
+        hidden=int(getattr(config, "hidden_size", model.module.get_input_embeddings().weight.shape[1])),
         vocabulary=int(_head(model).weight.shape[0]),
         heads=int(getattr(config, "num_attention_heads", 1)),
         largest_block=max(sizes),
