@@ -15,6 +15,7 @@ from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.assembly import assemble
+from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSettings
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.qep import NoQep, Qep, QepSettings
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
@@ -62,6 +63,7 @@ def quantize(
     weights: TokenWeights = EQUAL,
     suspended: float = 1e9,
     own: Mapping[str, Quantizer] | None = None,
+    experts: ExpertSettings = DEFAULT_EXPERTS,
 ) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
@@ -69,7 +71,9 @@ def quantize(
     workspace, records = Workspace(scratch), []
     with torch.no_grad():
         tokens = windows() if tokens is None else tokens
-        settings = LoopSettings(quantizer, qep, names, inputs, weights, len(tokens), batch, suspended, own or {})
+        settings = LoopSettings(
+            quantizer, qep, names, inputs, weights, len(tokens), batch, suspended, own or {}, experts
+        )
         quantize_blocks(model, tokens, settings, workspace, records.append, pause)
         assemble(model, workspace, scratch / "checkpoint", code=False)
     return model, workspace, records

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from expert_model import ExpertsConfig
+from expert_model import CalledConfig, ExpertsConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -72,7 +72,8 @@ LINEAR_ATTENTION = {
     **MIXED_LAYERS,
 }
 
-EXPERTS = {  # their experts are parameters, not linear layers, except for the first
+EXPERTS = {  # their experts are parameters, not linear layers, except for the first two
+    "llama_called_experts": lambda: CalledConfig(**{**GROUPED, "num_hidden_layers": 2, "intermediate_size": 32}),
     "llama_experts": lambda: ExpertsConfig(**{**GROUPED, "num_hidden_layers": 2, "intermediate_size": 32}),
     "granitemoe": lambda: transformers.GraniteMoeConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "llama4": lambda: transformers.Llama4TextConfig(

@@ -23,6 +23,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunEstimate, RunReport
 from jointq_cli.report import Console, encode
+from jointq_cli.report.tables.experts import few_tokens
 from jointq_cli.report.tables.plan import plan_document
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine
@@ -83,12 +84,14 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:
             console.warn(warning)
 
-        loop = loop_settings(layers, recipe.qep, recipe.calibration, recipe.runtime, tokens)
+        loop = loop_settings(layers, recipe, tokens)
         try_paths(original, tokens, windows, loop, recipe.activations)
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         team.on_rank0(link_rotation, rotated, run)
 
         quantized = quantize_model(context, rotated.model, tokens, loop)
+        for warning in few_tokens(quantized.layers, recipe.experts.warn_below):
+            console.warn(warning)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
         team.on_rank0(link_files, quantized.importance, run.importance)

@@ -11,6 +11,7 @@ IDENTICAL = "identical"  # the verdict of a reload check without a difference, a
 WITHIN_TOLERANCE = "within the tolerance"
 DIFFERENT = "different"
 FULL_COVERAGE = 0.95  # of the weights of the decoder blocks: below, a run warns about what is left out
+NO_TOKEN = "no token"  # the verdict of a layer of an expert that no calibration token is routed to
 REQUESTED, COMPUTED, MEASURED = "asked", "made", "measured"  # the parts of a run that a replay compares
 
 
@@ -35,11 +36,13 @@ class LayerRecord:
     weight_error: float
     damping: float | None  # fraction of the Hessian's mean diagonal that was added to its diagonal, None if unused
     seconds: float
-    verdict: (
-        str  # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: none or zero)
-    )
+    # "ok", "damped" (after damping retries), "fallback" (RTN: solver failed), "no input" (RTN: none or zero)
+    # or "no token" (none is routed to this expert: solved for those that enter the block's experts)
+    verdict: str
     notes: dict[str, Any] = field(default_factory=dict)  # what else the quantizer reports: dead columns, condition
     label: str = ""  # how the weight is stored, such as "W4 g128 asymmetric"; older reports lack it
+    tokens: int | None = None  # of calibration, routed to this expert; None for layers of no expert
+    block_share: float = 0.0  # of the tokens that the expert was solved for: of the block's, routed to it or not
 
 
 @dataclass(frozen=True)

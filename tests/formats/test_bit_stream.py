@@ -17,6 +17,8 @@ def test_every_bit_is_at_its_place(bits: int, count: int) -> None:
         expected = [(stream >> (WORD * index)) & 0xFFFFFFFF for index in range(packed_words(count, bits))]
         assert [word & 0xFFFFFFFF for word in packed] == expected
     assert torch.equal(unpack(words, bits, count).long(), codes.long())
+    transposed = words.T.clone(memory_format=torch.contiguous_format).T  # of one word a row: a stride of 3
+    assert torch.equal(unpack(transposed, bits, count).long(), codes.long())
 
 
 def test_no_rows_or_columns_are_packed_into_nothing() -> None:

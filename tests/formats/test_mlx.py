@@ -12,6 +12,7 @@ from tiny_models import edit_config
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.export import exporter_of
+from jointq_cli.formats.export.base import relative_error
 from jointq_cli.formats.export.mlx import ROUNDING, MlxExporter, pack_weight, unpack_weight
 from jointq_cli.formats.export.verification import verified
 from jointq_cli.formats.uniform import UniformWeight
@@ -125,6 +126,18 @@ def test_numbers_out_of_float16s_range_are_refused(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     with pytest.raises(ConfigError, match=r"model\.norm\.weight has numbers out of .*dtype=checkpoint"):
         MlxExporter().write(model, tmp_path / "export")
+
+
+def test_tensors_of_zeros_are_in_float16s_range(tmp_path: Path) -> None:
+    model = write_quantized(tmp_path / "model", "llama_bias", RTN(bits=4, group_size=32))
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.k_proj.bias"].zero_()
+    save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "export").mkdir()
+    MlxExporter().write(model, tmp_path / "export")
+    verified(model, MlxExporter(), tmp_path / "export")
+    assert relative_error(torch.ones(3), torch.zeros(3)) == torch.inf
 
 
 def test_what_the_format_cannot_hold_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -74,6 +74,20 @@ def test_blocks_may_return_more_than_hidden_states(
     torch.testing.assert_close(walk(streamed, windows(), batch=2), expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_what_blocks_hand_to_the_next_block_is_no_reason_to_run_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zaya's routers read those of the block before: run with None, each block would compute something else."""
+    config = transformers.ZayaConfig(
+        **GROUPED, head_dim=16, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=64
+    )
+    monkeypatch.setitem(FAMILIES, "zaya", lambda: config)
+    streamed = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "zaya")), CPU, torch.float32)
+    with pytest.raises(ModelError, match="passes to each block what the block before it returns beside"):
+        walk(streamed, windows(), batch=2)
+
+
 PER_LAYER = {
     **GROUPED, "num_hidden_layers": 2, "head_dim": 16, "vocab_size_per_layer_input": 256,
     "hidden_size_per_layer_input": 16, "sliding_window": 8, "num_kv_shared_layers": 0,

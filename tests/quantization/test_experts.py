@@ -16,6 +16,7 @@ from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import unpacked
 from jointq_cli.quantization.block import Block
+from jointq_cli.quantization.expert_settings import ExpertSettings
 from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
 from jointq_cli.quantization.layer_groups import merged
 from jointq_cli.quantization.loop import quantize_blocks
@@ -51,7 +52,7 @@ def test_layers_that_the_first_batch_does_not_reach_are_calibrated_on_later_ones
 ) -> None:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(filter(is_kept, model.linear_layers())) - {"lm_head"}
-    settings = LoopSettings(SOLVE, NO_QEP, names, "original", EQUAL, len(windows()), 1, 1e9)
+    settings = LoopSettings(SOLVE, NO_QEP, names, "original", EQUAL, len(windows()), 1, 1e9, ExpertSettings("routed"))
     hessians = Hessians(tmp_path)
     with torch.no_grad():
         collect_hessians(model, windows(), settings, hessians, lambda: None, lambda: None)
@@ -72,8 +73,11 @@ def test_layers_that_the_first_batch_does_not_reach_are_calibrated_on_later_ones
     unreached = {name for name in names if name not in expected}
     assert unreached == {name for name in names if LAST in name}
     for name in names:
-        wanted = torch.zeros_like(found[name]) if name in unreached else expected[name]
-        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
+        wanted = (
+            expected[name.partition(".experts")[0]] if name.endswith((f"{LAST}up_proj", f"{LAST}gate_proj")) else None
+        )
+        if name not in unreached or wanted is not None:
+            torch.testing.assert_close(found[name], expected.get(name, wanted), rtol=1e-4, atol=1e-5)
 
     bits = []
     for number, cached in enumerate((hessians, None)):
@@ -86,11 +90,13 @@ def test_layers_that_the_first_batch_does_not_reach_are_calibrated_on_later_ones
 
 
 @pytest.mark.parametrize("suspended", [0.0, 1e9])
-def test_experts_that_no_token_reaches_are_rounded(suspended: float, directory: Path, tmp_path: Path) -> None:
+def test_experts_that_no_token_reaches_are_solved_for_all_tokens(
+    suspended: float, directory: Path, tmp_path: Path
+) -> None:
     _, workspace, records = quantize(directory, tmp_path / "work", SOLVE, keep=is_kept, batch=1, suspended=suspended)
     verdicts = {record.name: record.verdict for record in records}
     assert len(verdicts) == 2 * (4 + 12 * 3)
-    assert {name for name, verdict in verdicts.items() if verdict == "no input"} == {
+    assert {name for name, verdict in verdicts.items() if verdict == "no token"} == {
         f"model.layers.{block}.mlp{LAST}{kind}" for block in (0, 1) for kind in ("gate_proj", "up_proj", "down_proj")
     }
     reloaded = StreamedModel(Checkpoint(tmp_path / "work" / "checkpoint"), CPU, torch.float32)

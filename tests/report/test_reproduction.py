@@ -308,6 +308,8 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
         "evaluation.path",
         "evaluation.revision",
         "evaluation.tasks_dir",
+        "experts.memory_gb",
+        "experts.warn_below",
         *(f"limits.{field.name}" for field in sorted(dataclasses.fields(Limits), key=lambda field: field.name)),
         "model.path",
         "model.revision",

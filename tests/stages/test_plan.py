@@ -443,6 +443,29 @@ def test_a_run_shows_the_warnings_of_its_plan(words: list[str]) -> None:
     assert quantized(words)["warnings"] == warnings
 
 
+def test_experts_are_planned_calibrated_and_reported(tmp_path: Path) -> None:
+    words = [*TINY, f"model.path={write_checkpoint(tmp_path / 'model', 'mixtral')}", "experts.warn_below=1000"]
+    estimate = planned(words)
+    [few] = [text for text in estimate.warnings if text.startswith("calibration.num_samples:")]
+    assert few.startswith("calibration.num_samples: 256 tokens, some 128 for each expert, for layers of 96 columns are")
+    report = quantized(words)
+    layers = [layer for layer in report["layers"] if layer["tokens"] is not None]
+    assert {layer["kind"] for layer in layers} == {"gate_proj", "up_proj", "down_proj"}
+    counts = {layer["name"].rpartition(".")[0]: layer["tokens"] for layer in layers}
+    assert sum(counts.values()) == 2 * 2 * 256  # blocks, experts per token, tokens
+    assert any(f"{len(counts)} of {len(counts)} experts have received fewer" in text for text in report["warnings"])
+    assert states(words)["quantize"] == "reused"
+    assert states([*words, "experts.memory_gb=0"])["quantize"] == "reused"
+    assert states([*words, "experts.routing=own"])["quantize"] == "reused"  # without qep there is nothing to compare
+    assert states([*words, "experts.calibration=all"])["quantize"] == "to make"
+
+
+def test_settings_of_experts_are_nothing_to_other_models(tmp_path: Path) -> None:
+    words = [*TINY, f"model.path={write_checkpoint(tmp_path / 'model')}"]
+    quantized(words)
+    assert states([*words, "experts.calibration=all"])["quantize"] == "reused"
+
+
 def test_experts_that_are_left_out_are_named_in_plan_run_and_report(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", "granitemoe")
     words = [*TINY, f"model.path={model}", "layers.exclude_layer_keywords=[experts]"]

@@ -19,6 +19,7 @@ from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models import streamed
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.expert_unit import ListedUnit
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.stages.trial import try_paths
@@ -75,6 +76,17 @@ def test_keys_and_values_that_cannot_be_reached_are_refused(tmp_path: Path, monk
         tried(write_checkpoint(tmp_path, "mamba"), activations=Activations(kv_bits=4))
 
 
+@pytest.fixture
+def unseen_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of which nothing shows which tokens they receive."""
+
+    def fail(self: ListedUnit, call: object) -> None:
+        raise ModelError("they receive other vectors")
+
+    monkeypatch.setattr(ListedUnit, "rows", fail)
+
+
+@pytest.mark.usefixtures("unseen_tokens")
 def test_experts_whose_tokens_qep_cannot_pair_are_refused(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path, "llama_experts")
     tried(directory)
@@ -101,6 +113,7 @@ def test_a_block_that_needs_more_than_it_is_given_is_refused(tmp_path: Path, mon
         tried(directory)
 
 
+@pytest.mark.usefixtures("unseen_tokens")
 def test_a_run_is_refused_before_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["recipe=ci_smoke", f"model.path={write_checkpoint(tmp_path / 'model', 'llama_experts')}", "output_dir=out"]

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    PreTrainedModel,
 )
 
 from jointq_cli.errors import ModelError
@@ -23,6 +24,7 @@ from jointq_cli.models.checkpoint import Checkpoint, require_finite
 from jointq_cli.models.stored_parts import Location, stored_tensors
 from jointq_cli.models.tensor_source import TensorSource
 
+_LARGE_LIST = 0.1  # of the parameters of the blocks: a list outside of them with more is a part of the model's depth
 PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")  # safetensors' names; 8 bits would be rounded again when written
 # What transformers raises for a config or remote code that it cannot build.
 BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError)
@@ -58,15 +60,41 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
 
 
-def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and ModuleList of the decoder blocks: in the language model, the list with the most parameters. Raises
-    ModelError without any."""
-    prefix = find_language_model(module)
-    parts = module.get_submodule(prefix).named_modules(prefix=prefix)
-    lists = [(name, part) for name, part in parts if isinstance(part, nn.ModuleList) and len(part)]
+def find_blocks(module: Any) -> tuple[str, nn.ModuleList]:
+    """Name and ModuleList of the decoder blocks: in the language model, the list with the most parameters.
+
+    Raises ModelError without any, and where text passes through another list of layers as well.
+    """
+    lists = _lists(module)
     if not lists:
-        raise ModelError(f"{type(module).__name__} has no ModuleList of blocks; it cannot be run block by block")
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        where = "outside of the models that it consists of; it cannot be run block by block"
+        raise ModelError(f"{type(module).__name__} has no ModuleList of blocks {where}")
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in lists.items()}
+    largest = max(sizes, key=sizes.__getitem__)
+    for name, size in sizes.items():
+        is_apart = not f"{name}.".startswith(f"{largest}.") and not f"{largest}.".startswith(f"{name}.")
+        if is_apart and size > _LARGE_LIST * sizes[largest]:
+            raise ModelError(
+                f"{type(module).__name__} has layers in {largest} and in {name}, not in one list of blocks; it cannot "
+                "be run block by block"
+            )
+    return largest, lists[largest]
+
+
+def _lists(module: Any) -> dict[str, nn.ModuleList]:
+    """The lists of modules that text may pass through: those of the language model, without the parts that have a
+    config of their own, such as an image encoder."""
+    prefix = find_language_model(module)
+    own = (module.config, module.config.get_text_config())
+    parts = dict(module.get_submodule(prefix).named_modules(prefix=prefix))
+    others = tuple(
+        f"{name}." for name, part in parts.items() if isinstance(part, PreTrainedModel) and part.config not in own
+    )
+    return {
+        name: part
+        for name, part in parts.items()
+        if isinstance(part, nn.ModuleList) and len(part) and not name.startswith(others)
+    }
 
 
 def find_language_model(module: Any) -> str:

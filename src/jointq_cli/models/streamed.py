@@ -6,8 +6,8 @@ an architecture, as long as the decoder blocks are one ModuleList and their argu
 not depend on the tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -71,6 +71,7 @@ class BlockwiseModel:
             online.attach(self.blocks, source.config)
         self._calls: dict[tuple[int, ...], list[BlockCall]] = {}
         self._outputs = 0  # the length of the tuple that blocks return, hidden states first; 0 for a plain tensor
+        self._passed_on: list[int] = []  # positions in it of what the model passes to its next block
         stored = stored_tensors(self.module, source, text_state(self.module))
         fused, unsplit = split_experts(self.module)
         self.unsplit_experts = {name: why for name, why in unsplit.items() if self.block_of(name) is not None}
@@ -195,6 +196,11 @@ class BlockwiseModel:
         call = self._calls[tuple(hidden.shape[:2])][index]
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+        if any(output[position] is not None for position in self._passed_on):
+            raise ModelError(
+                f"{self.source.directory}: {type(self.module).__name__} passes to each block what the block before it "
+                "returns beside the hidden states; it cannot be run block by block"
+            )
         self.require_finite_activations(f"the hidden states after block {index} ({self.prefix(index)[:-1]})", states)
         return states
 
@@ -229,8 +235,24 @@ class BlockwiseModel:
             self.module.load_state_dict(made_up, strict=False, assign=True)
             one, other = (self._record_calls(torch.tensor([ids]))[1] for ids in ([3, 4, 5], [6, 7, 8]))
             self._require_same_calls(one, other)
+            self._passed_on = self._find_passed_on()
         finally:
             unload(self.module)
+
+    def _find_passed_on(self) -> list[int]:
+        """Positions, in the tuples that blocks return, of what becomes an argument of another block: blocks are run
+        with None in its place."""
+        marks = [object() for _ in range(1, self._outputs)]
+        found: set[int] = set()
+
+        def record(index: int, states: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+            given = [*args, *kwargs.values()]
+            found.update(1 + place for place, mark in enumerate(marks) if any(each is mark for each in given))
+            return states
+
+        with self._replaced_blocks(record, marks), suppress(Exception):  # the model may compute with a mark
+            self.module.base_model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False)
+        return sorted(found)
 
     def _require_same_calls(self, one: list[BlockCall], other: list[BlockCall]) -> None:
         """Raises ModelError where a block's arguments differ between two texts of the same length."""
@@ -288,14 +310,15 @@ class BlockwiseModel:
         return f"{what}; it cannot be run block by block"
 
     @contextmanager
-    def _replaced_blocks(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Inside, block i computes `forward(i, hidden states, other args, other kwargs)`."""
+    def _replaced_blocks(self, forward: Callable[..., Tensor], others: Sequence[Any] = ()) -> Iterator[None]:
+        """Inside, block i computes `forward(i, hidden states, other args, other kwargs)`. others: what it returns
+        beside that, where blocks return tuples; None by default."""
 
         def replacement(index: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 states, args, kwargs = _split_hidden(args, kwargs)
                 output = forward(index, states, args, kwargs)
-                return (output, *[None] * (self._outputs - 1)) if self._outputs else output
+                return (output, *(others or [None] * (self._outputs - 1))) if self._outputs else output
 
             return call
 

@@ -20,6 +20,7 @@ class Accumulator:
     def __init__(self, in_features: int, device: torch.device, *, cross: bool = False, drift: int = 0) -> None:
         """drift: features of R, 0 for none."""
         self.tokens = 0.0  # by weight
+        self.rows = 0  # tokens, whatever their weight
         self._square = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._square) if cross else None
         self._drift = self._square.new_zeros(drift, in_features) if drift else None
@@ -48,6 +49,15 @@ class Accumulator:
             assert residual is not None
             self._drift += _flat(residual).T @ weighted
         self.tokens += len(flat) if weights is None else float(weights.sum(dtype=torch.float64))
+        self.rows += len(flat)
+
+    def add_share(self, other: "Accumulator", share: float) -> None:
+        """Adds the sums of `other`, which has the same shapes, times `share`; `rows` stays."""
+        pairs = ((self._square, other._square), (self._cross, other._cross), (self._drift, other._drift))
+        for own, added in pairs:
+            if own is not None and added is not None:
+                own.add_(added, alpha=share)
+        self.tokens += share * other.tokens
 
     def sum_over(self, processes: Callable[[Tensor], Tensor]) -> None:
         """Adds the sums of other processes; `processes` returns the sum of a contiguous tensor over all, in place."""
@@ -57,7 +67,9 @@ class Accumulator:
         for sums in (self._cross, self._drift):
             if sums is not None:
                 processes(sums)
-        self.tokens = float(processes(torch.tensor([self.tokens], dtype=torch.float64, device=self._square.device)))
+        counts = torch.tensor([self.tokens, self.rows], dtype=torch.float64, device=self._square.device)
+        self.tokens, rows = processes(counts).tolist()
+        self.rows = round(rows)
 
     def hessian(self) -> Tensor:
         """H (in, in) float64, in the accumulator's own memory: call it once, when all batches have been added."""

@@ -4,18 +4,21 @@ A block has two sets of weights: "original", as stored in the checkpoint, and "q
 been solved is replaced. Both share one module in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from jointq_cli.errors import ModelError
 from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.stored_parts import Location
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.hidden_states import WeightSet
+from jointq_cli.quantization.expert_unit import ExpertUnit, find_units, watching
+from jointq_cli.quantization.hidden_states import Stream, WeightSet
 from jointq_cli.quantization.layer_groups import Run, merged
-from jointq_cli.quantization.resumable_forward import ResumableForward
+from jointq_cli.quantization.resumable_forward import ModuleCall, ResumableForward, first_tensor, group_hooks
 
 _PROBE_RMS = 0.1  # of the tokens that show a block's structure: far above the epsilon of its norms
 _CLOSE = 0.02  # relative
@@ -31,18 +34,19 @@ class Block:
         self._changed = set[str]()  # stored tensors of which several layers have parts, and that were copied
         self._linear = layer_refs(model.blocks[index], model.prefix(index))
         self.layers = [layer for name, layer in self._linear.items() if name in names]
-        self._weights: dict[WeightSet, list[Tensor]] = {
-            "original": [layer.module.get_parameter("weight") for layer in self.layers],
-            "quantized": [layer.module.get_parameter("weight") for layer in self.layers],
-        }
+        weights: dict[LayerRef, Tensor] = {layer: layer.module.get_parameter("weight") for layer in self.layers}
+        self._weights: dict[WeightSet, dict[LayerRef, Tensor]] = {"original": weights, "quantized": dict(weights)}
+        self._units: list[ExpertUnit] = []
 
     def run(self, hidden: Tensor) -> Tensor:
         """The forward pass of hidden states (batch, tokens, hidden), with the weights that are active while it runs."""
         return self.model.run(self.index, hidden)
 
-    def activate(self, weights: WeightSet) -> None:
-        for layer, weight in zip(self.layers, self._weights[weights], strict=True):
-            layer.module.weight = weight
+    def activate(self, stream: Stream, layers: Iterable[LayerRef] | None = None) -> None:
+        """Makes the weights of a stream those of some layers, by default of all."""
+        weights = self._weights["original" if stream == "original" else "quantized"]
+        for layer in self.layers if layers is None else layers:
+            layer.module.weight = weights[layer]
 
     def weight(self, layer: LayerRef) -> Tensor:
         """A layer's weight (out, in) as stored in the checkpoint."""
@@ -59,7 +63,7 @@ class Block:
                 self._changed.add(shared)
             location.write(turned.cpu(), self.tensors)
         parameter = nn.Parameter(turned.to(self.model.device, self.model.dtype), requires_grad=False)
-        self._weights["quantized"][self.layers.index(layer)] = parameter
+        self._weights["quantized"][layer] = parameter
 
     def structure(self, hidden: Tensor) -> "BlockStructure":
         """Groups and writers, found by one forward pass of hidden states (batch, tokens, hidden).
@@ -70,11 +74,15 @@ class Block:
         """
         rms = hidden.float().square().mean(dim=-1, keepdim=True).sqrt().clamp_min(_PROBE_RMS)
         hidden = (hidden.float() * (_PROBE_RMS / rms)).to(hidden.dtype)
+        units = list(find_units(self.model.blocks[self.index], self.model.prefix(self.index), self.layers))
+        if units:
+            with watching(units) as self._units:
+                self.run(hidden)
         outputs: dict[nn.Module, Tensor] = {}
+        modules = {layer.module for layer in self._linear.values() if layer.out_features == hidden.shape[-1]}
         handles = [
-            layer.module.register_forward_hook(lambda module, args, output: outputs.update({module: output}))
-            for layer in self._linear.values()
-            if layer.out_features == hidden.shape[-1]
+            module.register_forward_hook(lambda module, _, output: outputs.update({module: first_tensor(output)}))
+            for module in modules | {unit.holder for unit in self._units}
         ]
         try:
             run, output = self._observed(hidden)
@@ -98,10 +106,11 @@ class Block:
         """The structure that these forward passes show. Raises ModelError where they contradict each other."""
         by_name = {layer.name: layer for layer in self.layers}
         groups = [[by_name.pop(name) for name in group] for group in merged(runs, list(by_name))]
+        units = {number: unit for number, group in enumerate(groups) for unit in self._units if group[0] in unit}
         unreached: dict[int, list[LayerRef]] = {}
         for layer in by_name.values():
             unreached.setdefault(layer.in_features, []).append(layer)
-        return BlockStructure(groups, writers, list(unreached.values()))
+        return BlockStructure(groups, writers, list(unreached.values()), units)
 
     def passive(self, groups: Run) -> "BlockStructure":
         """The structure where all groups are known and passes need not stop at them."""
@@ -110,7 +119,7 @@ class Block:
 
     def _observed(self, hidden: Tensor) -> tuple[Run, Tensor]:
         """The order in which a forward pass of hidden states (batch, tokens, hidden) runs the layers; its output."""
-        groups: list[tuple[Tensor, list[str]]] = []
+        groups: list[tuple[object, list[str]]] = []
 
         def record_input(name: str, inputs: Tensor) -> None:
             if any(name in names for _, names in groups):
@@ -124,6 +133,13 @@ class Block:
         handles = [
             layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: record_input(name, args[0]))
             for layer in self.layers
+            if not any(layer in unit for unit in self._units)
+        ]
+        handles += [
+            unit.module.register_forward_pre_hook(
+                lambda *_, unit=unit: groups.append((unit, [layer.name for layer in unit]))
+            )
+            for unit in self._units
         ]
         try:
             output = self.run(hidden)
@@ -140,16 +156,29 @@ class Block:
 class BlockStructure:
     """groups: the layers in the order they run, those that read the same tensor together.
 
-    writers: the linear layers, selected or not, whose outputs are added to the residual stream, and the factor of each,
-    the same for all. Empty where the block does more to the stream than that, such as a norm after its layers.
+    writers: the linear layers, selected or not, and the modules with experts, whose outputs are added to the residual
+    stream, and the factor of each, the same for all. Empty where the block does more to the stream than that, such as a
+    norm after its layers.
 
     passive: further groups, at whose inputs no pass stops: layers that no token has reached (experts), those with as
     many columns together; or all, where their statistics are known.
+
+    units: those of `groups`, by number, that are all layers of the experts of one module.
     """
 
     groups: list[list[LayerRef]]
     writers: dict[nn.Module, float]
     passive: list[list[LayerRef]]
+    units: Mapping[int, ExpertUnit] = field(default_factory=dict)
+
+    def hooks(self, writers: Mapping[nn.Module, float]) -> AbstractContextManager[None]:
+        """Inside, passes stop at the groups, and add up the outputs of writers."""
+        of_units = {number: unit.module for number, unit in self.units.items()}
+        groups = [
+            [] if number in of_units else [layer.module for layer in layers]
+            for number, layers in enumerate(self.groups)
+        ]
+        return group_hooks(groups, writers, of_units)
 
     def write_factor(self, number: int) -> float:
         """The factor of a group's output in the residual stream; 0 unless the group is one layer that writes."""
@@ -201,10 +230,11 @@ class GroupInput:
 class BlockForward:
     """The forward passes of hidden states (windows, tokens, hidden) through a block with one weight set, in batches."""
 
-    def __init__(self, block: Block, weights: WeightSet, hidden: Tensor, batch: int, suspendable: int) -> None:
+    def __init__(self, block: Block, stream: Stream, hidden: Tensor, batch: int, suspendable: int) -> None:
         """suspendable: how many passes may be suspended between two groups; the others are restarted."""
+        self.tokens = hidden.shape[1]  # of a window
         self._block = block
-        self._weights = weights
+        self._stream = stream
         self._parts = hidden.split(batch) if len(hidden) else ()
         self._passes = [
             ResumableForward(lambda part=part: block.run(part), suspendable=number < suspendable)  # type: ignore[misc]
@@ -214,13 +244,27 @@ class BlockForward:
     def inputs_of_group(self, number: int) -> Iterator[GroupInput]:
         """Batch by batch."""
         for part, forward in zip(self._parts, self._passes, strict=True):
-            self._block.activate(self._weights)
+            self._block.activate(self._stream)
             inputs, written = forward.input_of(number)
             yield GroupInput(inputs, part, written)
+
+    def calls_of_group(self, number: int) -> Iterator[ModuleCall]:
+        """Of the module of a group, batch by batch. Raises ModelError where a batch does not call it."""
+        for forward in self._passes:
+            self._block.activate(self._stream)
+            call = forward.call_of(number)
+            if call is None:
+                raise ModelError("the experts of a block are not called for all tokens; exclude them")
+            yield call
+
+    def change_calls(self, number: int, changes: Sequence[Callable[[ModuleCall], ModuleCall]]) -> None:
+        """Batch by batch; see `ResumableForward.change_call`."""
+        for forward, change in zip(self._passes, changes, strict=True):
+            forward.change_call(number, change)
 
     def finish(self, pause: Callable[[], None]) -> None:
         """Overwrites the hidden states with those that leave the block; calls `pause` after each batch."""
         for part, forward in zip(self._parts, self._passes, strict=True):
-            self._block.activate(self._weights)
+            self._block.activate(self._stream)
             part.copy_(forward.output())
             pause()

@@ -12,8 +12,8 @@ from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import Accumulator
 from jointq_cli.quantization.block import BlockForward, BlockStructure, GroupInput
-from jointq_cli.quantization.hidden_states import WeightSet
-from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
+from jointq_cli.quantization.hidden_states import Stream
+from jointq_cli.quantization.quantizers.statistics import ExpertTokens, HeldOut, Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.system.distributed import Team
 
@@ -30,7 +30,7 @@ class Collector:
     pause: Callable[[], None]
     team: Team
 
-    def collect(self, structure: BlockStructure, number: int, forwards: Mapping[WeightSet, BlockForward]) -> Statistics:
+    def collect(self, structure: BlockStructure, number: int, forwards: Mapping[Stream, BlockForward]) -> Statistics:
         """The statistics of a group's input over all batches, and those of the held-out ones separately.
 
         Raises NumericsError, with the name of a layer, where they cannot be used.
@@ -38,8 +38,7 @@ class Collector:
         settings, layers, factor = self.settings, structure.groups[number], structure.write_factor(number)
         cross = any(settings.qep.corrects(layer.name) for layer in layers)
         drift = cross and factor > 0 and settings.qep.needs_drift
-        parts = 2 if settings.heldout_from < settings.batches else 1
-        accumulators = [self._accumulator(layers[0], cross, drift) for _ in range(parts)]
+        accumulators = self.accumulators(layers[0], cross=cross, drift=drift)
         inputs = forwards[settings.solved_for].inputs_of_group(number)
         originals = forwards["original"].inputs_of_group(number) if cross else repeat(None)
         first = self.team.part(settings.batches).start
@@ -54,16 +53,33 @@ class Collector:
             self.pause()
         for accumulator in accumulators:
             accumulator.sum_over(self.team.all_reduce_sum)
-        with naming(layers[0]):
+        return self.statistics(layers[0], accumulators)
+
+    @property
+    def parts(self) -> int:
+        """How many sums are collected: of all tokens, and of the held-out ones where there are any."""
+        return 2 if self.settings.heldout_from < self.settings.batches else 1
+
+    def accumulators(self, layer: LayerRef, *, cross: bool = False, drift: bool = False) -> list[Accumulator]:
+        """As many as there are `parts`, for a layer's input."""
+        size, rows = layer.in_features, layer.out_features if drift else 0
+        return [Accumulator(size, self.model.device, cross=cross, drift=rows) for _ in range(self.parts)]
+
+    def statistics(
+        self, layer: LayerRef, accumulators: list[Accumulator], tokens: ExpertTokens | None = None
+    ) -> Statistics:
+        """Of complete sums, which are used up. Raises NumericsError, with the layer's name, where they cannot be
+        used."""
+        with naming(layer):
             heldout = _held_out(*accumulators)
             everything = accumulators[0]
-            statistics = Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout)
-        self._require_finite(layers[0], statistics)
+            statistics = Statistics(everything.hessian(), everything.cross(), everything.drift(), heldout, tokens)
+        self._require_finite(layer, statistics)
         return statistics
 
     def of_no_token(self, layer: LayerRef) -> Statistics:
         """Those of a layer that no token reaches."""
-        return Statistics(self._accumulator(layer, cross=False, drift=False).hessian())
+        return Statistics(self.accumulators(layer)[0].hessian())
 
     def _require_finite(self, layer: LayerRef, statistics: Statistics) -> None:
         """NaN or Inf in a feature of any token is on the diagonal of H and C, and in that feature's row of D."""
@@ -75,9 +91,6 @@ class Collector:
         ):
             if sums is not None:
                 self.model.require_finite_activations(f"the inputs of {layer.name}", sums)
-
-    def _accumulator(self, layer: LayerRef, cross: bool, drift: bool) -> Accumulator:
-        return Accumulator(layer.in_features, self.model.device, cross=cross, drift=layer.out_features if drift else 0)
 
     def _token_weights(self, layer: LayerRef, current: GroupInput, factor: float) -> Tensor | None:
         assert current.inputs is not None

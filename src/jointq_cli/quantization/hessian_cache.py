@@ -19,7 +19,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import packed, packed_size, unpacked
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.layer_groups import Run
-from jointq_cli.quantization.quantizers.statistics import HeldOut, Statistics
+from jointq_cli.quantization.quantizers.statistics import ExpertTokens, HeldOut, Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.walk import BlockVisit, Group, walk
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
@@ -73,6 +73,10 @@ class Hessians:
         if statistics.heldout is not None:
             tensors["held_hessian"] = packed(statistics.heldout.hessian)
             tensors["held_share"] = torch.tensor(statistics.heldout.share, dtype=torch.float64)
+        if statistics.tokens is not None:
+            counts = [statistics.tokens.counts[layer.name] for layer in group.layers]
+            tensors["tokens"] = torch.tensor(counts)
+            tensors["block_share"] = torch.tensor(statistics.tokens.block_share, dtype=torch.float64)
         layers = {_LAYERS: json.dumps([layer.name for layer in group.layers])}
         write_atomically(self._path(group.block.index, group.number), lambda path: save_tensors(path, tensors, layers))
 
@@ -89,10 +93,15 @@ class Hessians:
         size, device = group.layers[0].in_features, group.block.model.device
         tensors = load_file(self._path(group.block.index, group.number))
         hessian = unpacked(tensors["hessian"].to(device), size)
-        if "held_hessian" not in tensors:
-            return Statistics(hessian)
-        held = unpacked(tensors["held_hessian"].to(device), size)
-        return Statistics(hessian, heldout=HeldOut(held, tensors["held_share"].item()))
+        heldout = tokens = None
+        if "held_hessian" in tensors:
+            held = unpacked(tensors["held_hessian"].to(device), size)
+            heldout = HeldOut(held, tensors["held_share"].item())
+        if "tokens" in tensors:
+            names = [layer.name for layer in group.layers]
+            counts = dict(zip(names, map(int, tensors["tokens"]), strict=True))
+            tokens = ExpertTokens(counts, tensors["block_share"].item())
+        return Statistics(hessian, heldout=heldout, tokens=tokens)
 
     def _path(self, block: int, group: int) -> Path:
         return self.directory / f"{block:05d}-{group}.safetensors"

@@ -10,7 +10,11 @@ from jointq_cli.system.files import write_atomically
 from jointq_cli.system.tensor_files import read_rows, save_tensors
 
 WeightSet = Literal["original", "quantized"]
-HiddenStates = dict[WeightSet, Tensor]  # (windows, tokens, hidden) each, by the weights that computed them
+Stream = Literal["original", "quantized", "checkpoint"]
+"""What hidden states have passed through: the weights of this name. Where the experts of "quantized" are given the
+tokens that the original model's router sends them, "checkpoint" has the same weights and their own router, as the
+checkpoint has."""
+HiddenStates = dict[Stream, Tensor]  # (windows, tokens, hidden) each
 
 
 class HiddenStateFile:
@@ -29,10 +33,16 @@ class HiddenStateFile:
         with safe_open(self._path, framework="pt") as file:
             return int(file.metadata()["block"])
 
-    def read(self, weights: WeightSet, windows: slice = slice(None)) -> Tensor:
+    def read(self, stream: Stream, windows: slice = slice(None)) -> Tensor:
         """(windows, tokens, hidden) in the dtype that the model computes in. Needs a finished block."""
-        return read_rows(self._path, weights, windows)
+        return read_rows(self._path, stream, windows)
+
+    def read_as_checkpoint(self) -> Tensor:
+        """What the checkpoint computes for these windows."""
+        with safe_open(self._path, framework="pt") as file:
+            names = file.keys()
+        return self.read("checkpoint" if "checkpoint" in names else "quantized")
 
     def write(self, finished: int, hidden: HiddenStates) -> None:
-        tensors = {str(weights): states for weights, states in hidden.items()}
+        tensors = {str(stream): states for stream, states in hidden.items()}
         write_atomically(self._path, lambda path: save_tensors(path, tensors, {"block": str(finished)}))

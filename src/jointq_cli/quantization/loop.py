@@ -20,8 +20,9 @@ from jointq_cli.formats.base import StoredWeight
 from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.collector import naming
+from jointq_cli.quantization.expert_unit import has_routed_units
 from jointq_cli.quantization.hessian_cache import Hessians
-from jointq_cli.quantization.hidden_states import HiddenStates, WeightSet
+from jointq_cli.quantization.hidden_states import HiddenStates, Stream
 from jointq_cli.quantization.importance import save_importance
 from jointq_cli.quantization.qep import Correction, NoCorrection
 from jointq_cli.quantization.quantizers.statistics import Statistics
@@ -29,7 +30,7 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import LayerSolution, Solver
 from jointq_cli.quantization.walk import BlockVisit, Group, walk
 from jointq_cli.quantization.workspace import Workspace
-from jointq_cli.records import BlockRecord, LayerRecord
+from jointq_cli.records import NO_TOKEN, BlockRecord, LayerRecord
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 
 
@@ -53,10 +54,12 @@ def quantize_blocks(
     """
     loop = _Loop(settings, workspace, windows.shape, on_layer, pause, hessians, team)
     collects = hessians is None
-    complete: dict[WeightSet, bool] = {
+    complete: dict[Stream, bool] = {
         "original": collects and (settings.solved_for == "original" or settings.corrects),
         "quantized": collects and settings.solved_for == "quantized",
     }
+    if settings.follows_original and has_routed_units(model, settings.layers):
+        complete["checkpoint"] = False
     known = None if hessians is None else hessians.groups
     for block in walk(model, windows, settings, workspace.hidden, complete, settings.batch, pause, team, known):
         loop.quantize_block(block)
@@ -78,7 +81,7 @@ class _Loop:
         self.team.on_rank0(self._write_block, block)
 
     def _write_block(self, block: BlockVisit) -> None:
-        first = {weights: states[: self.settings.batch] for weights, states in block.hidden.items()}
+        first: HiddenStates = {stream: states[: self.settings.batch] for stream, states in block.hidden.items()}
         self.workspace.write_block(BlockRecord(block.index, _relative_error(first)), block.tensors)
 
     def _quantize_group(self, group: Group) -> None:
@@ -133,7 +136,7 @@ class _Loop:
             if statistics.cross is not None and not prepared.failed:
                 correction = self.settings.qep.correction(statistics, quantizer.ridge(statistics.hessian))
         seconds = (time.perf_counter() - started) / len(layers)
-        return Solver(quantizer, prepared, correction, statistics.hessian, self.team, seconds)
+        return Solver(quantizer, prepared, correction, statistics.hessian, self.team, seconds, statistics.tokens)
 
     def _solve(self, block: int, layer: LayerRef, stored: Tensor, solver: Solver) -> tuple[LayerSolution, LayerRecord]:
         """stored: the layer's weight (out, in) as in the checkpoint."""
@@ -146,6 +149,7 @@ class _Loop:
             solved = solver.solve(weight, stored.dtype)
         seconds = solver.preparation_seconds + time.perf_counter() - started
         solution, quantized = solved.solution, solved.solution.quantized
+        tokens = None if solver.tokens is None else solver.tokens.counts[layer.name]
         output_error, weight_error = solved.energies.relative()
         record = LayerRecord(
             name=layer.name,
@@ -157,8 +161,10 @@ class _Loop:
             weight_error=weight_error,
             damping=solution.damping,
             seconds=seconds,
-            verdict=solution.verdict,
+            verdict=NO_TOKEN if tokens == 0 and solution.verdict == "ok" else solution.verdict,
             notes={**solution.notes, **solved.notes},
+            tokens=tokens,
+            block_share=0.0 if solver.tokens is None else solver.tokens.block_share,
             **quantized.record_fields(),
         )
         return solved, record
@@ -166,7 +172,7 @@ class _Loop:
 
 def _relative_error(hidden: HiddenStates) -> float:
     """|quantised - original|^2 / |original|^2."""
-    original, quantized = hidden["original"].float(), hidden["quantized"].float()
+    original, quantized = hidden["original"].float(), hidden.get("checkpoint", hidden["quantized"]).float()
     signal = original.square().sum(dtype=torch.float64)
     error = (quantized - original).square().sum(dtype=torch.float64)
     return float(error / signal) if signal > 0 else 0.0

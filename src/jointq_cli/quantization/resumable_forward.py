@@ -10,6 +10,8 @@ has the same bits.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
@@ -17,11 +19,24 @@ from torch import Tensor, nn
 from jointq_cli.errors import ModelError
 
 
+@dataclass(frozen=True)
+class ModuleCall:
+    """The arguments of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @contextmanager
-def group_hooks(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Module, float]) -> Iterator[None]:
+def group_hooks(
+    groups: Sequence[Sequence[nn.Module]],
+    writers: Mapping[nn.Module, float],
+    called: Mapping[int, nn.Module] | None = None,
+) -> Iterator[None]:
     """Inside, a ResumableForward stops at the input of each group of layers; groups are in the order they run.
 
-    writers: layers whose outputs, times a factor, a ResumableForward adds up.
+    writers: modules whose outputs, times a factor, a ResumableForward adds up. called: the modules of groups (without
+    layers of their own here) at whose call it stops as a whole.
     """
     handles = [
         layer.register_forward_pre_hook(lambda _, args, number=number: _suspend_at(number, args[0]))
@@ -29,7 +44,15 @@ def group_hooks(groups: Sequence[Sequence[nn.Module]], writers: Mapping[nn.Modul
         for layer in group
     ]
     handles += [
-        layer.register_forward_hook(lambda _, args, output, factor=factor: _add_output(getcurrent(), factor * output))
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, number=number: _suspend_at_call(number, ModuleCall(args, kwargs)), with_kwargs=True
+        )
+        for number, module in (called or {}).items()
+    ]
+    handles += [
+        layer.register_forward_hook(
+            lambda _, args, output, factor=factor: _add_output(getcurrent(), factor * first_tensor(output))
+        )
         for layer, factor in writers.items()
     ]
     try:
@@ -45,7 +68,8 @@ class ResumableForward:
     def __init__(self, forward: Callable[[], Tensor], *, suspendable: bool) -> None:
         self._forward = forward
         self._suspendable = suspendable
-        self._coroutine = _ForwardCoroutine(forward)
+        self._changes: dict[int, Callable[[ModuleCall], ModuleCall]] = {}
+        self._coroutine = _ForwardCoroutine(forward, self._changes)
 
     def input_of(self, group: int) -> tuple[Tensor | None, Tensor | None]:
         """The input of a group's layers, None if the pass does not run them; and the sum of the writers' outputs until
@@ -54,7 +78,20 @@ class ResumableForward:
         written = self._coroutine.written
         if not self._suspendable:
             self._restart()
+        assert inputs is None or isinstance(inputs, Tensor)
         return inputs, written
+
+    def call_of(self, group: int) -> ModuleCall | None:
+        """How the module of a group is called, None if the pass does not call it. May be asked for several times."""
+        call = self._coroutine.run_to(group)
+        if not self._suspendable:
+            self._restart()
+        assert call is None or isinstance(call, ModuleCall)
+        return call
+
+    def change_call(self, group: int, change: Callable[[ModuleCall], ModuleCall]) -> None:
+        """From here on the pass calls the module of a group with what `change` returns for the call."""
+        self._changes[group] = change
 
     def output(self) -> Tensor:
         """Runs the rest of the pass."""
@@ -63,21 +100,24 @@ class ResumableForward:
         return output
 
     def _restart(self) -> None:
-        self._coroutine = _ForwardCoroutine(self._forward)  # which frees the activations of the old one
+        self._coroutine = _ForwardCoroutine(self._forward, self._changes)  # which frees the activations of the old one
 
 
 class _ForwardCoroutine(greenlet):
     """A forward pass that returns control to its caller at each group."""
 
-    def __init__(self, forward: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, forward: Callable[[], Tensor], changes: Mapping[int, Callable[[ModuleCall], ModuleCall]]
+    ) -> None:
         super().__init__(forward)
+        self.changes = changes
         self._group = -1
         self._passed: set[int] = set()
-        self._inputs: Tensor | None = None
+        self._inputs: Tensor | ModuleCall | None = None
         self._output: Tensor | None = None
         self.written: Tensor | None = None
 
-    def run_to(self, group: int) -> Tensor | None:
+    def run_to(self, group: int) -> Tensor | ModuleCall | None:
         while self._group < group and self._output is None:
             self._resume()
         return self._inputs if self._group == group else None
@@ -87,7 +127,7 @@ class _ForwardCoroutine(greenlet):
             self._resume()
         return self._output
 
-    def reaches(self, group: int, inputs: Tensor) -> bool:
+    def reaches(self, group: int, inputs: Tensor | ModuleCall) -> bool:
         """Whether to stop here: at the first layer of a group, not at the others. Raises ModelError where another pass
         has run the groups in another order."""
         if group in self._passed:
@@ -111,8 +151,24 @@ def _suspend_at(group: int, inputs: Tensor) -> None:
         getcurrent().parent.switch()  # type: ignore[union-attr]  # a _ForwardCoroutine has one
 
 
-def _reaches(current: greenlet, group: int, inputs: Tensor) -> bool:
+def _suspend_at_call(group: int, call: ModuleCall) -> tuple[Any, dict[str, Any]] | None:
+    if not isinstance(getcurrent(), _ForwardCoroutine):
+        return None
+    if _reaches(getcurrent(), group, call):
+        getcurrent().parent.switch()  # type: ignore[union-attr]  # as above
+    change = getcurrent().changes.get(group)  # type: ignore[attr-defined]
+    changed = call if change is None else change(call)
+    return changed.args, changed.kwargs
+
+
+def _reaches(current: greenlet, group: int, inputs: Tensor | ModuleCall) -> bool:
     return isinstance(current, _ForwardCoroutine) and current.reaches(group, inputs)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a module returns, or the first of several."""
+    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return tensor
 
 
 def _add_output(current: greenlet, output: Tensor) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError
+from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSettings
 from jointq_cli.quantization.hidden_states import WeightSet
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers.base import Quantizer
@@ -23,6 +24,7 @@ class LoopSettings:
     batch: int  # windows per forward pass
     suspended_bytes: float  # of activations that suspended forward passes may hold
     own: Mapping[str, Quantizer] = field(default_factory=dict)  # of layers with other settings, by full name
+    experts: ExpertSettings = DEFAULT_EXPERTS
 
     def __post_init__(self) -> None:
         self.qep.check_inputs(self.inputs)
@@ -61,6 +63,11 @@ class LoopSettings:
     def corrects(self) -> bool:
         """Whether QEP corrects any layer."""
         return any(map(self.qep.corrects, self.layers))
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether experts receive the tokens that the original model's router sends them, in both models."""
+        return self.corrects and self.experts.routing == "original"
 
     @property
     def needs_residual(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jointq_cli.quantization.qep import Correction
 from jointq_cli.quantization.quantizers.base import ROWS, Prepared, Quantizer, Solution
-from jointq_cli.quantization.quantizers.statistics import Energies
+from jointq_cli.quantization.quantizers.statistics import Energies, ExpertTokens
 from jointq_cli.system.distributed import Team
 
 
@@ -43,6 +43,7 @@ class Solver:
     hessian: Tensor
     team: Team
     preparation_seconds: float  # divided by the number of layers
+    tokens: ExpertTokens | None  # where the layers are those of experts
 
     def solve(self, weight: Tensor, dtype: torch.dtype) -> LayerSolution:
         """weight: (out, in) float32, of a checkpoint in `dtype`."""

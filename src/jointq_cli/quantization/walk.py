@@ -13,7 +13,7 @@ processes of a team share the windows, and process 0 writes the file.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 
 from torch import Tensor
 
@@ -22,10 +22,10 @@ from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import Block, BlockForward, BlockStructure
 from jointq_cli.quantization.collector import Collector
-from jointq_cli.quantization.hidden_states import HiddenStateFile, HiddenStates, WeightSet
+from jointq_cli.quantization.expert_statistics import ExpertStatistics
+from jointq_cli.quantization.hidden_states import HiddenStateFile, HiddenStates, Stream
 from jointq_cli.quantization.layer_groups import Run
 from jointq_cli.quantization.quantizers.statistics import Statistics
-from jointq_cli.quantization.resumable_forward import group_hooks
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.system.distributed import Team
 
@@ -35,7 +35,7 @@ def walk(
     windows: Tensor,
     settings: LoopSettings,
     file: HiddenStateFile,
-    complete: Mapping[WeightSet, bool],
+    complete: Mapping[Stream, bool],
     kept: int,
     pause: Callable[[], None],
     team: Team,
@@ -43,8 +43,8 @@ def walk(
 ) -> Iterator["BlockVisit"]:
     """The unfinished blocks. A block is finished when the caller, having used all its groups, asks for the next one.
 
-    windows: (windows, tokens) int64. complete: whether all of them pass through the blocks with a set of weights, or
-    the first batch only. kept: the number of windows whose hidden states are kept after the last block. pause is called
+    windows: (windows, tokens) int64. complete: for each stream, whether all of them pass through the blocks, or the
+    first batch only. kept: the number of windows whose hidden states are kept after the last block. pause is called
     after each batch and may raise. known_groups: the groups of each block, where their statistics are known already.
     Raises ResourceError where processes find different numbers of finished blocks.
     """
@@ -66,7 +66,7 @@ def _entering(
     model: StreamedModel,
     windows: Tensor,
     batch: int,
-    complete: Mapping[WeightSet, bool],
+    complete: Mapping[Stream, bool],
     file: HiddenStateFile,
     team: Team,
 ) -> HiddenStates:
@@ -129,17 +129,25 @@ class BlockVisit:
             structure = self._structure(block)
             suspendable = self._suspendable(block, structure.groups)
             forwards = {
-                weights: BlockForward(block, weights, states, settings.batch, suspendable)
-                for weights, states in self.hidden.items()
+                stream: BlockForward(block, stream, states, settings.batch, suspendable)
+                for stream, states in self.hidden.items()
             }
             writers = structure.writers if settings.needs_residual else {}
-            for number, layers in enumerate(structure.passive, start=len(structure.groups)):
-                yield Group(block, number, layers, partial(collector.of_no_token, layers[0]))
-            with group_hooks([[layer.module for layer in layers] for layers in structure.groups], writers):
+            numbers = count()
+            for layers in structure.passive:
+                yield Group(block, next(numbers), layers, partial(collector.of_no_token, layers[0]))
+            with structure.hooks(writers):
                 for number, layers in enumerate(structure.groups):
-                    yield Group(block, number, layers, partial(collector.collect, structure, number, forwards))
-            for forward in forwards.values():
-                forward.finish(collector.pause)
+                    if unit := structure.units.get(number):
+                        experts = ExpertStatistics(collector, block, unit, number, forwards)
+                        experts.replay()
+                        for together, statistics in experts.groups():
+                            yield Group(block, next(numbers), together, statistics)
+                    else:
+                        collect = partial(collector.collect, structure, number, forwards)
+                        yield Group(block, next(numbers), layers, collect)
+                for forward in forwards.values():
+                    forward.finish(collector.pause)
 
     def _structure(self, block: Block) -> BlockStructure:
         """Of process 0's first batch; where that does not reach all layers (experts), of all batches until they are."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.expert_unit import model_units
 from jointq_cli.quantization.hessian_cache import Hessians, bytes_needed, collect_hessians
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.settings import LoopSettings
@@ -51,6 +52,7 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
             "batch": loop.batch,
             "dtype": str(model.dtype),
             "device": model.device.type,
+            **expert_spec(model, loop),
         },
         inputs=(*model.identity, tokens.hash),
         make=make,
@@ -59,6 +61,14 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
         together=True,
         finished_blocks=lambda scratch: HiddenStateFile(scratch).finished_blocks(),
     )
+
+
+def expert_spec(model: StreamedModel, loop: LoopSettings) -> dict[str, str]:
+    """What of the settings for experts decides the result: nothing where none are quantised."""
+    if next(model_units(model, loop.layers), None) is None:
+        return {}
+    followed = {"routing": loop.experts.routing} if loop.corrects else {}
+    return {"experts": loop.experts.calibration, **followed}
 
 
 def layers_in(model: StreamedModel, loop: LoopSettings) -> list[str]:

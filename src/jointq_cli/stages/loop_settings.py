@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.activation_settings import Activations
@@ -11,35 +10,29 @@ from jointq_cli.formats.k_mixes import Place, kind_of, type_of
 from jointq_cli.models.layer_selection import LayerSelection, find_routers, find_uncalled, override_key
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.overrides import fitting, most_common, on_type, quantizers_of_patterns, renamed
-from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.quantization.settings import LoopSettings
+from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import windows_per_pass
-from jointq_cli.system.settings import Runtime
 
 LLAMAS = ("llama", "mistral")  # model types that are llama.cpp's architecture of that name
 
 
-def loop_settings(
-    layers: Mapping[str, Quantizer],
-    qep: QepSettings,
-    calibration: Calibration,
-    runtime: Runtime,
-    tokens: Tokens,
-) -> LoopSettings:
+def loop_settings(layers: Mapping[str, Quantizer], recipe: Recipe, tokens: Tokens) -> LoopSettings:
     """What the loop does to these layers, each with its quantizer. Raises ConfigError where the settings do not go
     together."""
     usual = most_common(list(layers.values()))
     return LoopSettings(
         quantizer=usual,
-        qep=qep,
+        qep=recipe.qep,
         layers=frozenset(layers),
-        inputs=calibration.inputs,
-        weights=calibration.weights,
+        inputs=recipe.calibration.inputs,
+        weights=recipe.calibration.weights,
         windows=len(tokens.windows),
-        batch=windows_per_pass(runtime, tokens.windows),
-        suspended_bytes=runtime.suspended_activations_gb * 1e9,
+        batch=windows_per_pass(recipe.runtime, tokens.windows),
+        suspended_bytes=recipe.runtime.suspended_activations_gb * 1e9,
         own={name: each for name, each in layers.items() if each != usual},
+        experts=recipe.experts,
     )
 
 

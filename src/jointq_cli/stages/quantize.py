@@ -16,7 +16,7 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.stages.base import Context, Stage
-from jointq_cli.stages.hessians import layers_in, share_hessians
+from jointq_cli.stages.hessians import expert_spec, layers_in, share_hessians
 from jointq_cli.stages.plan.costs import Workload
 
 
@@ -41,7 +41,7 @@ class Quantized:
     @property
     def probe(self) -> Tensor:
         """Final hidden states of the first calibration batch, as they were in memory when the last block was done."""
-        return Workspace(self.directory).hidden.read("quantized")
+        return Workspace(self.directory).hidden.read_as_checkpoint()
 
 
 def quantize(context: Context, model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Quantized:
@@ -87,6 +87,7 @@ def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hes
             "weights": loop.weights,
             "batch": loop.batch,
             "dtype": str(model.dtype),
+            **expert_spec(model, loop),
             "device": model.device.type,  # CPU and GPU round differently, and the reload check wants the same bits
         },
         inputs=(model.checkpoint.known_hash, model.checkpoint.companions_hash(code=code), tokens.hash),

@@ -16,6 +16,7 @@ from jointq_cli.models.checkpoint import Checkpoint, copy_companions, write_inde
 from jointq_cli.models.layer_ref import layer_refs
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import UNPAIRED
+from jointq_cli.quantization.expert_unit import find_units, watching
 from jointq_cli.quantization.settings import LoopSettings
 
 TOKENS = 16
@@ -57,17 +58,20 @@ def _first_of_each_kind(blocks: list[nn.Module]) -> list[int]:
 def _run(model: StreamedModel, index: int, hidden: Tensor, loop: LoopSettings) -> Tensor:
     """The output of a loaded block."""
     received: dict[str, int] = {}
+    block, prefix = model.blocks[index], model.prefix(index)
+    layers = [layer for name, layer in layer_refs(block, prefix).items() if name in loop.layers]
 
     def count(name: str, inputs: Tensor) -> None:
         received[name] = inputs.shape[:-1].numel()
 
     handles = [
-        layer.module.register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
-        for name, layer in layer_refs(model.blocks[index], model.prefix(index)).items()
-        if name in loop.layers and loop.qep.corrects(name)
+        layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: count(name, args[0]))
+        for layer in layers
+        if loop.qep.corrects(layer.name)
     ]
     try:
-        output = model.run(index, hidden)
+        with watching(find_units(block, prefix, layers)) as units:
+            output = model.run(index, hidden)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -78,8 +82,9 @@ def _run(model: StreamedModel, index: int, hidden: Tensor, loop: LoopSettings) -
     finally:
         for handle in handles:
             handle.remove()
+    paired = {layer.name for unit in units for layer in unit}
     for name, number in received.items():
-        if 0 < number < hidden.shape[:-1].numel():
+        if name not in paired and 0 < number < hidden.shape[:-1].numel():
             raise NumericsError(f"{name}: {UNPAIRED}")
     return output
 

@@ -35,7 +35,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: integers (rows, count), each cut out of the byte or the two words that it may lie in."""
     if 8 % bits == 0:
-        parts = words.contiguous().view(torch.uint8)[:, :, None] >> _places(bits)
+        rows, words_of_row = words.shape  # a transposed row has another stride than 1, which one view does not take
+        octets = words.reshape(-1).view(torch.uint8).reshape(rows, words_of_row * WORD // 8)
+        parts = octets[:, :, None] >> _places(bits)
         return (parts & ((1 << bits) - 1)).flatten(1)[:, :count]
     first = torch.arange(count) * bits
     word, shift = first // WORD, first % WORD

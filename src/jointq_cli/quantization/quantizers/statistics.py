@@ -7,6 +7,7 @@ the original model, the drift is D = (S_o - S)^T X / tokens (out, in). With toke
 weight in sums and in `tokens`. Layers that share an input share its moments.
 """
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -40,6 +41,15 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class ExpertTokens:
+    """Of the layers of experts. counts: how many calibration tokens are routed to each layer's expert, by its name.
+    block_share: of tokens that enter the block's experts, routed to this one or not, in the weight of all tokens."""
+
+    counts: Mapping[str, int]
+    block_share: float
+
+
+@dataclass(frozen=True)
 class Statistics:
     """The moments of one input: (in, in) float64 each."""
 
@@ -47,6 +57,7 @@ class Statistics:
     cross: Tensor | None = None
     drift: Tensor | None = None  # (out, in)
     heldout: HeldOut | None = None
+    tokens: ExpertTokens | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.quantization.accumulator import packed_size
+from jointq_cli.quantization.expert_settings import BLOCK_TOKENS_PER_COLUMN
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
@@ -313,14 +314,19 @@ class Workload:
         square, rows = one.in_features**2 * DOUBLE, max(one.out_features) * one.in_features * DOUBLE
         qep = bool(self.recipe.qep.describe())
         parts = 2 if self.shapes.heldout or self.recipe.qep.heldout else 1
-        moments = parts * (square + qep * (square + one.writes * rows))
-        return moments + max(self._pass + self._batch * 4 * FLOAT * one.in_features, (2 + 2 * qep) * square + 3 * rows)
+        moments = collected = parts * (square + qep * (square + one.writes * rows))
+        if one.experts:
+            experts, matrices = self.recipe.experts, parts * (1 + qep)
+            at_once = min(one.experts, experts.at_once(one.in_features, matrices))
+            moments, collected = at_once * moments, at_once * experts.bytes_each(one.in_features, matrices)
+        collecting = collected + self._pass + self._batch * 4 * FLOAT * one.in_features
+        return max(collecting, moments + (2 + 2 * qep) * square + 3 * rows)
 
     def _forward(self, windows: Windows) -> float:
         """Seconds of all blocks over all windows."""
         shapes, tokens = self.shapes, windows.tokens
         attention = 4 * windows.length * shapes.hidden * shapes.blocks  # per token: Q K^T, and its product with V
-        products = tokens * (2 * shapes.in_blocks + attention) / self.speeds.forward
+        products = tokens * (2 * (shapes.in_blocks - shapes.idle) + attention) / self.speeds.forward
         pointwise = HIDDEN_OPERATIONS * shapes.hidden + MLP_OPERATIONS * shapes.widest + self._attention_scores(windows)
         elements = tokens * shapes.blocks * pointwise
         return products + elements / self.speeds.pointwise + shapes.blocks * BLOCK_SECONDS
@@ -355,12 +361,25 @@ class Workload:
 
     def _moments_seconds(self, one: InputGroup) -> float:
         """Seconds of collecting an input's statistics."""
-        tokens, width, rows = self.calibration.tokens, one.in_features, sum(one.out_features)
+        tokens, width, rows = self._tokens_of(one), one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())
         residual = 2 * tokens * width * rows if qep and one.writes else 0
         moments = tokens * width**2 * (1.2 + 2 * qep) + residual
         pointwise = STATISTICS_OPERATIONS * (1 + qep) * tokens * width
-        return STATISTICS_SLOWDOWN * moments / self.speeds.single + pointwise / self.speeds.pointwise
+        running = (
+            2 * tokens * width * rows * (1 + qep) if one.experts else 0.0
+        )  # experts are run once more for each stage
+        seconds = STATISTICS_SLOWDOWN * moments / self.speeds.single + pointwise / self.speeds.pointwise
+        return seconds + running / self.speeds.forward
+
+    def _tokens_of(self, one: InputGroup) -> float:
+        """How many tokens the statistics of an input are of."""
+        own, everything, experts = one.share * self.calibration.tokens, self.calibration.tokens, self.recipe.experts
+        if not one.experts or experts.calibration == "all":
+            return everything
+        if one.reads_tokens or not experts.tokens_of_block(round(own), one.in_features):
+            return own
+        return own + min(everything, max(self._batch, BLOCK_TOKENS_PER_COLUMN * one.in_features))
 
     def _solving_seconds(self, one: InputGroup) -> float:
         """Seconds of solving the layers that read an input."""

@@ -123,7 +123,7 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         rotation = [_known(stage, inputs.tokens) for stage in pair]
         model = _find_rotated(rotation[-1], recipe, original)
 
-    loop = loop_settings(layers, recipe.qep, recipe.calibration, runtime, tokens)
+    loop = loop_settings(layers, recipe, tokens)
     # A model that is yet to be rotated has the shapes of the original, so what the run would refuse is refused now.
     shaped = original if model is None else model
     quantize = _known(quantize_stage(shaped, tokens, loop), model, inputs.tokens)

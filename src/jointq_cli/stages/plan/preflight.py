@@ -172,12 +172,15 @@ def _largest(left_out: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def _few_tokens(calibrated: int, shapes: Shapes) -> str:
-    if calibrated >= LEAST_TOKENS_PER_COLUMN * shapes.widest:
+    """Experts receive a part of the tokens each; the fewest per column are judged."""
+    least = min(shapes.inputs, key=lambda one: one.share / one.in_features)
+    ratio = calibrated * least.share / least.in_features
+    if ratio >= LEAST_TOKENS_PER_COLUMN:
         return ""
-    ratio = calibrated / shapes.widest
+    whose = f", some {calibrated * least.share:.0f} for each expert," if least.experts else ""
     return (
-        f"calibration.num_samples: {calibrated} tokens for layers of {shapes.widest} columns are {ratio:.2g} per "
-        f"column, and should be {LEAST_TOKENS_PER_COLUMN} at least; raise it"
+        f"calibration.num_samples: {calibrated} tokens{whose} for layers of {least.in_features} columns are "
+        f"{ratio:.2g} per column, and should be {LEAST_TOKENS_PER_COLUMN} at least; raise it"
     )
 
 
