@@ -99,9 +99,8 @@ class Original:
 
     def importance(self, quantized: set[str], calibration: Calibration) -> dict[str, Tensor]:
         """(columns,) by name, of those of these tensors that are in blocks."""
-        stored = {layer: self.model.stored_name(f"{layer}.weight") for layer in self.model.linear_layers()}
-        inside = [layer for layer in stored if self.model.block_of(layer) is not None]
-        names = {layer: self.described.name(stored[layer]) for layer in inside}
+        inside = [layer for layer in self.model.linear_layers() if self.model.block_of(layer) is not None]
+        names = {layer: self.described.name(self.model.stored_name(f"{layer}.weight")) for layer in inside}
         found = hessians(self.model, [layer for layer, name in names.items() if name in quantized], calibration)
         return {names[layer]: hessian.diagonal() for layers, hessian in found.items() for layer in layers}
 

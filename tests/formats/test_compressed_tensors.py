@@ -151,6 +151,6 @@ def test_experts_are_read_back_by_transformers_and_are_refused_where_it_cannot(t
 def test_layers_without_a_tensor_of_their_own_are_refused(tmp_path: Path) -> None:
     model = StreamedModel(Checkpoint(write_checkpoint(tmp_path, "llama4")), torch.device("cpu"), torch.float32)
     expert = "model.layers.0.feed_forward.experts.0.gate_proj"
-    assert model_to_quantize(model, ["model.layers.0.self_attn.q_proj"], RTN()).forms
+    assert model_to_quantize(model, {"model.layers.0.self_attn.q_proj": RTN()}).forms
     with pytest.raises(ConfigError, match=rf"{expert} has no tensor of its own \(it is in .*experts.gate_up_proj\)"):
-        model_to_quantize(model, [expert], RTN())
+        model_to_quantize(model, {expert: RTN()})

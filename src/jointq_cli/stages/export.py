@@ -103,7 +103,7 @@ def write_export(source: QuantizedModel, exporter: Exporter, directory: Path) ->
 
 def quantized_model(model: StreamedModel, result: Checkpoint, layers: Iterable[str], codes: Path) -> QuantizedModel:
     """A finished model. model: it, or the one that it was quantised from. codes: directory of its layer files."""
-    files = {_stored(model, layer): codes / f"{layer}.safetensors" for layer in layers}
+    files = {own_tensor(model, layer): codes / f"{layer}.safetensors" for layer in layers}
     forms = {name: load_form(file) for name, file in files.items()}
     return QuantizedModel(result, forms, _linear(model), lambda name: load_layer(files[name]), _transposed(model))
 
@@ -114,7 +114,7 @@ def model_to_quantize(model: StreamedModel, layers: Mapping[str, Quantizer]) -> 
     linear = model.linear_layers()
     dtype = model.checkpoint.dtype
     forms = {
-        _stored(model, layer): quantizer.storage(linear[layer].out_features, linear[layer].in_features, dtype)
+        own_tensor(model, layer): quantizer.storage(linear[layer].out_features, linear[layer].in_features, dtype)
         for layer, quantizer in layers.items()
     }
 
@@ -146,11 +146,11 @@ def check_exports(
 
 
 def _transposed(model: StreamedModel) -> list[str]:
-    return [_stored(model, name) for name, layer in model.linear_layers().items() if layer.is_transposed]
+    return [own_tensor(model, name) for name, layer in model.linear_layers().items() if layer.is_transposed]
 
 
-def _stored(model: StreamedModel, layer: str) -> str:
-    """Raises ConfigError for a layer without a tensor of its own."""
+def own_tensor(model: StreamedModel, layer: str) -> str:
+    """The stored name of a layer's weight. Raises ConfigError for a layer without a tensor of its own."""
     location = model.location(f"{layer}.weight")
     if location.whole is None:
         raise ConfigError(

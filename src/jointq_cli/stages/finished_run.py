@@ -21,7 +21,7 @@ from jointq_cli.records import EngineCheck, ExportRecord, RunReport
 from jointq_cli.report import Console, load_report, write_report
 from jointq_cli.report.reproduction.finished_run import read_finished_run
 from jointq_cli.stages.engine_check import WINDOWS, check_in_engine, failed_check, is_checked
-from jointq_cli.stages.export import check_exports, quantized_model, write_export
+from jointq_cli.stages.export import check_exports, own_tensor, quantized_model, write_export
 from jointq_cli.stages.report import label_export
 from jointq_cli.stages.tokens import evaluation_windows
 from jointq_cli.system.files import UNFINISHED, sync_tree, translated_disk_errors
@@ -93,7 +93,7 @@ def export_imatrix(finished: FinishedModel, place: Path, console: Console) -> No
             "none, and has to be repeated"
         )
     model = finished.streamed
-    means = {model.stored_name(f"{layer.name}.weight"): kept.mean_squares[layer.name] for layer in layers}
+    means = {own_tensor(model, layer.name): kept.mean_squares[layer.name] for layer in layers}
     with console.stage(f"export {FORMAT}"), _written(place) as scratch:
         text = finished.report.calibration
         write_imatrix(scratch / FILE, model.checkpoint.directory, means, text, kept.windows, kept.seqlen)
