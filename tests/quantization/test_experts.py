@@ -52,7 +52,9 @@ def test_layers_that_the_first_batch_does_not_reach_are_calibrated_on_later_ones
 ) -> None:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(filter(is_kept, model.linear_layers())) - {"lm_head"}
-    settings = LoopSettings(SOLVE, NO_QEP, names, "original", EQUAL, len(windows()), 1, 1e9, ExpertSettings("routed"))
+    settings = LoopSettings(
+        SOLVE, NO_QEP, names, "original", EQUAL, len(windows()), 1, 1e9, experts=ExpertSettings("routed")
+    )
     hessians = Hessians(tmp_path)
     with torch.no_grad():
         collect_hessians(model, windows(), settings, hessians, lambda: None, lambda: None)
