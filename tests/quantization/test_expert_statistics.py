@@ -50,7 +50,7 @@ def first_block(
     """The statistics of each layer of block 0, where `change` makes new weights."""
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and not n.endswith("mlp.gate"))
-    settings = LoopSettings(SOLVE, qep, names, inputs, EQUAL, len(TOKENS), 4, suspended, experts)
+    settings = LoopSettings(SOLVE, qep, names, inputs, EQUAL, len(TOKENS), 4, suspended, experts=experts)
     complete: dict[Stream, bool] = {"original": True, "quantized": True}
     if settings.follows_original:
         complete["checkpoint"] = False
