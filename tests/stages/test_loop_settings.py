@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,10 +102,11 @@ def test_planned_bits_are_those_of_each_layers_quantizer() -> None:
 def test_the_key_of_a_run_depends_on_what_each_layer_has() -> None:
     """Not on how it is said: overrides that say the same for all are none."""
     model, tokens = opened(), Tokens(torch.zeros(4, 8, dtype=torch.int64), {})
+    recipe: Any = SimpleNamespace(qep=NoQep(), calibration=Calibration(), runtime=Runtime(), experts=None)
 
     def settings(quantizer: Quantizer, **rules: Any) -> Any:
         layers = selected_layers(model, LayerSelection(**rules), quantizer, Activations())
-        return loop_settings(layers, NoQep(), Calibration(), Runtime(), tokens)
+        return loop_settings(layers, recipe, tokens)
 
     uniform = settings(RTN(bits=3, group_size=32))
     assert settings(RTN32, overrides={"*": {"bits": 3}}) == uniform
