@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
+from jointq_cli.errors import NumericsError
 from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid
 from jointq_cli.formats.k_rounding import fit_scales, float16, in_blocks
 from jointq_cli.kernels import TOLERANCE, KLimits
@@ -20,6 +21,7 @@ from jointq_cli.quantization.quantizers.jointq.metric import Metric
 
 START_PASSES = 1  # over the blocks of a super-block, in its metric S_t
 SWEEP_PASSES = 1
+DAMPINGS = (0.0, 1e-7, 1e-5, 1e-3)  # of a super-block's metric, relative to its mean diagonal
 COLUMNS_AT_ONCE = 32  # whose errors are compensated one by one inside, and by a product beyond
 
 
@@ -216,9 +218,17 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _inverse_factor(metric: Tensor) -> Tensor:
-    """The upper Cholesky factor U of the inverse, metric^-1 = U' U, as in `cholesky`. A super-block is small, and its
-    metric a Schur complement of what has been factorised."""
-    lower = torch.linalg.cholesky(metric.double().flip(0, 1))
-    identity = torch.eye(len(metric), dtype=lower.dtype, device=lower.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1).contiguous()
+    """The upper Cholesky factor U of the inverse, metric^-1 = U' U, as in `cholesky`.
+
+    The metric is a Schur complement of what has been factorised, but rounded: damping makes up for that. It decides no
+    more than where the search starts. Raises NumericsError where the metric is not positive definite by far.
+    """
+    reversed_metric = metric.double().flip(0, 1)
+    mean = reversed_metric.diagonal().mean()
+    identity = torch.eye(len(metric), dtype=torch.float64, device=metric.device)
+    for damping in DAMPINGS:
+        lower, info = torch.linalg.cholesky_ex(reversed_metric + damping * mean * identity)
+        if int(info) == 0:
+            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1).contiguous()
+    raise NumericsError("the metric of a super-block is not positive definite")
