@@ -191,7 +191,8 @@ def _round_scales(step: Tensor, offset: Tensor, levels: Tensor, weights: Tensor,
 
 def _quantized(wanted: Tensor, cost: Tensor, least: int, last: int, exponent: int) -> tuple[Tensor, Tensor]:
     """The unit (..., 1), a float16 number, and integers n (..., blocks): least sum of cost (unit n - wanted)^2."""
-    peak = wanted.abs().amax(dim=-1, keepdim=True)
+    # Blocks of zeros have any step, which must not stretch the range of the others.
+    peak = torch.where(cost > 0, wanted.abs(), 0.0).amax(dim=-1, keepdim=True)
     trials = last + wanted.new_tensor(_offsets(SCALE_TRIALS, -1.0, 0.25 * last))
     count = torch.round(wanted / float16(peak / trials.view(-1, *[1] * peak.dim()), exponent)).clamp_(least, last)
     weighted = cost * count
