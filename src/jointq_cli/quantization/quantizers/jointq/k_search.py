@@ -15,6 +15,7 @@ from jointq_cli import kernels
 from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid
 from jointq_cli.formats.k_rounding import fit_scales, float16, in_blocks
 from jointq_cli.kernels import TOLERANCE, KLimits
+from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.quantization.quantizers.jointq.descent import Descent, RowState
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 
@@ -106,9 +107,11 @@ class KSearch(Descent[KState]):
         step, offset = scales.step.flatten(1).float(), scales.offset.flatten(1)
         work = (wanted + offset.repeat_interleave(grid.block, dim=1)).float()
         codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-        upper = _inverse_factor(metric).float()
+        order = torch.arange(SUPER_BLOCK, device=work.device)
+        # In float32 a metric may be singular that is not in float64.
+        upper = factorize(metric.double(), order, 0.0, key="quantizer.regularization_lambda").upper
         zero = torch.full(step.shape, grid.zero, dtype=torch.uint8, device=work.device)
-        groups = torch.arange(SUPER_BLOCK, device=work.device) // grid.block
+        groups = order // grid.block
         column_loop = kernels.for_device(work.device).quantize_columns
         for start in range(0, SUPER_BLOCK, COLUMNS_AT_ONCE):
             part = range(start, start + COLUMNS_AT_ONCE)
@@ -213,12 +216,3 @@ def _change(before: Tensor, after: Tensor) -> Tensor:
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """(rows,) float64."""
     return torch.sum(one * other, dim=1, dtype=torch.float64)
-
-
-def _inverse_factor(metric: Tensor) -> Tensor:
-    """The upper Cholesky factor U of the inverse, metric^-1 = U' U, as in `cholesky`. A super-block is small, and its
-    metric a Schur complement of what has been factorised."""
-    lower = torch.linalg.cholesky(metric.double().flip(0, 1))
-    identity = torch.eye(len(metric), dtype=lower.dtype, device=lower.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1).contiguous()
