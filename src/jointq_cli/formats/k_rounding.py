@@ -18,7 +18,7 @@ STEP_TRIALS = 19  # steps of a block: its range divided by (levels + offset), of
 SCALE_TRIALS = 8  # of d and dmin: the largest scale divided by (largest integer + offset)
 REFITS = 2
 LEAST = 2.0**-24  # of d and dmin: float16's smallest number
-ROWS = 1 << 20  # weights that are rounded at once: bounds memory
+AT_ONCE = 1 << 20  # weights that are rounded together: bounds memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def round_to_k(values: Tensor, grid: KGrid, weights: Tensor | None = None) -> KQ
 
     The result does not depend on other rows. Raises nothing; d beyond float16's range is inf, which callers check.
     """
-    parts = [_round(part, grid, weights) for part in values.split(max(1, ROWS // values.shape[1]))]
+    parts = [_round(part, grid, weights) for part in values.split(max(1, AT_ONCE // values.shape[1]))]
     return KQuantWeight.joined(parts)
 
 
