@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_that_was_promised(finished: tuple[Path, str]) -
     present = {path.name for path in directory.iterdir()}
     assert present == {
         "recipe.yaml", "overrides.yaml", "manifest.json", "log.txt", "layers.csv", "report.json", "report.md",
-        "report.html", "checkpoint", "codes",
+        "report.html", "checkpoint", "codes", "importance",
     }  # fmt: skip
     report = json.loads((directory / "report.json").read_text())
     assert report["reload_check"] == "identical"

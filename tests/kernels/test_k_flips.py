@@ -1,5 +1,6 @@
 """The search in one block of a K grid against brute force, against plain torch, and against its own laws."""
 
+import importlib.util
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from jointq_cli.kernels.cpu import CpuKernels
 from jointq_cli.kernels.reference import ReferenceKernels
 
 f32, f64 = torch.float32, torch.float64
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 MAKERS = pytest.mark.parametrize("maker", [CpuKernels, ReferenceKernels])
 GRIDS = pytest.mark.parametrize("grid", K_GRIDS.values(), ids=lambda grid: grid.name)
 
@@ -154,3 +156,19 @@ def test_a_block_that_is_solved_stays(maker: type[Kernels]) -> None:
     assert torch.equal(scales, problem.scales)
     assert int(steps.sum()) == 0
     assert float(fall.sum()) == 0.0
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+@pytest.mark.parametrize("limits", [KLimits(0, 3, 1, 15, 15), KLimits(-4, 3, -32, 31, 0)], ids=["q2_k", "q3_k"])
+def test_triton_and_plain_search_find_the_same(limits: KLimits) -> None:
+    """On a GPU, or in Triton's interpreter, at milliseconds a step."""
+    from jointq_cli.kernels.cuda import CudaKernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem(limits, 4, 6, f32, seed=6)
+    expected = problem.solve(ReferenceKernels)
+    for name in ("weight", "metric", "levels", "scales", "mins", "d", "dmin"):
+        setattr(problem, name, getattr(problem, name).to(device))
+    for ours, theirs in zip(problem.solve(CudaKernels)[:3], expected[:3], strict=True):
+        assert torch.equal(ours.cpu(), theirs)

@@ -195,6 +195,20 @@ def test_a_layer_that_fails_is_rounded_on_the_same_grid() -> None:
     assert solution.quantized.difference(solve(RTN(grid="q5_k"), weight, hessian)) == []
 
 
+@pytest.mark.parametrize("strength", [0.0, 1e-6, 0.3])
+def test_fewer_tokens_than_columns_and_massive_activations_are_solved(strength: float) -> None:
+    weight, _ = layer(rows=16)
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(40, 512, generator=generator, dtype=torch.float64)
+    inputs[:, 7] *= 1e4
+    inputs[:, 9] = inputs[:, 8]
+    hessian = inputs.T @ inputs / len(inputs)
+    quantizer = JointQ(grid="q4_k", regularization_lambda=strength, regularization_floor=0.0)
+    found = quantizer.quantize(weight, quantizer.prepare(hessian), torch.bfloat16)
+    assert found.verdict in ("ok", "damped")
+    assert output_error(weight, found.quantized.dequantize(torch.float32), hessian) < 0.1
+
+
 def test_without_a_grid_bits_and_groups_decide_as_before() -> None:
     weight, hessian = layer()
     quantizer = RTN(bits=3, group_size=64)

@@ -108,7 +108,7 @@ class KSearch(Descent[KState]):
         work = (wanted + offset.repeat_interleave(grid.block, dim=1)).float()
         codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
         order = torch.arange(SUPER_BLOCK, device=work.device)
-        # In float32 a metric may be singular that is not in float64.
+        # A Schur complement of what has been factorised, but rounded, so that it may need damping.
         upper = factorize(metric.double(), order, 0.0, key="quantizer.regularization_lambda").upper
         zero = torch.full(step.shape, grid.zero, dtype=torch.uint8, device=work.device)
         groups = order // grid.block
