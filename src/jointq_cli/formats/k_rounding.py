@@ -18,7 +18,7 @@ STEP_TRIALS = 19  # steps of a block: its range divided by (levels + offset), of
 SCALE_TRIALS = 8  # of d and dmin: the largest scale divided by (largest integer + offset)
 REFITS = 2
 LEAST = 2.0**-24  # of d and dmin: float16's smallest number
-ROWS = 1 << 20  # weights that are rounded at once: bounds memory
+AT_ONCE = 1 << 20  # weights that are rounded together: bounds memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def round_to_k(values: Tensor, grid: KGrid, weights: Tensor | None = None) -> KQ
 
     The result does not depend on other rows. Raises nothing; d beyond float16's range is inf, which callers check.
     """
-    parts = [_round(part, grid, weights) for part in values.split(max(1, ROWS // values.shape[1]))]
+    parts = [_round(part, grid, weights) for part in values.split(max(1, AT_ONCE // values.shape[1]))]
     return KQuantWeight.joined(parts)
 
 
@@ -191,7 +191,8 @@ def _round_scales(step: Tensor, offset: Tensor, levels: Tensor, weights: Tensor,
 
 def _quantized(wanted: Tensor, cost: Tensor, least: int, last: int, exponent: int) -> tuple[Tensor, Tensor]:
     """The unit (..., 1), a float16 number, and integers n (..., blocks): least sum of cost (unit n - wanted)^2."""
-    peak = wanted.abs().amax(dim=-1, keepdim=True)
+    # Blocks of zeros have any step, which must not stretch the range of the others.
+    peak = torch.where(cost > 0, wanted.abs(), 0.0).amax(dim=-1, keepdim=True)
     trials = last + wanted.new_tensor(_offsets(SCALE_TRIALS, -1.0, 0.25 * last))
     count = torch.round(wanted / float16(peak / trials.view(-1, *[1] * peak.dim()), exponent)).clamp_(least, last)
     weighted = cost * count

@@ -25,7 +25,6 @@ from jointq_cli.kernels import (
     KLimits,
     Rounding,
     cpu_flips,
-    cpu_k_flips,
 )
 from jointq_cli.kernels.compiled import compiled
 
@@ -285,7 +284,7 @@ class CpuKernels(Kernels):
         n, f, most = steps.numpy(), fall.numpy(), limits.box.most_steps(levels.shape[1])
 
         def body(rows: slice) -> None:
-            cpu_k_flips.k_flip_search(
+            cpu_flips.k_flip_search(
                 h[rows], m, v[rows], z[rows], s[rows], b[rows], u[rows], w[rows], astuple(limits), TOLERANCE, K_ROUNDS,
                 most, n[rows], f[rows], _scratch(z),
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The local search in one block of a K grid in plain torch. `cpu_k_flips` has the formulas, and decides the same."""
+"""The local search in one block of a K grid in plain torch. `cpu_flips` has the formulas, and decides the same."""
 
 import torch
 from torch import Tensor

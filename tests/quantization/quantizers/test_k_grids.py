@@ -228,3 +228,23 @@ def test_rounding_weighs_errors_by_column(name: str) -> None:
         for weights in (None, importance)
     )
     assert float(weighted[::2].sum()) < float(plain[::2].sum())
+
+
+@EVERY
+def test_a_block_of_zeros_costs_its_super_block_nothing(name: str) -> None:
+    weight, _ = layer(rows=16)
+    pruned = weight.clone()
+    pruned[:, 32:64] = 0.0
+    errors = [
+        (round_to_k(values, K_GRIDS[name]).dequantize(torch.float32) - values).square()[:, 64:].sum()
+        for values in (weight, pruned)
+    ]
+    assert float(errors[1]) < 1.05 * float(errors[0])
+
+
+def test_columns_that_are_alike_but_for_rounding_are_solved() -> None:
+    """The metric, which is in float32, is singular; the Hessian, in float64, is not."""
+    weight, _ = layer()
+    inputs = torch.randn(1024, 512, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs[:, 1] = inputs[:, 0] + 2e-4 * inputs[:, 1]
+    assert error(JointQ(grid="q4_k", regularization_lambda=0.0), weight, inputs.T @ inputs / 1024) < 1.0

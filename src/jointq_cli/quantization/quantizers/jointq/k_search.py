@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from jointq_cli import kernels
-from jointq_cli.errors import NumericsError
 from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid
 from jointq_cli.formats.k_rounding import fit_scales, float16, in_blocks
 from jointq_cli.kernels import TOLERANCE, KLimits
+from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.quantization.quantizers.jointq.descent import Descent, RowState
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 
 START_PASSES = 1  # over the blocks of a super-block, in its metric S_t
 SWEEP_PASSES = 1
-DAMPINGS = (0.0, 1e-7, 1e-5, 1e-3)  # of a super-block's metric, relative to its mean diagonal
 COLUMNS_AT_ONCE = 32  # whose errors are compensated one by one inside, and by a product beyond
 
 
@@ -108,9 +107,11 @@ class KSearch(Descent[KState]):
         step, offset = scales.step.flatten(1).float(), scales.offset.flatten(1)
         work = (wanted + offset.repeat_interleave(grid.block, dim=1)).float()
         codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-        upper = _inverse_factor(metric).float()
+        order = torch.arange(SUPER_BLOCK, device=work.device)
+        # A Schur complement of what has been factorised, but rounded, so that it may need damping.
+        upper = factorize(metric.double(), order, 0.0, key="quantizer.regularization_lambda").upper
         zero = torch.full(step.shape, grid.zero, dtype=torch.uint8, device=work.device)
-        groups = torch.arange(SUPER_BLOCK, device=work.device) // grid.block
+        groups = order // grid.block
         column_loop = kernels.for_device(work.device).quantize_columns
         for start in range(0, SUPER_BLOCK, COLUMNS_AT_ONCE):
             part = range(start, start + COLUMNS_AT_ONCE)
@@ -215,20 +216,3 @@ def _change(before: Tensor, after: Tensor) -> Tensor:
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """(rows,) float64."""
     return torch.sum(one * other, dim=1, dtype=torch.float64)
-
-
-def _inverse_factor(metric: Tensor) -> Tensor:
-    """The upper Cholesky factor U of the inverse, metric^-1 = U' U, as in `cholesky`.
-
-    The metric is a Schur complement of what has been factorised, but rounded: damping makes up for that. It decides no
-    more than where the search starts. Raises NumericsError where the metric is not positive definite by far.
-    """
-    reversed_metric = metric.double().flip(0, 1)
-    mean = reversed_metric.diagonal().mean()
-    identity = torch.eye(len(metric), dtype=torch.float64, device=metric.device)
-    for damping in DAMPINGS:
-        lower, info = torch.linalg.cholesky_ex(reversed_metric + damping * mean * identity)
-        if int(info) == 0:
-            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return inverse.flip(0, 1).contiguous()
-    raise NumericsError("the metric of a super-block is not positive definite")

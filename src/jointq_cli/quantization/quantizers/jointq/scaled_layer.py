@@ -14,7 +14,6 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from jointq_cli.errors import NumericsError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import SUPER_BLOCK, KGrid, KQuantWeight
 from jointq_cli.formats.k_rounding import KScales, stored
@@ -31,6 +30,7 @@ from jointq_cli.quantization.quantizers.jointq.descent import (
 from jointq_cli.quantization.quantizers.jointq.k_search import KSearch, KState
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.search import Search, State
+from jointq_cli.quantization.quantizers.rtn import check_k_scales
 from jointq_cli.quantization.quantizers.scale_fit import round_scale, scale_rounding
 from jointq_cli.quantization.quantizers.statistics import output_error, weight_error
 
@@ -161,8 +161,7 @@ class KLayer(ScaledLayer[KState]):
             mn=arranged(state.mn),
         )
         found = stored(scales, arranged(state.levels).unflatten(-1, (self.grid.blocks, self.grid.block)), self.grid)
-        if not bool(torch.isfinite(found.d).all()) or not bool(torch.isfinite(found.dmin).all()):
-            raise NumericsError("a scale of a super-block does not fit in float16")
+        check_k_scales(found)
         return found
 
 
