@@ -97,6 +97,7 @@ def test_exports_are_reproduced(tmp_path: Path) -> None:
     assert re.search(r"exports +identical +\d+ files", out)
 
 
+@pytest.mark.slow
 def test_the_same_recipe_twice_gives_the_same_bytes(finished: tuple[Path, str], tmp_path: Path) -> None:
     directory, _ = finished
     assert run(tmp_path, *SMOKE)[0] == 0

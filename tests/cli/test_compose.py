@@ -885,6 +885,7 @@ def at_once(*commands: list[str]) -> list[tuple[int, str]]:
 SHORT = ["evaluate", "evaluation.seqlen=32", "evaluation.max_windows=4"]
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_second_have_a_directory_each(tmp_path: Path) -> None:
     runs = [[*SHORT, f"evaluation.max_windows={count}"] for count in (3, 4)]
     assert at_once(*runs) == [(0, "")] * 2

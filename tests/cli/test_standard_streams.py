@@ -31,6 +31,7 @@ def test_output_that_cannot_be_written_is_named_and_closed_output_is_no_error(wo
     assert shell(tmp_path, words, ">&-") == (0, "", "")
 
 
+@pytest.mark.slow
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(tmp_path: Path) -> None:
     for redirections in ("2> /dev/full", "2>&-", ">&- 2>&-"):
         assert shell(tmp_path, ["recipes", "show", "nothing"], redirections) == (1, "", "")
@@ -42,6 +43,7 @@ def test_a_closed_output_does_not_go_into_a_file_of_the_run(tmp_path: Path) -> N
     assert (tmp_path / "a").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_on_ascii(tmp_path: Path) -> None:
     words = [*SHORT, "-m", "evaluation.max_windows=3,4"]
     code, out, err = shell(tmp_path, words, "", PYTHONIOENCODING="ascii", LC_ALL="C")

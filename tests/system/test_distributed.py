@@ -369,6 +369,7 @@ SMOKE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_error_is_reported_once_and_ends_all(tmp_path: Path) -> None:
     found = ended(start_all(2, [*SMOKE, "quantizer.bits=9"], tmp_path))
     assert [code for code, _, _ in found] == [1, 1]
