@@ -18,7 +18,7 @@ STEP_TRIALS = 19  # steps of a block: its range divided by (levels + offset), of
 SCALE_TRIALS = 8  # of d and dmin: the largest scale divided by (largest integer + offset)
 REFITS = 2
 LEAST = 2.0**-24  # of d and dmin: float16's smallest number
-AT_ONCE = 1 << 20  # weights that are rounded together: bounds memory
+AT_ONCE = 1 << 18  # weights that are rounded at once: what is computed of them stays in cache
 
 
 @dataclass(frozen=True)
