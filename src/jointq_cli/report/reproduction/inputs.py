@@ -13,7 +13,7 @@ TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"
 HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 # Outputs, measurements and settings besides the others.
-FURTHER = ("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix")
+FURTHER = ("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix", "quantizer.grid")
 MOST_NAMED = 3  # settings in one message
 
 
@@ -35,7 +35,7 @@ def config(
 ) -> ComparedStep:
     """A setting that only one run has was added or removed by another version of the code, where it has an implicit
     value. Only identical results show that it is the same value."""
-    ours, theirs = _without_unused(original.settings), _without_unused(replay.settings)
+    ours, theirs = _without_unused(original), _without_unused(replay)
     differing = deciding_differences(ours, theirs, roles)
     if differing:
         return ComparedStep("config", REQUESTED, False, _first_of(differing))
@@ -45,9 +45,16 @@ def config(
     return ComparedStep("config", REQUESTED, True, "; ".join(one_sided))
 
 
-def _without_unused(settings: Settings) -> Settings:
-    """Without the settings of further things that ask for none; older runs do not have them."""
-    return {key: value for key, value in settings.items() if not (key in FURTHER and value in ("null", "[]", "{}"))}
+def _without_unused(run: FinishedRun) -> Settings:
+    """Without the settings of further things that ask for none, and those of experts where the model has none; older
+    runs do not have them."""
+    has_experts = any(layer.tokens is not None for layer in run.report.layers)
+    return {
+        key: value
+        for key, value in run.settings.items()
+        if not (key in FURTHER and value in ("null", "[]", "{}"))
+        and (has_experts or key.partition(".")[0] != "experts")
+    }
 
 
 def hashes(original: FinishedRun, replay: FinishedRun) -> list[ComparedStep]:
