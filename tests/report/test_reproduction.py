@@ -46,6 +46,7 @@ from jointq_cli.records import (
 from jointq_cli.report import encode, load_record, reproduction
 from jointq_cli.report.compare.run_files import parse_settings
 from jointq_cli.report.limits import Limits
+from jointq_cli.report.reproduction import inputs
 from jointq_cli.report.reproduction.finished_run import FinishedRun, codes_file, read_finished_run
 from jointq_cli.report.reproduction.metrics import ROUNDING
 from jointq_cli.report.tables.reproduction import conclusion, render_markdown, render_text
@@ -285,6 +286,18 @@ def test_an_empty_dictionary_is_one_that_older_runs_lack(run: FinishedRun) -> No
     later = with_setting("layers.overrides", "{}")(older)
     assert deciding_differences(older.settings, later.settings) == []
     assert compare(older, later).verdict == compare(later, older).verdict == IDENTICAL
+
+
+def test_settings_of_experts_are_not_missed_in_an_older_run_of_a_model_without_any(run: FinishedRun) -> None:
+    def lacks(name: str, one: FinishedRun) -> FinishedRun:
+        return replace(one, settings={key: value for key, value in one.settings.items() if key.split(".")[0] != name})
+
+    later = with_setting("quantizer.grid", "null")(with_setting("experts.calibration", "blend")(run))
+    older = lacks("experts", replace(run, settings={k: v for k, v in run.settings.items() if k != "quantizer.grid"}))
+    assert inputs.config(older, later, ROLES, results_are_identical=False).same
+    layers = [replace(layer, tokens=10) for layer in run.report.layers]
+    mixture = replace(later, report=replace(later.report, layers=layers))
+    assert not inputs.config(older, mixture, ROLES, results_are_identical=False).same
 
 
 def test_the_order_of_overrides_counts() -> None:
