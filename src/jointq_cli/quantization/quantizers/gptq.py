@@ -14,7 +14,7 @@ the BLAS chooses for the products.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,11 +49,15 @@ class GptqPrepared(Prepared):
     notes: Notes = field(default_factory=dict)
 
 
+def _has_uniform_grid(gptq: "GPTQ") -> bool:
+    return gptq.grid is None
+
+
 @dataclass(frozen=True)
 class GPTQ(UniformQuantizer):
     """See the module. `damping` is a fraction of the Hessian's mean diagonal."""
 
-    mse: bool = setting(True)
+    mse: bool = setting(True, used=_has_uniform_grid)
     act_order: bool = setting(True)  # columns in order of falling activation energy, groups too unless static_groups
     static_groups: bool = setting(False)  # groups of neighbouring columns, with scales fitted to the original weights
     damping: float = setting(0.01, least=0)
@@ -109,7 +113,7 @@ class GPTQ(UniformQuantizer):
             prepared.order,
             prepared.upper,
             prepared.diagonal,
-            replace(self, block_size=min(self.block_size, SUPER_BLOCK))._blocks(weight.shape[1], SUPER_BLOCK),
+            self._blocks(weight.shape[1], SUPER_BLOCK, min(self.block_size, SUPER_BLOCK)),
             static=self._has_static_scales,
         )
         check_k_scales(found)
@@ -128,7 +132,7 @@ class GPTQ(UniformQuantizer):
         codes = torch.empty(work.shape, dtype=self.integer_grid.code_dtype, device=work.device)
         quantize_columns = kernels.for_device(work.device).quantize_columns
         buffer = torch.empty(len(work) * min(self.block_size, work.shape[1]), device=work.device)
-        for block in self._blocks(work.shape[1], columns):
+        for block in self._blocks(work.shape[1], columns, self.block_size):
             errors = buffer[: len(work) * len(block)].view(len(work), len(block))
             for span in self._spans(block, columns):
                 if not self.static_groups and span.start % columns == 0:
@@ -172,10 +176,10 @@ class GPTQ(UniformQuantizer):
         zero_point = torch.empty(shape, dtype=torch.uint8, device=work.device)
         return scale, zero_point, torch.arange(work.shape[1], device=work.device) // columns
 
-    def _blocks(self, in_features: int, columns: int) -> Iterator[range]:
-        """Ranges of columns, each several complete groups or a part of one, so that no column of a group is out of date
-        when its scale is fitted."""
-        section, step = in_features, self.block_size
+    def _blocks(self, in_features: int, columns: int, step: int) -> Iterator[range]:
+        """Ranges of at most `step` columns, each several complete groups or a part of one, so that no column of a group
+        is out of date when its scale is fitted."""
+        section = in_features
         if not self._has_static_scales:
             section = in_features if columns <= step else columns
             step = step // columns * columns or step
@@ -190,5 +194,6 @@ class GPTQ(UniformQuantizer):
             yield range(start, min(start + step, block.stop))
 
     def _describe_options(self) -> list[str]:
-        flags = [name for name in ("mse", "act_order", "static_groups") if getattr(self, name)]
+        names = ("act_order", "static_groups") if self.grid else ("mse", "act_order", "static_groups")
+        flags = [name for name in names if getattr(self, name)]
         return [*flags, f"damping={self.damping:g}"]

@@ -102,16 +102,30 @@ class Descent(ABC, Generic[S]):
     metric: Metric
 
     @abstractmethod
+    def _empty(self, target: Tensor) -> S:
+        """A state for `target` with any content."""
+
+    @abstractmethod
+    def _start_group(self, state: S, t: int, wanted: Tensor, metric: Tensor) -> Tensor:
+        """Solves group t for `wanted` (rows, columns) in `metric`, and writes it to `state`. Returns the error."""
+
+    @abstractmethod
+    def _sweep(self, target: Tensor, state: S) -> tuple[Tensor, Tensor]:
+        """One sweep, in place, which raises no row's cost. Returns steps and decrease of the cost, both (rows,)."""
+
     def schur_start(self, target: Tensor) -> S:
         """Group after group in the metric S_t, in which all later groups compensate its error.
 
         GPTQ (Frantar et al. 2023) with groups in place of columns: after each group, the error times U_tt^-1 U_t,later
         is subtracted from the targets of the later ones.
         """
-
-    @abstractmethod
-    def _sweep(self, target: Tensor, state: S) -> tuple[Tensor, Tensor]:
-        """One sweep, in place, which raises no row's cost. Returns steps and decrease of the cost, both (rows,)."""
+        work = target.clone()
+        state = self._empty(target)
+        for t in range(self.metric.groups):
+            span = self.metric.span(t)
+            error = self._start_group(state, t, work[:, span].contiguous(), self.metric.schur[span, span].contiguous())
+            work[:, span.stop :].addmm_(error, self.metric.schur[span, span.stop :], alpha=-1.0)
+        return state
 
     def descend(self, target: Tensor, start: S, sweeps: int) -> SearchResult[S]:
         """Sweeps over all groups with the full metric; a row is done after `sweeps`, or when one does not change it."""

@@ -70,20 +70,12 @@ class KSearch(Descent[KState]):
     grid: KGrid
     exponent: int
 
-    def schur_start(self, target: Tensor) -> KState:
-        work = target.clone()
-        state = self._empty(target)
-        for t in range(self.metric.groups):
-            span = self.metric.span(t)
-            metric = self.metric.schur[span, span].contiguous()
-            wanted = work[:, span].contiguous()
-            part = self._started(wanted, metric)
-            error = wanted - part.values(self.metric)
-            self._descend_blocks(part, error @ metric, metric, START_PASSES)
-            state.put_super_block(t, part)
-            error = wanted - part.values(self.metric)
-            work[:, span.stop :].addmm_(error, self.metric.schur[span, span.stop :], alpha=-1.0)
-        return state
+    def _start_group(self, state: KState, t: int, wanted: Tensor, metric: Tensor) -> Tensor:
+        part = self._started(wanted, metric)
+        error = wanted - part.values(self.metric)
+        self._descend_blocks(part, error @ metric, metric, START_PASSES)
+        state.put_super_block(t, part)
+        return wanted - part.values(self.metric)
 
     def _sweep(self, target: Tensor, state: KState) -> tuple[Tensor, Tensor]:
         error = target - state.values(self.metric)

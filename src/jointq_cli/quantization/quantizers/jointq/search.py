@@ -39,17 +39,9 @@ class Search(Descent[State]):
 
     # starts
 
-    def schur_start(self, target: Tensor) -> State:
-        work = target.clone()
-        state = self._empty(target)
-        for t in range(self.metric.groups):
-            span = self.metric.span(t)
-            metric = self.metric.schur[span, span].contiguous()
-            wanted = work[:, span].contiguous()
-            self._solve_group(state, t, wanted, wanted @ metric, metric)
-            error = wanted - state.levels[:, span] * state.scale[:, t : t + 1]
-            work[:, span.stop :].addmm_(error, self.metric.schur[span, span.stop :], alpha=-1.0)
-        return state
+    def _start_group(self, state: State, t: int, wanted: Tensor, metric: Tensor) -> Tensor:
+        self._solve_group(state, t, wanted, wanted @ metric, metric)
+        return wanted - state.levels[:, self.metric.span(t)] * state.scale[:, t : t + 1]
 
     def clip_start(self, target: Tensor, *, propagate: bool) -> State:
         """Group after group in the metric H_tt, independently of each other (OneComp's clip-optimize); with `propagate`
