@@ -201,6 +201,15 @@ class Workload:
         seconds = BLOCK_SECONDS * self.shapes.blocks * (1 + self.recipe.generate_tokens / TOKENS_PER_BLOCK_SECONDS)
         return Cost(seconds=seconds + (1 + self.recipe.generate_tokens) * size / READ, memory=size)
 
+    def write(self, windows: Windows, at_once: int) -> Cost:
+        """The complete model writes windows, so many side by side: all weights are read for each of their tokens."""
+        steps = -(-windows.count // at_once) * windows.length
+        size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
+        reading = steps * (size / READ + BLOCK_SECONDS * self.shapes.blocks / TOKENS_PER_BLOCK_SECONDS)
+        seconds = reading + self._forward(windows) + self._logits(windows.tokens, models=1)
+        kept = 2 * self.shapes.blocks * min(at_once, windows.count) * windows.length * self.shapes.hidden * self.element
+        return Cost(seconds=seconds, memory=size + kept, disk=8 * windows.tokens)
+
     def file_hashes(self) -> Cost:
         return Cost(seconds=(self._quantized_bytes + self._codes) / READ)
 
