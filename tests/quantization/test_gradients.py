@@ -29,9 +29,9 @@ def opened(directory: Path) -> tuple[StreamedModel, frozenset[str]]:
 
 def collected(directory: Path, place: Path, batch: int = 2, pause: Callable[[], None] = lambda: None) -> Gradients:
     place.mkdir(exist_ok=True)
-    model, layers = opened(directory)
+    model, _ = opened(directory)
     with torch.no_grad():
-        collect_gradients(model, TOKENS, layers, 7, batch, Gradients(place), lambda: None, pause)
+        collect_gradients(model, TOKENS, 7, batch, Gradients(place), lambda: None, pause)
     return Gradients(place)
 
 
@@ -60,18 +60,18 @@ def test_are_those_of_autograd_over_the_whole_model(tmp_path: Path, family: str)
     for name, layer in model.linear_layers().items():
         if name in expected:
             flat = expected[name].flatten(0, 1)
-            [found] = gradients.outputs(model.block_of(name) or 0, layer)
+            [found] = gradients.outputs(model.block_of(name) or 0, layer, CPU)
             torch.testing.assert_close(found.float(), flat.T @ flat / len(flat), rtol=1e-3, atol=1e-9)
-            energy = gradients.energies(model.block_of(name) or 0, name, slice(1, 4))
-            torch.testing.assert_close(energy, expected[name][1:4].square().sum(-1), rtol=1e-3, atol=1e-9)
+            energy = gradients.energies(model.block_of(name) or 0, name)
+            torch.testing.assert_close(energy, expected[name].square().sum(-1), rtol=1e-3, atol=1e-9)
 
 
 def test_wide_layers_keep_diagonal_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write_checkpoint(tmp_path / "model", "llama")
     model, layer = opened(directory)[0], "model.layers.1.mlp.up_proj"
-    [whole] = collected(directory, tmp_path / "whole").outputs(1, model.linear_layers()[layer])
+    [whole] = collected(directory, tmp_path / "whole").outputs(1, model.linear_layers()[layer], CPU)
     monkeypatch.setattr(module, "MOST_OUTPUTS", 50)
-    parts = collected(directory, tmp_path / "parts").outputs(1, model.linear_layers()[layer])
+    parts = collected(directory, tmp_path / "parts").outputs(1, model.linear_layers()[layer], CPU)
     assert [len(part) for part in parts] == [42, 43, 43]
     for part, span in zip(parts, output_groups(len(whole)), strict=True):
         torch.testing.assert_close(part, whole[span, span], rtol=1e-5, atol=1e-12)
@@ -100,8 +100,8 @@ def test_an_expert_that_no_token_reaches_has_none(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", "granitemoe")
     model, layers = opened(directory)
     gradients = collected(directory, tmp_path / "found")
-    reached = [bool(gradients.outputs(model.block_of(name) or 0, model.linear_layers()[name])) for name in layers]
-    full = {name for name in layers if gradients.energies(model.block_of(name) or 0, name, slice(5)) is not None}
+    reached = [bool(gradients.outputs(model.block_of(name) or 0, model.linear_layers()[name], CPU)) for name in layers]
+    full = {name for name in layers if gradients.energies(model.block_of(name) or 0, name) is not None}
     assert any(reached)
     assert "model.layers.0.self_attn.q_proj" in full
     assert not any("experts" in name for name in full)

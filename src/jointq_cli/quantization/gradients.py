@@ -1,9 +1,9 @@
 """Gradients of the loss with respect to the outputs of linear layers, block by block from the top.
 
 The loss is the sum over tokens of the cross entropy with labels that are sampled from the model's own distribution, so
-that second moments of its gradients g are the Fisher information (Martens, "New insights and perspectives on the natural
-gradient method", JMLR 2020). Kept of each layer are G = mean g g^T over the tokens, which weighs its outputs against
-each other (K-FAC: Martens, Grosse, ICML 2015), and |g|^2 of every token.
+that second moments of its gradients g are the Fisher information (Martens, "New insights and perspectives on the
+natural gradient method", JMLR 2020). Kept of each layer are G = mean g g^T over the tokens, which weighs its outputs
+against each other (K-FAC: Martens, Grosse, ICML 2015), and |g|^2 of every token.
 
     entering-00003.safetensors   the hidden states that enter block 3, until its gradients are known
     gradient.safetensors         of the loss, for the hidden states that leave the last unfinished block, and how many
@@ -13,6 +13,7 @@ each other (K-FAC: Martens, Grosse, ICML 2015), and |g|^2 of every token.
 They are those of the model as it is, on its own hidden states: no quantizer changes them.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from jointq_cli.models.layer_ref import LayerRef, layer_refs
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.accumulator import Accumulator, packed, packed_size, unpacked
+from jointq_cli.quantization.accumulator import Accumulator, packed, unpacked
 from jointq_cli.quantization.resumable_forward import first_tensor
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import write_atomically
@@ -40,13 +41,7 @@ def output_groups(out_features: int) -> list[slice]:
     """The outputs of each diagonal block of G, as equal as can be."""
     count = -(-out_features // MOST_OUTPUTS)
     stops = [out_features * number // count for number in range(count + 1)]
-    return [slice(start, stop) for start, stop in zip(stops, stops[1:], strict=False)]
-
-
-def bytes_kept(layers: Sequence[LayerRef], tokens: int) -> int:
-    """The size on disk of what is kept of these layers for so many tokens."""
-    spans = [span for layer in layers for span in output_groups(layer.out_features)]
-    return 4 * (sum(packed_size(span.stop - span.start) for span in spans) + tokens * len(layers))
+    return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
 
 
 class Gradients:
@@ -56,24 +51,22 @@ class Gradients:
         self.directory = directory
         self._gradient = directory / "gradient.safetensors"
 
-    def outputs(self, block: int, layer: LayerRef) -> list[Tensor]:
-        """The diagonal blocks of G (outputs, outputs) float64 on the CPU; none where no token reaches the layer."""
+    def outputs(self, block: int, layer: LayerRef, device: torch.device) -> list[Tensor]:
+        """The diagonal blocks of G (outputs, outputs) float64; none where no token reaches the layer."""
         with safe_open(self._path(block), framework="pt") as file:
             names = set(file.keys())
             spans = enumerate(output_groups(layer.out_features))
             return [
-                unpacked(file.get_tensor(f"{layer.name}.{number}").double(), span.stop - span.start)
+                unpacked(file.get_tensor(f"{layer.name}.{number}").to(device).double(), span.stop - span.start)
                 for number, span in spans
                 if f"{layer.name}.{number}" in names
             ]
 
-    def energies(self, block: int, layer: str, windows: slice) -> Tensor | None:
+    def energies(self, block: int, layer: str) -> Tensor | None:
         """|g|^2 (windows, tokens) float32 on the CPU; None where not every token reaches the layer."""
-        path, name = self._path(block), f"{layer}.energy"
-        with safe_open(path, framework="pt") as file:
-            if name not in file.keys():  # noqa: SIM118 - it is no dictionary
-                return None
-        return read_rows(path, name, windows)
+        name = f"{layer}.energy"
+        with safe_open(self._path(block), framework="pt") as file:
+            return file.get_tensor(name) if name in set(file.keys()) else None
 
     def finished_blocks(self) -> int:
         """From the last block on."""
@@ -118,7 +111,6 @@ class Gradients:
 def collect_gradients(
     model: StreamedModel,
     windows: Tensor,
-    layers: frozenset[str],
     seed: int,
     batch: int,
     gradients: Gradients,
@@ -126,11 +118,12 @@ def collect_gradients(
     pause: Callable[[], None],
     team: Team = SINGLE_PROCESS,
 ) -> None:
-    """Fills `gradients` for the layers of these full names, from its last unfinished block down.
+    """Fills `gradients` for the linear layers of all blocks, from its last unfinished block down.
 
-    windows: (windows, tokens) int64, `batch` of them per pass. seed: of the labels. on_block is called after each block,
-    pause after each batch, where it may raise. The processes of a team share the windows, and process 0 writes. Raises
-    ResourceError where they find different numbers of finished blocks, NumericsError for gradients with NaN or Inf.
+    windows: (windows, tokens) int64, `batch` of them per pass. seed: of the labels. on_block is called after each
+    block, pause after each batch, where it may raise. The processes of a team share the windows, and process 0 writes.
+    Raises ResourceError where they find different numbers of finished blocks, NumericsError for gradients with NaN or
+    Inf.
     """
     finished = team.require_equal(gradients.directory, "finished blocks", gradients.finished_blocks())
     if finished == len(model):
@@ -144,7 +137,7 @@ def collect_gradients(
         gradient = _of_sampled_labels(model, hidden, _draws(windows, seed)[own], pause)
         del hidden
     for index in reversed(range(len(model) - finished)):
-        block = _BlockGradients(model, index, layers, gradients, batch)
+        block = _BlockGradients(model, index, gradients, batch)
         tensors = block.collect(gradient, own, pause, team)
         team.on_rank0(gradients.write_block, index, tensors)
         complete = team.gather_rows(gradient) if index else None
@@ -212,12 +205,9 @@ def _at_head(model: StreamedModel, states: Tensor, draws: Tensor) -> Tensor:
 class _BlockGradients:
     """What is collected while the gradient passes through one block."""
 
-    def __init__(
-        self, model: StreamedModel, index: int, layers: frozenset[str], gradients: Gradients, batch: int
-    ) -> None:
+    def __init__(self, model: StreamedModel, index: int, gradients: Gradients, batch: int) -> None:
         self.model, self.index, self.gradients, self.batch = model, index, gradients, batch
-        refs = layer_refs(model.blocks[index], model.prefix(index))
-        self.layers = {name: ref for name, ref in refs.items() if name in layers}
+        self.layers = layer_refs(model.blocks[index], model.prefix(index))
         self.sums = {
             name: [Accumulator(span.stop - span.start, model.device) for span in output_groups(ref.out_features)]
             for name, ref in self.layers.items()
