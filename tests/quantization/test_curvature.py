@@ -52,7 +52,7 @@ def random_weight(rows: int) -> Tensor:
 def test_a_row_is_solved_for_the_minimiser_given_the_rows_before_it() -> None:
     """The target of row s minimises tr(G E H E^T) over it and all later rows, as if these were real numbers."""
     weight, outputs = random_weight(5), moments(5, 1)
-    found = solved(Coupling([outputs], strength=1.0, damping=0.0, row_block=1), weight)
+    found = solved(Coupling([outputs], strength=1.0, damping=0.0, row_blocks=5), weight)
     for row in range(1, 5):
         done, open_ = slice(row), slice(row, None)
         error = (weight[done] - found[done]).double()
@@ -63,18 +63,18 @@ def test_a_row_is_solved_for_the_minimiser_given_the_rows_before_it() -> None:
 def test_strength_and_blocks_of_rows_limit_what_is_compensated() -> None:
     weight, outputs = random_weight(6), moments(6, 2)
     alone = rounded(weight)
-    assert torch.equal(solved(Coupling([outputs], 0.0, 0.0, 2), weight), alone)
-    assert torch.equal(solved(Coupling([outputs], 1.0, 0.0, 6), weight), alone)
-    blocks = solved(Coupling([outputs], 1.0, 0.0, 4), weight)
-    assert torch.equal(blocks[:4], alone[:4])
-    assert not torch.equal(blocks[4:], alone[4:])
-    parts = solved(Coupling([outputs[:4, :4], outputs[4:, 4:]], 1.0, 0.0, 4), weight)
+    assert torch.equal(solved(Coupling([outputs], 0.0, 0.0, 3), weight), alone)
+    assert torch.equal(solved(Coupling([outputs], 1.0, 0.0, 1), weight), alone)
+    blocks = solved(Coupling([outputs], 1.0, 0.0, 2), weight)
+    assert torch.equal(blocks[:3], alone[:3])
+    assert not torch.equal(blocks[3:], alone[3:])
+    parts = solved(Coupling([outputs[:4, :4], outputs[4:, 4:]], 1.0, 0.0, 1), weight)
     assert torch.equal(parts, alone)  # rows of different blocks of G are not coupled
 
 
 def test_the_loss_falls() -> None:
     weight, outputs, hessian = random_weight(64), moments(64, 3), moments(8, 4)
-    coupling = Coupling([outputs], strength=1.0, damping=0.01, row_block=1)
+    coupling = Coupling([outputs], strength=1.0, damping=0.01, row_blocks=64)
     error, alone = (coupling.error(weight - found, hessian) for found in (solved(coupling, weight), rounded(weight)))
     assert error < 0.5 * alone
     error_matrix = (weight - rounded(weight)).double()
@@ -123,7 +123,7 @@ def quantized(
 def test_a_run_says_what_it_has_done(tmp_path: Path, family: str) -> None:
     directory = write_checkpoint(tmp_path / "model", family)
     plain = quantized(directory, tmp_path / "plain", NO_CURVATURE)
-    found = quantized(directory, tmp_path / "kfac", Kfac(row_block=16), SOLVE, QEP)
+    found = quantized(directory, tmp_path / "kfac", Kfac(token_mix=0.5), SOLVE, QEP)
     assert not any("loss_error" in record.notes for record in plain)
     assert all(0 < record.notes["loss_error"] < 1 for record in found if record.tokens is None)
 
@@ -143,7 +143,7 @@ def test_neither_weights_nor_strength_are_no_curvature(tmp_path: Path) -> None:
 
 def test_cached_hessians_are_weighted_alike(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", "llama")
-    quantized(directory, tmp_path / "cached", Kfac(), ROUND, inputs="original")
+    quantized(directory, tmp_path / "cached", Kfac(token_mix=0.5), ROUND, inputs="original")
     quantized(directory, tmp_path / "plain", NO_CURVATURE, ROUND, inputs="original")
     cached, plain = (file_hashes(tmp_path / name / "hessians") for name in ("cached", "plain"))
     assert cached != plain

@@ -61,7 +61,7 @@ RUNS = {
     "jointq": Run(JOINT, FULL, weights=WEIGHED),
     "heldout": Run(replace(JOINT, lambda_mode="heldout"), replace(FULL, perccorr_mode="heldout")),
     "ahead": Run(SOLVE, inputs="original", weights=WEIGHED, ahead=True),
-    "kfac": Run(SOLVE, FULL, curvature=Kfac(row_block=16)),
+    "kfac": Run(SOLVE, FULL, curvature=Kfac(token_mix=0.5)),
     "one batch": Run(SOLVE, FULL, count=2),  # of which the other process has nothing
 }
 

@@ -33,7 +33,7 @@ class Coupling:
     outputs: Sequence[Tensor]
     strength: float
     damping: float
-    row_block: int
+    row_blocks: int
 
     def solve(self, weight: Tensor, solve: Callable[[Tensor], Solution], dtype: torch.dtype) -> Iterator[Solution]:
         """The solutions of consecutive rows. weight: (out, in) float32. solve: of some rows (rows, in) float32, whose
@@ -41,7 +41,7 @@ class Coupling:
         for outputs, target in zip(self.outputs, weight.double().split([*map(len, self.outputs)]), strict=True):
             order = torch.arange(len(outputs), device=weight.device)
             upper = factorize(outputs, order, self.damping, None, torch.float64, key="curvature.damping").upper
-            for rows in order.split(self.row_block):
+            for rows in order.chunk(self.row_blocks):
                 start, stop = int(rows[0]), int(rows[-1]) + 1
                 solution = solve(target[start:stop].float())
                 error = target[start:stop] - solution.quantized.dequantize(dtype).double()
@@ -82,10 +82,10 @@ class Kfac(Curvature):
     """The fields are described in configs/curvature/kfac.yaml, the method at the top of this module."""
 
     seed: int = setting(0, least=0)
-    token_mix: float = setting(0.5, least=0, most=1)
+    token_mix: float = setting(0.0, least=0, most=1)
     strength: float = setting(0.5, least=0, most=1)
     damping: float = setting(0.3, least=0)
-    row_block: int = setting(48, least=1)
+    row_blocks: int = setting(12, least=1)
 
     def __post_init__(self) -> None:
         check_settings(self, "curvature")
@@ -95,7 +95,8 @@ class Kfac(Curvature):
         return self.token_mix
 
     def describe(self) -> str:
-        return f"K-FAC strength={self.strength:g} token_mix={self.token_mix:g}"
+        mix = f" token_mix={self.token_mix:g}" if self.token_mix else ""
+        return f"K-FAC strength={self.strength:g}{mix}"
 
     def check_quantizers(self, quantizers: Sequence[Quantizer]) -> None:
         """Raises ConfigError for one that needs all rows of a layer at once."""
@@ -110,7 +111,7 @@ class Kfac(Curvature):
         """None where the outputs are not coupled: by `strength`, or because the loss depends on none of them."""
         if not self.strength or not outputs or not all(bool(each.diagonal().any()) for each in outputs):
             return None
-        return Coupling(outputs, self.strength, self.damping, self.row_block)
+        return Coupling(outputs, self.strength, self.damping, self.row_blocks)
 
 
 NO_CURVATURE = NoCurvature()
