@@ -32,7 +32,7 @@ from jointq_cli.system.files import write_atomically
 from jointq_cli.system.tensor_files import read_rows, save_tensors
 
 MOST_OUTPUTS = 4096  # of one diagonal block of G: wider layers have several
-LOGITS_AT_ONCE = 1 << 26  # elements
+LOGITS_AT_ONCE = 1 << 24  # elements
 
 _HIDDEN, _GRADIENT, _BLOCKS = "hidden", "gradient", "blocks"
 
