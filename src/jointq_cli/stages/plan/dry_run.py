@@ -20,6 +20,7 @@ from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.curvature import Kfac
 from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
@@ -27,6 +28,7 @@ from jointq_cli.stages.engine_check import check_stage, is_checked
 from jointq_cli.stages.export import export_stage, model_to_quantize
 from jointq_cli.stages.generated_tokens import check_memory, generated_stage, read_generated
 from jointq_cli.stages.generation import generation_stages
+from jointq_cli.stages.gradients import gradients_stage
 from jointq_cli.stages.hessians import can_share, hessians_stage
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
@@ -141,6 +143,8 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         return _status(stage, store, len(original), could_exist=unread is not None or text is None)
 
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
+    if isinstance(loop.curvature, Kfac) and status(quantize) != REUSED:
+        needed = [_known(gradients_stage(shaped, tokens, loop), model, inputs.tokens), *needed]
     computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
     exporting, planned = [], model_to_quantize(original, layers)
     for exporter in recipe.exporters:
