@@ -53,6 +53,7 @@ def hessians_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> 
             "dtype": str(model.dtype),
             "device": model.device.type,
             **expert_spec(model, loop),
+            **loop.precision_spec,
         },
         inputs=(*model.identity, tokens.hash),
         make=make,
