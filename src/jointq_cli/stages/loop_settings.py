@@ -34,6 +34,7 @@ def loop_settings(layers: Mapping[str, Quantizer], recipe: Recipe, tokens: Token
         own={name: each for name, each in layers.items() if each != usual},
         experts=recipe.experts,
         curvature=recipe.curvature,
+        precision=recipe.calibration.matmul_precision,
     )
 
 

@@ -22,6 +22,7 @@ FURTHER = (
     "quantizer.grid",
     "calibration.add_generated",
     "curvature",
+    "calibration.matmul_precision",
 )
 MOST_NAMED = 3  # settings in one message
 
