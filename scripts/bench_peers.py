@@ -112,16 +112,16 @@ def run_measured(command: Sequence[str], log: Path, timeout: float, environment:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env={**os.environ, **environment}, start_new_session=True
         )
-        while True:
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if done:
-                break
-            if time.monotonic() - started > timeout:
-                os.killpg(process.pid, signal.SIGKILL)
-                os.wait4(process.pid, 0)
-                raise CannotRun(f"not done after {timeout:g} s")
+        done = 0
+        while not done and time.monotonic() - started < timeout:
             time.sleep(0.1)
-    process.returncode = os.waitstatus_to_exitcode(status)
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if not done:
+            os.killpg(process.pid, signal.SIGKILL)
+            _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # which Popen would wait for
+    if not done:
+        raise CannotRun(f"not done after {timeout:g} s")
     if process.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise CannotRun((lines or [f"exit code {process.returncode}"])[-1][-200:])
