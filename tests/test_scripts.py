@@ -49,7 +49,7 @@ def test_a_run_on_a_gpu_keeps_what_each_step_found(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(CHECK_GPU, "PLAN", plan)
     monkeypatch.setattr(CHECK_GPU, "command_of", command)
-    given = argparse.Namespace(wheels=None, output=tmp_path / "found.json", minutes=1, patience=1)
+    given = argparse.Namespace(wheels=None, output=tmp_path / "found.json", work=tmp_path, minutes=1, patience=1)
     assert CHECK_GPU.run(given) == 2
     steps = json.loads(given.output.read_text())["steps"]
     assert [row["status"] for row in steps.values()] == ["done", "failed", "ended after 0 s", "done"]
