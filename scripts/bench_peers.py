@@ -56,7 +56,7 @@ TOOLS = {
             (*BASE, "setuptools<82", "wheel", "packaging", "ninja", "pypcre", "logbar", "tokenicer", "device-smi"),
             ("--no-deps", "--no-build-isolation", "gptqmodel==7.7.0"),
             ("--no-deps", "defuser", "optimum", "torchao"),
-            ("threadpoolctl", "protobuf", "sentencepiece"),
+            ("pillow", "protobuf", "requests", "sentencepiece", "threadpoolctl"),
         ),
     ),
     "llmcompressor": Tool(
