@@ -151,6 +151,6 @@ def test_cached_hessians_are_weighted_alike(tmp_path: Path) -> None:
 
 def test_a_quantizer_that_needs_all_rows_is_refused() -> None:
     whole = replace(JOINT, lambda_mode="incremental_lambda", regularization_mode="identity")
-    with pytest.raises(ConfigError, match=r"curvature.strength=0.5: must be 0 with JointQ W3 .*incremental_lambda"):
+    with pytest.raises(ConfigError, match=r"curvature.strength=1: must be 0 with JointQ W3 .*incremental_lambda"):
         LoopSettings(whole, NO_QEP, frozenset(), "quantized", EQUAL, 6, 4, 1e9, curvature=Kfac())
     LoopSettings(whole, NO_QEP, frozenset(), "quantized", EQUAL, 6, 4, 1e9, curvature=Kfac(strength=0.0))
