@@ -29,8 +29,8 @@ def complete(model: StreamedModel) -> Iterator[None]:
 def complete_bytes(model: StreamedModel, windows: int, seqlen: int) -> float:
     """Bytes of the complete model, and of the keys and values of so many windows of so many tokens."""
     config: Any = model.module.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1)
-    share = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    heads, shared = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    share = shared / heads if isinstance(heads, int) and isinstance(shared, int) else 1.0
     values = 2 * len(model) * share * config.hidden_size * windows * seqlen
     return float(model.checkpoint.parameters + values) * model.dtype.itemsize
 

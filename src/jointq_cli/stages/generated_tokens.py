@@ -74,7 +74,7 @@ def generated_stage(
         },
         inputs=(*model.identity, tokenizer_hash(tokenizer)),
         make=make,
-        cost=lambda load: load.write(Windows(count, seqlen), WINDOWS_AT_ONCE),
+        cost=lambda load: load.write(Windows(count, seqlen), WINDOWS_AT_ONCE, _memory(model, count, seqlen)),
         resumable=True,
     )
 
@@ -82,6 +82,10 @@ def generated_stage(
 def read_generated(directory: Path) -> Tensor:
     """The result of `generated_stage`."""
     return load_file(directory / FILE)["windows"]
+
+
+def _memory(model: StreamedModel, count: int, seqlen: int) -> float:
+    return complete_bytes(model, min(count, WINDOWS_AT_ONCE), seqlen)
 
 
 def _save(path: Path, windows: Tensor) -> None:
@@ -92,7 +96,7 @@ def check_memory(model: StreamedModel, count: int, seqlen: int) -> None:
     """Raises ResourceError where there is too little memory for the complete model."""
     on_gpu = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else machine.available_memory()
-    needed = complete_bytes(model, min(count, WINDOWS_AT_ONCE), seqlen)
+    needed = _memory(model, count, seqlen)
     if needed > free:
         raise ResourceError(
             f"calibration: a model that writes its own text is in memory as a whole, needing {needed / 1e9:.3g} GB, "
