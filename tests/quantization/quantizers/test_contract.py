@@ -29,6 +29,9 @@ KINDS = [kind for kind in EVERY if issubclass(kind, UniformQuantizer)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+FRACTIONAL = ("half", "real")
+
+
 def build(kind: type[Quantizer], bits: int, group_size: int | None, symmetric: bool, **options: Any) -> Quantizer:
     return kind(bits=bits, group_size=group_size, symmetric=symmetric, **(OPTIONS.get(kind, {}) | options))
 
@@ -113,6 +116,52 @@ def test_a_solution_has_the_shapes_dtypes_and_ranges_of_the_contract(
         assert solution.verdict == "ok"
     assert torch.equal(hessian, before[0])
     assert torch.equal(weight, before[1])
+
+
+@pytest.mark.parametrize("zero_point", FRACTIONAL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_points_that_are_no_integers_keep_the_contract(kind: type[Quantizer], zero_point: str) -> None:
+    weight, hessian = layer(32, 96)
+    weight[3] = 0
+    errors = []
+    for bits, dtype in itertools.product((1, 2, 4), DTYPES):
+        quantizer = build(kind, bits, 24, False, zero_point=zero_point, **({"block_size": 96} if kind is GPTQ else {}))
+        quantized, storage = solve(quantizer, weight, hessian, dtype).quantized, quantizer.storage(32, 96, dtype)
+        assert (quantized.stored_bits, quantized.file_bytes) == (storage.stored_bits, storage.file_bytes)
+        assert quantized.label == storage.label == f"W{bits} g24 {zero_point}" in quantizer.describe()
+        assert quantized.difference(type(quantized).from_tensors(quantized.to_tensors())) == []
+        assert quantized.dequantize(torch.float32)[3].abs().max() < 1e-6
+        apart = [solve(quantizer, part, hessian, dtype).quantized for part in weight.split(ROWS)]
+        assert type(quantized).joined(apart).difference(quantized) == []
+        scaled = solve(quantizer, weight * 2.0**-4, hessian * 2.0**30, dtype).quantized
+        others = weight.any(1)
+        assert torch.equal(scaled.take_rows(others).codes, quantized.take_rows(others).codes)
+        assert torch.equal(scaled.dequantize(torch.float32)[others], quantized.dequantize(torch.float32)[others] / 16)
+        error = quantized.dequantize(torch.float64) - weight
+        errors.append(float(torch.trace(error @ hessian @ error.T)))
+    assert errors[::3] == sorted(errors[::3], reverse=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_integer_levels_of_one_bit_beat_integers_and_real_zero_points_serve_shifted_groups(
+    kind: type[Quantizer],
+) -> None:
+    weight, hessian = layer()
+
+    def error(weight: Tensor, bits: int, zero_point: str) -> float:
+        quantizer = build(kind, bits, 24, False, zero_point=zero_point)
+        found = solve(quantizer, weight, hessian).quantized.dequantize(torch.float64) - weight
+        return float(torch.trace(found @ hessian @ found.T))
+
+    assert error(weight, 1, "half") < 0.75 * error(weight, 1, "integer")
+    assert error(weight + 3.0, 2, "real") < 0.75 * min(error(weight + 3.0, 2, zero) for zero in ("integer", "half"))
+
+
+def test_levels_around_zero_are_asked_for_in_one_way() -> None:
+    for zero_point in FRACTIONAL:
+        with pytest.raises(ConfigError, match=f"quantizer.zero_point={zero_point}: does not go with symmetric=true"):
+            RTN(symmetric=True, zero_point=zero_point)
+    assert RTN(symmetric=True, zero_point="integer").describe() == "RTN W4 g128 symmetric mse"
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -233,7 +282,7 @@ def test_static_groups_store_no_permutation() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantizers_with_the_same_prepare_key_share_what_is_prepared(kind: type[Quantizer]) -> None:
     weight, hessian = layer()
-    first, second = build(kind, 4, 16, False), build(kind, 2, 16, True)
+    first, second = build(kind, 4, 16, False, zero_point="half"), build(kind, 2, 16, True)
     assert first.prepare_key == second.prepare_key != build(kind, 4, 24, False).prepare_key
     shared = second.quantize(weight, first.prepare(hessian), torch.float32).quantized
     assert shared.difference(solve(second, weight, hessian).quantized) == []

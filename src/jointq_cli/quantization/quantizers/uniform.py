@@ -16,7 +16,15 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import K_GRIDS, SUPER_BLOCK, KGrid, KQuantWeight
-from jointq_cli.formats.uniform import MOST_NAMED, Grid, UniformWeight, check_group_size, grid_label, group_columns
+from jointq_cli.formats.uniform import (
+    MOST_NAMED,
+    ZERO_POINTS,
+    Grid,
+    UniformWeight,
+    check_group_size,
+    grid_label,
+    group_columns,
+)
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.setting_rules import check_settings, setting
@@ -52,15 +60,21 @@ class UniformQuantizer(Quantizer):
     group_size: int | None = setting(128, used=_is_uniform)
     symmetric: bool = setting(False, used=_is_uniform)
     _: KW_ONLY
+    # Of asymmetric grids: half-integer levels around zero need no zero-points, real ones 16 bits of each group.
+    zero_point: str | None = setting(None, choices=ZERO_POINTS, null="for integer", used=_is_uniform)
     grid: str | None = setting(None, choices=tuple(K_GRIDS), null="for bits, group_size and symmetric")
 
     def __post_init__(self) -> None:
         check_settings(self, "quantizer")
         check_group_size(self.group_size, {})
+        if self.symmetric and self.zero_point in ("half", "real"):
+            raise ConfigError(
+                f"quantizer.zero_point={self.zero_point}: does not go with symmetric=true; symmetric=false"
+            )
 
     @property
     def integer_grid(self) -> Grid:
-        return Grid(self.bits, self.symmetric)
+        return Grid(self.bits, self.symmetric, self.zero_point or "integer")
 
     @property
     def k_grid(self) -> KGrid | None:
@@ -70,8 +84,8 @@ class UniformQuantizer(Quantizer):
     def prepare_key(self) -> str:
         # `_prepare` sees no codes, and all super-blocks are alike.
         if self.k_grid:
-            return repr(replace(self, bits=1, group_size=None, symmetric=False, grid="q4_k"))
-        return repr(replace(self, bits=1, symmetric=False))
+            return repr(replace(self, bits=1, group_size=None, symmetric=False, zero_point=None, grid="q4_k"))
+        return repr(replace(self, bits=1, symmetric=False, zero_point=None))
 
     def check(self, in_features: Mapping[str, int]) -> None:
         if self.k_grid is None:
@@ -93,7 +107,7 @@ class UniformQuantizer(Quantizer):
         return UniformWeight(
             codes=torch.empty(out_features, in_features, dtype=self.integer_grid.code_dtype, device=meta),
             scale=torch.empty(out_features, groups, dtype=dtype, device=meta),
-            zero_point=torch.empty(out_features, groups, dtype=torch.uint8, device=meta),
+            zero_point=self.integer_grid.stored_zero_point(torch.empty(out_features, groups, device=meta), dtype),
             permutation=torch.empty(in_features, dtype=torch.int32, device=meta) if self._permutes(groups) else None,
             bits=self.bits,
             symmetric=self.symmetric,
@@ -127,7 +141,7 @@ class UniformQuantizer(Quantizer):
             return replace(rounded, verdict="fallback", notes={"failure": str(error)})
 
     def describe(self) -> str:
-        label = self.k_grid.label if self.k_grid else grid_label(self.bits, self.group_size, self.symmetric)
+        label = self.k_grid.label if self.k_grid else grid_label(self.integer_grid, self.group_size)
         return " ".join([type(self).__name__, label, *self._describe_options()])
 
     def _describe_options(self) -> list[str]:

@@ -13,7 +13,10 @@ TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"
 HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 # Outputs, measurements and settings besides the others.
-FURTHER = ("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix", "quantizer.grid")
+FURTHER = (
+    *("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix"),
+    *("quantizer.grid", "quantizer.zero_point"),
+)
 MOST_NAMED = 3  # settings in one message
 
 

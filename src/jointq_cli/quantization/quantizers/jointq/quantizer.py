@@ -203,6 +203,7 @@ class JointQ(UniformQuantizer):
             bits=self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
+            zero_point=self.zero_point,
             mse=self.gptq.mse,
             act_order=False,  # columns and groups are in JointQ's order already
             static_groups=False,
@@ -218,7 +219,7 @@ class JointQ(UniformQuantizer):
 
     @property
     def _rtn(self) -> RTN:
-        return RTN(self.bits, self.group_size, self.symmetric, mse=True, grid=self.grid)
+        return RTN(self.bits, self.group_size, self.symmetric, mse=True, grid=self.grid, zero_point=self.zero_point)
 
     @property
     def _fallback(self) -> RTN | None:
@@ -385,7 +386,7 @@ class JointQ(UniformQuantizer):
     def _describe_options(self) -> list[str]:
         """Lambda or how it is chosen, and all else that differs from the defaults."""
         strength = f"lambda={self.regularization_lambda:g}" if self.lambda_mode == "fixed_lambda" else self.lambda_mode
-        stated = ("bits", "group_size", "symmetric", "grid", "regularization_lambda", "lambda_mode")
+        stated = ("bits", "group_size", "symmetric", "zero_point", "grid", "regularization_lambda", "lambda_mode")
         return [strength, *(_option(name, value) for name, value in changed(self).items() if name not in stated)]
 
 
