@@ -10,6 +10,7 @@ from jointq_cases import PLAIN
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.kernels.hadamard import orthogonal_hadamard
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer, Solution
 from jointq_cli.quantization.quantizers.base import ROWS
 from jointq_cli.quantization.quantizers.statistics import HeldOut
@@ -155,6 +156,51 @@ def test_half_integer_levels_of_one_bit_beat_integers_and_real_zero_points_serve
 
     assert error(weight, 1, "half") < 0.75 * error(weight, 1, "integer")
     assert error(weight + 3.0, 2, "real") < 0.75 * min(error(weight + 3.0, 2, zero) for zero in ("integer", "half"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_incoherence_solves_the_turned_layer_with_the_penalty_of_the_original(kind: type[Quantizer]) -> None:
+    weight, hessian = layer(32, 96)
+    loud = torch.ones(96, dtype=torch.float64)
+    loud[5::24] = 20.0
+    weight, hessian = (weight / loud).float(), hessian * loud[:, None] * loud
+    plain = build(kind, 2, 24, False, zero_point="half")
+    quantizer = dataclasses.replace(plain, incoherence="input")
+    solution = solve(quantizer, weight, hessian, torch.bfloat16)
+    found, storage = solution.quantized, quantizer.storage(32, 96, torch.bfloat16)
+    assert (found.stored_bits, found.file_bytes, found.label) == (
+        storage.stored_bits,
+        storage.file_bytes,
+        "W2 g24 half turned",
+    )
+    assert "W2 g24 half turned" in quantizer.describe()
+
+    basis = torch.diag(found.signs.double()) @ orthogonal_hadamard(96)
+    ridge = plain.ridge(hessian)
+    metric = hessian if ridge is None else hessian + torch.diag(ridge)
+    inner = plain if ridge is None else dataclasses.replace(plain, regularization_lambda=0.0)
+    expected = solve(inner, (weight.double() @ basis).float(), basis.T @ metric @ basis, torch.bfloat16).quantized
+    assert (found.inner.codes != expected.codes).double().mean() < 0.02  # of other rounding
+    assert ridge is None or torch.equal(ridge, quantizer.ridge(hessian))
+
+    def error(solution: Solution) -> float:
+        difference = solution.quantized.dequantize(torch.float64) - weight
+        return float(torch.trace(difference @ hessian @ difference.T))
+
+    assert error(solution) < 0.9 * error(solve(plain, weight, hessian, torch.bfloat16))
+    apart = [solve(quantizer, part, hessian, torch.bfloat16).quantized for part in weight.split(ROWS)]
+    assert type(found).joined(apart).difference(found) == []
+    other = dataclasses.replace(quantizer, incoherence_seed=1)
+    assert solve(other, weight, hessian, torch.bfloat16).quantized.difference(found) != []
+    silent = solve(quantizer, weight, 0 * hessian, torch.bfloat16)
+    assert (silent.verdict, silent.quantized.label) == ("no input", found.label)
+
+
+def test_incoherence_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(ConfigError, match=r"quantizer.grid=q4_k: does not go with incoherence=input"):
+        GPTQ(grid="q4_k", incoherence="input")
+    with pytest.raises(ConfigError, match=r"quantizer.lambda_mode=heldout: incoherence=input works with fixed_lambda"):
+        JointQ(lambda_mode="heldout", incoherence="input")
 
 
 def test_levels_around_zero_are_asked_for_in_one_way() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import KQuantWeight
+from jointq_cli.formats.turned import TurnedWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
 
@@ -115,7 +116,8 @@ def uniform_forms(
                 )
             found[name] = form
         elif not isinstance(form, beside):
-            way_out = "; export=gguf" if isinstance(form, KQuantWeight) else ""
+            ways = {KQuantWeight.kind: "; export=gguf", TurnedWeight.kind: "; quantizer.incoherence=none"}
+            way_out = ways.get(form.kind, "")
             raise ConfigError(f"export={word}: {name} is stored as {form.label}, which the format cannot hold{way_out}")
     return found
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import K_GRIDS, SUPER_BLOCK, KGrid, KQuantWeight
+from jointq_cli.formats.turned import TurnedWeight, random_signs, turned
 from jointq_cli.formats.uniform import (
     MOST_NAMED,
     ZERO_POINTS,
@@ -47,6 +48,10 @@ class NoInput(Prepared):
     failed: ClassVar[bool] = True
 
 
+def _is_turned(quantizer: "UniformQuantizer") -> bool:
+    return quantizer.incoherence != "none"
+
+
 def _is_uniform(quantizer: "UniformQuantizer") -> bool:
     return quantizer.grid is None
 
@@ -62,6 +67,9 @@ class UniformQuantizer(Quantizer):
     _: KW_ONLY
     # Of asymmetric grids: half-integer levels around zero need no zero-points, real ones 16 bits of each group.
     zero_point: str | None = setting(None, choices=ZERO_POINTS, null="for integer", used=_is_uniform)
+    # input: codes and scales are those of the weight times random signs and a Hadamard matrix, as in QuIP.
+    incoherence: str = setting("none", choices=("none", "input"), used=_is_uniform)
+    incoherence_seed: int = setting(0, least=0, most=2**63 - 1, used=_is_turned)
     grid: str | None = setting(None, choices=tuple(K_GRIDS), null="for bits, group_size and symmetric")
 
     def __post_init__(self) -> None:
@@ -71,6 +79,8 @@ class UniformQuantizer(Quantizer):
             raise ConfigError(
                 f"quantizer.zero_point={self.zero_point}: does not go with symmetric=true; symmetric=false"
             )
+        if self.grid and _is_turned(self):
+            raise ConfigError(f"quantizer.grid={self.grid}: does not go with incoherence=input")
 
     @property
     def integer_grid(self) -> Grid:
@@ -104,7 +114,7 @@ class UniformQuantizer(Quantizer):
             return KQuantWeight.empty(out_features, in_features, self.k_grid, torch.device("meta"))
         groups = in_features // group_columns(self.group_size, in_features)
         meta = torch.device("meta")
-        return UniformWeight(
+        found = UniformWeight(
             codes=torch.empty(out_features, in_features, dtype=self.integer_grid.code_dtype, device=meta),
             scale=torch.empty(out_features, groups, dtype=dtype, device=meta),
             zero_point=self.integer_grid.stored_zero_point(torch.empty(out_features, groups, device=meta), dtype),
@@ -112,10 +122,15 @@ class UniformQuantizer(Quantizer):
             bits=self.bits,
             symmetric=self.symmetric,
         )
+        if not _is_turned(self):
+            return found
+        return TurnedWeight(found, torch.empty(in_features, dtype=torch.int8, device=meta))
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         if not bool(hessian.diagonal().any()):
             return NoInput()
+        if _is_turned(self):
+            return self._plain.prepare(self._turned(hessian))
         try:
             return self._prepare(hessian, heldout)
         except NumericsError as error:
@@ -126,6 +141,11 @@ class UniformQuantizer(Quantizer):
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
             raise NumericsError("the weight holds NaN or Inf")
+        if _is_turned(self):
+            signs = self._signs(weight)
+            found = self._plain.quantize(turned(weight, signs).float(), prepared, scale_dtype)
+            assert isinstance(found.quantized, UniformWeight)
+            return replace(found, quantized=TurnedWeight(found.quantized, signs))
         self.check({"this layer": weight.shape[1]})
         if isinstance(prepared, NoInput):
             return replace(self._rtn.quantize(weight, Prepared(), scale_dtype), verdict="no input")
@@ -140,8 +160,23 @@ class UniformQuantizer(Quantizer):
             rounded = fallback.quantize(weight, Prepared(), scale_dtype)
             return replace(rounded, verdict="fallback", notes={"failure": str(error)})
 
+    @property
+    def _plain(self) -> "UniformQuantizer":
+        """What solves the turned layer, whose Hessian has the `ridge` already."""
+        return replace(self, incoherence="none")
+
+    def _turned(self, hessian: Tensor) -> Tensor:
+        """Q^T (H + ridge) Q. The ridge is added before, since the diagonal of a turned matrix is flat."""
+        ridge, signs = self.ridge(hessian), self._signs(hessian)
+        whole = hessian if ridge is None else hessian + torch.diag(ridge)
+        return turned(turned(whole, signs).T.contiguous(), signs)
+
+    def _signs(self, rows: Tensor) -> Tensor:
+        return random_signs(rows.shape[1], self.incoherence_seed, rows.device)
+
     def describe(self) -> str:
         label = self.k_grid.label if self.k_grid else grid_label(self.integer_grid, self.group_size)
+        label += " turned" * _is_turned(self)
         return " ".join([type(self).__name__, label, *self._describe_options()])
 
     def _describe_options(self) -> list[str]:

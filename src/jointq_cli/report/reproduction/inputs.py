@@ -15,7 +15,7 @@ TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples",
 # Outputs, measurements and settings besides the others.
 FURTHER = (
     *("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix"),
-    *("quantizer.grid", "quantizer.zero_point"),
+    *("quantizer.grid", "quantizer.zero_point", "quantizer.incoherence"),
 )
 MOST_NAMED = 3  # settings in one message
 
@@ -55,7 +55,7 @@ def _without_unused(run: FinishedRun) -> Settings:
     return {
         key: value
         for key, value in run.settings.items()
-        if not (key in FURTHER and value in ("null", "[]", "{}"))
+        if not (key in FURTHER and value in ("null", "none", "[]", "{}"))
         and (has_experts or key.partition(".")[0] != "experts")
     }
 
