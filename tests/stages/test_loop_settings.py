@@ -141,9 +141,7 @@ def test_no_input_is_turned_twice() -> None:
 
     settings(NoRotation(), outputs_only=False)
     settings(HadamardRotation(r4=False), outputs_only=True)
-    with pytest.raises(
-        ConfigError, match=r"incoherence=input: rotation turns the input of .*q_proj already; "
-    ):
+    with pytest.raises(ConfigError, match=r"incoherence=input: rotation turns the input of .*q_proj already; "):
         settings(HadamardRotation(r4=False), outputs_only=False)
     with pytest.raises(ConfigError, match=r"input of .*down_proj already"):
         settings(HadamardRotation(r4=True), outputs_only=True)
