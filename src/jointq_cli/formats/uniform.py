@@ -232,10 +232,10 @@ class UniformWeight(StoredWeight):
         tensors = {
             "codes": self.codes.contiguous(),
             "scale": self.scale.contiguous(),
-            "format": torch.tensor(numbers, dtype=torch.int32),
         }
         if self.zero_point is not None:
             tensors["zero_point"] = self.zero_point.contiguous()
+        tensors["format"] = torch.tensor(numbers, dtype=torch.int32)
         if self.permutation is not None:
             tensors["permutation"] = self.permutation.contiguous()
         return tensors
