@@ -23,6 +23,9 @@ FURTHER = (
     "calibration.add_generated",
     "curvature",
     "calibration.matmul_precision",
+    "quantizer.zero_point",
+    "quantizer.incoherence",
+    "quantizer.incoherence_seed",
 )
 MOST_NAMED = 3  # settings in one message
 
@@ -62,7 +65,7 @@ def _without_unused(run: FinishedRun) -> Settings:
     return {
         key: value
         for key, value in run.settings.items()
-        if not (key in FURTHER and value in ("null", "[]", "{}", "none"))
+        if not (key in FURTHER and value in ("null", "[]", "{}", "none", "0"))
         and (has_experts or key.partition(".")[0] != "experts")
     }
 
