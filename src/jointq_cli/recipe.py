@@ -25,6 +25,7 @@ from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSetti
 from jointq_cli.quantization.overrides import quantizers_of_patterns
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.quantization.refinement.settings import NoRefinement, Refinement
 from jointq_cli.report.limits import Limits
 from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
@@ -52,6 +53,7 @@ class Recipe:
     activations: Activations
     evaluation: Evaluation
     experts: ExpertSettings = setting(DEFAULT_EXPERTS)
+    refinement: Refinement = setting(NoRefinement())
     limits: Limits = setting(Limits(), decides=False)
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`

@@ -13,7 +13,15 @@ TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"
 HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 # Outputs, measurements and settings besides the others.
-FURTHER = ("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix", "quantizer.grid")
+FURTHER = (
+    "refinement",
+    "export",
+    "evaluation.tasks",
+    "evaluation.tasks_limit",
+    "layers.overrides",
+    "layers.mix",
+    "quantizer.grid",
+)
 MOST_NAMED = 3  # settings in one message
 
 
@@ -52,7 +60,7 @@ def _without_unused(run: FinishedRun) -> Settings:
     return {
         key: value
         for key, value in run.settings.items()
-        if not (key in FURTHER and value in ("null", "[]", "{}"))
+        if not (key in FURTHER and value in ("null", "[]", "{}", "none"))
         and (has_experts or key.partition(".")[0] != "experts")
     }
 

@@ -14,6 +14,7 @@ from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.quantization.accumulator import packed_size
 from jointq_cli.quantization.expert_settings import BLOCK_TOKENS_PER_COLUMN
+from jointq_cli.quantization.refinement.settings import GradientRefinement, ModelRefinement
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
@@ -38,6 +39,7 @@ LAYER_SECONDS = 0.008  # overhead per layer
 HARNESS_SECONDS = 1.0  # of a task in lm-eval besides its forward passes
 LOGIT_OPERATIONS = 30  # pointwise, per logit and model
 PACKING_OPERATIONS = 40  # pointwise, per quantised weight: packed, read back and compared
+REFINE_OPERATIONS = 12  # pointwise, per code: to dequantise it, take its gradient or make a step
 WEIGHT_OPERATIONS = 40  # pointwise, per quantised weight: codes, scales, errors, files
 
 
@@ -142,6 +144,36 @@ class Workload:
             memory=KERNELS + streams + max(self._outside_rotated, in_block),
             disk=self._quantized_bytes + self._codes,
             scratch=2 * streams,
+        )
+
+    def refine(self) -> Cost:
+        """Forward and backward passes, of all windows held out for each measurement, and Adam's steps."""
+        settings, shapes = self.recipe.refinement, self.shapes
+        assert isinstance(settings, GradientRefinement)  # there is no such stage without one
+        is_model = isinstance(settings, ModelRefinement)
+        length, held_out = self.calibration.length, settings.heldout(self.calibration.count)
+        measured = (1 + settings.steps // settings.validate_every) * held_out
+        passes = Windows(measured + 3 * settings.steps * settings.windows_per_step, length)
+        per_code = REFINE_OPERATIONS * (1 + settings.windows_per_step)
+        seconds = self._forward(passes) + settings.steps * per_code * shapes.selected / self.speeds.pointwise
+        head = is_model * self._logits(passes.tokens, models=2)
+        trained = shapes.selected if is_model else shapes.largest_block
+        weights = self._loaded(shapes.in_blocks) + 2 * self._outside_rotated if is_model else 2 * self._block
+        state = settings.state_bytes(trained)
+        activations = (shapes.blocks if is_model else 1) * self._trained_activations(length)
+        logits = is_model * 6 * FLOAT * min(LOGITS_AT_ONCE, shapes.vocabulary * length)
+        streams = (1 if is_model else 3) * self._stream(self.calibration)
+        return Cost(
+            seconds=seconds + head + 3 * self._forward(self.calibration),
+            memory=weights + state + activations + logits + streams,
+            disk=self._quantized_bytes + self._codes,
+            scratch=state + 2 * self._stream(self.calibration),
+        )
+
+    def _trained_activations(self, length: int) -> float:
+        """Bytes of what autograd keeps of one window in one block."""
+        return (
+            length * self.element * (8 * self.shapes.hidden + 4 * self.shapes.widest + self.shapes.heads * length / 8)
         )
 
     def evaluate_original(self) -> Cost:
