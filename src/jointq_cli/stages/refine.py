@@ -24,6 +24,8 @@ from jointq_cli.stages.quantize import Quantized, open_quantized
 from jointq_cli.system.files import link_files
 from jointq_cli.system.machine import available_memory
 
+REFINE = "refine"
+
 
 @dataclass(frozen=True)
 class RefinedModel:
@@ -81,10 +83,11 @@ def refine_stage(
         quantized = open_quantized(context, quantize, layers)
         start = context.open_model(quantized.checkpoint, code)
         if isinstance(refinement, ModelRefinement):
-            _require_memory(start, quantized, refinement)
+            codes = sum(layer.out_features * layer.in_features for layer in quantized.layers)
+            require_memory(start, codes, refinement)
         workspace = Workspace(scratch)
         parts = 1 if isinstance(refinement, ModelRefinement) else len(model)
-        with context.console.bar("refine", total=parts * refinement.steps) as bar:
+        with context.console.bar(REFINE, total=parts * refinement.steps) as bar:
 
             def on_step(name: str, step: int, loss: float, least: float) -> None:
                 bar.advance(status=f"{name} loss {loss:.4g}, held out {least:.4g}")
@@ -108,7 +111,7 @@ def refine_stage(
         walk.clear()
 
     return Stage(
-        name="refine",
+        name=REFINE,
         kind="refined",
         spec={
             "refinement": refinement,
@@ -139,11 +142,9 @@ def check_refinable(model: StreamedModel, layers: Mapping[str, Quantizer], refin
             )
 
 
-def _require_memory(model: StreamedModel, quantized: Quantized, refinement: GradientRefinement) -> None:
-    """Raises ResourceError where the complete model and what Adam keeps do not fit."""
-    codes = sum(layer.out_features * layer.in_features for layer in quantized.layers)
-    weights = model.checkpoint.parameters * model.dtype.itemsize
-    needed = weights + refinement.state_bytes(codes)
+def require_memory(model: StreamedModel, codes: int, refinement: GradientRefinement) -> None:
+    """Raises ResourceError where the complete model and what Adam keeps of so many codes do not fit."""
+    needed = model.checkpoint.parameters * model.dtype.itemsize + refinement.state_bytes(codes)
     on_gpu = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else available_memory()
     if needed > free:
