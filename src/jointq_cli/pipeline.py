@@ -73,7 +73,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         loaded = fetch_tasks(context, recipe.evaluation)
         original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
-        tokens = load_calibration(context, recipe.calibration, tokenizer)
+        tokens = load_calibration(context, recipe.calibration, original, tokenizer)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         console.header(header(recipe, original, tokens, quantization_lines(recipe, layers, original, windows), team))
@@ -127,7 +127,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
     with open_context(recipe.store, recipe.runtime, console, team) as context:
         original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
-        tokens = load_calibration(context, recipe.calibration, tokenizer)
+        tokens = load_calibration(context, recipe.calibration, original, tokenizer)
         console.header(header(recipe, original, tokens, [], team))
         for warning in original.checkpoint.warnings:
             console.warn(warning)
@@ -225,9 +225,9 @@ def export_importance(directory: Path, output: Path | None, console: Console) ->
 def calibrate(recipe: CalibrateRecipe, console: Console, team: Team = SINGLE_PROCESS) -> Tokens:
     """Writes a recipe's calibration tokens into a file that `calibration.tokens` reads without a network."""
     with open_context(recipe.store, recipe.runtime, console, team) as context:
-        checkpoint = fetch_model(context, recipe.model)
-        tokenizer = load_tokenizer(checkpoint.directory, recipe.model.trust_remote_code)
-        tokens = load_calibration(context, recipe.calibration, tokenizer)
+        original = _open_model(context, recipe.model)
+        tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
+        tokens = load_calibration(context, recipe.calibration, original, tokenizer)
         team.on_rank0(save_tokens, Path(recipe.output), tokens)
         console.note(f"{tokens.describe()} -> {recipe.output}")
         return tokens

@@ -21,6 +21,7 @@ from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
+from jointq_cli.quantization.curvature import NO_CURVATURE, Curvature
 from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSettings
 from jointq_cli.quantization.overrides import quantizers_of_patterns
 from jointq_cli.quantization.qep import QepSettings
@@ -52,6 +53,7 @@ class Recipe:
     smoothing: Smoothing
     activations: Activations
     evaluation: Evaluation
+    curvature: Curvature = setting(NO_CURVATURE)
     experts: ExpertSettings = setting(DEFAULT_EXPERTS)
     refinement: Refinement = setting(NoRefinement())
     limits: Limits = setting(Limits(), decides=False)

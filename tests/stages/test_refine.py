@@ -77,7 +77,7 @@ def test_the_plan_has_the_stage_and_its_memory(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jointq_cli.system.machine.available_memory", lambda: 10**8)
-    monkeypatch.setattr("jointq_cli.stages.plan.costs.Workload._trained_activations", lambda self, length: 1e9)
+    monkeypatch.setattr("jointq_cli.stages.plan.refinement_cost.trained_activations", lambda load: 1e9)
     assert run(place, "", "refinement=model", *FEW, command="plan") == 0
     found = capsys.readouterr().out
     assert "refinement=model: stage refine takes about " in " ".join(found.split())

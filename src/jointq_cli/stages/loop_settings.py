@@ -33,6 +33,8 @@ def loop_settings(layers: Mapping[str, Quantizer], recipe: Recipe, tokens: Token
         suspended_bytes=recipe.runtime.suspended_activations_gb * 1e9,
         own={name: each for name, each in layers.items() if each != usual},
         experts=recipe.experts,
+        curvature=recipe.curvature,
+        precision=recipe.calibration.matmul_precision,
     )
 
 

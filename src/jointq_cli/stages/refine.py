@@ -19,7 +19,7 @@ from jointq_cli.quantization.refinement.walk import RefinementWalk, load_courses
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import RefinementRecord
 from jointq_cli.stages.base import Context, Stage
-from jointq_cli.stages.plan.costs import Workload
+from jointq_cli.stages.plan.refinement_cost import refinement_cost
 from jointq_cli.stages.quantize import Quantized, open_quantized
 from jointq_cli.system.files import link_files
 from jointq_cli.system.machine import available_memory
@@ -122,7 +122,7 @@ def refine_stage(
         },
         inputs=(quantize.key, tokens.hash),
         make=make,
-        cost=Workload.refine,
+        cost=refinement_cost,
         resumable=True,
         finished_blocks=lambda scratch: HiddenStateFile(scratch).finished_blocks(),
     )

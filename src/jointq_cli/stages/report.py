@@ -230,4 +230,5 @@ def _calibration(recipe: Recipe, tokens: Tokens | None) -> str:
 def _quantizer(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:
     kept = [pattern for pattern, settings in recipe.layers.overrides.items() if settings == KEEP]
     left = f"{', '.join(kept)} left alone" if kept else ""
-    return " + ".join(filter(None, [describe(list(layers.values())), left, recipe.qep.describe()]))
+    corrections = [recipe.qep.describe(), recipe.curvature.describe()]
+    return " + ".join(filter(None, [describe(list(layers.values())), left, *corrections]))

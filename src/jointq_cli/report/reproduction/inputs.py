@@ -21,6 +21,9 @@ FURTHER = (
     "layers.overrides",
     "layers.mix",
     "quantizer.grid",
+    "calibration.add_generated",
+    "curvature",
+    "calibration.matmul_precision",
 )
 MOST_NAMED = 3  # settings in one message
 

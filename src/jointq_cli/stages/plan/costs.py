@@ -14,7 +14,8 @@ from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.quantization.accumulator import packed_size
 from jointq_cli.quantization.expert_settings import BLOCK_TOKENS_PER_COLUMN
-from jointq_cli.quantization.refinement.settings import GradientRefinement, ModelRefinement
+from jointq_cli.quantization.gradients import LOGITS_AT_ONCE as LABELS_AT_ONCE
+from jointq_cli.quantization.gradients import output_groups
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
@@ -39,7 +40,6 @@ LAYER_SECONDS = 0.008  # overhead per layer
 HARNESS_SECONDS = 1.0  # of a task in lm-eval besides its forward passes
 LOGIT_OPERATIONS = 30  # pointwise, per logit and model
 PACKING_OPERATIONS = 40  # pointwise, per quantised weight: packed, read back and compared
-REFINE_OPERATIONS = 12  # pointwise, per code: to dequantise it, take its gradient or make a step
 WEIGHT_OPERATIONS = 40  # pointwise, per quantised weight: codes, scales, errors, files
 
 
@@ -134,6 +134,21 @@ class Workload:
             scratch=2 * self._stream(self.calibration),
         )
 
+    def gradients(self) -> Cost:
+        """A pass of all calibration windows forward, and one back through blocks that are run once more."""
+        stream, shapes = self._stream(self.calibration), self.shapes
+        outputs = [rows for one in shapes.inputs for rows in one.out_features]
+        squares = [sum((span.stop - span.start) ** 2 for span in output_groups(rows)) for rows in outputs]
+        logits = min(LABELS_AT_ONCE, shapes.vocabulary * self.calibration.length)
+        in_block = self._block + 3 * self._pass + DOUBLE * sum(squares) / shapes.blocks
+        products = 1.2 * STATISTICS_SLOWDOWN * self.calibration.tokens * sum(squares) / self.speeds.single
+        return Cost(
+            seconds=3 * self._forward(self.calibration) + self._logits(self.calibration.tokens, models=2) + products,
+            memory=2 * stream + max(self._outside_rotated + 3 * DOUBLE * logits, in_block),
+            disk=FLOAT * (sum(squares) / 2 + self.calibration.tokens * len(outputs)),
+            scratch=(shapes.blocks + 1) * stream,
+        )
+
     def quantize(self) -> Cost:
         streams = self._streams * self._stream(self.calibration)
         if self.shares_hessians:
@@ -144,36 +159,6 @@ class Workload:
             memory=KERNELS + streams + max(self._outside_rotated, in_block),
             disk=self._quantized_bytes + self._codes,
             scratch=2 * streams,
-        )
-
-    def refine(self) -> Cost:
-        """Forward and backward passes, of all windows held out for each measurement, and Adam's steps."""
-        settings, shapes = self.recipe.refinement, self.shapes
-        assert isinstance(settings, GradientRefinement)  # there is no such stage without one
-        is_model = isinstance(settings, ModelRefinement)
-        length, held_out = self.calibration.length, settings.heldout(self.calibration.count)
-        measured = (1 + settings.steps // settings.validate_every) * held_out
-        passes = Windows(measured + 3 * settings.steps * settings.windows_per_step, length)
-        per_code = REFINE_OPERATIONS * (1 + settings.windows_per_step)
-        seconds = self._forward(passes) + settings.steps * per_code * shapes.selected / self.speeds.pointwise
-        head = is_model * self._logits(passes.tokens, models=2)
-        trained = shapes.selected if is_model else shapes.largest_block
-        weights = self._loaded(shapes.in_blocks) + 2 * self._outside_rotated if is_model else 2 * self._block
-        state = settings.state_bytes(trained)
-        activations = (shapes.blocks if is_model else 1) * self._trained_activations(length)
-        logits = is_model * 6 * FLOAT * min(LOGITS_AT_ONCE, shapes.vocabulary * length)
-        streams = (1 if is_model else 3) * self._stream(self.calibration)
-        return Cost(
-            seconds=seconds + head + 3 * self._forward(self.calibration),
-            memory=weights + state + activations + logits + streams,
-            disk=self._quantized_bytes + self._codes,
-            scratch=state + 2 * self._stream(self.calibration),
-        )
-
-    def _trained_activations(self, length: int) -> float:
-        """Bytes of what autograd keeps of one window in one block."""
-        return (
-            length * self.element * (8 * self.shapes.hidden + 4 * self.shapes.widest + self.shapes.heads * length / 8)
         )
 
     def evaluate_original(self) -> Cost:
@@ -232,6 +217,15 @@ class Workload:
         size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
         seconds = BLOCK_SECONDS * self.shapes.blocks * (1 + self.recipe.generate_tokens / TOKENS_PER_BLOCK_SECONDS)
         return Cost(seconds=seconds + (1 + self.recipe.generate_tokens) * size / READ, memory=size)
+
+    def write(self, windows: Windows, at_once: int) -> Cost:
+        """The complete model writes windows, so many side by side: all weights are read for each of their tokens."""
+        steps = -(-windows.count // at_once) * windows.length
+        size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
+        reading = steps * (size / READ + BLOCK_SECONDS * self.shapes.blocks / TOKENS_PER_BLOCK_SECONDS)
+        seconds = reading + self._forward(windows) + self._logits(windows.tokens, models=1)
+        kept = 2 * self.shapes.blocks * min(at_once, windows.count) * windows.length * self.shapes.hidden * self.element
+        return Cost(seconds=seconds, memory=size + kept, disk=8 * windows.tokens)
 
     def file_hashes(self) -> Cost:
         return Cost(seconds=(self._quantized_bytes + self._codes) / READ)

@@ -84,7 +84,7 @@ def _rows(recipe: Recipe, inputs: RunInputs, found: DryRun, load: Workload) -> l
     return [
         *([(TASKS, tasks_status, Cost(seconds=TASKS_SECONDS))] if recipe.evaluation.tasks else []),
         ("model", EVERY_RUN, load.model()),
-        ("calibration tokens", inputs.tokens_status, load.text(load.calibration)),
+        *((stage.name, status, stage.cost(load).remaining(status.share)) for stage, status in inputs.tokens_stages),
         ("evaluation tokens", windows_status, load.text(load.evaluation)),
         *((stage.name, status, stage.cost(load).remaining(status.share)) for stage, status in found.stages),
         ("file hashes", EVERY_RUN, load.file_hashes()),
