@@ -14,6 +14,7 @@ HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 # Outputs, measurements and settings besides the others.
 FURTHER = (
+    "refinement",
     "export",
     "evaluation.tasks",
     "evaluation.tasks_limit",
