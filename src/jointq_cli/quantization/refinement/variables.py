@@ -97,7 +97,7 @@ class RefinedLayer:
         gradient, weight.grad = self.layer.turned(weight.grad).float(), None
         stored = self.stored()
         if SCALES in self.variables:
-            steps = stored.codes.float().sub_(stored.zero_point.float()[:, self._groups]).mul_(gradient)
+            steps = stored.codes.float().sub_(stored.zero_points()[:, self._groups]).mul_(gradient)
             ordered = steps if self._sorted is None else steps[:, self._sorted]
             summed = ordered.unflatten(1, (-1, stored.group_size)).sum(dim=2)
             self.variables[SCALES].gradient.addcmul_(summed, self._scale)
