@@ -94,7 +94,7 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]
-    groups = ["recipe"] if issubclass(recipe, Recipe) else []
+    groups = ["recipe", "quality"] if issubclass(recipe, Recipe) else []
     formatter = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
     runner = JobRunner(command, options, task, types, formatter, team)
     with renamed_by(renamer), errors_raised():

@@ -73,7 +73,7 @@ class ConfigErrorFormatter:
             group = prefix.removesuffix(".")
             rule = f"; the file of an option of {group} begins with `- /schema@_here_: CLASSNAME` in its defaults"
             return message + (rule if group in config_files.groups() else "")
-        if key == "recipe":  # the keys of a recipe lie there, not at the top
+        if key in ("recipe", "quality"):  # the keys of such a file lie there, not at the top
             return NO_PACKAGE
         here = [prefix + field.name for field in dataclasses.fields(self._schemas[owner])]
         if key in self._keys:

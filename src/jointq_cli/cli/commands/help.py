@@ -5,6 +5,7 @@ from jointq_cli.cli import config_files
 GROUPS = {
     "quantize": [
         "recipe",
+        "quality",
         "model",
         "calibration",
         "rotation",
@@ -12,12 +13,14 @@ GROUPS = {
         "quantizer",
         "qep",
         "curvature",
+        "refinement",
         "activations",
         "evaluation",
         "sweep",
     ],
     "plan": [
         "recipe",
+        "quality",
         "model",
         "calibration",
         "rotation",
@@ -25,6 +28,7 @@ GROUPS = {
         "quantizer",
         "qep",
         "curvature",
+        "refinement",
         "activations",
         "evaluation",
     ],
