@@ -158,11 +158,11 @@ def test_shrinkage_keeps_of_each_row_the_share_that_is_signal(held: int) -> None
     tokens, columns = 2000, 100
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
-    energies = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64) * columns / tokens
-    true = torch.randn(4, columns, generator=generator, dtype=torch.float64)
+    energies = torch.tensor([0.0, 0.5, 1.0, 4.0, 2000.0], dtype=torch.float64) * columns / tokens
+    true = torch.randn(5, columns, generator=generator, dtype=torch.float64)
     true *= (energies / true.square().sum(dim=1)).sqrt()[:, None]
-    error = x @ true.T + torch.randn(tokens, 4, generator=generator, dtype=torch.float64)
-    known, nothing = statistics(x, x, held, error), torch.zeros(4, columns)
+    error = x @ true.T + torch.randn(tokens, 5, generator=generator, dtype=torch.float64)
+    known, nothing = statistics(x, x, held, error), torch.zeros(5, columns)
     qep = replace(EXACT, residual=1.0, perccorr_mode="shrinkage")
     full = replace(qep, perccorr_mode="fixed").correction(known, None).apply(nothing).weight.double()
     applied = qep.correction(known, None).apply(nothing)
@@ -171,6 +171,7 @@ def test_shrinkage_keeps_of_each_row_the_share_that_is_signal(held: int) -> None
     torch.testing.assert_close(shrunk, kept[:, None] * full, rtol=1e-4, atol=1e-6)
     expected = energies / (energies + columns / tokens)
     assert (kept - expected).abs().max() < 0.2
+    assert kept[-1] > 0.99  # that H differs between the parts is no noise
     assert applied.notes["kept"] == pytest.approx((kept @ full.square().sum(1) / full.square().sum()).item(), rel=0.02)
     distance = [(step - true).square().sum().item() for step in (shrunk, full, 0.0 * full)]
     assert distance[0] < min(distance[1:])
