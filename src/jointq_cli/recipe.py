@@ -26,6 +26,7 @@ from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSetti
 from jointq_cli.quantization.overrides import quantizers_of_patterns
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.quantization.refinement.settings import NoRefinement, Refinement
 from jointq_cli.report.limits import Limits
 from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
@@ -54,6 +55,7 @@ class Recipe:
     evaluation: Evaluation
     curvature: Curvature = setting(NO_CURVATURE)
     experts: ExpertSettings = setting(DEFAULT_EXPERTS)
+    refinement: Refinement = setting(NoRefinement())
     limits: Limits = setting(Limits(), decides=False)
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`

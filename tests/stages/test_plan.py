@@ -176,6 +176,20 @@ def test_a_stage_is_to_make_before_its_run_and_reused_after_it(words: list[str])
     assert [name for name in before if name != "run directory"] == [stage["name"] for stage in report["stages"]]
 
 
+def test_windows_that_the_model_writes_are_to_make_and_then_reused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, "calibration.add_generated=2"]
+    before = planned(words)
+    assert [stage.state for stage in before.stages if stage.name == "generated tokens"] == ["to make"]
+    assert main(["calibrate", *words, "output=tokens"]) == 0
+    assert states(words)["generated tokens"] == "reused"
+    assert planned(words).seconds < before.seconds
+    monkeypatch.setattr("jointq_cli.stages.generated_tokens.complete_bytes", lambda *_: 1e18)
+    assert main(["plan", *words, "calibration.seed=1"]) == 1
+    assert "needing 1e+09 GB" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_stage_that_does_not_depend_on_a_setting_is_shared(words: list[str]) -> None:
     quantized(words)

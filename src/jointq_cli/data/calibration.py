@@ -16,11 +16,11 @@ from torch import Tensor
 
 from jointq_cli.data.chat import Chat, chat_text, template_of
 from jointq_cli.data.corpus import open_corpus
-from jointq_cli.data.text import Corpus, TextSource, text_hash
+from jointq_cli.data.text import DATASETS, GENERATED, Corpus, TextSource, text_hash
 from jointq_cli.data.token_file import Tokens, load_tokens
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.data.tokenizer import tokenizer_hash
-from jointq_cli.errors import TextError
+from jointq_cli.errors import ConfigError, TextError
 from jointq_cli.setting_rules import setting
 
 if TYPE_CHECKING:  # transformers takes more than a second to import
@@ -49,14 +49,19 @@ class Calibration(TextSource):
     line if it has no EOS. Conversations have the special tokens of the chat template alone. WikiText-2 consists of
     lines, not of documents: concatenation joins them with a blank line and encodes them at once, as GPTQ does.
 
+    dataset `generated`: num_samples windows that the model to be quantised writes itself, see stages/generated_tokens.
+    add_generated: so many of these besides the windows of the text, or of `tokens`.
+
     tokens: a file of frozen tokens to use instead of the text; seqlen must be that of the file, and its first
     num_samples windows are taken. inputs: the activations that statistics are computed from, those of the original
     model or `quantized`, those after the layers that have already been quantised. token_weighting, token_power,
-    first_token_weight: see token_weights.TokenWeights.
+    first_token_weight: see token_weights.TokenWeights. matmul_precision: of the products that statistics are sums of,
+    see accumulator.Accumulator.
 
     A text with fewer than num_samples windows is used with a warning, one without a window is an error.
     """
 
+    dataset: str = setting("pydoc", choices=(*DATASETS, GENERATED))
     split: str = setting("calibration")
     num_samples: int = setting(64, least=1)
     seqlen: int = setting(512, least=1)
@@ -67,6 +72,29 @@ class Calibration(TextSource):
     token_weighting: str = setting("residual", choices=("uniform", "input", "residual"))
     token_power: float = setting(2.0, least=0, most=4)  # beyond, float32 runs out of range
     first_token_weight: float = setting(1.0, least=0, most=4)
+    add_generated: int | None = setting(None, least=1, null="for none")
+    matmul_precision: str | None = setting(None, choices=("high", "medium"), null="for float32")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset == GENERATED and self.add_generated:
+            key = f"calibration.add_generated={self.add_generated}"
+            raise ConfigError(f"{key}: adds to a text; with calibration.dataset={GENERATED} raise num_samples")
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether the model writes all windows."""
+        return self.dataset == GENERATED and not self.tokens
+
+    @property
+    def generated(self) -> int:
+        """How many windows the model writes."""
+        return self.num_samples if self.is_generated else self.add_generated or 0
+
+    @property
+    def windows(self) -> int:
+        """How many windows are asked for."""
+        return self.num_samples + (self.add_generated or 0)
 
     @property
     def weights(self) -> TokenWeights:
@@ -75,7 +103,8 @@ class Calibration(TextSource):
     def describe(self) -> str:
         """The requested windows, in the format of `Tokens.describe`."""
         text = f"{self.dataset}/{self.split} {self.num_samples} x {self.seqlen} tokens"
-        return f"{text} {self.strategy} seed {self.seed}"
+        added = f" and {self.add_generated} generated" if self.add_generated else ""
+        return f"{text} {self.strategy} seed {self.seed}{added}"
 
     def describe_statistics(self) -> str:
         """How statistics are computed from the tokens, such as "inputs=quantized token_weighting=residual^-2"."""
@@ -84,11 +113,21 @@ class Calibration(TextSource):
             words.append(f"token_weighting={self.token_weighting}^-{self.token_power:g}")
         if self.first_token_weight != 1:
             words.append(f"first_token_weight={self.first_token_weight:g}")
+        if self.matmul_precision:
+            words.append(f"matmul_precision={self.matmul_precision}")
         return " ".join(words)
 
     def tokens_only(self) -> "Calibration":
         """These settings with defaults for all that does not decide which tokens they select."""
-        return replace(self, inputs="original", token_weighting="uniform", token_power=0.0, first_token_weight=1.0)
+        return replace(
+            self,
+            inputs="original",
+            token_weighting="uniform",
+            token_power=0.0,
+            first_token_weight=1.0,
+            add_generated=None,
+            matmul_precision=None,
+        )
 
 
 def calibration_tokens(config: Calibration, tokenizer: "PreTrainedTokenizerBase") -> Tokens:
@@ -297,6 +336,8 @@ def _frozen_tokens(config: Calibration, tokenizer: "PreTrainedTokenizerBase") ->
         raise TextError(f"calibration.seqlen={config.seqlen}: the windows of {path} have {seqlen} tokens")
     taken = min(count, config.num_samples)
     provenance = {**tokens.provenance, "num_samples": str(taken)}
+    if tokens.generated:  # these come last
+        provenance["generated"] = str(max(0, tokens.generated - (count - taken)))
     if count < config.num_samples:
         key = f"calibration.num_samples={config.num_samples}"
         provenance["warning"] = f"{key}: {path.name} has only {count} windows"

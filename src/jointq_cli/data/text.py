@@ -43,6 +43,7 @@ HUB: Final = {
     "c4": HubDataset("allenai/c4", "en", ("train", "validation"), True, False, " ", 1100),
 }
 DATASETS: Final = ("pydoc", "text", *HUB)
+GENERATED: Final = "generated"  # by the model that is calibrated; of calibration only
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ class TextSource:
         check_settings(self, self.section)
         if self.dataset == "text" and not self.path:
             raise ConfigError(f"{self.section}.dataset=text: needs {self.section}.path=FILE")
-        if self.dataset == "pydoc" and self.path:
-            raise ConfigError(f"{self.section}.path={self.path}: pydoc reads no file; add {self.section}.dataset=text")
-        if self.dataset != "text" and self.split not in self._splits:
+        if self.dataset in ("pydoc", GENERATED) and self.path:
+            rule = f"{self.dataset} reads no file; add {self.section}.dataset=text"
+            raise ConfigError(f"{self.section}.path={self.path}: {rule}")
+        if self.dataset not in ("text", GENERATED) and self.split not in self._splits:
             raise ConfigError(
                 f"{self.section}.split={self.split}: must be one of {', '.join(self._splits)} "
                 f"for {self.section}.dataset={self.dataset}"

@@ -42,12 +42,24 @@ class Tokens:
         """A warning about the windows to show to the user; empty if there is none."""
         return self.provenance.get("warning", "")
 
+    @property
+    def generated(self) -> int:
+        """How many windows, the last ones, a model has written."""
+        return int(self.provenance.get("generated", 0))
+
+    def with_generated(self, windows: Tensor, origin: dict[str, str]) -> "Tokens":
+        """These and windows that a model has written. origin: which model, and how."""
+        count, added = len(self.windows) + len(windows), self.generated + len(windows)
+        numbers = {"num_samples": str(count), "generated": str(added)}
+        return Tokens(torch.cat([self.windows, windows]), {**self.provenance, **origin, **numbers})
+
     def describe(self) -> str:
         """A line such as "pydoc/calibration 128 x 512 tokens concat_chunk seed 0 tokens=0123456789abcdef"."""
         origin = self.provenance
         count, seqlen = self.windows.shape
         text = f"{origin['dataset']}/{origin['split']} {count} x {seqlen} tokens"
         text += " through the chat template" if "chat_template_sha256" in origin else ""
+        text += f" ({self.generated} generated)" if 0 < self.generated < count else ""
         return f"{text} {origin['strategy']} seed {origin['seed']} tokens={self.hash[:16]}"
 
 

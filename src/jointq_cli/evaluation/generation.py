@@ -1,16 +1,15 @@
 """Text that a model continues a few fixed prompts with, to be read beside that of its original.
 
-Greedy, so that a text depends on the model alone. The complete model is in memory meanwhile: block by block, every
-token would read all weights again.
+Greedy, so that a text depends on the model alone.
 """
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from jointq_cli.models.sampling import complete
 from jointq_cli.models.streamed import StreamedModel
 
 PROMPTS = (
@@ -19,8 +18,6 @@ PROMPTS = (
     "Once upon a time, there was a small village where",
 )
 LARGEST = 3e9  # bytes of a model's weights
-# What transformers raises where a model of some architecture, or of remote code, cannot generate like this.
-FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -40,7 +37,7 @@ def generate(model: StreamedModel, ids: Tensor, count: int) -> Tensor:
     """The `count` tokens (prompts, count) int64 that follow `ids` (prompts, tokens), each the most likely one; fewer
     where the model has no more positions.
 
-    Raises as FAILURES where the model cannot, and NumericsError for weights with NaN or Inf.
+    Raises as sampling.FAILURES where the model cannot, and NumericsError for weights with NaN or Inf.
     """
     module: Any = model.module
     positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
@@ -50,10 +47,7 @@ def generate(model: StreamedModel, ids: Tensor, count: int) -> Tensor:
     settings = GenerationConfig(
         max_new_tokens=count, do_sample=False, eos_token_id=None, bos_token_id=None, pad_token_id=0
     )
-    with ExitStack() as stack:
-        stack.enter_context(model.outer())
-        for index in range(len(model)):
-            stack.enter_context(model.block(index, model.block_tensors(index)))
+    with complete(model):
         on_device = ids.to(model.device)
         found: Tensor = module.generate(
             on_device, attention_mask=torch.ones_like(on_device), generation_config=settings

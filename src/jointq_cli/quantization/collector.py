@@ -71,7 +71,11 @@ class Collector:
     def accumulators(self, layer: LayerRef, *, cross: bool = False, drift: bool = False) -> list[Accumulator]:
         """As many as there are `parts`, for a layer's input."""
         size, rows = layer.in_features, layer.out_features if drift else 0
-        return [Accumulator(size, self.model.device, cross=cross, drift=rows) for _ in range(self.parts)]
+        precision = self.settings.precision
+        return [
+            Accumulator(size, self.model.device, cross=cross, drift=rows, precision=precision)
+            for _ in range(self.parts)
+        ]
 
     def statistics(
         self, layer: LayerRef, accumulators: list[Accumulator], tokens: ExpertTokens | None = None

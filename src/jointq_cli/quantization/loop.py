@@ -24,7 +24,7 @@ from jointq_cli.quantization.curvature import Kfac
 from jointq_cli.quantization.expert_unit import has_routed_units
 from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hessian_cache import Hessians
-from jointq_cli.quantization.hidden_states import HiddenStates, Stream
+from jointq_cli.quantization.hidden_states import HiddenStates, Stream, relative_error
 from jointq_cli.quantization.importance import save_importance
 from jointq_cli.quantization.qep import Correction, NoCorrection
 from jointq_cli.quantization.quantizers.statistics import Statistics
@@ -88,7 +88,7 @@ class _Loop:
 
     def _write_block(self, block: BlockVisit) -> None:
         first: HiddenStates = {stream: states[: self.settings.batch] for stream, states in block.hidden.items()}
-        self.workspace.write_block(BlockRecord(block.index, _relative_error(first)), block.tensors)
+        self.workspace.write_block(BlockRecord(block.index, relative_error(first)), block.tensors)
 
     def _quantize_group(self, group: Group) -> None:
         finished = self.team.broadcast_from_rank0(self._finished, group)
@@ -177,11 +177,3 @@ class _Loop:
             **quantized.record_fields(),
         )
         return solved, record
-
-
-def _relative_error(hidden: HiddenStates) -> float:
-    """|quantised - original|^2 / |original|^2."""
-    original, quantized = hidden["original"].float(), hidden.get("checkpoint", hidden["quantized"]).float()
-    signal = original.square().sum(dtype=torch.float64)
-    error = (quantized - original).square().sum(dtype=torch.float64)
-    return float(error / signal) if signal > 0 else 0.0

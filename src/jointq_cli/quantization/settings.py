@@ -27,6 +27,7 @@ class LoopSettings:
     own: Mapping[str, Quantizer] = field(default_factory=dict)  # of layers with other settings, by full name
     experts: ExpertSettings = DEFAULT_EXPERTS
     curvature: Curvature = NO_CURVATURE
+    precision: str | None = None  # of the products in the statistics, see Accumulator
 
     def __post_init__(self) -> None:
         self.qep.check_inputs(self.inputs)
@@ -77,6 +78,11 @@ class LoopSettings:
     def needs_residual(self) -> bool:
         """Whether the statistics depend on the residual stream inside a block."""
         return self.qep.needs_drift or self.weights.of_residual
+
+    @property
+    def precision_spec(self) -> dict[str, str]:
+        """For keys of the store: nothing with float32."""
+        return {"precision": self.precision} if self.precision else {}
 
     @property
     def hessians_cacheable(self) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from jointq_cli.evaluation.generation import FAILURES, generate, prompt_ids, why_not
+from jointq_cli.evaluation.generation import generate, prompt_ids, why_not
+from jointq_cli.models.sampling import FAILURES
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Generation
 from jointq_cli.stages.base import Context, Stage

@@ -60,6 +60,7 @@ def hessians_stage(
             "device": model.device.type,
             **expert_spec(model, loop),
             **_energy_spec(loop),
+            **loop.precision_spec,
         },
         inputs=(*model.identity, tokens.hash),
         make=make,

@@ -103,6 +103,7 @@ def quantize_stage(
             "batch": loop.batch,
             "dtype": str(model.dtype),
             **expert_spec(model, loop),
+            **loop.precision_spec,
             "device": model.device.type,  # CPU and GPU round differently, and the reload check wants the same bits
         },
         inputs=(model.checkpoint.known_hash, model.checkpoint.companions_hash(code=code), tokens.hash),

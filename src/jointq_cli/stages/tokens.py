@@ -2,24 +2,36 @@
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from jointq_cli.data.calibration import Calibration, calibration_tokens, evaluation_ids
 from jointq_cli.data.token_file import Tokens, load_tokens, save_tokens
 from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.stages.base import Context, Stage
+from jointq_cli.stages.generated_tokens import generated_windows
+from jointq_cli.stages.plan.costs import Windows
 
 CALIBRATION, EVALUATION = "calibration tokens", "evaluation tokens"
 
 
-def load_calibration(context: Context, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+def load_calibration(
+    context: Context, calibration: Calibration, model: StreamedModel, tokenizer: PreTrainedTokenizerBase
+) -> Tokens:
     """The calibration windows. Those of the hub are stored, so that a run works offline once it has fetched them."""
+    tokens = None
     if is_stored(calibration):
         tokens = read_stored(context.run(tokens_stage(calibration, tokenizer)).path, tokenizer)
-    else:
+    elif not calibration.is_generated:
         with context.timed(CALIBRATION):
             tokens = calibration_tokens(calibration, tokenizer)
+    if calibration.generated:
+        count, seqlen, seed = calibration.generated, calibration.seqlen, calibration.seed
+        windows = generated_windows(context, model, tokenizer, count, seqlen, seed)
+        tokens = with_generated(tokens, windows, calibration, model, tokenizer)
+    assert tokens is not None
     if tokens.warning:
         context.console.warn(tokens.warning)
     return tokens
@@ -48,7 +60,30 @@ def tokens_stage(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
     def make(scratch: Path, context: Context) -> None:
         save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
 
-    return Stage(CALIBRATION, "tokens", spec, (tokenizer_hash(tokenizer),), make)
+    windows = Windows(calibration.num_samples, calibration.seqlen)
+    return Stage(CALIBRATION, "tokens", spec, (tokenizer_hash(tokenizer),), make, lambda load: load.text(windows))
+
+
+def with_generated(
+    tokens: Tokens | None,
+    windows: Tensor,
+    calibration: Calibration,
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Tokens:
+    """The windows of a text, if any, and those that the model has written."""
+    origin = {"generated_by": model.checkpoint.content_hash, "generated_seed": str(calibration.seed)}
+    if tokens is not None:
+        return tokens.with_generated(windows, origin)
+    provenance = {
+        "dataset": calibration.dataset,
+        "split": calibration.split,
+        "strategy": "sampled",
+        "seed": str(calibration.seed),
+        "seqlen": str(calibration.seqlen),
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+    }
+    return Tokens(windows[:0], provenance).with_generated(windows, origin)
 
 
 def read_stored(directory: Path, tokenizer: PreTrainedTokenizerBase) -> Tokens:

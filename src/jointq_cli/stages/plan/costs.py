@@ -35,6 +35,7 @@ HIDDEN_OPERATIONS = 14  # pointwise, per element of a block's hidden states
 MLP_OPERATIONS = 3  # pointwise, per element of the hidden states inside the MLP
 BLOCK_SECONDS = 0.02  # overhead per block: loading modules, writing files
 TOKENS_PER_BLOCK_SECONDS = 32  # one token of the prompts through one block takes about 0.6 ms
+CACHE_COPIED = 3.5e9  # bytes per second of keys and values, which each token appends to
 ENGINE_WINDOWS, ENGINE_SECONDS = 8, 2.0  # through an inference engine, and what loading a model into it takes
 LAYER_SECONDS = 0.008  # overhead per layer
 HARNESS_SECONDS = 1.0  # of a task in lm-eval besides its forward passes
@@ -217,6 +218,16 @@ class Workload:
         size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
         seconds = BLOCK_SECONDS * self.shapes.blocks * (1 + self.recipe.generate_tokens / TOKENS_PER_BLOCK_SECONDS)
         return Cost(seconds=seconds + (1 + self.recipe.generate_tokens) * size / READ, memory=size)
+
+    def write(self, windows: Windows, at_once: int, memory: float) -> Cost:
+        """The complete model writes windows, so many side by side: all weights are read for each of their tokens.
+        memory: bytes of weights, keys and values."""
+        steps = -(-windows.count // at_once) * windows.length
+        size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
+        reading = steps * (size / READ + BLOCK_SECONDS * self.shapes.blocks / TOKENS_PER_BLOCK_SECONDS)
+        copying = steps * max(0.0, memory - size) / (2 * CACHE_COPIED)  # on average half of them are there
+        seconds = reading + copying + self._forward(windows) + self._logits(windows.tokens, models=1)
+        return Cost(seconds=seconds, memory=memory, disk=8 * windows.tokens)
 
     def file_hashes(self) -> Cost:
         return Cost(seconds=(self._quantized_bytes + self._codes) / READ)

@@ -22,22 +22,25 @@ from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.curvature import Kfac
 from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.refinement.settings import GradientRefinement
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
 from jointq_cli.stages.engine_check import check_stage, is_checked
 from jointq_cli.stages.export import export_stage, model_to_quantize
+from jointq_cli.stages.generated_tokens import check_memory, generated_stage, read_generated
 from jointq_cli.stages.generation import generation_stages
 from jointq_cli.stages.gradients import gradients_stage
-from jointq_cli.stages.hessians import can_share, hessians_stage
+from jointq_cli.stages.hessians import can_share, hessians_stage, layers_in
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import conversion
 from jointq_cli.stages.plan.costs import Windows
 from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
+from jointq_cli.stages.refine import check_refinable, refine_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
 from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage, with_tokenizer
-from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage
+from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage, with_generated
 from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.integrity import has_expected_sizes
 from jointq_cli.system.inventory import partial_path
@@ -66,7 +69,7 @@ class RunInputs:
 
     original: StreamedModel
     tokens: Tokens | None
-    tokens_status: StageStatus
+    tokens_stages: list[tuple[Stage, StageStatus]]
     windows: ScoredWindows | None
     tokenizer: PreTrainedTokenizerBase
     tasks: list[SizedTask] | None
@@ -102,11 +105,11 @@ def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
 
     original = open_model(_hashed(fetch(recipe.model, converted, offline=True), store), recipe.runtime, device, code)
     tokenizer = load_tokenizer(original.checkpoint.directory, code)
-    tokens, status = _find_tokens(recipe.calibration, tokenizer, store)
+    tokens, stages = _find_tokens(recipe.calibration, original, tokenizer, store)
     on_hub = recipe.evaluation.is_on_hub
     windows = None if on_hub else evaluation_windows(recipe.evaluation, tokenizer)
     sized = None if tasks is None else size_tasks(tasks, original, tokenizer, recipe.runtime)
-    return RunInputs(original, tokens, status, windows, tokenizer, sized)
+    return RunInputs(original, tokens, stages, windows, tokenizer, sized)
 
 
 def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
@@ -132,7 +135,13 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     hessians = _known(hessians_stage(shaped, tokens, loop), model, inputs.tokens)
     batch = windows_per_pass(runtime, windows.ids)
     hidden = _known(hidden_stage(original, windows, batch), inputs.windows)
-    scores = quantized_scores_stage(original, hidden, quantize, loop, tokens, windows, batch, recipe.activations)
+    check_refinable(original, layers, recipe.refinement)
+    result, refining = quantize, []
+    if isinstance(recipe.refinement, GradientRefinement):
+        names = layers_in(shaped, loop)
+        result = _known(refine_stage(shaped, quantize, names, tokens, recipe.refinement, loop.batch), quantize.key)
+        refining = [result]
+    scores = quantized_scores_stage(original, hidden, result, loop, tokens, windows, batch, recipe.activations)
 
     checkpoints = (original.checkpoint, shaped.checkpoint)
     unread = next((one.directory for one in checkpoints if one.known_hash is None), None)
@@ -144,21 +153,21 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
     if isinstance(loop.curvature, Kfac) and status(quantize) != REUSED:
         needed = [_known(gradients_stage(shaped, tokens, loop), model, inputs.tokens), *needed]
-    computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
+    computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize, *refining)]
     exporting, planned = [], model_to_quantize(original, layers)
     for exporter in recipe.exporters:
-        export = _known(export_stage(shaped, list(layers), quantize, exporter), model)
+        export = _known(export_stage(shaped, list(layers), result, exporter), model)
         exporting.append((export, status(export)))
         if recipe.check_exports and is_checked(exporter, planned):
-            check = check_stage(export, quantize, shaped, list(layers), exporter, inputs.tokenizer, windows)
+            check = check_stage(export, result, shaped, list(layers), exporter, inputs.tokenizer, windows)
             check = _known(check, model, inputs.windows)
             exporting.append((check, status(check, inputs.windows)))
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
     if recipe.generate_tokens and not why_not(original):
-        texts = generation_stages(original, quantize, list(layers), inputs.tokenizer, recipe.generate_tokens)
+        texts = generation_stages(original, result, list(layers), inputs.tokenizer, recipe.generate_tokens)
         evaluating += [(stage, status(stage)) for stage in texts]
     before = [task_stage(task, original, with_tokenizer(original), "original") for task in inputs.tasks or ()]
-    after = [task_stage(task, original, [quantize.key], "quantized") for task in inputs.tasks or ()]
+    after = [task_stage(task, original, [result.key], "quantized") for task in inputs.tasks or ()]
     evaluating += [(stage, status(stage)) for stage in (*before, *after)]
     return DryRun(
         stages=computing + exporting + evaluating,
@@ -179,12 +188,31 @@ def _find_tasks(evaluation: Evaluation) -> list[LoadedTask] | None:
 
 
 def _find_tokens(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, store: Path
-) -> tuple[Tokens | None, StageStatus]:
-    if not is_stored(calibration):
-        return calibration_tokens(calibration, tokenizer), EVERY_RUN
-    directory = _find(tokens_stage(calibration, tokenizer), store)
-    return (None, TO_FETCH) if directory is None else (read_stored(directory, tokenizer), REUSED)
+    calibration: Calibration, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, store: Path
+) -> tuple[Tokens | None, list[tuple[Stage, StageStatus]]]:
+    """The windows, if all are on this machine, and the steps that a run takes to them."""
+    tokens, stages = None, []
+    if not calibration.is_generated:
+        cut = tokens_stage(calibration, tokenizer)
+        directory = _find(cut, store) if is_stored(calibration) else None
+        if directory is not None:
+            tokens, status = read_stored(directory, tokenizer), REUSED
+        elif is_stored(calibration):
+            status = TO_FETCH
+        else:
+            tokens, status = calibration_tokens(calibration, tokenizer), EVERY_RUN
+        stages.append((cut, status))
+    if calibration.generated:
+        count, seqlen = calibration.generated, calibration.seqlen
+        write = generated_stage(model, tokenizer, count, seqlen, calibration.seed)
+        stages.append((write, _status(write, store, len(model), could_exist=True)))
+        directory = _find(write, store)
+        if directory is None:
+            check_memory(model, count, seqlen)
+            return None, stages
+        if tokens is not None or calibration.is_generated:
+            tokens = with_generated(tokens, read_generated(directory), calibration, model, tokenizer)
+    return tokens, stages
 
 
 def _find_rotated(stage: Stage, recipe: Recipe, original: StreamedModel) -> StreamedModel | None:
@@ -203,7 +231,7 @@ def _hashed(checkpoint: Checkpoint, store: Path) -> Checkpoint:
 
 def _stand_in_tokens(calibration: Calibration) -> Tokens:
     """As many as requested."""
-    return Tokens(torch.zeros(calibration.num_samples, calibration.seqlen, dtype=torch.int64), {})
+    return Tokens(torch.zeros(calibration.windows, calibration.seqlen, dtype=torch.int64), {})
 
 
 def _stand_in_windows(evaluation: Evaluation) -> ScoredWindows:

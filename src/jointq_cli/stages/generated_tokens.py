@@ -1,0 +1,125 @@
+"""Calibration windows that the model to be quantised writes itself: they need no text."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from jointq_cli.data.tokenizer import tokenizer_hash
+from jointq_cli.errors import ModelError, ResourceError
+from jointq_cli.models.sampling import FAILURES, complete_bytes, sample
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.stages.base import Context, Stage
+from jointq_cli.stages.plan.costs import Windows
+from jointq_cli.system import machine
+from jointq_cli.system.files import write_atomically
+from jointq_cli.system.tensor_files import save_tensors
+
+GENERATED = "generated tokens"
+FILE = "windows.safetensors"
+WINDOWS_AT_ONCE = 64  # written side by side; a stopped run continues behind the last that many
+
+
+def generated_windows(
+    context: Context, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
+) -> Tensor:
+    """`count` windows (count, seqlen) int64 that the model writes; from the store where it has them. See
+    `generated_stage`."""
+    stage = generated_stage(model, tokenizer, count, seqlen, seed)
+    if not context.has(stage):
+        check_memory(model, count, seqlen)
+    return read_generated(context.run(stage).path)
+
+
+def generated_stage(
+    model: StreamedModel, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
+) -> Stage:
+    """Windows drawn from the model's own distribution, each behind a first token drawn from the vocabulary without its
+    special tokens (LLM-QAT, arXiv 2305.17888, section 3.1, without its greedy beginning).
+
+    `make` raises ModelError where the model cannot write.
+    """
+    special = set(tokenizer.all_special_ids)
+    vocabulary = min(len(tokenizer), model.module.config.get_text_config().vocab_size)
+    first = torch.tensor([token for token in range(vocabulary) if token not in special])
+
+    def make(scratch: Path, context: Context) -> None:
+        batches = [slice(start, start + WINDOWS_AT_ONCE) for start in range(0, count, WINDOWS_AT_ONCE)]
+        parts = [scratch / f"part{number}.safetensors" for number in range(len(batches))]
+        with context.console.bar(GENERATED, total=count) as bar:
+            for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+                size = len(range(count)[batch])
+                if not part.exists():
+                    windows = _write(model, first, (size, seqlen), vocabulary, _seed(seed, number))
+                    _save(part, windows)
+                    context.pause()
+                bar.advance(size)
+        windows = torch.cat([load_file(part)["windows"] for part in parts])
+        _save(scratch / FILE, windows)
+        for part in parts:
+            part.unlink()
+
+    return Stage(
+        name=GENERATED,
+        kind="windows",
+        spec={
+            "count": count,
+            "seqlen": seqlen,
+            "seed": seed,
+            "dtype": str(model.dtype),
+            "device": model.device.type,
+        },
+        inputs=(*model.identity, tokenizer_hash(tokenizer)),
+        make=make,
+        cost=lambda load: load.write(Windows(count, seqlen), WINDOWS_AT_ONCE, _memory(model, count, seqlen)),
+        resumable=True,
+    )
+
+
+def read_generated(directory: Path) -> Tensor:
+    """The result of `generated_stage`."""
+    return load_file(directory / FILE)["windows"]
+
+
+def _memory(model: StreamedModel, count: int, seqlen: int) -> float:
+    return complete_bytes(model, min(count, WINDOWS_AT_ONCE), seqlen)
+
+
+def _save(path: Path, windows: Tensor) -> None:
+    write_atomically(path, lambda scratch: save_tensors(scratch, {"windows": windows}))
+
+
+def check_memory(model: StreamedModel, count: int, seqlen: int) -> None:
+    """Raises ResourceError where there is too little memory for the complete model."""
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else machine.available_memory()
+    needed = _memory(model, count, seqlen)
+    if needed > free:
+        raise ResourceError(
+            f"calibration: a model that writes its own text is in memory as a whole, needing {needed / 1e9:.3g} GB, "
+            f"and {free / 1e9:.3g} GB are free; take a text, or calibration.tokens=FILE that `jointq calibrate` wrote"
+        )
+
+
+def _seed(seed: int, batch: int) -> int:
+    """Of one batch; those of neighbouring seeds differ."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8]) >> 1
+
+
+def _write(model: StreamedModel, first: Tensor, shape: tuple[int, int], vocabulary: int, seed: int) -> Tensor:
+    generator = torch.Generator(model.device).manual_seed(seed)
+    count, seqlen = shape
+    begin = first[torch.randint(len(first), (count,), generator=torch.Generator().manual_seed(seed))]
+    try:
+        return sample(model, begin, seqlen, vocabulary, generator)
+    except torch.OutOfMemoryError:  # on another day there may be enough
+        raise
+    except FAILURES as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(
+            f"calibration: {type(model.module).__name__} cannot write its own text in transformers ({reason}); take "
+            "another text"
+        ) from error
