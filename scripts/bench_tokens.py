@@ -6,8 +6,8 @@
 
 Each series is a run of `jointq quantize` for each number of windows: `text` is the recipe's calibration text,
 `generated` is as many windows that the model writes, and `added` is all of the text (--text-windows) and continuations
-of it up to the number. A run that --output has already is not computed again. Tokens that the model writes are computed once,
-and their seconds are those of the first run that needs them.
+of it up to the number. A run that --output has already is not computed again. Tokens that the model writes are computed
+once, and their seconds are those of the first run that needs them.
 """
 
 import argparse
