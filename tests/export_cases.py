@@ -63,6 +63,5 @@ def _form(weight: BlockWeight) -> BlockWeight:
     """As exporters see it before they load it."""
     if isinstance(weight, KQuantWeight):
         return KQuantWeight.empty(*weight.shape, weight.grid, torch.device("meta"))
-    meta = {name: getattr(weight, name).to("meta") for name in ("codes", "scale", "zero_point")}
-    permutation = None if weight.permutation is None else weight.permutation.to("meta")
-    return replace(weight, permutation=permutation, **meta)
+    parts = {name: getattr(weight, name) for name in ("codes", "scale", "zero_point", "permutation")}
+    return replace(weight, **{name: None if part is None else part.to("meta") for name, part in parts.items()})

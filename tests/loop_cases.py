@@ -64,6 +64,7 @@ def quantize(
     suspended: float = 1e9,
     own: Mapping[str, Quantizer] | None = None,
     experts: ExpertSettings = DEFAULT_EXPERTS,
+    precision: str | None = None,
 ) -> tuple[StreamedModel, Workspace, list[LayerRecord]]:
     model = StreamedModel(Checkpoint(directory), CPU, torch.float32)
     names = frozenset(n for n in model.linear_layers() if model.block_of(n) is not None and keep(n))
@@ -72,7 +73,7 @@ def quantize(
     with torch.no_grad():
         tokens = windows() if tokens is None else tokens
         settings = LoopSettings(
-            quantizer, qep, names, inputs, weights, len(tokens), batch, suspended, own or {}, experts
+            quantizer, qep, names, inputs, weights, len(tokens), batch, suspended, own or {}, experts, precision
         )
         quantize_blocks(model, tokens, settings, workspace, records.append, pause)
         assemble(model, workspace, scratch / "checkpoint", code=False)

@@ -1,6 +1,6 @@
 """Each command's data path from top to bottom, one stage per line.
 
-    tokens -> (rotate) -> quantize -> checkpoint -> (export) -> evaluate -> report
+    tokens -> (rotate) -> quantize -> (refine) -> checkpoint -> (export) -> evaluate -> report
 
 Each stage reads artifacts and writes one through the store. Nothing here computes, and nothing here knows Hydra. Where
 several processes share a run, all of them take every line, and rank 0 alone writes.
@@ -40,6 +40,8 @@ from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
+from jointq_cli.stages.refine import check_refinable
+from jointq_cli.stages.refine import refine as refine_model
 from jointq_cli.stages.report import (
     RunResults,
     finish_run,
@@ -76,6 +78,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         console.header(header(recipe, original, tokens, quantization_lines(recipe, layers, original, windows), team))
 
+        check_refinable(original, layers, recipe.refinement)
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
         warnings += export_warnings(recipe, original, layers)
@@ -89,7 +92,9 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         team.on_rank0(link_rotation, rotated, run)
 
-        quantized = quantize_model(context, rotated.model, tokens, loop)
+        solved = quantize_model(context, rotated.model, tokens, loop)
+        refined = refine_model(context, rotated.model, solved, tokens, recipe.refinement, loop.batch)
+        quantized = refined.quantized
         for warning in few_tokens(quantized.layers, recipe.experts.warn_below):
             console.warn(warning)
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
@@ -113,7 +118,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         after = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
         figures = run_tasks(context, tasks, after, before)
         records = [export.record for export in exports]
-        results = RunResults(layers, rotated, quantized, measured, records, failures, texts, figures)
+        results = RunResults(layers, rotated, refined, measured, records, failures, texts, figures)
         return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, results)
 
 

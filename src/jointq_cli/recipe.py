@@ -21,10 +21,12 @@ from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
+from jointq_cli.quantization.curvature import NO_CURVATURE, Curvature
 from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSettings
 from jointq_cli.quantization.overrides import quantizers_of_patterns
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.quantization.refinement.settings import NoRefinement, Refinement
 from jointq_cli.report.limits import Limits
 from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
@@ -51,7 +53,9 @@ class Recipe:
     smoothing: Smoothing
     activations: Activations
     evaluation: Evaluation
+    curvature: Curvature = setting(NO_CURVATURE)
     experts: ExpertSettings = setting(DEFAULT_EXPERTS)
+    refinement: Refinement = setting(NoRefinement())
     limits: Limits = setting(Limits(), decides=False)
     runtime: Runtime
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`

@@ -126,6 +126,36 @@ class RotationRecord:
 
 
 @dataclass(frozen=True)
+class RefinementPoint:
+    """One measurement while a refinement trains. Losses are means over windows: KL in nats per token for a model, the
+    relative error of its output for a block."""
+
+    step: int
+    loss: float | None  # of the windows trained on since the measurement before; None at the start
+    heldout_loss: float
+
+
+@dataclass(frozen=True)
+class RefinementCourse:
+    """How the model, or one block, was trained."""
+
+    name: str  # model, or block 3
+    steps: int
+    best_step: int  # whose result was kept
+    points: list[RefinementPoint]
+
+
+@dataclass(frozen=True)
+class RefinementRecord:
+    """What a refinement was, and what it has changed."""
+
+    refinement: str  # a line such as "model scales+norms+codes 120 x 2 windows seed=0"
+    codes_changed: float  # share
+    norms: list[str]  # the tensors of gains that were trained
+    courses: list[RefinementCourse]
+
+
+@dataclass(frozen=True)
 class Simulation:
     """What was simulated while the quantised model was evaluated, and is not stored in the checkpoint."""
 
@@ -214,6 +244,7 @@ class Audit:
     source_bytes: int  # of the original model's weights
     checkpoint_bytes: int
     packed_bytes: int  # size of the model with codes packed at their bit width
+    refined: int = 0  # gains of norms that the refinement has changed, and that are as it left them
 
     @property
     def passed(self) -> bool:
@@ -340,6 +371,7 @@ class RunReport:
     base_model: str = ""  # name of `model`, a hub id where it has one; older reports lack it
     beyond_limits: list[str] = field(default_factory=list)  # a line for each figure beyond the recipe's limits
     tasks: list[TaskRecord] = field(default_factory=list)
+    refinement: RefinementRecord | None = None
 
 
 @dataclass(frozen=True)

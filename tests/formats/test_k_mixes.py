@@ -5,7 +5,7 @@ from gguf import MODEL_ARCH, get_tensor_name_map
 
 from jointq_cli.formats.k_mixes import BLOCK, FALLBACKS, MIXES, UNIFORM_SETTINGS, Place, kind_of, type_of
 from jointq_cli.formats.k_quant import K_GRIDS
-from jointq_cli.formats.uniform import grid_label
+from jointq_cli.formats.uniform import Grid, grid_label
 from jointq_cli.models import layer_selection
 
 KINDS = ("attn_v", "attn_k", "attn_output", "ffn_down", "")
@@ -115,7 +115,7 @@ def test_experts_are_feed_forward_layers() -> None:
 
 def test_fallbacks_hold_the_bits_that_they_stand_for() -> None:
     labels = {
-        name: grid_label(settings["bits"], settings["group_size"], settings["symmetric"])
+        name: grid_label(Grid(settings["bits"], settings["symmetric"]), settings["group_size"])
         for name, settings in UNIFORM_SETTINGS.items()
     }
     assert labels == {

@@ -12,7 +12,7 @@ from tiny_models import edit_config
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.export import exporter_of
-from jointq_cli.formats.export.base import relative_error
+from jointq_cli.formats.export.base import QuantizedModel, relative_error
 from jointq_cli.formats.export.mlx import ROUNDING, MlxExporter, pack_weight, unpack_weight
 from jointq_cli.formats.export.verification import verified
 from jointq_cli.formats.uniform import UniformWeight
@@ -111,6 +111,35 @@ def test_other_tensors_stay_as_they_are_on_request(tmp_path: Path) -> None:
     exporter.write(model, target)
     assert verified(model, exporter, target).rounded == {}
     assert Checkpoint(target, packed=True).tensors["model.norm.weight"].dtype == "BF16"
+
+
+@pytest.mark.parametrize("zero_point", ["half", "real"])
+def test_zero_points_that_are_no_integers_are_held_here_and_refused_elsewhere(tmp_path: Path, zero_point: str) -> None:
+    model = write_quantized(tmp_path / "model", "llama", RTN(bits=2, group_size=32, zero_point=zero_point))
+    target = tmp_path / "export"
+    target.mkdir()
+    exporter = MlxExporter()
+    assert exporter.check(model) == []
+    exporter.write(model, target)
+    assert verified(model, exporter, target).worst_error <= 3 * ROUNDING
+    for word in ("gptq", "compressed-tensors", "gguf:q4_1"):
+        with pytest.raises(ConfigError, match=rf"W2 g32 {zero_point}, .* integer zero-points alone; export=mlx"):
+            exporter_of(word).check(model)
+
+
+def test_a_turned_weight_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    model = quantized_forms(tmp_path)
+    for word in ("mlx", "gptq", "compressed-tensors", "gguf:q4_1"):
+        with pytest.raises(ConfigError, match=r"W4 g32 asymmetric turned, .* hold; quantizer\.incoherence=none"):
+            exporter_of(word).check(model)
+
+
+def quantized_forms(directory: Path) -> QuantizedModel:
+    """A model whose layers are turned, by its forms alone."""
+    model = write_quantized(directory / "model", "llama", RTN(bits=4, group_size=32))
+    turned = RTN(bits=4, group_size=32, incoherence="input")
+    forms = {name: turned.storage(*form.shape, torch.bfloat16) for name, form in model.forms.items()}
+    return replace(model, forms=forms)
 
 
 def test_numbers_out_of_float16s_range_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from jointq_cli.kernels import Rounding
 from jointq_cli.quantization.quantizers.scale_fit import fit, round_scale, scale_rounding
 
 GRIDS = [Grid(bits, symmetric) for bits in range(1, 9) for symmetric in (False, True)]
+FRACTIONAL = [Grid(bits, False, zero) for bits in (1, 2, 3) for zero in ("half", "real")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -40,7 +41,7 @@ def test_a_grid_has_two_to_the_bits_levels_and_the_integer_zero_among_them(grid:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mse", [False, True])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS + FRACTIONAL, ids=str)
 def test_codes_are_nearest_for_the_rounded_scale(grid: Grid, mse: bool, dtype: torch.dtype) -> None:
     values = normal(5, 32)
     scale, zero_point = fit(values, grid, mse, dtype)
@@ -53,7 +54,7 @@ def test_codes_are_nearest_for_the_rounded_scale(grid: Grid, mse: bool, dtype: t
     torch.testing.assert_close(mine, nearest, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.bits > 1], ids=str)
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS + FRACTIONAL if grid.bits > 1], ids=str)
 def test_without_clipping_no_weight_moves_by_more_than_half_a_step(grid: Grid) -> None:
     values = normal(20, 64) + 0.3
     scale, _ = fit(values, grid, False, torch.float32)
@@ -61,7 +62,7 @@ def test_without_clipping_no_weight_moves_by_more_than_half_a_step(grid: Grid) -
 
 
 @pytest.mark.parametrize("mse", [False, True])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS + FRACTIONAL, ids=str)
 @pytest.mark.parametrize(("dtype", "exponents"), [(torch.float32, (-100, 60)), (torch.bfloat16, (-23, 13))])
 def test_weights_times_a_power_of_two_keep_their_codes(
     grid: Grid, mse: bool, dtype: torch.dtype, exponents: tuple[int, ...]
@@ -151,49 +152,57 @@ def test_null_and_minus_one_mean_one_scale_per_row(group_size: int | None) -> No
     assert group_columns(group_size, 7) == 7
 
 
-def stored(bits: int, symmetric: bool, permuted: bool, dtype: torch.dtype = torch.bfloat16) -> UniformWeight:
-    grid, generator = Grid(bits, symmetric), torch.Generator().manual_seed(bits)
+def stored(
+    bits: int, symmetric: bool, permuted: bool, dtype: torch.dtype = torch.bfloat16, zero: str = "integer"
+) -> UniformWeight:
+    grid, generator = Grid(bits, symmetric, zero), torch.Generator().manual_seed(bits)
     shape = (6, 16)
     codes = torch.randint(grid.lowest, grid.highest + 1, shape, generator=generator).to(grid.code_dtype)
-    zero = torch.randint(0, 1 if symmetric else grid.highest + 1, (6, 4), generator=generator)
+    zeros = torch.randint(0, 1 if symmetric else grid.highest + 1, (6, 4), generator=generator)
     return UniformWeight(
         codes=codes,
         scale=torch.rand(6, 4, generator=generator).to(dtype),
-        zero_point=zero.to(torch.uint8),
+        zero_point=grid.stored_zero_point(zeros + 0.3 if zero == "real" else zeros, dtype),
         permutation=torch.randperm(16, generator=generator).to(torch.int32) if permuted else None,
         bits=bits,
         symmetric=symmetric,
     )
 
 
-CASES = list(itertools.product([1, 4, 8], [False, True], [False, True]))
+CASES = [(*case, "integer") for case in itertools.product([1, 4, 8], [False, True], [False, True])]
+CASES += [(2, False, True, "half"), (2, False, True, "real")]
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "permuted"), CASES)
-def test_dequantised_values_are_what_the_codes_say(bits: int, symmetric: bool, permuted: bool) -> None:
-    weight = stored(bits, symmetric, permuted)
+@pytest.mark.parametrize(("bits", "symmetric", "permuted", "zero"), CASES)
+def test_dequantised_values_are_what_the_codes_say(bits: int, symmetric: bool, permuted: bool, zero: str) -> None:
+    weight = stored(bits, symmetric, permuted, zero=zero)
     order = list(range(16)) if weight.permutation is None else weight.permutation.tolist()
     dense = weight.dequantize(torch.float32)
     for row, place in itertools.product(range(6), range(16)):
         column, group = order[place], place // weight.group_size
-        steps = int(weight.codes[row, column]) - int(weight.zero_point[row, group])
+        offset = ((1 << bits) - 1) / 2 if weight.zero_point is None else float(weight.zero_point[row, group])
+        steps = int(weight.codes[row, column]) - offset
         assert float(dense[row, column]) == steps * float(weight.scale[row, group])
     assert weight.dequantize(torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "permuted"), CASES)
-def test_tensors_bring_the_same_weight_back(bits: int, symmetric: bool, permuted: bool) -> None:
-    weight = stored(bits, symmetric, permuted)
+@pytest.mark.parametrize(("bits", "symmetric", "permuted", "zero"), CASES)
+def test_tensors_bring_the_same_weight_back(bits: int, symmetric: bool, permuted: bool, zero: str) -> None:
+    weight = stored(bits, symmetric, permuted, zero=zero)
+    assert ("zero_point" in weight.to_tensors()) == (zero != "half")
     back = UniformWeight.from_tensors(weight.to_tensors())
-    assert (back.bits, back.symmetric) == (bits, symmetric)
+    assert (back.bits, back.symmetric, back.grid) == (bits, symmetric, Grid(bits, symmetric, zero))
+    both = UniformWeight.joined([back, back.take_rows(torch.arange(6).flip(0))])
+    assert torch.equal(both.dequantize(torch.float32)[6:].flip(0), weight.dequantize(torch.float32))
     assert torch.equal(back.dequantize(torch.float32), weight.dequantize(torch.float32))
     assert all(torch.equal(back.to_tensors()[name], tensor) for name, tensor in weight.to_tensors().items())
 
 
-def test_tensors_without_scale_are_refused_by_name() -> None:
-    tensors = stored(4, False, False).to_tensors()
-    del tensors["scale"]
-    with pytest.raises(ModelError, match="scale"):
+@pytest.mark.parametrize(("name", "zero"), [("scale", "half"), ("zero_point", "integer"), ("zero_point", "real")])
+def test_tensors_without_one_are_refused_by_its_name(name: str, zero: str) -> None:
+    tensors = stored(4, False, False, zero=zero).to_tensors()
+    del tensors[name]
+    with pytest.raises(ModelError, match=name):
         UniformWeight.from_tensors(tensors)
 
 
@@ -201,24 +210,26 @@ def test_bits_per_weight_counts_codes_scales_zero_points_and_the_permutation() -
     assert stored(4, True, False).bits_per_weight == 4 + 16 / 4
     assert stored(4, False, False).bits_per_weight == 4 + (16 + 4) / 4
     assert stored(3, False, True, torch.float32).bits_per_weight == 3 + (32 + 3) / 4 + 32 / 6
+    assert stored(2, False, False, zero="half").bits_per_weight == 2 + 16 / 4
+    assert stored(2, False, False, zero="real").bits_per_weight == 2 + (16 + 16) / 4
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=12),
     bits=st.integers(1, 8),
-    symmetric=st.booleans(),
+    kind=st.sampled_from([(False, "integer"), (True, "integer"), (False, "half"), (False, "real")]),
     mse=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_any_finite_group_gets_a_usable_grid(
-    values: list[float], bits: int, symmetric: bool, mse: bool, dtype: torch.dtype
+    values: list[float], bits: int, kind: tuple[bool, str], mse: bool, dtype: torch.dtype
 ) -> None:
-    grid, group = Grid(bits, symmetric), torch.tensor([values], dtype=torch.float32)
+    grid, group = Grid(bits, *kind), torch.tensor([values], dtype=torch.float32)
     scale, zero_point = fit(group, grid, mse, dtype)
     assert scale.isfinite().all()
     assert (scale > 0).all()
-    assert int(zero_point) <= max(0, grid.highest)
+    assert zero_point.abs().max() <= (2**15 if grid.zero == "real" else max(0, grid.highest))
     assert rounded(group, grid, mse, dtype).abs().max() <= 2.02 * group.abs().max()
 
 

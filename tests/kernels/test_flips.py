@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) e
 f32, f64 = torch.float32, torch.float64
 BFLOAT16, FLOAT32 = scale_rounding(torch.bfloat16), scale_rounding(torch.float32)
 GRIDS = [Grid(bits, symmetric) for bits in (1, 2, 3, 4, 8) for symmetric in (False, True)]
+GRIDS += [Grid(1, False, "half"), Grid(2, False, "half")]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -109,7 +110,7 @@ def correlated(columns: int, seed: int) -> Tensor:
 
 
 def clipped(maker: Maker, values: Tensor, weights: Tensor, grid: Grid, steps: int = 10) -> tuple[Tensor, Tensor]:
-    low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+    low, high = grid.ends(values)
     levels, scale = torch.empty_like(values), torch.empty_like(low)
     arguments = (values, weights, low, grid.covering_scale(low, high), levels, scale)
     on_device = [tensor.to(maker.device) for tensor in arguments]
@@ -158,7 +159,7 @@ def searched(maker: Maker, grid: Grid, kind: torch.dtype, guarded: bool) -> tupl
 
 def in_the_box(levels: Tensor, box: Box) -> bool:
     low, high = levels.amin(1), levels.amax(1)
-    whole = torch.equal(levels, levels.round())
+    whole = torch.equal(levels - box.first, (levels - box.first).round())
     return whole and bool((low >= box.first).all() and (high <= box.last).all() and (high - low <= box.span).all())
 
 
@@ -226,10 +227,12 @@ def test_levels_stay_in_the_box_and_scales_can_be_stored(maker: Maker, grid: Gri
 
 
 @makers
-def test_levels_of_no_use_at_any_scale_are_given_up(maker: Maker) -> None:
-    given = problem(Grid(3, False), f32, maker.rows, maker.columns)
+@pytest.mark.parametrize("grid", [Grid(3, False), Grid(2, False, "half")], ids=str)
+def test_levels_of_no_use_at_any_scale_are_given_up(maker: Maker, grid: Grid) -> None:
+    given = problem(grid, f32, maker.rows, maker.columns)
     lost = replace(given, correlation=-given.correlation)  # z of w is the worst that one can do for -w
     found = search(maker, lost, guarded=False)
+    assert in_the_box(found.levels, grid.box)
     assert (lost.objective(found.levels, found.scale) <= 0).all()
     assert (lost.objective(found.levels, found.scale) < 0).any()
     assert (lost.objective(lost.levels, lost.scale) > 0).all()
@@ -327,7 +330,7 @@ def test_every_implementation_finds_what_plain_torch_finds(maker: Maker, grid: G
 
 
 @kinds
-@pytest.mark.parametrize("grid", [Grid(1, True), Grid(2, False), Grid(4, True)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(1, True), Grid(2, False), Grid(4, True), Grid(2, False, "half")], ids=str)
 @pytest.mark.parametrize("maker", [CPU, pytest.param(TRITON, marks=needs_triton)], ids=str)
 def test_every_implementation_anneals_and_clips_as_plain_torch_does(
     maker: Maker, grid: Grid, kind: torch.dtype

@@ -15,6 +15,7 @@ from jointq_cli.kernels.reference import ReferenceKernels
 from jointq_cli.quantization.quantizers.scale_fit import SHRINK_STEPS
 
 GRIDS = [Grid(bits, symmetric) for bits in (1, 2, 3, 4, 8) for symmetric in (False, True)]
+GRIDS += [Grid(1, False, "half"), Grid(2, False, "half"), Grid(2, False, "real")]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -29,20 +30,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def search_problem(grid: Grid, groups: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+def search_problem(grid: Grid, groups: int, columns: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
     values = normal(groups, columns) ** 3  # heavy tails, so that clipping pays
-    low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+    low, high = grid.ends(values)
     shrink = 1 - torch.arange(SHRINK_STEPS) / 100
     scales = (grid.covering_scale(low, high)[:, None] * shrink).bfloat16().float()
-    anchor = torch.zeros_like(low) if grid.symmetric else low
-    return values, anchor, shrink, scales, grid.lowest, grid.highest
+    return values, grid.zero_point(low[:, None] * shrink, scales), scales, grid.lowest, grid.highest
 
 
-def losses(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
+def losses(values: Tensor, zero_points: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
     """The definition of the search, in float64: (groups, candidates)."""
-    scale = scales.double()[:, None, :]
-    zero = torch.round(-low.double()[:, None, None] * shrink.double() / scale).clamp(0, highest)
-    codes = (torch.round(values.double()[:, :, None] / scale) + zero).clamp(lowest, highest)
+    scale, zero = scales.double()[:, None, :], zero_points.double()[:, None, :]
+    codes = torch.round(values.double()[:, :, None] / scale + zero).clamp(lowest, highest)
     return ((codes - zero) * scale - values.double()[:, :, None]).abs().pow(2.4).sum(1)
 
 
@@ -81,7 +80,7 @@ def column_problem(grid: Grid, rows: int, size: int, columns: int) -> dict[str, 
         "errors": torch.zeros(rows, size),
         "upper": upper.contiguous(),
         "scale": 0.1 + normal(rows, size // columns, seed=3).abs(),
-        "zero_point": torch.full((rows, size // columns), 0 if grid.symmetric else grid.highest // 2).byte(),
+        "zero_point": grid.zero_point(torch.tensor(-0.1), torch.full((rows, size // columns), 0.1)),
         "column_groups": torch.arange(size).flip(0) // columns,
     }
 
@@ -133,8 +132,8 @@ def test_rows_do_not_depend_on_their_neighbours(threads: int) -> None:
         shared = {name: columns[name] for name in ("upper", "column_groups")}
         own = {name: tensor[rows] for name, tensor in columns.items() if name not in shared}
         assert torch.equal(run_columns(CpuKernels, shared | own, grid)["errors"], together[rows])
-        values, low, shrink, scales, *edges = search
-        assert torch.equal(CpuKernels.clip_search(values[rows], low[rows], shrink, scales[rows], *edges), best[rows])
+        values, zero_points, scales, *edges = search
+        assert torch.equal(CpuKernels.clip_search(values[rows], zero_points[rows], scales[rows], *edges), best[rows])
 
 
 def test_a_cpu_gets_the_compiled_kernels() -> None:

@@ -169,3 +169,28 @@ def test_tokens_may_come_without_their_windows(weighting: str) -> None:
     routed = weights.per_token(current.flatten(0, 1)[:7], None, 6)  # which of them is a first token is unknown
     plain = TokenWeights(weighting, power=2.0, first_token=1.0).per_token(current.flatten(0, 1)[:7], None, 6)
     assert torch.equal(routed, torch.ones(7) if plain is None else plain)
+
+
+def test_a_lower_precision_rounds_factors_and_not_their_sums() -> None:
+    """bf16 activations are what they were; the rounding of others averages out over the tokens."""
+    generator = torch.Generator().manual_seed(0)
+    original, inputs = torch.randn(2, 2048, 40, generator=generator).bfloat16().float()
+    weights = torch.rand(2048, generator=generator)
+    fast, exact = (Accumulator(40, CPU, cross=True, precision=precision) for precision in ("medium", None))
+    plain, found = Accumulator(40, CPU), Accumulator(40, CPU, precision="medium")
+    for accumulator in (fast, exact):
+        accumulator.add(inputs, original, weights)
+    for accumulator in (plain, found):
+        accumulator.add(inputs)
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.testing.assert_close(found.hessian(), plain.hessian(), rtol=1e-5, atol=1e-6)
+    for one, other in ((fast.hessian(), exact.hessian()), (fast.cross(), exact.cross())):
+        assert one is not None
+        assert other is not None
+        assert (one - other).norm() < 2e-4 * other.norm()
+
+
+def test_the_precision_ends_with_an_error() -> None:
+    with pytest.raises(NumericsError):
+        Accumulator(5, CPU, cross=True, precision="medium").add(torch.ones(3, 5))
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -479,11 +479,21 @@ def test_different_heldout_shares_are_an_error(tmp_path: Path) -> None:
         quantize(directory, tmp_path / "work", replace(JOINT, lambda_mode="heldout"), qep=qep, batch=1)
 
 
-def test_alpha_is_chosen_per_layer_and_recorded(tmp_path: Path) -> None:
+def test_statistics_have_the_requested_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write_checkpoint(tmp_path / "model")
-    qep = replace(QEP, perccorr_mode="heldout")
+    requested: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", requested.append)
+    for precision in (None, "medium"):
+        quantize(directory, tmp_path / f"{precision}", precision=precision)
+        assert ("medium" in requested) == (precision == "medium")
+
+
+@pytest.mark.parametrize(("mode", "note"), [("heldout", "alpha"), ("shrinkage", "kept")])
+def test_alpha_is_chosen_per_layer_and_recorded(mode: str, note: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    qep = replace(QEP, perccorr_mode=mode)
     _, _, records = quantize(directory, tmp_path / "work", SOLVE, qep=qep, tokens=windows(40), batch=4)
-    alphas = {record.name: record.notes.get("alpha") for record in records}
+    alphas = {record.name: record.notes.get(note) for record in records}
     assert all(alpha is None for name, alpha in alphas.items() if "down_proj" in name)
     later = [alpha for name, alpha in alphas.items() if "layers.0." not in name and "down_proj" not in name]
     assert all(isinstance(alpha, float) and 0 < alpha <= 1 for alpha in later)

@@ -55,7 +55,9 @@ def test_a_full_undamped_step_is_the_least_squares_minimiser() -> None:
     torch.testing.assert_close(corrected(EXACT, original, quantized).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("qep", [DEFAULT, EXACT, replace(DEFAULT, perccorr_mode="heldout")])
+@pytest.mark.parametrize(
+    "qep", [DEFAULT, EXACT, *(replace(DEFAULT, perccorr_mode=m) for m in ("heldout", "shrinkage"))]
+)
 def test_identical_inputs_change_nothing(qep: Qep) -> None:
     original, _ = inputs()
     assert torch.equal(corrected(qep, original, original, held=10), weight())
@@ -150,6 +152,30 @@ def test_held_out_alpha_is_the_best_of_all_on_the_held_out_tokens(residual: floa
     torch.testing.assert_close(applied.weight, everything.weight)
 
 
+@pytest.mark.parametrize("held", [500, 1000])
+def test_shrinkage_keeps_of_each_row_the_share_that_is_signal(held: int) -> None:
+    """s = X_q A^T + noise is regressed on white inputs: |a|^2 of signal, columns / tokens of noise in each row."""
+    tokens, columns = 2000, 100
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
+    energies = torch.tensor([0.0, 0.5, 1.0, 4.0], dtype=torch.float64) * columns / tokens
+    true = torch.randn(4, columns, generator=generator, dtype=torch.float64)
+    true *= (energies / true.square().sum(dim=1)).sqrt()[:, None]
+    error = x @ true.T + torch.randn(tokens, 4, generator=generator, dtype=torch.float64)
+    known, nothing = statistics(x, x, held, error), torch.zeros(4, columns)
+    qep = replace(EXACT, residual=1.0, perccorr_mode="shrinkage")
+    full = replace(qep, perccorr_mode="fixed").correction(known, None).apply(nothing).weight.double()
+    applied = qep.correction(known, None).apply(nothing)
+    shrunk = applied.weight.double()
+    kept = (shrunk * full).sum(dim=1) / full.square().sum(dim=1)
+    torch.testing.assert_close(shrunk, kept[:, None] * full, rtol=1e-4, atol=1e-6)
+    expected = energies / (energies + columns / tokens)
+    assert (kept - expected).abs().max() < 0.2
+    assert applied.notes["kept"] == pytest.approx((kept @ full.square().sum(1) / full.square().sum()).item(), rel=0.02)
+    distance = [(step - true).square().sum().item() for step in (shrunk, full, 0.0 * full)]
+    assert distance[0] < min(distance[1:])
+
+
 def test_raised_damping_is_recorded() -> None:
     original, quantized = inputs()
     singular = statistics(original[:3], quantized[:3])
@@ -193,7 +219,7 @@ def test_broken_statistics_are_named() -> None:
         ("perccorr", 1.5, "from 0 to 1"),
         ("perccorr", float("nan"), "from 0 to 1"),
         ("residual", 2.0, "from 0 to 1"),
-        ("perccorr_mode", "best", "fixed or heldout"),
+        ("perccorr_mode", "best", "one of fixed, heldout, shrinkage"),
         ("heldout_share", 1.0, "above 0 and below 1"),
         ("percdamp", -0.1, "at least 0"),
         ("pull", "zero", "original or corrected"),
@@ -207,5 +233,6 @@ def test_a_bad_value_is_named_with_its_rule(key: str, value: object, rule: str) 
 def test_the_description() -> None:
     assert DEFAULT.describe() == "QEP alpha=0.5 without mlp.down_proj"
     assert replace(EXACT, perccorr_mode="heldout").describe() == "QEP alpha=heldout"
+    assert replace(EXACT, perccorr_mode="shrinkage").describe() == "QEP alpha=1 shrunk"
     assert replace(EXACT, residual=0.5).describe() == "QEP alpha=1 residual=0.5"
     assert NoQep().describe() == ""

@@ -23,6 +23,7 @@ from jointq_cli.stages.export import model_to_quantize
 from jointq_cli.stages.loop_settings import asked_for, loop_settings, selected_layers
 from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.system.settings import Runtime
+from jointq_cli.transforms.settings import HadamardRotation, NoRotation, Rotation
 
 WORDS = [
     "recipe=ci_smoke", "model.path=model", "quantizer=rtn", "quantizer.group_size=32", "quantizer.symmetric=true",
@@ -45,6 +46,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+
+
+def asked(rotation: Rotation | None = None) -> Any:
+    """What the loop's settings need of a recipe."""
+    return SimpleNamespace(
+        qep=NoQep(),
+        calibration=Calibration(),
+        runtime=Runtime(),
+        experts=None,
+        rotation=rotation or NoRotation(),
+    )
 
 
 def opened() -> StreamedModel:
@@ -102,7 +114,7 @@ def test_planned_bits_are_those_of_each_layers_quantizer() -> None:
 def test_the_key_of_a_run_depends_on_what_each_layer_has() -> None:
     """Not on how it is said: overrides that say the same for all are none."""
     model, tokens = opened(), Tokens(torch.zeros(4, 8, dtype=torch.int64), {})
-    recipe: Any = SimpleNamespace(qep=NoQep(), calibration=Calibration(), runtime=Runtime(), experts=None)
+    recipe = asked()
 
     def settings(quantizer: Quantizer, **rules: Any) -> Any:
         layers = selected_layers(model, LayerSelection(**rules), quantizer, Activations())
@@ -114,6 +126,25 @@ def test_the_key_of_a_run_depends_on_what_each_layer_has() -> None:
         f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)
     }
     assert not uniform.own
+
+
+def test_no_input_is_turned_twice() -> None:
+    model, tokens = opened(), Tokens(torch.zeros(4, 8, dtype=torch.int64), {})
+    turned = RTN(group_size=32, incoherence="input")
+
+    def settings(rotation: Rotation, *, outputs_only: bool) -> None:
+        overrides = {f"{name}_proj": {"incoherence": "none"} for name in ("q", "k", "v", "gate", "up")}
+        layers = selected_layers(
+            model, LayerSelection(overrides=overrides if outputs_only else {}), turned, Activations()
+        )
+        loop_settings(layers, asked(rotation), tokens)
+
+    settings(NoRotation(), outputs_only=False)
+    settings(HadamardRotation(r4=False), outputs_only=True)
+    with pytest.raises(ConfigError, match=r"incoherence=input: rotation turns the input of .*q_proj already; "):
+        settings(HadamardRotation(r4=False), outputs_only=False)
+    with pytest.raises(ConfigError, match=r"input of .*down_proj already"):
+        settings(HadamardRotation(r4=True), outputs_only=True)
 
 
 def test_a_size_that_does_not_fit_is_named_by_the_pattern_that_says_it() -> None:

@@ -273,6 +273,15 @@ def test_hessians_of_the_original_are_not_those_of_its_rotation(words: list[str]
     assert found["rotate"] == found["hessians"] == found["quantize"] == "to make"
 
 
+def test_gradients_are_a_stage_that_other_settings_of_the_solve_reuse(words: list[str]) -> None:
+    words = [*words, "curvature=kfac"]
+    assert states(words)["gradients"] == "to make"
+    assert "K-FAC strength=1" in quantized(words)["quantizer"]
+    assert "gradients" not in states(words)  # what they are for is there
+    assert states([*words, "quantizer.bits=2", "curvature.strength=0.2"])["gradients"] == "reused"
+    assert states([*words, "curvature.seed=1"])["gradients"] == "to make"
+
+
 def test_whether_hessians_are_kept_is_counted_as_the_run_counts(words: list[str]) -> None:
     words = [*words, *HESSIANS, "runtime.hessians_gb=0.00055"]
     planned_stages = [name for name in states(words) if name != "run directory"]

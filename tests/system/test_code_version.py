@@ -130,3 +130,9 @@ def test_versions_of_libraries_count(monkeypatch: pytest.MonkeyPatch) -> None:
     before = SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"])
     monkeypatch.setattr(code_version, "version", lambda library: "0")
     assert SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"]) != before
+
+
+def test_a_library_that_is_missing_counts_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"])
+    monkeypatch.setattr(code_version, "LIBRARIES", ("torch", "transformers", "no-such-library"))
+    assert SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"]) != before

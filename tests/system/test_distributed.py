@@ -26,6 +26,8 @@ from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import Accumulator
+from jointq_cli.quantization.curvature import NO_CURVATURE, Curvature, Kfac
+from jointq_cli.quantization.gradients import Gradients, collect_gradients
 from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.qep import QepSettings
@@ -50,6 +52,7 @@ class Run:
     weights: TokenWeights = EQUAL
     count: int = 7  # windows, two in a batch: one process has more of them
     ahead: bool = False
+    curvature: Curvature = NO_CURVATURE
 
 
 RUNS = {
@@ -58,6 +61,7 @@ RUNS = {
     "jointq": Run(JOINT, FULL, weights=WEIGHED),
     "heldout": Run(replace(JOINT, lambda_mode="heldout"), replace(FULL, perccorr_mode="heldout")),
     "ahead": Run(SOLVE, inputs="original", weights=WEIGHED, ahead=True),
+    "kfac": Run(SOLVE, FULL, curvature=Kfac(token_mix=0.5)),
     "one batch": Run(SOLVE, FULL, count=2),  # of which the other process has nothing
 }
 
@@ -68,15 +72,21 @@ def quantize(folder: Path, team: Team, run: Run, pause: Callable[[], None] = lam
     team.barrier()
     model = StreamedModel(Checkpoint(folder.parent / "model"), CPU, torch.float32)
     names = frozenset(name for name in model.linear_layers() if model.block_of(name) is not None)
-    plan = LoopSettings(run.quantizer, run.qep, names, run.inputs, run.weights, run.count, 2, 1e9)
-    workspace, hessians = Workspace(folder), None
+    plan = LoopSettings(
+        run.quantizer, run.qep, names, run.inputs, run.weights, run.count, 2, 1e9, curvature=run.curvature
+    )
+    workspace, hessians, gradients = Workspace(folder), None, None
     with torch.no_grad():
+        if isinstance(run.curvature, Kfac):
+            gradients = Gradients(_made(folder / "gradients", team))
+            collect_gradients(model, windows(run.count), 0, 2, gradients, lambda: None, pause, team)
+            team.barrier()
         if run.ahead:
             hessians = Hessians(_made(folder / "hessians", team))
             collect_hessians(model, windows(run.count), plan, hessians, lambda: None, pause, team)
             team.barrier()
         quantize_blocks(
-            model, windows(run.count), plan, workspace, lambda record: None, pause, hessians, team
+            model, windows(run.count), plan, workspace, lambda record: None, pause, hessians, team, gradients
         )  # fmt: skip
     team.barrier()
     return workspace

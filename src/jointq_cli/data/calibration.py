@@ -55,7 +55,8 @@ class Calibration(TextSource):
     tokens: a file of frozen tokens to use instead of the text; seqlen must be that of the file, and its first
     num_samples windows are taken. inputs: the activations that statistics are computed from, those of the original
     model or `quantized`, those after the layers that have already been quantised. token_weighting, token_power,
-    first_token_weight: see token_weights.TokenWeights.
+    first_token_weight: see token_weights.TokenWeights. matmul_precision: of the products that statistics are sums of,
+    see accumulator.Accumulator.
 
     A text with fewer than num_samples windows is used with a warning, one without a window is an error.
     """
@@ -72,6 +73,7 @@ class Calibration(TextSource):
     token_power: float = setting(2.0, least=0, most=4)  # beyond, float32 runs out of range
     first_token_weight: float = setting(1.0, least=0, most=4)
     add_generated: int | None = setting(None, least=1, null="for none")
+    matmul_precision: str | None = setting(None, choices=("high", "medium"), null="for float32")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,12 +113,21 @@ class Calibration(TextSource):
             words.append(f"token_weighting={self.token_weighting}^-{self.token_power:g}")
         if self.first_token_weight != 1:
             words.append(f"first_token_weight={self.first_token_weight:g}")
+        if self.matmul_precision:
+            words.append(f"matmul_precision={self.matmul_precision}")
         return " ".join(words)
 
     def tokens_only(self) -> "Calibration":
         """These settings with defaults for all that does not decide which tokens they select."""
-        unused = replace(self, inputs="original", token_weighting="uniform", token_power=0.0, first_token_weight=1.0)
-        return replace(unused, add_generated=None)
+        return replace(
+            self,
+            inputs="original",
+            token_weighting="uniform",
+            token_power=0.0,
+            first_token_weight=1.0,
+            add_generated=None,
+            matmul_precision=None,
+        )
 
 
 def calibration_tokens(config: Calibration, tokenizer: "PreTrainedTokenizerBase") -> Tokens:

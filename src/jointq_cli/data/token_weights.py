@@ -46,3 +46,9 @@ class TokenWeights:
         if weights.numel() % tokens == 0:
             weights.view(-1, tokens)[:, 0] *= self.first_token
         return weights
+
+
+def weighted_by_energy(weights: Tensor | None, energies: Tensor, share: float) -> Tensor:
+    """weights^(1 - share) energies^share: weights (windows, tokens) of any scale, None for 1; energies of mean 1."""
+    mixed = energies.pow(share)
+    return mixed if weights is None else weights.pow(1.0 - share) * mixed

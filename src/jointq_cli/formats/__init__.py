@@ -2,6 +2,7 @@
 
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import KQuantWeight
+from jointq_cli.formats.turned import TurnedWeight
 from jointq_cli.formats.uniform import UniformWeight
 
-__all__ = ["KQuantWeight", "StoredWeight", "UniformWeight"]
+__all__ = ["KQuantWeight", "StoredWeight", "TurnedWeight", "UniformWeight"]

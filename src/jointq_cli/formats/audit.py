@@ -1,8 +1,11 @@
 """The audit of a quantised checkpoint: its tensors against those of the source and against the stored layers."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from jointq_cli.formats.layer_file import load_layer
 from jointq_cli.models.checkpoint import DTYPES, Checkpoint
@@ -11,9 +14,16 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Audit, LayerRecord
 
 
-def audit(model: StreamedModel, result: Checkpoint, layers: list[LayerRecord], codes: Path) -> Audit:
+def audit(
+    model: StreamedModel,
+    result: Checkpoint,
+    layers: list[LayerRecord],
+    codes: Path,
+    gains: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Audit:
     """Compares every tensor of `result` with that of the model that was quantised, and every quantised one with its
-    dequantised layer file. codes: directory of the layer files.
+    dequantised layer file. codes: directory of the layer files. gains: what a refinement has made of tensors that are
+    not quantised, by their stored names.
     """
     source, linear = model.checkpoint, model.linear_layers()
     quantized: dict[str, list[LayerRef]] = {}  # stored tensor -> the layers of which it holds all or a part
@@ -28,11 +38,14 @@ def audit(model: StreamedModel, result: Checkpoint, layers: list[LayerRecord], c
             _is_dequantized(model, result, name, quantized[name], codes)
             if name in quantized
             else source.same_bytes(result, name)
+            or (name in gains and _is_equal(result.read([name])[name], gains[name]))
         )
     ]
+    refined = [name for name in gains if name not in changed and not source.same_bytes(result, name)]
     return Audit(
-        identical=len([name for name in common if name not in quantized and name not in changed]),
+        identical=len([name for name in common if not (name in quantized or name in changed or name in refined)]),
         quantized=len([name for name in common if name in quantized]),
+        refined=len(refined),
         missing=[name for name in source.tensors if name not in result.tensors],
         unexpected=[name for name in result.tensors if name not in source.tensors],
         changed=changed,
@@ -55,6 +68,10 @@ def _is_dequantized(model: StreamedModel, result: Checkpoint, name: str, layers:
         others = {stored: torch.empty(model.source.shapes[stored]) for stored in location.tensors}
         weight = load_layer(codes / f"{layer.name}.safetensors").dequantize(found.dtype)
         location.write(layer.turned(weight), {**others, name: expected})
+    return _is_equal(found, expected)
+
+
+def _is_equal(found: Tensor, expected: Tensor) -> bool:
     return expected.dtype == found.dtype and torch.equal(found, expected)
 
 

@@ -110,7 +110,7 @@ FALLBACKS: Mapping[str, str] = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", 
 """What a tensor gets whose rows are no multiple of a super-block's columns."""
 
 UNIFORM_SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    name: {"grid": None, "bits": bits, "symmetric": symmetric, "group_size": BLOCK}
+    name: {"grid": None, "bits": bits, "symmetric": symmetric, "zero_point": None, "group_size": BLOCK}
     for name, bits, symmetric in (("q4_0", 4, True), ("q5_0", 5, True), ("q5_1", 5, False), ("q8_0", 8, True))
 }
 """The settings of a quantizer whose result these types hold."""

@@ -1,8 +1,9 @@
 """Weights on a uniform integer grid: the levels of the grid, and the stored form.
 
 A weight w is stored as a code a with w ~ (a - zero_point) * scale. Asymmetric: a in [0, 2^bits - 1] and
-zero_point an integer of that range. Symmetric: a in [-2^(bits-1), 2^(bits-1) - 1] and zero_point 0. One scale
-and zero-point per row and group of columns. Scales are rounded to the checkpoint's dtype *before* codes are
+zero_point an integer of that range; or half of 2^bits - 1 everywhere, so that the levels are half-integers around zero
+and no zero-point is stored; or any real number. Symmetric: a in [-2^(bits-1), 2^(bits-1) - 1] and zero_point 0. One
+scale and zero-point per row and group of columns. Scales are rounded to the checkpoint's dtype *before* codes are
 chosen, so codes are the nearest ones for the stored scale. Nothing here depends on the absolute size of the
 weights: where the dtype's exponent allows, a layer times a power of two has the same codes to the bit.
 """
@@ -20,14 +21,17 @@ from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.formats.base import StoredWeight
 
 MOST_NAMED = 3  # layers in an error message
+ZERO_POINTS = ("integer", "half", "real")
+_FARTHEST = 2.0**12  # steps from zero to a group's range, if zero-points are real: float16 holds eight times more
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The codes of one grid: 2^bits consecutive integers."""
+    """The codes of one grid: 2^bits consecutive integers. zero: of ZERO_POINTS; integer where symmetric."""
 
     bits: int
     symmetric: bool
+    zero: str = "integer"
 
     @property
     def lowest(self) -> int:
@@ -39,17 +43,33 @@ class Grid:
 
     @property
     def box(self) -> kernels.Box:
-        """The values that code - zero_point can have, over all zero-points."""
-        return kernels.Box(self.lowest - (0 if self.symmetric else self.highest), self.highest, (1 << self.bits) - 1)
+        """The values that code - zero_point can have, over all zero-points; of real ones, but for a shift of all."""
+        span = (1 << self.bits) - 1
+        if self.zero == "half":
+            return kernels.Box(-span / 2, span / 2, span)
+        return kernels.Box(self.lowest - (0 if self.symmetric else self.highest), self.highest, span)
 
     @property
     def code_dtype(self) -> torch.dtype:
         return torch.int8 if self.symmetric else torch.uint8
 
+    def ends(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and highest weight (groups,) that levels should cover; groups (groups, columns)."""
+        low, high = torch.aminmax(groups, dim=1)
+        if self.zero == "half":
+            high = torch.maximum(high, -low)
+            return -high, high
+        return (low, high) if self.zero == "real" else (low.clamp_max_(0.0), high.clamp_min_(0.0))
+
     def covering_scale(self, low: Tensor, high: Tensor) -> Tensor:
-        """The smallest scale whose levels cover `low` <= 0 to `high` >= 0 within half a step; 1 where both are 0."""
+        """The smallest scale whose levels cover `ends` within half a step; 1 where both are 0, but 0 where no level
+        is."""
         steps = float((1 << self.bits) - 1)
-        if not self.symmetric:
+        if self.zero == "half":
+            return (high - low) / steps
+        if self.zero == "real":
+            scale = torch.maximum((high - low) / steps, torch.maximum(high, -low) / _FARTHEST)
+        elif not self.symmetric:
             scale = (high - low) / steps
         elif self.bits == 1:  # levels -1 and 0: with the formula below, -1 would be twice the extreme value
             scale = torch.maximum(high, -low)
@@ -58,15 +78,24 @@ class Grid:
         return torch.where(scale == 0, 1.0, scale)
 
     def zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
-        """The code of the value 0 if the lowest code represents about `low`; integers as float32."""
+        """The code of the value 0 if the lowest code represents `low`, or about that; float32."""
         if self.symmetric:
             return torch.zeros_like(scale)
-        return torch.round(-low / scale).clamp_(0, self.highest)
+        if self.zero == "half":
+            return torch.full_like(scale, self.highest / 2)
+        return -low / scale if self.zero == "real" else torch.round(-low / scale).clamp_(0, self.highest)
+
+    def stored_zero_point(self, zero_point: Tensor, scale_dtype: torch.dtype) -> Tensor | None:
+        """As a UniformWeight has it."""
+        if self.zero == "half":
+            return None
+        return zero_point.to(scale_dtype if self.zero == "real" else torch.uint8)
 
     def nearest_codes(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Codes of `values` by rounding to nearest, ties to even; all arguments float32 and broadcastable."""
-        codes = torch.round(values / scale).add_(zero_point).clamp_(self.lowest, self.highest)
-        return codes.to(self.code_dtype)
+        whole = torch.floor(zero_point)
+        codes = torch.round((values / scale).add_(zero_point - whole)).add_(whole)
+        return codes.clamp_(self.lowest, self.highest).to(self.code_dtype)
 
 
 def group_columns(group_size: int | None, in_features: int) -> int:
@@ -92,10 +121,11 @@ def check_group_size(group_size: int | None, in_features: Mapping[str, int]) -> 
         )
 
 
-def grid_label(bits: int, group_size: int | None, symmetric: bool) -> str:
-    """Such as "W4 g128 asymmetric"; group_size null or -1: one scale per row."""
+def grid_label(grid: Grid, group_size: int | None) -> str:
+    """Such as "W4 g128 asymmetric" or "W2 g64 half"; group_size null or -1: one scale per row."""
     groups = "per-channel" if group_size in (None, -1) else f"g{group_size}"
-    return f"W{bits} {groups} {'symmetric' if symmetric else 'asymmetric'}"
+    kind = "symmetric" if grid.symmetric else "asymmetric" if grid.zero == "integer" else grid.zero
+    return f"W{grid.bits} {groups} {kind}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,15 +133,15 @@ class UniformWeight(StoredWeight):
     """A linear layer on a uniform grid. Codes are in the original order of the columns.
 
     codes (out, in) uint8, or int8 when symmetric; scale (out, groups) in the checkpoint's dtype; zero_point
-    (out, groups) uint8; permutation (in,) int32 or None: column permutation[j] belongs to group j //
-    group_size, with None column j does.
+    (out, groups) uint8, in scale's dtype where it is real, None where it is half; permutation (in,) int32 or None:
+    column permutation[j] belongs to group j // group_size, with None column j does.
     """
 
     kind: ClassVar[str] = "uniform"
 
     codes: Tensor
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     permutation: Tensor | None
     bits: int
     symmetric: bool
@@ -124,8 +154,16 @@ class UniformWeight(StoredWeight):
             parts[0],
             codes=torch.cat([part.codes for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
-            zero_point=torch.cat([part.zero_point for part in parts]),
+            zero_point=None
+            if parts[0].zero_point is None
+            else torch.cat([part.zero_point for part in parts if part.zero_point is not None]),
         )
+
+    @property
+    def grid(self) -> Grid:
+        if self.zero_point is None:
+            return Grid(self.bits, self.symmetric, "half")
+        return Grid(self.bits, self.symmetric, "real" if self.zero_point.is_floating_point() else "integer")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -138,12 +176,14 @@ class UniformWeight(StoredWeight):
 
     @property
     def label(self) -> str:
-        return grid_label(self.bits, self.group_size if self.scale.shape[1] > 1 else None, self.symmetric)
+        return grid_label(self.grid, self.group_size if self.scale.shape[1] > 1 else None)
 
     @property
     def stored_bits(self) -> int:
-        """Codes, scales, zero-points if asymmetric, and the permutation with 32 bits a column."""
-        per_group = 8 * self.scale.element_size() + (0 if self.symmetric else self.bits)
+        """Codes, scales, zero-points if there are any, and the permutation with 32 bits a column."""
+        scale_bits = 8 * self.scale.element_size()
+        zero_bits = {"integer": self.bits, "half": 0, "real": scale_bits}[self.grid.zero]
+        per_group = scale_bits + (0 if self.symmetric else zero_bits)
         permutation = 0 if self.permutation is None else 32 * len(self.permutation)
         return self.bits * self.codes.numel() + per_group * self.scale.numel() + permutation
 
@@ -152,15 +192,24 @@ class UniformWeight(StoredWeight):
 
     def take_rows(self, rows: Tensor) -> "UniformWeight":
         """The layer with the rows in another order, or some of them. rows: indices."""
-        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero_point=self.zero_point[rows])
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero_point=zero_point)
 
     def unsigned_codes(self) -> Tensor:
         """(out, in) uint8: the codes counted from 0, as packed formats store them."""
         return self.codes.view(torch.uint8) - (Grid(self.bits, self.symmetric).lowest & 255)  # modulo 256
 
     def unsigned_zero_point(self) -> Tensor:
-        """(out, groups) uint8: the zero-point of `unsigned_codes`."""
+        """(out, groups) uint8: the zero-point of `unsigned_codes`; float32 where it is no integer."""
+        if self.zero_point is None or self.zero_point.is_floating_point():
+            return self.zero_points()
         return self.zero_point - (Grid(self.bits, self.symmetric).lowest & 255)
+
+    def zero_points(self) -> Tensor:
+        """(out, groups) float32."""
+        if self.zero_point is None:
+            return torch.full(self.scale.shape, self.grid.highest / 2, device=self.scale.device)
+        return self.zero_point.to(torch.float32)
 
     def column_groups(self) -> Tensor:
         """(in,) int64: the group of each column."""
@@ -172,32 +221,38 @@ class UniformWeight(StoredWeight):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(codes - zero_point) * scale."""
         groups = self.column_groups()
-        offset = self.zero_point.to(torch.float32)[:, groups]
+        offset = self.zero_points()[:, groups]
         weight = self.codes.to(torch.float32).sub_(offset)
         return weight.mul_(self.scale.to(torch.float32)[:, groups]).to(dtype)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """`format` holds bits and whether symmetric."""
+        """`format` holds bits, whether symmetric, and the number of the kind of zero-points unless that is 0."""
+        kind = ZERO_POINTS.index(self.grid.zero)
+        numbers = [self.bits, int(self.symmetric), *([kind] if kind else [])]
         tensors = {
             "codes": self.codes.contiguous(),
             "scale": self.scale.contiguous(),
-            "zero_point": self.zero_point.contiguous(),
-            "format": torch.tensor([self.bits, int(self.symmetric)], dtype=torch.int32),
         }
+        if self.zero_point is not None:
+            tensors["zero_point"] = self.zero_point.contiguous()
+        tensors["format"] = torch.tensor(numbers, dtype=torch.int32)
         if self.permutation is not None:
             tensors["permutation"] = self.permutation.contiguous()
         return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "UniformWeight":
-        missing = [name for name in ("codes", "scale", "zero_point", "format") if name not in tensors]
+        numbers = tensors["format"].tolist() if "format" in tensors else []
+        is_half = numbers[2:] == [ZERO_POINTS.index("half")]
+        needed = ("codes", "scale", *(() if is_half else ("zero_point",)), "format")
+        missing = [name for name in needed if name not in tensors]
         if missing:
             raise ModelError(f"tensor {', '.join(missing)} is missing")
-        bits, symmetric = tensors["format"].tolist()
+        bits, symmetric = numbers[:2]
         return cls(
             codes=tensors["codes"],
             scale=tensors["scale"],
-            zero_point=tensors["zero_point"],
+            zero_point=tensors.get("zero_point"),
             permutation=tensors.get("permutation"),
             bits=bits,
             symmetric=bool(symmetric),

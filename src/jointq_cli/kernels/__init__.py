@@ -7,6 +7,7 @@ written to.
 """
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,15 +24,21 @@ class Box:
     """The constraint on the levels z = code - zero_point of one group: from `first` to `last`, at most `span` apart.
 
     It replaces the zero-point, which can be chosen afterwards: any window of `span` + 1 levels that covers them all.
+    Levels are `first` plus integers: half-integers if that is one. Then none is 0, and first is -last.
     """
 
-    first: int
-    last: int
-    span: int
+    first: float
+    last: float
+    span: float
 
     def most_steps(self, columns: int) -> int:
         """An upper bound on the steps of a search, which ends long before it unless its arithmetic goes wrong."""
-        return (self.span + 16) * columns
+        return (int(self.span) + 16) * columns
+
+    @property
+    def fraction(self) -> float:
+        """Of levels: 0 or 0.5."""
+        return self.first - math.floor(self.first)
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,14 @@ class Kernels(Protocol):
     """The contract. Vectors are rows: z R z stands for z R z^T, and R is symmetric and positive semidefinite."""
 
     @staticmethod
-    def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
+    def clip_search(values: Tensor, zero_points: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
         """The candidate grid that rounds each group best: argmin over k of sum_j |w_j - nearest level|^2.4.
 
         The exponent and the search over shrunk ranges are those of GPTQ's released code (quant.py, `mse`). Candidate k
-        of a group has scales[:, k] and the zero-point that puts code `lowest` near shrink[k] * low. The first of
-        equals wins.
+        of a group has scales[:, k] and zero_points[:, k]. The first of equals wins.
 
-        values (groups, columns) contiguous; low (groups,), 0 where the grid has no zero-point; shrink (candidates,);
-        scales (groups, candidates); all float32. Returns (groups,) int64.
+        values (groups, columns); zero_points and scales (groups, candidates); all float32 and contiguous. Returns
+        (groups,) int64.
         """
 
     @staticmethod
@@ -95,7 +101,7 @@ class Kernels(Protocol):
         upper[j, k] for k in block after j. Writes codes[:, j], errors[:, j - block.start], work.
 
         work (rows, in) float32; codes (rows, in) uint8 or int8; errors (rows, >= len(block)) float32; upper (in, in)
-        float32 row-major, the upper Cholesky factor of H^-1; scale float32, zero_point uint8 (rows, groups);
+        float32 row-major, the upper Cholesky factor of H^-1; scale and zero_point float32 (rows, groups);
         column_groups (in,) int64.
         """
 
@@ -136,7 +142,8 @@ class Kernels(Protocol):
 
         1. With the scale profiled out: for given z the best scale is s = q / o with q = h z and o = z R z, and then
            f = -q^2 / o. Takes the best of all single steps of z_j by 1 along the sign of h_j - s (z R)_j, and of the
-           steps z +- (1, ..., 1), until none gains. Levels with q <= 0, for which no positive scale helps, start at 0.
+           steps z +- (1, ..., 1), until none gains. Levels with q <= 0, for which no positive scale helps, start at 0;
+           half-integers, at -z.
            No step leads to an o below CANCELLED; a row that starts there keeps its input scale.
         2. At the scale rounded as it will be stored: single steps, until none gains.
 

@@ -57,8 +57,7 @@ def _power_2_4(square: Any) -> Any:
 @compiled
 def _clip_search(
     values: Floats,
-    low: Floats,
-    shrink: Floats,
+    zero_points: Floats,
     scales: Floats,
     lowest: Any,
     highest: Any,
@@ -69,19 +68,21 @@ def _clip_search(
     candidates = scales.shape[1]
     loss = np.empty(candidates, np.float32)
     inverse = np.empty(candidates, np.float32)
+    fraction = np.empty(candidates, np.float32)
     floor = np.empty(candidates, np.float32)
     ceiling = np.empty(candidates, np.float32)
     for i in range(groups):
         for k in range(candidates):
             loss[k] = f32(0)
             inverse[k] = f32(1) / scales[i, k]
-            zero = min(max(np.rint(-(low[i] * shrink[k]) / scales[i, k]), f32(0)), highest)
+            zero = np.floor(zero_points[i, k])
+            fraction[k] = zero_points[i, k] - zero
             floor[k] = lowest - zero
             ceiling[k] = highest - zero
         for j in range(columns):
             value = values[i, j]
             for k in range(candidates):
-                exact = value * inverse[k]
+                exact = value * inverse[k] + fraction[k]
                 gap = min(max(np.rint(exact), floor[k]), ceiling[k]) - exact
                 loss[k] += _power_2_4(gap * gap)
         first = 0
@@ -102,7 +103,7 @@ def _quantize_columns(
     errors: Floats,
     upper: Floats,
     scale: Floats,
-    zero_point: NDArray[np.uint8],
+    zero_point: Floats,
     column_groups: NDArray[np.int64],
     start: int,
     stop: int,
@@ -115,8 +116,9 @@ def _quantize_columns(
         for j in range(start, stop):
             group = column_groups[j]
             s = scale[i, group]
-            zero = f32(zero_point[i, group])
-            code = min(max(np.rint(work[i, j] / s) + zero, lowest), highest)
+            zero = zero_point[i, group]
+            whole = np.floor(zero)
+            code = min(max(np.rint(work[i, j] / s + (zero - whole)) + whole, lowest), highest)
             codes[i, j] = np.uint8(np.int32(code))  # a negative code wraps to its int8 bit pattern
             error = (work[i, j] - (code - zero) * s) / upper[j, j]
             errors[i, j - block_start] = error
@@ -136,6 +138,11 @@ def _over_rows(rows: int, columns: int, body: Callable[[slice], None]) -> None:
         list(pool.map(body, parts))
 
 
+def _limits(box: Box) -> tuple[float, float, float]:
+    """As floats, since a function is compiled for every combination of types."""
+    return float(box.first), float(box.last), float(box.span)
+
+
 def _scratch(levels: NDArray[Any]) -> NDArray[Any]:
     """An integer for each column, of the width of a level."""
     return np.empty(levels.shape[1], np.dtype(f"i{levels.itemsize}"))
@@ -145,12 +152,12 @@ class CpuKernels(Kernels):
     """See `Kernels` for the contract."""
 
     @staticmethod
-    def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
+    def clip_search(values: Tensor, zero_points: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
         best = torch.empty(len(values), dtype=torch.int64)
-        v, w, p, s, b = values.numpy(), low.numpy(), shrink.numpy(), scales.numpy(), best.numpy()
+        v, z, s, b = values.numpy(), zero_points.numpy(), scales.numpy(), best.numpy()
 
         def body(rows: slice) -> None:
-            _clip_search(v[rows], w[rows], p, s[rows], f32(lowest), f32(highest), b[rows])
+            _clip_search(v[rows], z[rows], s[rows], f32(lowest), f32(highest), b[rows])
 
         _over_rows(values.shape[0], values.shape[1] * scales.shape[1] // 4, body)
         return best
@@ -192,7 +199,7 @@ class CpuKernels(Kernels):
         x, w, a, b, z, s = (t.numpy() for t in (values, weights, low, widest, levels, scale))
 
         def body(rows: slice) -> None:
-            cpu_flips.weighted_clip(x[rows], w, a[rows], b[rows], z[rows], s[rows], astuple(box), steps)
+            cpu_flips.weighted_clip(x[rows], w, a[rows], b[rows], z[rows], s[rows], _limits(box), steps)
 
         _over_rows(values.shape[0], values.shape[1] * steps // 4, body)
 
@@ -212,7 +219,7 @@ class CpuKernels(Kernels):
         fall = torch.empty(len(levels), dtype=torch.float64)
         h, m, v, z, s = (t.numpy() for t in (correlation, metric, products, levels, scale))
         limits, scale_format, tolerances = (
-            astuple(box),
+            _limits(box),
             astuple(rounding),
             (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps),
         )
@@ -253,7 +260,7 @@ class CpuKernels(Kernels):
     ) -> None:
         h, m, v, z, s = (t.numpy() for t in (correlation, metric, products, levels, scale))
         limits, scale_format, tolerances = (
-            astuple(box),
+            _limits(box),
             astuple(rounding),
             (TOLERANCE, CANCELLED * torch.finfo(levels.dtype).eps),
         )

@@ -90,7 +90,7 @@ def _first_largest(gains: Any, bits: Any) -> int:
 @compiled
 def _extremes(z: Any) -> Any:
     kind = z.dtype.type
-    low = high = np.int32(z[0])
+    low = high = np.int32(z[0])  # half-integers lose their halves, which changes no comparison with first and last
     for j in range(len(z)):
         low = min(low, np.int32(z[j]))
         high = max(high, np.int32(z[j]))
@@ -141,10 +141,14 @@ def _descend_profiled(
     q, o, e = _dots(h, v, z, r)
     if e > 0 and o <= cancelled * e:
         return 0, 0.0
-    if o > 0 and q <= 0:  # the best scale is 0, so all levels may be 0 as well
-        z[:] = 0
-        v[:] = 0
-        q = o = e = 0.0
+    if o > 0 and q <= 0:  # the best scale is 0, so all levels may be 0 as well, or have the other sign
+        flip = kind(0) if first == np.rint(first) else -kind(1)
+        for k in range(len(z)):
+            z[k] *= flip
+            v[k] *= flip
+        q *= flip
+        o *= abs(flip)
+        e *= abs(flip)
     h_sum, v_sum, total, trace = _sum(h), _sum(v), _sum(sums), _sum(r)
     for taken in range(most):
         s = q / o if o > 0 and q > 0 else 0.0
@@ -286,6 +290,7 @@ def weighted_clip(
     loss = np.empty(candidates, values.dtype)
     trial, inverse = np.empty_like(loss), np.empty_like(loss)
     span = kind(box[2])
+    fraction = kind(box[0] - np.floor(box[0]))
     for i in range(rows):
         floor = min(max(np.rint(low[i] / widest[i]), kind(box[0])), kind(box[1] - box[2]))
         for k in range(candidates):
@@ -295,7 +300,8 @@ def weighted_clip(
         for j in range(d):
             value, weight = values[i, j], weights[j]
             for k in range(candidates):
-                error = value - trial[k] * min(max(np.rint(value * inverse[k]), floor), floor + span)
+                level = np.rint(value * inverse[k] - fraction) + fraction
+                error = value - trial[k] * min(max(level, floor), floor + span)
                 loss[k] += weight * error * error
         best = 0
         for k in range(1, candidates):
@@ -303,7 +309,8 @@ def weighted_clip(
                 best = k
         scale[i] = trial[best]
         for j in range(d):
-            levels[i, j] = min(max(np.rint(values[i, j] * inverse[best]), floor), floor + span)
+            level = np.rint(values[i, j] * inverse[best] - fraction) + fraction
+            levels[i, j] = min(max(level, floor), floor + span)
 
 
 @compiled

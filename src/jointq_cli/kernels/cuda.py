@@ -28,9 +28,11 @@ class TritonSteps(TorchSteps):
         r, sums = metric.diagonal().contiguous(), metric.sum(dim=0)
         cancelled = CANCELLED * torch.finfo(h.dtype).eps
         most = box.most_steps(h.shape[1])
+        flip = -1.0 if box.fraction else 0.0
         _launch(
-            cuda_flips.profiled, h, v, z, metric, r, sums, scale, taken, most=most, cancelled=cancelled, **_window(box)
-        )
+            cuda_flips.profiled, h, v, z, metric, r, sums, scale, taken,
+            most=most, cancelled=cancelled, flip=flip, **_window(box),
+        )  # fmt: skip
         return taken, scale
 
     @staticmethod
@@ -51,11 +53,14 @@ class TritonSteps(TorchSteps):
         _launch(cuda_flips.fixed, h, v, z, metric, r, s, bonus, taken, len(bonus), wanders=True, **_window(box))
 
     @staticmethod
-    def best_scale(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
+    def best_scale(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, box: Box) -> Tensor:
         if values.shape[1] > _MAX_COLUMNS:
-            return TorchSteps.best_scale(values, weights, floor, trials, span)
+            return TorchSteps.best_scale(values, weights, floor, trials, box)
         best = torch.empty(len(values), dtype=torch.int64, device=values.device)
-        _launch(cuda_flips.best_trial, values, weights, floor, trials, best, span=span, trials=trials.shape[1])
+        _launch(
+            cuda_flips.best_trial, values, weights, floor, trials, best,
+            span=box.span, fraction=box.fraction, trials=trials.shape[1],
+        )  # fmt: skip
         return best
 
 
@@ -65,7 +70,7 @@ class CudaKernels(ReferenceKernels):
     steps: ClassVar[type[TorchSteps]] = TritonSteps
 
 
-def _window(box: Box) -> Mapping[str, int]:
+def _window(box: Box) -> Mapping[str, float]:
     return {"first": box.first, "last": box.last, "span": box.span}
 
 

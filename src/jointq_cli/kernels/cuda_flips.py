@@ -39,9 +39,9 @@ def profiled(
     h_rows, v_rows, z_rows, metric, diagonal, sums_row, scale_rows, taken_rows,
     d: tl.constexpr, block: tl.constexpr,
     first: tl.constexpr, last: tl.constexpr, span: tl.constexpr, most: tl.constexpr,
-    cancelled: tl.constexpr,
+    cancelled: tl.constexpr, flip: tl.constexpr,
 ):  # fmt: skip
-    """See `TorchSteps.descend_profiled`."""
+    """See `TorchSteps.descend_profiled`. flip: factor of levels that no positive scale helps."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, block)
     inside = index < d
@@ -55,12 +55,12 @@ def profiled(
     o = tl.sum(v.to(tl.float64) * z.to(tl.float64), 0)
     e = tl.sum(r.to(tl.float64) * z * z, 0)
     going = (e == 0) | (o > cancelled * e)
-    if going & (o > 0) & (q <= 0):  # the best scale is 0, so all levels may be 0 as well
-        z = tl.zeros_like(z)
-        v = tl.zeros_like(v)
-        q = q * 0.0
-        o = o * 0.0
-        e = e * 0.0
+    if going & (o > 0) & (q <= 0):  # the best scale is 0, so all levels may be 0 as well, or have the other sign
+        z = z * flip
+        v = v * flip
+        q = q * flip
+        o = o * flip * flip
+        e = e * flip * flip
     usable = going
     h_sum = tl.sum(h.to(tl.float64), 0)
     v_sum = tl.sum(v.to(tl.float64), 0)
@@ -154,7 +154,7 @@ def fixed(
 @triton.jit
 def best_trial(
     values_rows, weights_row, floor_rows, trials_rows, best_rows,
-    d: tl.constexpr, block: tl.constexpr, span: tl.constexpr, trials: tl.constexpr,
+    d: tl.constexpr, block: tl.constexpr, span: tl.constexpr, fraction: tl.constexpr, trials: tl.constexpr,
 ):  # fmt: skip
     """See `TorchSteps.best_scale`."""
     row = tl.program_id(0).to(tl.int64)
@@ -168,8 +168,8 @@ def best_trial(
     best = 0
     for k in range(trials):
         scale = tl.load(trials_rows + row * trials + k)
-        level = tl.minimum(tl.maximum(values * (1.0 / scale), floor), floor + span)
-        error = values - scale * (level + magic - magic)
+        level = tl.minimum(tl.maximum(values * (1.0 / scale), floor), floor + span) - fraction
+        error = values - scale * (level + magic - magic + fraction)
         loss = tl.sum(weights * error * error, 0)
         best = tl.where(loss < least, k, best)
         least = tl.minimum(loss, least)

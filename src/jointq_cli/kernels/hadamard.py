@@ -80,8 +80,8 @@ def random_hadamard(size: int, generator: torch.Generator) -> Tensor:
     return orthogonal_hadamard(size).mul_(signs)
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
-    """x @ orthogonal_hadamard(n) for x (..., n) of any floating dtype, in that dtype.
+def hadamard_transform(x: Tensor, *, transposed: bool = False) -> Tensor:
+    """x @ orthogonal_hadamard(n), or its transpose, for x (..., n) of any floating dtype, in that dtype.
 
     Factor by factor, which takes n x (sum of the factors) multiplications per vector instead of n^2.
     """
@@ -91,7 +91,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     apart = x.reshape(*x.shape[:-1], found.blocks, *factors)
     for axis, order in enumerate(factors, start=-len(factors)):
         factor = _factor(order).to(apart.device, apart.dtype)
-        apart = torch.tensordot(apart, factor / math.sqrt(order), dims=([axis], [0])).movedim(-1, axis)
+        apart = torch.tensordot(apart, factor / math.sqrt(order), dims=([axis], [int(transposed)])).movedim(-1, axis)
     return apart.reshape(x.shape)
 
 

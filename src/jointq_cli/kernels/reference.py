@@ -15,13 +15,14 @@ class ReferenceKernels(Kernels):
     steps: ClassVar[type[TorchSteps]] = TorchSteps
 
     @staticmethod
-    def clip_search(values: Tensor, low: Tensor, shrink: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
+    def clip_search(values: Tensor, zero_points: Tensor, scales: Tensor, lowest: int, highest: int) -> Tensor:
+        whole = torch.floor(zero_points)
+        fractions = zero_points - whole
         losses = torch.empty_like(scales)
         for k in range(scales.shape[1]):
-            scale = scales[:, k, None]
-            zero_point = torch.round(-(low[:, None] * shrink[k]) / scale).clamp_(0, highest)
-            exact = values / scale
-            rounded = torch.round(exact).clamp_(lowest - zero_point, highest - zero_point)
+            zero = whole[:, k, None]
+            exact = values / scales[:, k, None] + fractions[:, k, None]
+            rounded = torch.round(exact).clamp_(lowest - zero, highest - zero)
             losses[:, k] = rounded.sub_(exact).abs_().pow_(2.4).sum(dim=1)
         # Each loss is in units of its candidate's scale; the ratio to the first scale makes them comparable and, unlike
         # the scale itself, does not underflow.
@@ -45,8 +46,9 @@ class ReferenceKernels(Kernels):
         for j in span:
             group = column_groups[j : j + 1]  # a slice, not a number: reading one would synchronise with the device
             s = scale.index_select(1, group)[:, 0]
-            zero = zero_point.index_select(1, group)[:, 0].to(torch.float32)
-            code = torch.round(work[:, j] / s).add_(zero).clamp_(lowest, highest)
+            zero = zero_point.index_select(1, group)[:, 0]
+            whole = torch.floor(zero)
+            code = torch.round(work[:, j] / s + (zero - whole)).add_(whole).clamp_(lowest, highest)
             codes[:, j] = code.to(codes.dtype)
             error = (work[:, j] - (code - zero) * s) / upper[j, j]
             errors[:, j - block.start] = error
@@ -68,9 +70,9 @@ class ReferenceKernels(Kernels):
         shrink = torch.tensor([1.0 - 0.8 * k / steps for k in range(steps)], dtype=torch.float64)
         trials = widest[:, None] * shrink.to(widest)
         floor = torch.round(low / widest).clamp_(box.first, box.last - box.span)
-        best = cls.steps.best_scale(values, weights, floor, trials, box.span)
+        best = cls.steps.best_scale(values, weights, floor, trials, box)
         scale.copy_(trials.gather(1, best[:, None])[:, 0])
-        levels.copy_(nearest(values, scale, floor, box.span))
+        levels.copy_(nearest(values, scale, floor, box))
 
     @classmethod
     def flip_search(

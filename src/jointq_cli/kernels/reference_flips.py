@@ -27,9 +27,12 @@ class TorchSteps:
         q, o, e = dots(h, v, z, r)
         cancelled = CANCELLED * torch.finfo(z.dtype).eps
         inexact = (e > 0) & (o <= cancelled * e)
-        unscalable = (o > 0) & (q <= 0) & ~inexact  # the best scale is 0, so all levels may be 0 as well
-        for each in (v, z, q, o):
-            each[unscalable] = 0
+        # The best scale is 0, so all levels may be 0 as well, or have the other sign.
+        unscalable = (o > 0) & (q <= 0) & ~inexact
+        flip = -1.0 if box.fraction else 0.0
+        for each in (v, z, q):
+            each[unscalable] *= flip
+        o[unscalable] *= abs(flip)
         h_sum, v_sum = h.sum(dim=1, dtype=f64), v.sum(dim=1, dtype=f64)
         taken = torch.zeros(len(h), dtype=torch.int64, device=h.device)
         rows = torch.nonzero(~inexact)[:, 0]
@@ -84,20 +87,21 @@ class TorchSteps:
             _fixed_step(h, v, z, metric, s, box, own, rows)
 
     @staticmethod
-    def best_scale(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, span: int) -> Tensor:
+    def best_scale(values: Tensor, weights: Tensor, floor: Tensor, trials: Tensor, box: Box) -> Tensor:
         """Indices (rows,) of the scales in trials (rows, candidates) with the least weighted error; first of equals."""
         losses = torch.empty_like(trials)
         for k in range(trials.shape[1]):
             scale = trials[:, k]
-            errors = values - nearest(values, scale, floor, span).mul_(scale[:, None])
+            errors = values - nearest(values, scale, floor, box).mul_(scale[:, None])
             losses[:, k] = (weights * errors).mul_(errors).sum(dim=1)
         return losses.argmin(dim=1)
 
 
-def nearest(values: Tensor, scale: Tensor, floor: Tensor, span: int) -> Tensor:
+def nearest(values: Tensor, scale: Tensor, floor: Tensor, box: Box) -> Tensor:
     """Nearest levels (rows, d) in the window of span + 1 levels that begins at `floor` (rows,)."""
     low = floor[:, None]
-    return torch.round(values * (1.0 / scale)[:, None]).clamp_(low, low + span)
+    levels = torch.round((values * (1.0 / scale)[:, None]).sub_(box.fraction)).add_(box.fraction)
+    return levels.clamp_(low, low + box.span)
 
 
 def dots(h: Tensor, v: Tensor, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Sums of the statistics of a group's input over batches, and the packed form in which a Hessian is kept on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,8 +18,22 @@ UNPAIRED = (
 class Accumulator:
     """Adds up X^T X and, where requested, the cross term (X_o - X)^T X and the drift R^T X (see statistics)."""
 
-    def __init__(self, in_features: int, device: torch.device, *, cross: bool = False, drift: int = 0) -> None:
-        """drift: features of R, 0 for none."""
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        *,
+        cross: bool = False,
+        drift: int = 0,
+        precision: str | None = None,
+    ) -> None:
+        """drift: features of R, 0 for none.
+
+        precision: None for float32, or as in torch.set_float32_matmul_precision; "medium" rounds the factors of a
+        product, not their sum. A model in bf16 has its activations in bf16, so H without token weights stays as it is;
+        what else is rounded is rounded for each token anew, by a 500th of what differs from token to token.
+        """
+        self._precision = precision
         self.tokens = 0.0  # by weight
         self.rows = 0  # tokens, whatever their weight
         self._square = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
@@ -36,6 +51,10 @@ class Accumulator:
 
         Raises NumericsError where the cross term is requested and `original` does not have the tokens of `inputs`.
         """
+        with _matmul_precision(self._precision):
+            self._add(inputs, original, weights, residual)
+
+    def _add(self, inputs: Tensor, original: Tensor | None, weights: Tensor | None, residual: Tensor | None) -> None:
         flat = _flat(inputs)
         weighted = flat if weights is None else flat * weights.flatten()[:, None]
         for start in range(0, flat.shape[1], PANEL):  # H is symmetric: the blocks below the diagonal are not computed
@@ -110,6 +129,20 @@ def unpacked(flat: Tensor, size: int) -> Tensor:
         hessian[start:stop, start:] = panel
         hessian[stop:, start:stop] = panel[:, PANEL:].T
     return hessian
+
+
+@contextmanager
+def _matmul_precision(precision: str | None) -> Iterator[None]:
+    """Inside, float32 products have this precision; None: that which they have anyway."""
+    before = torch.get_float32_matmul_precision()
+    if precision is None:
+        yield
+        return
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _flat(tokens: Tensor) -> Tensor:

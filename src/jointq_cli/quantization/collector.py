@@ -1,17 +1,20 @@
 """Collects the statistics of a group's input, batch by batch, from the forward passes through a block."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 
+import torch
 from torch import Tensor
 
+from jointq_cli.data.token_weights import weighted_by_energy
 from jointq_cli.errors import NumericsError
 from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import Accumulator
 from jointq_cli.quantization.block import BlockForward, BlockStructure, GroupInput
+from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hidden_states import Stream
 from jointq_cli.quantization.quantizers.statistics import ExpertTokens, HeldOut, Statistics
 from jointq_cli.quantization.settings import LoopSettings
@@ -29,6 +32,7 @@ class Collector:
     model: StreamedModel
     pause: Callable[[], None]
     team: Team
+    gradients: Gradients | None = None
 
     def collect(self, structure: BlockStructure, number: int, forwards: Mapping[Stream, BlockForward]) -> Statistics:
         """The statistics of a group's input over all batches, and those of the held-out ones separately.
@@ -42,9 +46,13 @@ class Collector:
         inputs = forwards[settings.solved_for].inputs_of_group(number)
         originals = forwards["original"].inputs_of_group(number) if cross else repeat(None)
         first = self.team.part(settings.batches).start
+        energies = self._energies(layers)
         for batch, (current, original) in enumerate(zip(inputs, originals, strict=False), first):
             if current.inputs is not None:
                 weights = self._token_weights(layers[0], current, factor)
+                if energies is not None:
+                    part = energies[batch * settings.batch :][: len(current.entered)].to(current.entered.device)
+                    weights = weighted_by_energy(weights, part, settings.curvature.tokens_by_energy)
                 pair = original if original and original.has_all_tokens and current.has_all_tokens else None
                 lost = (pair.residual() - current.residual()) / factor if pair and drift else None
                 with naming(layers[0]):
@@ -63,7 +71,11 @@ class Collector:
     def accumulators(self, layer: LayerRef, *, cross: bool = False, drift: bool = False) -> list[Accumulator]:
         """As many as there are `parts`, for a layer's input."""
         size, rows = layer.in_features, layer.out_features if drift else 0
-        return [Accumulator(size, self.model.device, cross=cross, drift=rows) for _ in range(self.parts)]
+        precision = self.settings.precision
+        return [
+            Accumulator(size, self.model.device, cross=cross, drift=rows, precision=precision)
+            for _ in range(self.parts)
+        ]
 
     def statistics(
         self, layer: LayerRef, accumulators: list[Accumulator], tokens: ExpertTokens | None = None
@@ -91,6 +103,17 @@ class Collector:
         ):
             if sums is not None:
                 self.model.require_finite_activations(f"the inputs of {layer.name}", sums)
+
+    def _energies(self, layers: Sequence[LayerRef]) -> Tensor | None:
+        """How much the outputs of these layers matter to the loss at each token (windows, tokens): the mean over the
+        layers of |g|^2, each over its mean; None where tokens are not weighted so."""
+        if self.gradients is None or not self.settings.curvature.tokens_by_energy:
+            return None
+        block = self.model.block_of(layers[0].name)
+        assert block is not None  # only layers of blocks are quantised
+        found = [self.gradients.energies(block, layer.name) for layer in layers]
+        known = [energy / energy.mean() for energy in found if energy is not None and bool(energy.any())]
+        return torch.stack(known).mean(dim=0) if known else None
 
     def _token_weights(self, layer: LayerRef, current: GroupInput, factor: float) -> Tensor | None:
         assert current.inputs is not None

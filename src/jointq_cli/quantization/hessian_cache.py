@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.accumulator import packed, packed_size, unpacked
+from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.layer_groups import Run
 from jointq_cli.quantization.quantizers.statistics import ExpertTokens, HeldOut, Statistics
@@ -44,14 +45,15 @@ def collect_hessians(
     on_block: Callable[[], None],
     pause: Callable[[], None],
     team: Team = SINGLE_PROCESS,
+    gradients: Gradients | None = None,
 ) -> None:
     """Fills `hessians` from its first unfinished block on, in one walk through the original model.
 
-    windows: (windows, tokens) int64. on_block is called after each block, pause after each batch, where it may raise.
-    The processes of a team share the windows, and process 0 writes. Raises ResourceError where they find different
-    numbers of finished blocks.
+    windows: (windows, tokens) int64. gradients: by which tokens are weighted too. on_block is called after each block,
+    pause after each batch, where it may raise. The processes of a team share the windows, and process 0 writes. Raises
+    ResourceError where they find different numbers of finished blocks.
     """
-    for block in walk(model, windows, settings, hessians.hidden, {"original": True}, 0, pause, team):
+    for block in walk(model, windows, settings, hessians.hidden, {"original": True}, 0, pause, team, None, gradients):
         _collect_block(block, hessians, team)
         on_block()
 

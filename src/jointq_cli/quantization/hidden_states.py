@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -46,3 +47,11 @@ class HiddenStateFile:
     def write(self, finished: int, hidden: HiddenStates) -> None:
         tensors = {str(stream): states for stream, states in hidden.items()}
         write_atomically(self._path, lambda path: save_tensors(path, tensors, {"block": str(finished)}))
+
+
+def relative_error(hidden: HiddenStates) -> float:
+    """|quantised - original|^2 / |original|^2."""
+    original, quantized = hidden["original"].float(), hidden.get("checkpoint", hidden["quantized"]).float()
+    signal = original.square().sum(dtype=torch.float64)
+    error = (quantized - original).square().sum(dtype=torch.float64)
+    return float(error / signal) if signal > 0 else 0.0

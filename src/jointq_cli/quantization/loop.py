@@ -20,9 +20,11 @@ from jointq_cli.formats.base import StoredWeight
 from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.collector import naming
+from jointq_cli.quantization.curvature import Kfac
 from jointq_cli.quantization.expert_unit import has_routed_units
+from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hessian_cache import Hessians
-from jointq_cli.quantization.hidden_states import HiddenStates, Stream
+from jointq_cli.quantization.hidden_states import HiddenStates, Stream, relative_error
 from jointq_cli.quantization.importance import save_importance
 from jointq_cli.quantization.qep import Correction, NoCorrection
 from jointq_cli.quantization.quantizers.statistics import Statistics
@@ -43,16 +45,17 @@ def quantize_blocks(
     pause: Callable[[], None],
     hessians: Hessians | None = None,
     team: Team = SINGLE_PROCESS,
+    gradients: Gradients | None = None,
 ) -> None:
     """Quantises every unfinished block of the workspace, and writes all results there.
 
     windows: (windows, tokens) int64. hessians: the cached ones of this model, windows and settings, which give the same
-    bits. on_layer is called with every layer of these blocks; pause is called where nothing is lost if it raises. The
-    processes of a team share the windows and the rows of layers. Process 0 writes, and what it finds finished is
-    finished for all. Raises NumericsError, with the layer's name, where a layer cannot be solved, and ResourceError
-    where processes find different numbers of finished blocks.
+    bits. gradients: those that `settings.curvature` needs. on_layer is called with every layer of these blocks; pause
+    is called where nothing is lost if it raises. The processes of a team share the windows and the rows of layers.
+    Process 0 writes, and what it finds finished is finished for all. Raises NumericsError, with the layer's name, where
+    a layer cannot be solved, and ResourceError where processes find different numbers of finished blocks.
     """
-    loop = _Loop(settings, workspace, windows.shape, on_layer, pause, hessians, team)
+    loop = _Loop(settings, workspace, windows.shape, on_layer, pause, hessians, team, gradients)
     collects = hessians is None
     complete: dict[Stream, bool] = {
         "original": collects and (settings.solved_for == "original" or settings.corrects),
@@ -61,7 +64,9 @@ def quantize_blocks(
     if settings.follows_original and has_routed_units(model, settings.layers):
         complete["checkpoint"] = False
     known = None if hessians is None else hessians.groups
-    for block in walk(model, windows, settings, workspace.hidden, complete, settings.batch, pause, team, known):
+    for block in walk(
+        model, windows, settings, workspace.hidden, complete, settings.batch, pause, team, known, gradients
+    ):
         loop.quantize_block(block)
 
 
@@ -74,6 +79,7 @@ class _Loop:
     pause: Callable[[], None]
     hessians: Hessians | None
     team: Team
+    gradients: Gradients | None
 
     def quantize_block(self, block: BlockVisit) -> None:
         for group in block.groups():
@@ -82,7 +88,7 @@ class _Loop:
 
     def _write_block(self, block: BlockVisit) -> None:
         first: HiddenStates = {stream: states[: self.settings.batch] for stream, states in block.hidden.items()}
-        self.workspace.write_block(BlockRecord(block.index, _relative_error(first)), block.tensors)
+        self.workspace.write_block(BlockRecord(block.index, relative_error(first)), block.tensors)
 
     def _quantize_group(self, group: Group) -> None:
         finished = self.team.broadcast_from_rank0(self._finished, group)
@@ -143,6 +149,9 @@ class _Loop:
         solver = replace(solver, quantizer=self.settings.quantizer_for(layer.name))
         if not self.settings.qep.corrects(layer.name):
             solver = replace(solver, correction=NoCorrection())
+        if self.gradients is not None and isinstance(self.settings.curvature, Kfac):
+            outputs = self.gradients.outputs(block, layer, solver.hessian.device)
+            solver = replace(solver, coupling=self.settings.curvature.coupling(outputs))
         weight = stored.to(solver.hessian.device, torch.float32)
         started = time.perf_counter()
         with naming(layer):
@@ -168,11 +177,3 @@ class _Loop:
             **quantized.record_fields(),
         )
         return solved, record
-
-
-def _relative_error(hidden: HiddenStates) -> float:
-    """|quantised - original|^2 / |original|^2."""
-    original, quantized = hidden["original"].float(), hidden.get("checkpoint", hidden["quantized"]).float()
-    signal = original.square().sum(dtype=torch.float64)
-    error = (quantized - original).square().sum(dtype=torch.float64)
-    return float(error / signal) if signal > 0 else 0.0

@@ -13,6 +13,8 @@ objective of JointQ, e (H + R) e^T with e = W* - W_q, is, up to a constant,
 
 codes and scales are chosen for the original layer's output, and the regulariser pulls to W.
 
+With `perccorr_mode` shrinkage each row of the step is shortened by what it owes to the chance of these tokens.
+
 `residual` extends this to layers whose output is added to the residual stream, where the quantised layers before have
 already caused an error S - S_q. The layer compensates that too: W* has the further term beta D (H + R)^-1, where
 D = sum (s - s_q) x_q^T / tokens is the drift. With alpha = beta = 1 that is the minimiser of
@@ -73,10 +75,11 @@ class QepCorrection(Correction):
     alpha: float
     beta: float
     selector: "AlphaSelector | None"
+    shrinkage: "Shrinkage | None" = None
 
     @property
     def row_separable(self) -> bool:
-        return self.selector is None  # it needs all rows
+        return self.selector is None and self.shrinkage is None  # their notes are of all rows, as is alpha
 
     def of_rows(self, rows: slice) -> Correction:
         return self if self.drift is None else replace(self, drift=self.drift[rows])
@@ -91,7 +94,13 @@ class QepCorrection(Correction):
             notes["beta"] = self.beta
         if self.factor.damping_retries:
             notes["qep_damping"] = self.factor.damping
-        return Corrected((exact + self.factor.times_inverse(step)).float(), notes)
+        change = self.factor.times_inverse(step)
+        if self.shrinkage is not None:
+            gained = torch.sum(change * step, dim=1)
+            kept = self.shrinkage.kept(exact, change, gained)
+            change *= kept[:, None]
+            notes["kept"] = (kept @ gained / gained.sum()).item() if gained.any() else 1.0
+        return Corrected((exact + change).float(), notes)
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,35 @@ class AlphaSelector:
         curvature = torch.sum((step @ self.held_hessian) * step).item()
         slope = torch.sum(wanted * step).item()
         return min(1.0, max(0.0, slope / curvature)) if curvature > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """Shortens each row of a step by what its cross terms owe to the chance of these tokens.
+
+    In the metric of (H + R)^-1, in which a row's gradient g = alpha w C + beta d has the length of what its step gains,
+    the expected square of the estimated g is that of the true one plus its noise. The step that gains most on other
+    tokens is so 1 - noise / g (H + R)^-1 g^T of the estimated one, and none where the noise is larger: the shrinkage of
+    James and Stein. The noise is that of the residual's products, g - step H, and is estimated by how much those of the
+    held-out tokens differ from those of all tokens.
+    """
+
+    factor: Factor  # of H + R
+    hessian: Tensor  # held-out minus all tokens, as `cross` and `drift`
+    cross: Tensor  # times alpha
+    drift: Tensor | None  # times beta
+    share: float  # of the held-out tokens
+
+    def kept(self, weight: Tensor, step: Tensor, gained: Tensor) -> Tensor:
+        """The factor (out,) in [0, 1] of each row of `step`; weight, step: (out, in); gained: g (H + R)^-1 g^T (out,).
+
+        For independent tokens the difference of a share h from all has (1 - h) / h times the variance of all.
+        """
+        difference = weight @ self.cross - step @ self.hessian
+        if self.drift is not None:
+            difference += self.drift
+        noise = (difference @ self.factor.upper.T).square().sum(dim=1) * (self.share / (1.0 - self.share))
+        return torch.where(gained > noise, 1.0 - noise / gained, 0.0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +213,7 @@ class Qep(QepSettings):
 
     perccorr: float = setting(1.0, least=0, most=1)
     residual: float = setting(0.5, least=0, most=1)
-    perccorr_mode: str = setting("fixed", choices=("fixed", "heldout"))
+    perccorr_mode: str = setting("fixed", choices=("fixed", "heldout", "shrinkage"))
     heldout_share: float = setting(0.25, above=0, below=1)
     percdamp: float = setting(0.01, least=0)
     pull: str = setting("original", choices=("original", "corrected"))
@@ -188,7 +226,7 @@ class Qep(QepSettings):
 
     @property
     def heldout(self) -> float:
-        return self.heldout_share if self.perccorr_mode == "heldout" else 0.0
+        return self.heldout_share if self.perccorr_mode != "fixed" else 0.0
 
     def check_inputs(self, inputs: str) -> None:
         if inputs != "quantized":
@@ -203,6 +241,7 @@ class Qep(QepSettings):
 
     def describe(self) -> str:
         alpha = "heldout" if self.perccorr_mode == "heldout" else f"{self.perccorr:g}"
+        alpha += " shrunk" if self.perccorr_mode == "shrinkage" else ""
         without = [f"without {', '.join(self.exclude_layer_keywords)}"] if self.exclude_layer_keywords else []
         residual = [f"residual={self.residual:g}"] if self.residual else []
         return " ".join([f"QEP alpha={alpha}", *residual, *without])
@@ -213,11 +252,28 @@ class Qep(QepSettings):
     def correction(self, statistics: Statistics, ridge: Tensor | None) -> Correction:
         assert statistics.cross is not None  # because of `corrects`
         factor = self._factor(statistics.hessian, ridge)
-        selector = self._selector(statistics, ridge)
-        return QepCorrection(factor, statistics.cross, statistics.drift, self.perccorr, self.residual, selector)
+        selector, shrinkage = self._selector(statistics, ridge), self._shrinkage(statistics, factor)
+        return QepCorrection(
+            factor, statistics.cross, statistics.drift, self.perccorr, self.residual, selector, shrinkage
+        )
+
+    def _shrinkage(self, statistics: Statistics, factor: Factor) -> Shrinkage | None:
+        if self.perccorr_mode != "shrinkage":
+            return None
+        held, cross, drift = statistics.heldout, statistics.cross, statistics.drift
+        assert held is not None  # because of `heldout`
+        assert held.cross is not None
+        assert cross is not None
+        return Shrinkage(
+            factor=factor,
+            hessian=held.hessian - statistics.hessian,
+            cross=self.perccorr * (held.cross - cross),
+            drift=None if drift is None or held.drift is None else self.residual * (held.drift - drift),
+            share=held.share,
+        )
 
     def _selector(self, statistics: Statistics, ridge: Tensor | None) -> AlphaSelector | None:
-        if self.perccorr_mode == "fixed":
+        if self.perccorr_mode != "heldout":
             return None
         held, cross, drift = statistics.heldout, statistics.cross, statistics.drift
         assert held is not None  # because of `heldout`

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from jointq_cli.data.token_weights import TokenWeights
 from jointq_cli.errors import ConfigError
+from jointq_cli.quantization.curvature import NO_CURVATURE, Curvature, Kfac
 from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSettings
 from jointq_cli.quantization.hidden_states import WeightSet
 from jointq_cli.quantization.qep import QepSettings
@@ -25,6 +26,8 @@ class LoopSettings:
     suspended_bytes: float  # of activations that suspended forward passes may hold
     own: Mapping[str, Quantizer] = field(default_factory=dict)  # of layers with other settings, by full name
     experts: ExpertSettings = DEFAULT_EXPERTS
+    curvature: Curvature = NO_CURVATURE
+    precision: str | None = None  # of the products in the statistics, see Accumulator
 
     def __post_init__(self) -> None:
         self.qep.check_inputs(self.inputs)
@@ -33,6 +36,8 @@ class LoopSettings:
                 f"calibration.num_samples={self.windows}: must be more than the {self.batch} windows of one forward "
                 "pass, because complete passes are held out; lower runtime.batch_tokens"
             )
+        if isinstance(self.curvature, Kfac):
+            self.curvature.check_quantizers([self.quantizer, *self.own.values()])
         shares = self._heldout_shares
         if self.qep.heldout and len(shares) > 1:
             other = max(shares - {self.qep.heldout})
@@ -73,6 +78,11 @@ class LoopSettings:
     def needs_residual(self) -> bool:
         """Whether the statistics depend on the residual stream inside a block."""
         return self.qep.needs_drift or self.weights.of_residual
+
+    @property
+    def precision_spec(self) -> dict[str, str]:
+        """For keys of the store: nothing with float32."""
+        return {"precision": self.precision} if self.precision else {}
 
     @property
     def hessians_cacheable(self) -> bool:

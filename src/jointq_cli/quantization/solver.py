@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from jointq_cli.quantization.curvature import Coupling
 from jointq_cli.quantization.qep import Correction
 from jointq_cli.quantization.quantizers.base import ROWS, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import Energies, ExpertTokens
@@ -44,10 +45,11 @@ class Solver:
     team: Team
     preparation_seconds: float  # divided by the number of layers
     tokens: ExpertTokens | None  # where the layers are those of experts
+    coupling: Coupling | None = None  # of one layer's outputs
 
     def solve(self, weight: Tensor, dtype: torch.dtype) -> LayerSolution:
         """weight: (out, in) float32, of a checkpoint in `dtype`."""
-        if not (self.quantizer.row_separable and self.correction.row_separable):
+        if self.coupling or not (self.quantizer.row_separable and self.correction.row_separable):
             return self._solve_on_rank0(weight, dtype)
         own = self.team.part(len(weight), ROWS)
         part = self._solve_rows(weight, own, dtype) if own.start < own.stop else None
@@ -68,10 +70,26 @@ class Solver:
 
     def _solve_rows(self, weight: Tensor, rows: slice, dtype: torch.dtype) -> LayerSolution:
         corrected = self.correction.of_rows(rows).apply(weight[rows])
-        solution = self.quantizer.quantize(corrected.weight, self.prepared, dtype)
+        solution = self._quantize(corrected.weight, dtype)
         dequantized = solution.quantized.dequantize(dtype)
         energies = Energies.of(corrected.weight, dequantized.float(), self.hessian)
         return LayerSolution(solution, corrected.notes, energies, dequantized)
+
+    def _quantize(self, weight: Tensor, dtype: torch.dtype) -> Solution:
+        def solve(rows: Tensor) -> Solution:
+            return self.quantizer.quantize(rows, self.prepared, dtype)
+
+        if self.coupling is None:
+            return solve(weight)
+        parts = list(self.coupling.solve(weight, solve, dtype))
+        if len({part.verdict for part in parts}) > 1:
+            return solve(weight)
+        joined = self.quantizer.join(parts)
+        error, signal = (
+            self.coupling.error(each, self.hessian)
+            for each in (weight - joined.quantized.dequantize(dtype).float(), weight)
+        )
+        return replace(joined, notes={**joined.notes, "loss_error": error / signal if signal > 0 else 0.0})
 
     def _gather(self, found: LayerSolution | None) -> list[LayerSolution | None]:
         if self.team.size == 1:

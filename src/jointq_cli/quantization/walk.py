@@ -23,6 +23,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.block import Block, BlockForward, BlockStructure
 from jointq_cli.quantization.collector import Collector
 from jointq_cli.quantization.expert_statistics import ExpertStatistics
+from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hidden_states import HiddenStateFile, HiddenStates, Stream
 from jointq_cli.quantization.layer_groups import Run
 from jointq_cli.quantization.quantizers.statistics import Statistics
@@ -40,12 +41,14 @@ def walk(
     pause: Callable[[], None],
     team: Team,
     known_groups: Callable[[int], Run] | None = None,
+    gradients: Gradients | None = None,
 ) -> Iterator["BlockVisit"]:
     """The unfinished blocks. A block is finished when the caller, having used all its groups, asks for the next one.
 
     windows: (windows, tokens) int64. complete: for each stream, whether all of them pass through the blocks, or the
     first batch only. kept: the number of windows whose hidden states are kept after the last block. pause is called
     after each batch and may raise. known_groups: the groups of each block, where their statistics are known already.
+    gradients: by which tokens are weighted too.
     Raises ResourceError where processes find different numbers of finished blocks.
     """
     finished = team.require_equal(file.directory, "finished blocks", file.finished_blocks())
@@ -54,7 +57,7 @@ def walk(
     if not any(complete.values()):
         windows = windows[: settings.batch]
     hidden = _entering(model, windows, settings.batch, complete, file, team)
-    collector = Collector(settings, model, pause, team)
+    collector = Collector(settings, model, pause, team, gradients)
     for index in range(finished, len(model)):
         yield BlockVisit(model, index, hidden, collector, known_groups)
         if index + 1 == len(model):

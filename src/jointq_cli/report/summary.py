@@ -177,7 +177,8 @@ def audit_verdict(report: RunReport) -> str:
     ]
     if wrong:
         return ", ".join(wrong)
-    return f"passed: {audit.quantized} tensors quantised, {audit.identical} identical to the source"
+    refined = f", {audit.refined} gains of norms refined" if audit.refined else ""
+    return f"passed: {audit.quantized} tensors quantised{refined}, {audit.identical} identical to the source"
 
 
 def layer_verdicts(report: RunReport) -> str:
@@ -207,6 +208,22 @@ def generation_note(report: RunReport) -> str:
     """How the generated texts were made."""
     note = "What each model writes after a prompt, by the most likely token each time"
     return f"{note}; activations are not quantised." if report.simulation else f"{note}."
+
+
+def refinement(report: RunReport) -> list[tuple[str, str]]:
+    """What a refinement has changed, as (label, value); empty for a run without one."""
+    record = report.refinement
+    if record is None:
+        return []
+    losses = [
+        (course.points[0].heldout_loss, min(point.heldout_loss for point in course.points)) for course in record.courses
+    ]
+    before, after = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+    of_blocks = "" if len(losses) == 1 else f" (mean of {plural(len(losses), 'block')})"
+    kept = f", step {record.courses[0].best_step} of {record.courses[0].steps} kept" if len(losses) == 1 else ""
+    changed = f"{percent(record.codes_changed)} of the codes and {plural(len(record.norms), 'gain')} of norms changed"
+    held_out = f"loss of held-out windows {significant(before)} → {significant(after)}{of_blocks}{kept}"
+    return [("refinement", f"{record.refinement}; {held_out}; {changed}")]
 
 
 def exports(report: RunReport) -> list[tuple[str, str]]:
@@ -346,6 +363,7 @@ def provenance(report: RunReport) -> list[tuple[str, str]]:
         ("model hash", report.model_hash),
         ("quantizer", report.quantizer),
         *basis(report),
+        *refinement(report),
         ("calibration", report.calibration),
         ("protocol", report.protocol.line()),
         ("reload check", report.reload_check),

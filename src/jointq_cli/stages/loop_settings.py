@@ -11,9 +11,12 @@ from jointq_cli.models.layer_selection import LayerSelection, find_routers, find
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.overrides import fitting, most_common, on_type, quantizers_of_patterns, renamed
 from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import windows_per_pass
+from jointq_cli.transforms.architectures import FAMILIES
+from jointq_cli.transforms.settings import Rotation
 
 LLAMAS = ("llama", "mistral")  # model types that are llama.cpp's architecture of that name
 
@@ -21,6 +24,7 @@ LLAMAS = ("llama", "mistral")  # model types that are llama.cpp's architecture o
 def loop_settings(layers: Mapping[str, Quantizer], recipe: Recipe, tokens: Tokens) -> LoopSettings:
     """What the loop does to these layers, each with its quantizer. Raises ConfigError where the settings do not go
     together."""
+    _refuse_turned_twice(layers, recipe.rotation)
     usual = most_common(list(layers.values()))
     return LoopSettings(
         quantizer=usual,
@@ -33,7 +37,24 @@ def loop_settings(layers: Mapping[str, Quantizer], recipe: Recipe, tokens: Token
         suspended_bytes=recipe.runtime.suspended_activations_gb * 1e9,
         own={name: each for name, each in layers.items() if each != usual},
         experts=recipe.experts,
+        curvature=recipe.curvature,
+        precision=recipe.calibration.matmul_precision,
     )
+
+
+def _refuse_turned_twice(layers: Mapping[str, Quantizer], rotation: Rotation) -> None:
+    """R2 mixes the inputs of o_proj inside of heads only."""
+    readers = {name for family in FAMILIES.values() for names in family.readers.values() for name in names}
+    turned = {
+        *(readers if "R1" in rotation.parts else ()),
+        *((family.down_proj for family in FAMILIES.values()) if "R4" in rotation.parts else ()),
+    }
+    for name, each in layers.items():
+        if isinstance(each, UniformQuantizer) and each.incoherence != "none" and name.endswith(tuple(turned)):
+            raise ConfigError(
+                f"quantizer.incoherence={each.incoherence}: rotation turns the input of {name} already; rotation=none, "
+                "or incoherence for other layers alone, by layers.overrides"
+            )
 
 
 def selected_layers(

@@ -9,6 +9,8 @@ from jointq_cli.data.token_file import Tokens
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.assembly import assemble
+from jointq_cli.quantization.curvature import Kfac
+from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.loop import quantize_blocks
@@ -16,6 +18,7 @@ from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import BlockRecord, LayerRecord
 from jointq_cli.stages.base import Context, Stage
+from jointq_cli.stages.gradients import find_gradients
 from jointq_cli.stages.hessians import expert_spec, layers_in, share_hessians
 from jointq_cli.stages.plan.costs import Workload
 
@@ -45,18 +48,27 @@ class Quantized:
 
 
 def quantize(context: Context, model: StreamedModel, tokens: Tokens, loop: LoopSettings) -> Quantized:
-    """Runs `quantize_stage`, and before it the Hessians where other runs can share them."""
+    """Runs `quantize_stage`, and before it the gradients, and the Hessians where other runs can share them."""
     checkpoint = model.checkpoint
     context.note_hash(checkpoint.directory, checkpoint.hashed_files, checkpoint.content_hash)
     stage = quantize_stage(model, tokens, loop)
     if not context.has(stage):
-        stage = quantize_stage(model, tokens, loop, share_hessians(context, model, tokens, loop))
+        gradients = find_gradients(context, model, tokens, loop)
+        hessians = share_hessians(context, model, tokens, loop, gradients)
+        stage = quantize_stage(model, tokens, loop, hessians, gradients)
     context.run(stage)
     return open_quantized(context, stage, layers_in(model, loop))
 
 
-def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hessians: Hessians | None = None) -> Stage:
-    """hessians: where they were collected ahead. The result is the same bit for bit, so they are no part of the key."""
+def quantize_stage(
+    model: StreamedModel,
+    tokens: Tokens,
+    loop: LoopSettings,
+    hessians: Hessians | None = None,
+    gradients: Gradients | None = None,
+) -> Stage:
+    """hessians: where they were collected ahead. The result is the same bit for bit, so they are no part of the key;
+    nor are the gradients, which follow from what is."""
     names = layers_in(model, loop)
     code = model.trust_remote_code
 
@@ -72,7 +84,9 @@ def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hes
                 context.console.layer(record)
                 bar.advance()
 
-            quantize_blocks(model, tokens.windows, loop, workspace, on_layer, context.pause, hessians, context.team)
+            quantize_blocks(
+                model, tokens.windows, loop, workspace, on_layer, context.pause, hessians, context.team, gradients
+            )
         context.team.on_rank0(lambda: assemble(model, workspace, scratch / "checkpoint", code=code))
 
     return Stage(
@@ -82,12 +96,14 @@ def quantize_stage(model: StreamedModel, tokens: Tokens, loop: LoopSettings, hes
             "quantizer": loop.quantizer,
             **({"own": dict(loop.own)} if loop.own else {}),
             "qep": loop.qep,
+            **({"curvature": loop.curvature} if isinstance(loop.curvature, Kfac) else {}),
             "layers": names,
             "inputs": loop.inputs,
             "weights": loop.weights,
             "batch": loop.batch,
             "dtype": str(model.dtype),
             **expert_spec(model, loop),
+            **loop.precision_spec,
             "device": model.device.type,  # CPU and GPU round differently, and the reload check wants the same bits
         },
         inputs=(model.checkpoint.known_hash, model.checkpoint.companions_hash(code=code), tokens.hash),

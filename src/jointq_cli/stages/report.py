@@ -28,6 +28,7 @@ from jointq_cli.report.pages.model_card import checkpoint_card, export_card, ide
 from jointq_cli.stages.base import Context
 from jointq_cli.stages.quantize import Quantized
 from jointq_cli.stages.quantized_scores import QuantizedScores
+from jointq_cli.stages.refine import RefinedModel
 from jointq_cli.stages.rotate import Rotated
 from jointq_cli.system.distributed import SINGLE_PROCESS, Team
 from jointq_cli.system.files import link_files, write_text_atomically
@@ -62,6 +63,7 @@ def quantization_lines(
     """How the model is quantised and evaluated, for `header`."""
     return [
         ("quantizer", _quantizer(recipe, layers)),
+        ("refinement", recipe.refinement.describe()),
         ("simulated", recipe.activations.describe()),
         ("protocol", "" if windows is None else protocol(recipe.evaluation, windows, model.dtype).line()),
     ]
@@ -73,7 +75,7 @@ class RunResults:
 
     layers: Mapping[str, Quantizer]
     rotated: Rotated
-    quantized: Quantized
+    refined: RefinedModel
     measured: QuantizedScores
     exports: list[ExportRecord]
     failed_exports: list[str]
@@ -91,9 +93,10 @@ def finish_run(
     results: RunResults,
 ) -> RunReport:
     """Hashes and audits the results of `quantize`, and writes manifest and report. On rank 0 only."""
-    rotated, quantized, measured = results.rotated, results.quantized, results.measured
+    rotated, refined, measured = results.rotated, results.refined, results.measured
+    quantized = refined.quantized
     files = hash_results(context, run)
-    audited = _audit(context, original, rotated, quantized)
+    audited = _audit(context, original, rotated, refined)
     scores = measured.scores
     report = RunReport(
         recipe=recipe.name,
@@ -125,6 +128,7 @@ def finish_run(
         generations=results.generations,
         base_model=base_model(recipe.model.path, original.checkpoint.config),
         tasks=results.tasks,
+        refinement=refined.record,
     )
     report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
     write_manifest(context, run, recipe, original, tokens, files, windows)
@@ -182,7 +186,7 @@ def write_manifest(
         device=str(context.device),
         threads=torch.get_num_threads(),
         processes=context.team.size,
-        seeds={"calibration.seed": recipe.calibration.seed, **recipe.rotation.seeds},
+        seeds={"calibration.seed": recipe.calibration.seed, **recipe.rotation.seeds, **recipe.refinement.seeds},
         hashes=hashes,
         texts=texts,
         files=files,
@@ -204,12 +208,12 @@ def link_rotation(rotated: Rotated, run: RunDirectory) -> None:
         run.rotation.rmdir()
 
 
-def _audit(context: Context, original: StreamedModel, rotated: Rotated, quantized: Quantized) -> Audit:
+def _audit(context: Context, original: StreamedModel, rotated: Rotated, refined: RefinedModel) -> Audit:
     """Of the checkpoint against the model that was quantised; sizes are compared with the original's, since a rotated
     model with untied embeddings is larger."""
-    model = rotated.model
+    quantized = refined.quantized
     with context.timed("audit"):
-        audited = audit(model, quantized.checkpoint, quantized.layers, quantized.codes)
+        audited = audit(rotated.model, quantized.checkpoint, quantized.layers, quantized.codes, refined.gains)
         return replace(audited, source_bytes=original.checkpoint.weight_bytes)
 
 
@@ -226,4 +230,5 @@ def _calibration(recipe: Recipe, tokens: Tokens | None) -> str:
 def _quantizer(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:
     kept = [pattern for pattern, settings in recipe.layers.overrides.items() if settings == KEEP]
     left = f"{', '.join(kept)} left alone" if kept else ""
-    return " + ".join(filter(None, [describe(list(layers.values())), left, recipe.qep.describe()]))
+    corrections = [recipe.qep.describe(), recipe.curvature.describe()]
+    return " + ".join(filter(None, [describe(list(layers.values())), left, *corrections]))

@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -121,5 +121,13 @@ def _is_neutral(module: str) -> bool:
 def _digest(parts: list[bytes]) -> str:
     digest = hashlib.sha256(b"".join(parts))
     for library in LIBRARIES:
-        digest.update(f"{library}={version(library)}".encode())
+        digest.update(f"{library}={_version(library)}".encode())
     return digest.hexdigest()
+
+
+def _version(library: str) -> str:
+    """Of an installed library. A GPU's kernels need no numba, which such a machine may lack."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"

@@ -10,6 +10,7 @@ from jointq_cases import PLAIN
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.kernels.hadamard import orthogonal_hadamard
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer, Solution
 from jointq_cli.quantization.quantizers.base import ROWS
 from jointq_cli.quantization.quantizers.statistics import HeldOut
@@ -27,6 +28,9 @@ schemas()  # imports every module of quantizers/
 EVERY = [kind for kind in concrete(Quantizer) if kind.__module__.startswith("jointq_cli.")]  # tests have their own
 KINDS = [kind for kind in EVERY if issubclass(kind, UniformQuantizer)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+FRACTIONAL = ("half", "real")
 
 
 def build(kind: type[Quantizer], bits: int, group_size: int | None, symmetric: bool, **options: Any) -> Quantizer:
@@ -113,6 +117,97 @@ def test_a_solution_has_the_shapes_dtypes_and_ranges_of_the_contract(
         assert solution.verdict == "ok"
     assert torch.equal(hessian, before[0])
     assert torch.equal(weight, before[1])
+
+
+@pytest.mark.parametrize("zero_point", FRACTIONAL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_points_that_are_no_integers_keep_the_contract(kind: type[Quantizer], zero_point: str) -> None:
+    weight, hessian = layer(32, 96)
+    weight[3] = 0
+    errors = []
+    for bits, dtype in itertools.product((1, 2, 4), DTYPES):
+        quantizer = build(kind, bits, 24, False, zero_point=zero_point, **({"block_size": 96} if kind is GPTQ else {}))
+        quantized, storage = solve(quantizer, weight, hessian, dtype).quantized, quantizer.storage(32, 96, dtype)
+        assert (quantized.stored_bits, quantized.file_bytes) == (storage.stored_bits, storage.file_bytes)
+        assert quantized.label == storage.label == f"W{bits} g24 {zero_point}" in quantizer.describe()
+        assert quantized.difference(type(quantized).from_tensors(quantized.to_tensors())) == []
+        assert quantized.dequantize(torch.float32)[3].abs().max() < 1e-6
+        apart = [solve(quantizer, part, hessian, dtype).quantized for part in weight.split(ROWS)]
+        assert type(quantized).joined(apart).difference(quantized) == []
+        scaled = solve(quantizer, weight * 2.0**-4, hessian * 2.0**30, dtype).quantized
+        others = weight.any(1)
+        assert torch.equal(scaled.take_rows(others).codes, quantized.take_rows(others).codes)
+        assert torch.equal(scaled.dequantize(torch.float32)[others], quantized.dequantize(torch.float32)[others] / 16)
+        error = quantized.dequantize(torch.float64) - weight
+        errors.append(float(torch.trace(error @ hessian @ error.T)))
+    assert errors[::3] == sorted(errors[::3], reverse=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_integer_levels_of_one_bit_beat_integers_and_real_zero_points_serve_shifted_groups(
+    kind: type[Quantizer],
+) -> None:
+    weight, hessian = layer()
+
+    def error(weight: Tensor, bits: int, zero_point: str) -> float:
+        quantizer = build(kind, bits, 24, False, zero_point=zero_point)
+        found = solve(quantizer, weight, hessian).quantized.dequantize(torch.float64) - weight
+        return float(torch.trace(found @ hessian @ found.T))
+
+    assert error(weight, 1, "half") < 0.75 * error(weight, 1, "integer")
+    assert error(weight + 3.0, 2, "real") < 0.75 * min(error(weight + 3.0, 2, zero) for zero in ("integer", "half"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_incoherence_solves_the_turned_layer_with_the_penalty_of_the_original(kind: type[Quantizer]) -> None:
+    weight, hessian = layer(32, 96)
+    loud = torch.ones(96, dtype=torch.float64)
+    loud[5::24] = 20.0
+    weight, hessian = (weight / loud).float(), hessian * loud[:, None] * loud
+    plain = build(kind, 2, 24, False, zero_point="half")
+    quantizer = dataclasses.replace(plain, incoherence="input")
+    solution = solve(quantizer, weight, hessian, torch.bfloat16)
+    found, storage = solution.quantized, quantizer.storage(32, 96, torch.bfloat16)
+    assert (found.stored_bits, found.file_bytes, found.label) == (
+        storage.stored_bits,
+        storage.file_bytes,
+        "W2 g24 half turned",
+    )
+    assert "W2 g24 half turned" in quantizer.describe()
+
+    basis = torch.diag(found.signs.double()) @ orthogonal_hadamard(96)
+    ridge = plain.ridge(hessian)
+    metric = hessian if ridge is None else hessian + torch.diag(ridge)
+    inner = plain if ridge is None else dataclasses.replace(plain, regularization_lambda=0.0)
+    expected = solve(inner, (weight.double() @ basis).float(), basis.T @ metric @ basis, torch.bfloat16).quantized
+    assert (found.inner.codes != expected.codes).double().mean() < 0.02  # of other rounding
+    assert ridge is None or torch.equal(ridge, quantizer.ridge(hessian))
+
+    def error(solution: Solution) -> float:
+        difference = solution.quantized.dequantize(torch.float64) - weight
+        return float(torch.trace(difference @ hessian @ difference.T))
+
+    assert error(solution) < 0.9 * error(solve(plain, weight, hessian, torch.bfloat16))
+    apart = [solve(quantizer, part, hessian, torch.bfloat16).quantized for part in weight.split(ROWS)]
+    assert type(found).joined(apart).difference(found) == []
+    other = dataclasses.replace(quantizer, incoherence_seed=1)
+    assert solve(other, weight, hessian, torch.bfloat16).quantized.difference(found) != []
+    silent = solve(quantizer, weight, 0 * hessian, torch.bfloat16)
+    assert (silent.verdict, silent.quantized.label) == ("no input", found.label)
+
+
+def test_incoherence_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(ConfigError, match=r"quantizer.grid=q4_k: does not go with incoherence=input"):
+        GPTQ(grid="q4_k", incoherence="input")
+    with pytest.raises(ConfigError, match=r"quantizer.lambda_mode=heldout: incoherence=input works with fixed_lambda"):
+        JointQ(lambda_mode="heldout", incoherence="input")
+
+
+def test_levels_around_zero_are_asked_for_in_one_way() -> None:
+    for zero_point in FRACTIONAL:
+        with pytest.raises(ConfigError, match=f"quantizer.zero_point={zero_point}: does not go with symmetric=true"):
+            RTN(symmetric=True, zero_point=zero_point)
+    assert RTN(symmetric=True, zero_point="integer").describe() == "RTN W4 g128 symmetric mse"
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -233,7 +328,7 @@ def test_static_groups_store_no_permutation() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantizers_with_the_same_prepare_key_share_what_is_prepared(kind: type[Quantizer]) -> None:
     weight, hessian = layer()
-    first, second = build(kind, 4, 16, False), build(kind, 2, 16, True)
+    first, second = build(kind, 4, 16, False, zero_point="half"), build(kind, 2, 16, True)
     assert first.prepare_key == second.prepare_key != build(kind, 4, 24, False).prepare_key
     shared = second.quantize(weight, first.prepare(hessian), torch.float32).quantized
     assert shared.difference(solve(second, weight, hessian).quantized) == []

@@ -48,6 +48,18 @@ def least_of_one_group(weight: Tensor, hessian: Tensor, grid: Grid, dtype: torch
     return (toward * weight).sum(1) - fall.max(1).values
 
 
+def least_of_one_group_with_offset(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """The same where zero-points are any real number: scale and offset by least squares for every pattern of codes."""
+    patterns = level_patterns(grid, weight.shape[1])
+    patterns = patterns[(patterns.amin(1) == 0) & (patterns.amax(1) > 0)]
+    designs = torch.stack([patterns, torch.ones_like(patterns)], dim=1)  # (patterns, 2, columns)
+    grams = designs @ hessian @ designs.mT
+    toward = weight.double() @ hessian
+    overlaps = toward @ designs.mT  # (patterns, rows, 2)
+    falls = (overlaps @ torch.linalg.inv(grams) * overlaps).sum(2)
+    return (toward * weight).sum(1) - falls.amax(0)
+
+
 def least_of_two_groups(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     """The same for two groups, whose scales have the least-squares values of each pair of patterns."""
     half = weight.shape[1] // 2
@@ -85,12 +97,16 @@ class Case:
     default: tuple[float, float, float]
     starts: tuple[float, float, float]
     iterated: tuple[float, float, float]
+    zero: str = "integer"
 
     def __str__(self) -> str:
-        return f"w{self.bits}-g{self.group_size}x{self.columns // self.group_size}{'-symmetric' * self.symmetric}"
+        kind = "-symmetric" if self.symmetric else f"-{self.zero}"
+        return f"w{self.bits}-g{self.group_size}x{self.columns // self.group_size}{kind}"
 
     def least(self, weight: Tensor, hessian: Tensor) -> Tensor:
-        grid = Grid(self.bits, self.symmetric)
+        grid = Grid(self.bits, self.symmetric, self.zero)
+        if self.zero == "real":
+            return least_of_one_group_with_offset(weight, hessian, grid)
         if self.group_size == self.columns:
             return least_of_one_group(weight, hessian, grid, torch.float32)
         return least_of_two_groups(weight, hessian, grid)
@@ -102,12 +118,15 @@ CASES = [
     Case(3, False, 4, 4, (0.48, 8.0, 1.90), (0.51, 7.0, 1.65), (0.54, 7.0, 1.65)),
     Case(2, False, 6, 3, (0.50, 2.8, 1.30), (0.68, 1.8, 1.20), (0.72, 1.7, 1.18)),
     Case(2, True, 6, 3, (0.58, 1.8, 1.15), (0.78, 1.3, 1.06), (0.85, 1.2, 1.04)),
+    Case(1, False, 6, 6, (0.90, 1.1, 1.03), (0.93, 1.1, 1.02), (0.94, 1.1, 1.02), "half"),
+    Case(2, False, 6, 3, (0.63, 1.8, 1.10), (0.79, 1.4, 1.06), (0.88, 1.1, 1.05), "half"),
+    Case(2, False, 6, 6, (0.62, 3.2, 1.25), (0.74, 2.1, 1.16), (0.74, 2.0, 1.15), "real"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_row_beats_brute_force_and_most_rows_equal_it(case: Case) -> None:
-    plain = jointq(bits=case.bits, symmetric=case.symmetric, group_size=case.group_size)
+    plain = jointq(bits=case.bits, symmetric=case.symmetric, group_size=case.group_size, zero_point=case.zero)
     layers = [layer(60, case.columns, seed) for seed in range(4)]
     least = torch.cat([case.least(*given) for given in layers])
     for options, (share, most, total) in ({}, case.default), (ALL, case.starts), (ITERATED, case.iterated):

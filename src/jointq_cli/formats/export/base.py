@@ -13,6 +13,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import KQuantWeight
+from jointq_cli.formats.turned import TurnedWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
 
@@ -101,16 +102,22 @@ class Exporter(ABC):
 
 
 def uniform_forms(
-    model: QuantizedModel, word: str, beside: tuple[type[StoredWeight], ...] = ()
+    model: QuantizedModel, word: str, beside: tuple[type[StoredWeight], ...] = (), offsets: bool = False
 ) -> dict[str, UniformWeight]:
     """The forms of all quantised weights but those of the kinds `beside`. word: as the user named the export. Raises
-    ConfigError where one is not uniform."""
+    ConfigError where one is not uniform, and where zero-points are no integers unless the format holds `offsets`."""
     found: dict[str, UniformWeight] = {}
     for name, form in model.forms.items():
         if isinstance(form, UniformWeight):
+            if form.grid.zero != "integer" and not offsets:
+                raise ConfigError(
+                    f"export={word}: {name} is stored as {form.label}, and the format holds integer zero-points alone; "
+                    "export=mlx, or quantizer.zero_point=integer"
+                )
             found[name] = form
         elif not isinstance(form, beside):
-            way_out = "; export=gguf" if isinstance(form, KQuantWeight) else ""
+            ways = {KQuantWeight.kind: "; export=gguf", TurnedWeight.kind: "; quantizer.incoherence=none"}
+            way_out = ways.get(form.kind, "")
             raise ConfigError(f"export={word}: {name} is stored as {form.label}, which the format cannot hold{way_out}")
     return found
 

@@ -111,7 +111,7 @@ def pack_weight(module: str, weight: UniformWeight) -> dict[str, Tensor]:
         shape: torch.tensor(weight.shape),
     }
     if not weight.symmetric:
-        tensors[zero_point] = pack(weight.zero_point.T, weight.bits).T
+        tensors[zero_point] = pack(weight.unsigned_zero_point().T, weight.bits).T
     return tensors
 
 

@@ -3,7 +3,7 @@
 Of a weight NAME.weight (out, in) on a uniform grid with b bits, w = scale * code + bias:
     NAME.weight  uint32 (out, in * b / 32)  codes from 0, packed along in
     NAME.scales  float16 (out, groups)
-    NAME.biases  float16 (out, groups)      -scale * zero-point
+    NAME.biases  float16 (out, groups)      -scale * zero-point, which need not be an integer
 
 The product of a bfloat16 scale with a zero-point of up to 8 bits has up to 16 significant bits, of which float16 keeps
 11 and bfloat16 would keep 8.
@@ -72,7 +72,7 @@ class MlxExporter(Exporter):
         return MLX if self.dtype == "float16" else f"{MLX}-{self.dtype}"
 
     def check(self, model: QuantizedModel) -> list[str]:
-        forms = uniform_forms(model, MLX)
+        forms = _forms(model)
         refuse_permutation(forms, MLX)
         refuse_wide_scales(forms, MLX)
         for name, form in forms.items():
@@ -99,7 +99,7 @@ class MlxExporter(Exporter):
 
     def reader(self, model: QuantizedModel, directory: Path) -> Callable[[str], Tensor]:
         written = Checkpoint(directory, packed=True)
-        forms = uniform_forms(model, MLX)
+        forms = _forms(model)
 
         def read(name: str) -> Tensor:
             if name not in forms:
@@ -113,7 +113,7 @@ class MlxExporter(Exporter):
 
     def stored_bits(self, model: QuantizedModel) -> int:
         total = 0
-        for form in uniform_forms(model, MLX).values():
+        for form in _forms(model).values():
             numbers = 2 * form.codes.numel() // (_group_size(form) or 1)
             total += form.bits * form.codes.numel() + 16 * numbers
         return total
@@ -123,6 +123,11 @@ class MlxExporter(Exporter):
             ("mlx-lm", f"mlx_lm.generate --model {name} --prompt 'Hello'"),
             ("mlx-lm, as a server", f"mlx_lm.server --model {name}"),
         ]
+
+
+def _forms(model: QuantizedModel) -> dict[str, UniformWeight]:
+    """Half-integer levels and real zero-points are held too."""
+    return uniform_forms(model, MLX, offsets=True)
 
 
 def pack_weight(name: str, weight: UniformWeight) -> dict[str, Tensor]:
@@ -179,7 +184,7 @@ def _read_float16(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def _quantization_config(model: QuantizedModel) -> Mapping[str, Any]:
     """The grid of most layers, those of the others by name, and false for all other linear layers and embeddings."""
-    grids = {name: (_group_size(form), form.bits) for name, form in uniform_forms(model, MLX).items()}
+    grids = {name: (_group_size(form), form.bits) for name, form in _forms(model).items()}
     usual = Counter(grids.values()).most_common(1)[0][0]
     shapes = model.checkpoint.shapes
     others = {name: _grid_config(*grid) for name, grid in grids.items() if grid != usual}

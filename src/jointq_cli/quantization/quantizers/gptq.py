@@ -69,7 +69,7 @@ class GPTQ(UniformQuantizer):
 
     @property
     def _rtn(self) -> RTN:
-        return RTN(self.bits, self.group_size, self.symmetric, self.mse, grid=self.grid)
+        return RTN(self.bits, self.group_size, self.symmetric, self.mse, grid=self.grid, zero_point=self.zero_point)
 
     @property
     def _fallback(self) -> RTN | None:
@@ -157,7 +157,7 @@ class GPTQ(UniformQuantizer):
         return UniformWeight(
             codes=torch.empty_like(codes).index_copy_(1, order, codes),
             scale=scale.to(scale_dtype),
-            zero_point=zero_point,
+            zero_point=self.integer_grid.stored_zero_point(zero_point, scale_dtype),
             permutation=order.to(torch.int32) if self._permutes(scale.shape[1]) else None,
             bits=self.bits,
             symmetric=self.symmetric,
@@ -173,8 +173,7 @@ class GPTQ(UniformQuantizer):
             return scale, zero_point, order // columns
         shape = (len(work), work.shape[1] // columns)
         scale = torch.empty(shape, device=work.device)
-        zero_point = torch.empty(shape, dtype=torch.uint8, device=work.device)
-        return scale, zero_point, torch.arange(work.shape[1], device=work.device) // columns
+        return scale, torch.empty_like(scale), torch.arange(work.shape[1], device=work.device) // columns
 
     def _blocks(self, in_features: int, columns: int, step: int) -> Iterator[range]:
         """Ranges of at most `step` columns, each several complete groups or a part of one, so that no column of a group

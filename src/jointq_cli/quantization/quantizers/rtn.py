@@ -58,11 +58,11 @@ class RTN(UniformQuantizer):
         columns = group_columns(self.group_size, weight.shape[1])
         groups = weight.reshape(len(weight), -1, columns)  # (out, groups, columns)
         scale, zero_point = fit(groups, self.integer_grid, self.mse, scale_dtype)
-        codes = self.integer_grid.nearest_codes(groups, scale[..., None], zero_point[..., None].to(torch.float32))
+        codes = self.integer_grid.nearest_codes(groups, scale[..., None], zero_point[..., None])
         quantized = UniformWeight(
             codes=codes.flatten(1),
             scale=scale.to(scale_dtype),
-            zero_point=zero_point,
+            zero_point=self.integer_grid.stored_zero_point(zero_point, scale_dtype),
             permutation=None,
             bits=self.bits,
             symmetric=self.symmetric,

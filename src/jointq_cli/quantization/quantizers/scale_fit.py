@@ -47,34 +47,37 @@ def _smallest_scale(dtype: torch.dtype) -> float:
 def fit(values: Tensor, grid: Grid, mse: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero-point of each group of weights.
 
-    `values` (..., columns) float32, one group per leading index. Min/max with zero inside the range; with `mse` the
-    range is multiplied by the one of SHRINK_STEPS factors with the least sum of |error|^2.4 (GPTQ, Frantar et al.
-    2023, `quant.py`).
+    `values` (..., columns) float32, one group per leading index. The range is that of `Grid.ends`; with `mse` it is
+    multiplied by the one of SHRINK_STEPS factors with the least sum of |error|^2.4 (GPTQ, Frantar et al. 2023,
+    `quant.py`), around its middle where zero-points are real and around zero elsewhere.
 
-    Returns scale (...) float32, exactly representable in `scale_dtype`, and zero_point (...) uint8.
+    Returns scale and zero_point, (...) float32, both exactly representable as they are stored.
     Raises NumericsError where a scale does not fit in `scale_dtype`.
     """
     groups = values.reshape(-1, values.shape[-1]).contiguous()
-    low, high = torch.aminmax(groups, dim=1)
-    low = low.clamp_max_(0.0)
-    widest = grid.covering_scale(low, high.clamp_min_(0.0))
+    low, high = grid.ends(groups)
+    widest = grid.covering_scale(low, high)
     scale = round_scale(widest, scale_dtype)
     if mse:
-        scale, low = _clipped(groups, low, widest, grid, scale_dtype)
+        middle = (low + high) / 2 if grid.zero == "real" else torch.zeros_like(low)
+        scale, low = _clipped(groups, low, middle, widest, grid, scale_dtype)
     zero_point = grid.zero_point(low, scale)
-    return scale.view(values.shape[:-1]), zero_point.to(torch.uint8).view(values.shape[:-1])
+    if grid.zero == "real":
+        zero_point = zero_point.to(scale_dtype).to(torch.float32)
+    return scale.view(values.shape[:-1]), zero_point.view(values.shape[:-1])
 
 
-def _clipped(groups: Tensor, low: Tensor, widest: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The best of the shrunk ranges of each group: scale and lower end, both (groups,) float32."""
+def _clipped(
+    groups: Tensor, low: Tensor, middle: Tensor, widest: Tensor, grid: Grid, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The best of the ranges of each group shrunk around `middle`: scale and lower end, both (groups,) float32."""
     search = kernels.for_device(groups.device).clip_search
     shrink = 1.0 - torch.arange(SHRINK_STEPS, dtype=torch.float32, device=groups.device) / 100
-    kernel_low = torch.zeros_like(low) if grid.symmetric else low
-    scale, factor = torch.empty_like(low), torch.empty_like(low)
+    scale, end = torch.empty_like(low), torch.empty_like(low)
     for start in range(0, len(groups), _GROUPS_AT_ONCE):
         rows = slice(start, start + _GROUPS_AT_ONCE)
         scales = (widest[rows, None] * shrink).to(dtype).to(torch.float32).clamp_min_(_smallest_scale(dtype))
-        best = search(groups[rows], kernel_low[rows], shrink, scales, grid.lowest, grid.highest)
-        scale[rows] = scales.gather(1, best[:, None])[:, 0]
-        factor[rows] = shrink[best]
-    return scale, low * factor
+        ends = torch.addcmul(middle[rows, None], (low - middle)[rows, None], shrink)
+        best = search(groups[rows], grid.zero_point(ends, scales), scales, grid.lowest, grid.highest)[:, None]
+        scale[rows], end[rows] = scales.gather(1, best)[:, 0], ends.gather(1, best)[:, 0]
+    return scale, end

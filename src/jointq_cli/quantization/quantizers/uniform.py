@@ -16,7 +16,16 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import K_GRIDS, SUPER_BLOCK, KGrid, KQuantWeight
-from jointq_cli.formats.uniform import MOST_NAMED, Grid, UniformWeight, check_group_size, grid_label, group_columns
+from jointq_cli.formats.turned import TurnedWeight, random_signs, turned
+from jointq_cli.formats.uniform import (
+    MOST_NAMED,
+    ZERO_POINTS,
+    Grid,
+    UniformWeight,
+    check_group_size,
+    grid_label,
+    group_columns,
+)
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.setting_rules import check_settings, setting
@@ -39,6 +48,10 @@ class NoInput(Prepared):
     failed: ClassVar[bool] = True
 
 
+def _is_turned(quantizer: "UniformQuantizer") -> bool:
+    return quantizer.incoherence != "none"
+
+
 def _is_uniform(quantizer: "UniformQuantizer") -> bool:
     return quantizer.grid is None
 
@@ -52,15 +65,26 @@ class UniformQuantizer(Quantizer):
     group_size: int | None = setting(128, used=_is_uniform)
     symmetric: bool = setting(False, used=_is_uniform)
     _: KW_ONLY
+    # Of asymmetric grids: half-integer levels around zero need no zero-points, real ones 16 bits of each group.
+    zero_point: str | None = setting(None, choices=ZERO_POINTS, null="for integer", used=_is_uniform)
+    # input: codes and scales are those of the weight times random signs and a Hadamard matrix, as in QuIP.
+    incoherence: str = setting("none", choices=("none", "input"), used=_is_uniform)
+    incoherence_seed: int = setting(0, least=0, most=2**63 - 1, used=_is_turned)
     grid: str | None = setting(None, choices=tuple(K_GRIDS), null="for bits, group_size and symmetric")
 
     def __post_init__(self) -> None:
         check_settings(self, "quantizer")
         check_group_size(self.group_size, {})
+        if self.symmetric and self.zero_point in ("half", "real"):
+            raise ConfigError(
+                f"quantizer.zero_point={self.zero_point}: does not go with symmetric=true; symmetric=false"
+            )
+        if self.grid and _is_turned(self):
+            raise ConfigError(f"quantizer.grid={self.grid}: does not go with incoherence=input")
 
     @property
     def integer_grid(self) -> Grid:
-        return Grid(self.bits, self.symmetric)
+        return Grid(self.bits, self.symmetric, self.zero_point or "integer")
 
     @property
     def k_grid(self) -> KGrid | None:
@@ -70,8 +94,8 @@ class UniformQuantizer(Quantizer):
     def prepare_key(self) -> str:
         # `_prepare` sees no codes, and all super-blocks are alike.
         if self.k_grid:
-            return repr(replace(self, bits=1, group_size=None, symmetric=False, grid="q4_k"))
-        return repr(replace(self, bits=1, symmetric=False))
+            return repr(replace(self, bits=1, group_size=None, symmetric=False, zero_point=None, grid="q4_k"))
+        return repr(replace(self, bits=1, symmetric=False, zero_point=None))
 
     def check(self, in_features: Mapping[str, int]) -> None:
         if self.k_grid is None:
@@ -90,18 +114,23 @@ class UniformQuantizer(Quantizer):
             return KQuantWeight.empty(out_features, in_features, self.k_grid, torch.device("meta"))
         groups = in_features // group_columns(self.group_size, in_features)
         meta = torch.device("meta")
-        return UniformWeight(
+        found = UniformWeight(
             codes=torch.empty(out_features, in_features, dtype=self.integer_grid.code_dtype, device=meta),
             scale=torch.empty(out_features, groups, dtype=dtype, device=meta),
-            zero_point=torch.empty(out_features, groups, dtype=torch.uint8, device=meta),
+            zero_point=self.integer_grid.stored_zero_point(torch.empty(out_features, groups, device=meta), dtype),
             permutation=torch.empty(in_features, dtype=torch.int32, device=meta) if self._permutes(groups) else None,
             bits=self.bits,
             symmetric=self.symmetric,
         )
+        if not _is_turned(self):
+            return found
+        return TurnedWeight(found, torch.empty(in_features, dtype=torch.int8, device=meta))
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         if not bool(hessian.diagonal().any()):
             return NoInput()
+        if _is_turned(self):
+            return self._plain.prepare(self._turned(hessian))
         try:
             return self._prepare(hessian, heldout)
         except NumericsError as error:
@@ -112,6 +141,11 @@ class UniformQuantizer(Quantizer):
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
             raise NumericsError("the weight holds NaN or Inf")
+        if _is_turned(self):
+            signs = self._signs(weight)
+            found = self._plain.quantize(turned(weight, signs).float(), prepared, scale_dtype)
+            assert isinstance(found.quantized, UniformWeight)
+            return replace(found, quantized=TurnedWeight(found.quantized, signs))
         self.check({"this layer": weight.shape[1]})
         if isinstance(prepared, NoInput):
             return replace(self._rtn.quantize(weight, Prepared(), scale_dtype), verdict="no input")
@@ -126,8 +160,23 @@ class UniformQuantizer(Quantizer):
             rounded = fallback.quantize(weight, Prepared(), scale_dtype)
             return replace(rounded, verdict="fallback", notes={"failure": str(error)})
 
+    @property
+    def _plain(self) -> "UniformQuantizer":
+        """What solves the turned layer, whose Hessian has the `ridge` already."""
+        return replace(self, incoherence="none")
+
+    def _turned(self, hessian: Tensor) -> Tensor:
+        """Q^T (H + ridge) Q. The ridge is added before, since the diagonal of a turned matrix is flat."""
+        ridge, signs = self.ridge(hessian), self._signs(hessian)
+        whole = hessian if ridge is None else hessian + torch.diag(ridge)
+        return turned(turned(whole, signs).T.contiguous(), signs)
+
+    def _signs(self, rows: Tensor) -> Tensor:
+        return random_signs(rows.shape[1], self.incoherence_seed, rows.device)
+
     def describe(self) -> str:
-        label = self.k_grid.label if self.k_grid else grid_label(self.bits, self.group_size, self.symmetric)
+        label = self.k_grid.label if self.k_grid else grid_label(self.integer_grid, self.group_size)
+        label += " turned" * _is_turned(self)
         return " ".join([type(self).__name__, label, *self._describe_options()])
 
     def _describe_options(self) -> list[str]:

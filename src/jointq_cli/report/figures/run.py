@@ -8,6 +8,7 @@ from jointq_cli.records import BlockRecord, LayerRecord, RunReport
 from jointq_cli.report import summary
 from jointq_cli.report.figures import style
 from jointq_cli.report.figures.plots import ACCUMULATED, MeasuredValue, Series, error_bars, errors_over_depth
+from jointq_cli.report.figures.refinement import refinement_figures
 from jointq_cli.report.figures.rotation import rotation_figures
 from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.number_format import duration, relative_change, scientific
@@ -23,6 +24,7 @@ def run_figures(report: RunReport) -> list[SvgFigure]:
         *_over_depth("E_w", "Weight error over depth", layers, WEIGHT_ERROR, "Relative error of each weight matrix"),
         *_accumulated(report.blocks),
         *(rotation_figures(report.rotation) if report.rotation else []),
+        *(refinement_figures(report.refinement) if report.refinement else []),
         *_by_kind(layers),
         *_perplexities(report),
         *_times(report),

@@ -14,8 +14,19 @@ HASHES = ("model", *TEXTS)
 TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 # Outputs, measurements and settings besides the others.
 FURTHER = (
-    *("export", "evaluation.tasks", "evaluation.tasks_limit", "layers.overrides", "layers.mix", "quantizer.grid"),
+    "refinement",
+    "export",
+    "evaluation.tasks",
+    "evaluation.tasks_limit",
+    "layers.overrides",
+    "layers.mix",
+    "quantizer.grid",
     "calibration.add_generated",
+    "curvature",
+    "calibration.matmul_precision",
+    "quantizer.zero_point",
+    "quantizer.incoherence",
+    "quantizer.incoherence_seed",
 )
 MOST_NAMED = 3  # settings in one message
 
@@ -55,7 +66,7 @@ def _without_unused(run: FinishedRun) -> Settings:
     return {
         key: value
         for key, value in run.settings.items()
-        if not (key in FURTHER and value in ("null", "[]", "{}"))
+        if not (key in FURTHER and value in ("null", "[]", "{}", "none", "0"))
         and (has_experts or key.partition(".")[0] != "experts")
     }
 

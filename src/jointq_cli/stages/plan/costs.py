@@ -14,6 +14,8 @@ from jointq_cli.evaluation.perplexity import LOGITS_AT_ONCE
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.quantization.accumulator import packed_size
 from jointq_cli.quantization.expert_settings import BLOCK_TOKENS_PER_COLUMN
+from jointq_cli.quantization.gradients import LOGITS_AT_ONCE as LABELS_AT_ONCE
+from jointq_cli.quantization.gradients import output_groups
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.plan.model_sizes import InputGroup, Shapes
 from jointq_cli.stages.plan.throughput import Speeds
@@ -131,6 +133,21 @@ class Workload:
             memory=self._stream(self.calibration) + max(self._outside_rotated, in_block),
             disk=sum(map(self._packed, self.shapes.inputs)),
             scratch=2 * self._stream(self.calibration),
+        )
+
+    def gradients(self) -> Cost:
+        """A pass of all calibration windows forward, and one back through blocks that are run once more."""
+        stream, shapes = self._stream(self.calibration), self.shapes
+        outputs = [rows for one in shapes.inputs for rows in one.out_features]
+        squares = [sum((span.stop - span.start) ** 2 for span in output_groups(rows)) for rows in outputs]
+        logits = min(LABELS_AT_ONCE, shapes.vocabulary * self.calibration.length)
+        in_block = self._block + 3 * self._pass + DOUBLE * sum(squares) / shapes.blocks
+        products = 1.2 * STATISTICS_SLOWDOWN * self.calibration.tokens * sum(squares) / self.speeds.single
+        return Cost(
+            seconds=3 * self._forward(self.calibration) + self._logits(self.calibration.tokens, models=2) + products,
+            memory=2 * stream + max(self._outside_rotated + 3 * DOUBLE * logits, in_block),
+            disk=FLOAT * (sum(squares) / 2 + self.calibration.tokens * len(outputs)),
+            scratch=(shapes.blocks + 1) * stream,
         )
 
     def quantize(self) -> Cost:

@@ -20,20 +20,24 @@ from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.sources import fetch
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.curvature import Kfac
 from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.refinement.settings import GradientRefinement
 from jointq_cli.recipe import Recipe
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
 from jointq_cli.stages.engine_check import check_stage, is_checked
 from jointq_cli.stages.export import export_stage, model_to_quantize
 from jointq_cli.stages.generated_tokens import check_memory, generated_stage, read_generated
 from jointq_cli.stages.generation import generation_stages
-from jointq_cli.stages.hessians import can_share, hessians_stage
+from jointq_cli.stages.gradients import gradients_stage
+from jointq_cli.stages.hessians import can_share, hessians_stage, layers_in
 from jointq_cli.stages.hidden import hidden_stage
 from jointq_cli.stages.loop_settings import loop_settings, selected_layers
 from jointq_cli.stages.model import conversion
 from jointq_cli.stages.plan.costs import Windows
 from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
+from jointq_cli.stages.refine import check_refinable, refine_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
 from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage, with_tokenizer
 from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage, with_generated
@@ -131,7 +135,13 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     hessians = _known(hessians_stage(shaped, tokens, loop), model, inputs.tokens)
     batch = windows_per_pass(runtime, windows.ids)
     hidden = _known(hidden_stage(original, windows, batch), inputs.windows)
-    scores = quantized_scores_stage(original, hidden, quantize, loop, tokens, windows, batch, recipe.activations)
+    check_refinable(original, layers, recipe.refinement)
+    result, refining = quantize, []
+    if isinstance(recipe.refinement, GradientRefinement):
+        names = layers_in(shaped, loop)
+        result = _known(refine_stage(shaped, quantize, names, tokens, recipe.refinement, loop.batch), quantize.key)
+        refining = [result]
+    scores = quantized_scores_stage(original, hidden, result, loop, tokens, windows, batch, recipe.activations)
 
     checkpoints = (original.checkpoint, shaped.checkpoint)
     unread = next((one.directory for one in checkpoints if one.known_hash is None), None)
@@ -141,21 +151,23 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         return _status(stage, store, len(original), could_exist=unread is not None or text is None)
 
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
-    computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize)]
+    if isinstance(loop.curvature, Kfac) and status(quantize) != REUSED:
+        needed = [_known(gradients_stage(shaped, tokens, loop), model, inputs.tokens), *needed]
+    computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize, *refining)]
     exporting, planned = [], model_to_quantize(original, layers)
     for exporter in recipe.exporters:
-        export = _known(export_stage(shaped, list(layers), quantize, exporter), model)
+        export = _known(export_stage(shaped, list(layers), result, exporter), model)
         exporting.append((export, status(export)))
         if recipe.check_exports and is_checked(exporter, planned):
-            check = check_stage(export, quantize, shaped, list(layers), exporter, inputs.tokenizer, windows)
+            check = check_stage(export, result, shaped, list(layers), exporter, inputs.tokenizer, windows)
             check = _known(check, model, inputs.windows)
             exporting.append((check, status(check, inputs.windows)))
     evaluating = [(stage, status(stage, inputs.windows)) for stage in (hidden, scores)]
     if recipe.generate_tokens and not why_not(original):
-        texts = generation_stages(original, quantize, list(layers), inputs.tokenizer, recipe.generate_tokens)
+        texts = generation_stages(original, result, list(layers), inputs.tokenizer, recipe.generate_tokens)
         evaluating += [(stage, status(stage)) for stage in texts]
     before = [task_stage(task, original, with_tokenizer(original), "original") for task in inputs.tasks or ()]
-    after = [task_stage(task, original, [quantize.key], "quantized") for task in inputs.tasks or ()]
+    after = [task_stage(task, original, [result.key], "quantized") for task in inputs.tasks or ()]
     evaluating += [(stage, status(stage)) for stage in (*before, *after)]
     return DryRun(
         stages=computing + exporting + evaluating,

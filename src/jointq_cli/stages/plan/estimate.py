@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from jointq_cli.quantization.refinement.settings import ModelRefinement
 from jointq_cli.recipe import Recipe
 from jointq_cli.records import RunEstimate, StageEstimate
 from jointq_cli.stages.plan.costs import Cost, Workload, total
@@ -12,6 +13,7 @@ from jointq_cli.stages.plan.dry_run import EVERY_RUN, TO_FETCH, UNKNOWN, DryRun,
 from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.plan.throughput import measure_speeds
+from jointq_cli.stages.refine import REFINE
 from jointq_cli.stages.tasks import TASKS, task_warnings
 from jointq_cli.system import machine
 from jointq_cli.system.files import nearest_existing
@@ -128,6 +130,8 @@ def _shortages(estimate: RunEstimate, recipe: Recipe) -> list[str]:
                 f"evaluation.tasks=[{','.join(recipe.evaluation.tasks)}]",
                 "measure them where there is more",
             )
+        elif stage == REFINE and isinstance(recipe.refinement, ModelRefinement):
+            keys, way_out = "refinement=model", "refinement=block takes that of one block"
         found.append(
             f"{keys}: stage {stage} takes about {estimate.memory / 1e9:.3g} GB of memory, and "
             f"{estimate.memory_available / 1e9:.3g} GB are free; {way_out}"

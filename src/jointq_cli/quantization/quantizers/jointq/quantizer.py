@@ -121,6 +121,8 @@ class JointQ(UniformQuantizer):
                 "enable_schur=false: one start is needed, of enable_schur, enable_clip_optimize, "
                 "enable_clip_optimize_ep and enable_gptq"
             )
+        if self.incoherence != "none" and self.lambda_mode != "fixed_lambda":
+            yield f"lambda_mode={self.lambda_mode}: incoherence={self.incoherence} works with fixed_lambda only"
         if self.ils_enabled and self.max_sweeps == 0:
             yield "max_sweeps=0: ils_enabled=true needs at least 1, for it searches from where a search ended"
         uniform_only = (
@@ -203,6 +205,7 @@ class JointQ(UniformQuantizer):
             bits=self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
+            zero_point=self.zero_point,
             mse=self.gptq.mse,
             act_order=False,  # columns and groups are in JointQ's order already
             static_groups=False,
@@ -218,7 +221,17 @@ class JointQ(UniformQuantizer):
 
     @property
     def _rtn(self) -> RTN:
-        return RTN(self.bits, self.group_size, self.symmetric, mse=True, grid=self.grid)
+        return RTN(self.bits, self.group_size, self.symmetric, mse=True, grid=self.grid, zero_point=self.zero_point)
+
+    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
+        found = super().quantize(weight, prepared, scale_dtype)
+        if self.incoherence == "none" or "lambda" not in found.notes:
+            return found
+        return replace(found, notes={**found.notes, "lambda": self.regularization_lambda})  # added before turning
+
+    @property
+    def _plain(self) -> "JointQ":
+        return replace(self, incoherence="none", regularization_lambda=0.0)
 
     @property
     def _fallback(self) -> RTN | None:
@@ -385,7 +398,16 @@ class JointQ(UniformQuantizer):
     def _describe_options(self) -> list[str]:
         """Lambda or how it is chosen, and all else that differs from the defaults."""
         strength = f"lambda={self.regularization_lambda:g}" if self.lambda_mode == "fixed_lambda" else self.lambda_mode
-        stated = ("bits", "group_size", "symmetric", "grid", "regularization_lambda", "lambda_mode")
+        stated = (
+            "bits",
+            "group_size",
+            "symmetric",
+            "zero_point",
+            "incoherence",
+            "grid",
+            "regularization_lambda",
+            "lambda_mode",
+        )
         return [strength, *(_option(name, value) for name, value in changed(self).items() if name not in stated)]
 
 

@@ -106,23 +106,23 @@ class UniformLayer(ScaledLayer[State]):
     scale_dtype: torch.dtype
 
     def search(self, metric: Metric) -> Search:
-        return Search(metric, self.grid, scale_rounding(self.scale_dtype, self.exponent))
+        return Search(metric, self.grid, scale_rounding(self.scale_dtype, self.exponent), self.scale_dtype)
 
     def gptq_start(self, gptq: GPTQ, prepared: GptqPrepared, metric: Metric) -> State:
         """GPTQ's solution as a start, in JointQ's order of columns and groups."""
         ordered = self.weight.index_select(1, metric.order)
         found = gptq.uniform(ordered, prepared, self.scale_dtype)
         levels = found.codes.to(metric.full.dtype)
-        levels.view(len(levels), -1, metric.columns).sub_(found.zero_point.to(levels.dtype)[:, :, None])
+        levels.view(len(levels), -1, metric.columns).sub_(found.zero_points().to(levels.dtype)[:, :, None])
         return State(levels, torch.ldexp(found.scale.to(levels.dtype), torch.tensor(-self.exponent)))
 
     def quantized(self, metric: Metric, state: State, permuted: bool) -> UniformWeight:
         """The result in its stored form. Raises NumericsError where a scale does not fit in the checkpoint's dtype."""
         groups = state.levels.view(len(state.levels), -1, metric.columns)
-        lowest = groups.amin(dim=2).clamp_max_(0.0) if not self.grid.symmetric else torch.zeros_like(state.scale)
-        codes = (groups - lowest[:, :, None]).flatten(1).to(self.grid.code_dtype)
+        lowest = self._lowest(groups)
+        codes = (groups - lowest[:, :, None]).round_().flatten(1).to(self.grid.code_dtype)
         scale = round_scale(torch.ldexp(state.scale.float(), torch.tensor(self.exponent)), self.scale_dtype)
-        zero_point = lowest.neg_().to(torch.uint8)
+        zero_point = lowest.neg_()
         if not permuted:  # groups are stored in the original order
             stored = metric.order.view(-1, metric.columns)[:, 0] // metric.columns
             scale = torch.empty_like(scale).index_copy_(1, stored, scale)
@@ -130,11 +130,20 @@ class UniformLayer(ScaledLayer[State]):
         return UniformWeight(
             codes=torch.empty_like(codes).index_copy_(1, metric.order, codes),
             scale=scale.to(self.scale_dtype),
-            zero_point=zero_point,
+            zero_point=self.grid.stored_zero_point(zero_point, self.scale_dtype),
             permutation=metric.order.to(torch.int32) if permuted else None,
             bits=self.grid.bits,
             symmetric=self.grid.symmetric,
         )
+
+    def _lowest(self, groups: Tensor) -> Tensor:
+        """The level (out, groups) of the lowest code, of levels (out, groups, columns)."""
+        lowest = groups.amin(dim=2)
+        if self.grid.symmetric:
+            return torch.zeros_like(lowest)
+        if self.grid.zero == "half":
+            return torch.full_like(lowest, self.grid.box.first)
+        return lowest if self.grid.zero == "real" else lowest.clamp_max_(0.0)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
 """JointQ's search for the levels and scales of a tile of rows on a uniform grid: starts, sweeps, annealing.
 
 A row of levels z (in,) and scales s (groups,) represents the weights s z.
+
+Where zero-points are real, levels of a group are integers plus a number in common. The best offset t of s u + t 1, for
+integers u, is t = (h 1 - s u R 1) / (1 R 1); with it f is that of the metric R - R 1 1 R / (1 R 1) and the correlation
+h - (h 1) 1 R / (1 R 1), in which the kernels then search.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from jointq_cli.quantization.quantizers.jointq.metric import Metric
 
 CLIP_STEPS = 40  # shrink factors 1.00, 0.98 .. 0.22 of a group's range; coarse, since flips follow
 ANNEAL_SHARE = 4  # columns per random step of a group in each sweep
+MOST_ZERO = 2.0**15  # of real zero-points: float16 holds it
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Search(Descent[State]):
     metric: Metric
     grid: Grid
     rounding: Rounding
+    scale_dtype: torch.dtype = torch.float32  # of real zero-points too
 
     # starts
 
@@ -62,33 +68,58 @@ class Search(Descent[State]):
     def _solve_group(self, state: State, t: int, wanted: Tensor, correlation: Tensor, metric: Tensor) -> None:
         """Solves group t and writes it to `state`: clip search weighted by the metric's diagonal, then flips."""
         levels, scale = self._clip(wanted, metric.diagonal().contiguous())
-        kernels.for_device(wanted.device).flip_search(
-            correlation, metric, levels @ metric, levels, scale, self.grid.box, self.rounding, guarded=False
-        )
+        self._flip(correlation, metric, levels, scale, guarded=False)
         state.levels[:, self.metric.span(t)] = levels
         state.scale[:, t] = scale
 
     def _clip(self, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = torch.aminmax(wanted, dim=1)
-        low, high = low.clamp_max_(0.0), high.clamp_min_(0.0)
-        widest = self.grid.covering_scale(low, high).clamp_min_(2.0**-100)  # weights are near 1: below it, all are 0
+        grid, widest = self.grid, wanted.new_full((len(wanted),), 2.0**-100)  # weights are near 1: below it, all are 0
+        if grid.zero == "real":  # half-integers around the mean
+            widest = grid.covering_scale(*grid.ends(wanted)).clamp_min_(2.0**-100)
+            grid, wanted = replace(grid, zero="half"), wanted - wanted.mean(dim=1, keepdim=True)
+        low, high = grid.ends(wanted)
+        widest = torch.maximum(grid.covering_scale(low, high), widest)
         levels = torch.empty_like(wanted)
         scale = torch.empty_like(widest)
         kernels.for_device(wanted.device).weighted_clip(
-            wanted, weights, low, widest, levels, scale, self.grid.box, CLIP_STEPS
+            wanted, weights, low, widest, levels, scale, grid.box, CLIP_STEPS
         )
         return levels, scale
+
+    def _flip(
+        self, correlation: Tensor, metric: Tensor, levels: Tensor, scale: Tensor, *, guarded: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`Kernels.flip_search` in one group, with the best zero-points where they are real."""
+        search = kernels.for_device(levels.device).flip_search
+        if self.grid.zero != "real":
+            products = levels @ metric
+            return search(correlation, metric, products, levels, scale, self.grid.box, self.rounding, guarded=guarded)
+        before, codes = levels * scale[:, None], _codes(levels)
+        new_scale = scale.clone()
+        h, r = _without_offsets(correlation, metric)
+        taken, _ = search(h, r, codes @ r, codes, new_scale, self.grid.box, self.rounding, guarded=guarded)
+        found = self._with_zero_points(codes, new_scale, correlation, metric)
+        after = found * new_scale[:, None]
+        fall = ((after - before) * (2.0 * correlation - (after + before) @ metric)).sum(dim=1, dtype=torch.float64)
+        kept = fall > 0 if guarded else torch.ones_like(fall, dtype=torch.bool)
+        levels.copy_(torch.where(kept[:, None], found, levels))
+        scale.copy_(torch.where(kept, new_scale, scale))
+        return torch.where(kept, taken.clamp_min(1), 0), torch.where(kept, fall, 0.0)
+
+    def _with_zero_points(self, codes: Tensor, scale: Tensor, correlation: Tensor, metric: Tensor) -> Tensor:
+        """The levels of integers (rows, d) with the best zero-points, rounded as they are stored."""
+        codes, sums = _codes(codes), metric.sum(dim=0)
+        offset = (correlation.sum(dim=1) / scale - (codes * sums).sum(dim=1)) / sums.sum()
+        zero_point = offset.neg_().clamp_(-MOST_ZERO, MOST_ZERO).to(self.scale_dtype).to(codes.dtype)
+        return codes - zero_point[:, None]
 
     def _sweep(self, target: Tensor, state: State) -> tuple[Tensor, Tensor]:
         error = target - state.values(self.metric)
         steps = torch.zeros(len(target), dtype=torch.int64, device=target.device)
         decrease = torch.zeros(len(target), dtype=torch.float64, device=target.device)
-        flip_search = kernels.for_device(target.device).flip_search
         for t in range(self.metric.groups):
-            correlation, metric, products, levels, scale = self._group(error, state, t)
-            taken, gained = flip_search(
-                correlation, metric, products, levels, scale, self.grid.box, self.rounding, guarded=True
-            )
+            correlation, metric, levels, scale = self._group(error, state, t)
+            taken, gained = self._flip(correlation, metric, levels, scale, guarded=True)
             self._put(target, error, state, t, levels, scale)
             steps += taken
             decrease += gained
@@ -104,23 +135,27 @@ class Search(Descent[State]):
             current = temperature * (1.0 - sweep / sweeps) ** 1.5
             for t in range(self.metric.groups):
                 noise = torch.empty(shape, dtype=target.dtype).exponential_(generator=generator).to(target.device)
-                correlation, metric, products, levels, scale = self._group(error, state, t)
+                correlation, metric, levels, scale = self._group(error, state, t)
+                h, r, moved = correlation, metric, levels
+                if self.grid.zero == "real":
+                    h, r = _without_offsets(correlation, metric)
+                    moved = _codes(levels)
                 kernels.for_device(target.device).anneal(
-                    correlation, metric, products, levels, scale, self.grid.box, self.rounding,
-                    temperature=current, noise=noise,
-                )  # fmt: skip
-                self._put(target, error, state, t, levels, scale)
+                    h, r, moved @ r, moved, scale, self.grid.box, self.rounding, temperature=current, noise=noise
+                )
+                if self.grid.zero == "real":
+                    moved = self._with_zero_points(moved, scale, correlation, metric)
+                self._put(target, error, state, t, moved, scale)
         return state
 
-    def _group(self, error: Tensor, state: State, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the kernels need of group t, all other groups fixed: correlation, metric, products, levels, scale."""
+    def _group(self, error: Tensor, state: State, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a search needs of group t, all other groups fixed: correlation, metric, levels, scale."""
         span = self.metric.span(t)
         metric = self.metric.full[span, span].contiguous()
         levels = state.levels[:, span].contiguous()
         scale = state.scale[:, t].contiguous()
-        products = levels @ metric
-        correlation = torch.addcmul(error @ self.metric.full[:, span], products, scale[:, None])
-        return correlation, metric, products, levels, scale
+        correlation = torch.addcmul(error @ self.metric.full[:, span], levels @ metric, scale[:, None])
+        return correlation, metric, levels, scale
 
     def _put(self, target: Tensor, error: Tensor, state: State, t: int, levels: Tensor, scale: Tensor) -> None:
         span = self.metric.span(t)
@@ -130,3 +165,15 @@ class Search(Descent[State]):
 
     def _empty(self, target: Tensor) -> State:
         return State(torch.empty_like(target), target.new_empty(len(target), self.metric.groups))
+
+
+def _codes(levels: Tensor) -> Tensor:
+    """Levels of a group (rows, d), integers but for a number in common, counted from the lowest."""
+    return (levels - levels.amin(dim=1, keepdim=True)).round_()
+
+
+def _without_offsets(correlation: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Correlation and metric of f with the best offset of each row."""
+    sums = metric.sum(dim=0)
+    shared = sums / sums.sum()
+    return correlation - correlation.sum(dim=1, keepdim=True) * shared, metric - sums[:, None] * shared

@@ -1,0 +1,117 @@
+"""Solving layers for the loss: their outputs are weighed against each other, and tokens by what they do to the loss.
+
+With the error E = W - W_q of a layer, inputs x and the gradients g of the loss with respect to its outputs, the loss
+rises by about tr(G E H E^T) / 2, where H = mean x x^T and G = mean g g^T are Kronecker factors of the Fisher
+information (K-FAC: Martens, Grosse, ICML 2015). A quantizer minimises e H e^T for every row alone, as if G were the
+identity. Here rows are solved in blocks, one after the other, and later ones compensate the errors of those before, as
+columns do in GPTQ: the target of the rows s is
+
+    W_s - strength P_sd P_dd^-1 E_d,     P = (G + damping mean diag(G) I)^-1,
+
+with d the rows before (Tseng et al., "Model-preserving adaptive rounding", 2025, factorise both sides so). G is of few
+tokens and one sampled label each, which the damping makes up for: docs/curvature.md has what was measured.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import ConfigError
+from jointq_cli.quantization.quantizers.base import Quantizer, Solution
+from jointq_cli.quantization.quantizers.cholesky import factorize
+from jointq_cli.setting_rules import check_settings, setting
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The outputs of one layer weighed against each other. outputs: G (rows, rows) float64 of consecutive rows, which
+    are not coupled to those of another G."""
+
+    outputs: Sequence[Tensor]
+    strength: float
+    damping: float
+    row_blocks: int
+
+    def solve(self, weight: Tensor, solve: Callable[[Tensor], Solution], dtype: torch.dtype) -> Iterator[Solution]:
+        """The solutions of consecutive rows. weight: (out, in) float32. solve: of some rows (rows, in) float32, whose
+        scales are stored as `dtype`. Raises NumericsError where G cannot be factorised."""
+        for outputs, target in zip(self.outputs, weight.double().split([*map(len, self.outputs)]), strict=True):
+            order = torch.arange(len(outputs), device=weight.device)
+            upper = factorize(outputs, order, self.damping, None, torch.float64, key="curvature.damping").upper
+            for rows in order.chunk(self.row_blocks):
+                start, stop = int(rows[0]), int(rows[-1]) + 1
+                solution = solve(target[start:stop].float())
+                error = target[start:stop] - solution.quantized.dequantize(dtype).double()
+                square, later = upper[start:stop, start:stop], upper[start:stop, stop:]
+                target[stop:] -= self.strength * torch.linalg.solve_triangular(square, later, upper=True).T @ error
+                yield solution
+
+    def error(self, error: Tensor, hessian: Tensor) -> float:
+        """tr(G E H E^T) of E (out, in) float32; hessian: H (in, in) float64."""
+        parts = zip(self.outputs, error.double().split([*map(len, self.outputs)]), strict=True)
+        return sum(float(((outputs @ part) * (part @ hessian)).sum()) for outputs, part in parts)
+
+
+@dataclass(frozen=True)
+class Curvature(ABC):
+    """Base of the settings under `curvature`."""
+
+    @property
+    def tokens_by_energy(self) -> float:
+        """The share in the weights of tokens of what the loss says; 0: none."""
+        return 0.0
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A few words for the report, "" where layers are solved for their own outputs."""
+
+
+@dataclass(frozen=True)
+class NoCurvature(Curvature):
+    """All outputs of a layer, and all tokens, count alike."""
+
+    def describe(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Kfac(Curvature):
+    """The fields are described in configs/curvature/kfac.yaml, the method at the top of this module."""
+
+    seed: int = setting(0, least=0)
+    token_mix: float = setting(0.0, least=0, most=1)
+    strength: float = setting(1.0, least=0, most=1)
+    damping: float = setting(1.0, least=0)
+    row_blocks: int = setting(48, least=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "curvature")
+
+    @property
+    def tokens_by_energy(self) -> float:
+        return self.token_mix
+
+    def describe(self) -> str:
+        mix = f" token_mix={self.token_mix:g}" if self.token_mix else ""
+        return f"K-FAC strength={self.strength:g}{mix}"
+
+    def check_quantizers(self, quantizers: Sequence[Quantizer]) -> None:
+        """Raises ConfigError for one that needs all rows of a layer at once."""
+        whole = [quantizer.describe() for quantizer in quantizers if not quantizer.row_separable]
+        if self.strength and whole:
+            raise ConfigError(
+                f"curvature.strength={self.strength:g}: must be 0 with {whole[0]}, which needs all rows of a layer at "
+                "once, while curvature=kfac solves them in turn"
+            )
+
+    def coupling(self, outputs: Sequence[Tensor]) -> Coupling | None:
+        """None where the outputs are not coupled: by `strength`, or because the loss depends on none of them."""
+        if not self.strength or not outputs or not all(bool(each.diagonal().any()) for each in outputs):
+            return None
+        return Coupling(outputs, self.strength, self.damping, self.row_blocks)
+
+
+NO_CURVATURE = NoCurvature()
