@@ -5,9 +5,9 @@
     python scripts/bench_tokens.py --windows 8 32 128 recipe=smollm2_135m_w3g64 calibration.path=...
 
 Each series is a run of `jointq quantize` for each number of windows: `text` is the recipe's calibration text,
-`generated` is as many windows that the model writes, and `added` is all of the text (--text-windows) and such windows
-up to the number. A run that --output has already is not computed again. Tokens that the model writes are computed once,
-and their seconds are those of the first run that needs them.
+`generated` is as many windows that the model writes, and `added` is all of the text (--text-windows) and continuations
+of it up to the number. A run that --output has already is not computed again. Tokens that the model writes are computed
+once, and their seconds are those of the first run that needs them.
 """
 
 import argparse
@@ -78,7 +78,8 @@ def measure(run: Path, series: str, quantizer: str, count: int, words: list[str]
     if not result.exists():
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         settings = [f"name={run.name}", f"quantizer={quantizer}", f"hydra.run.dir={run}", "generate_tokens=0"]
-        subprocess.run([sys.executable, "-m", "jointq_cli", "quantize", *words, *settings], check=True)
+        command = [sys.executable, "-m", "jointq_cli", "quantize", *words, *settings]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         print(f"{run.name}: {time.perf_counter() - start:.0f} s, {seconds:.0f} s of CPU", file=sys.stderr)

@@ -63,10 +63,10 @@ def test_tokens_are_drawn_from_the_distribution_of_the_model(directory: Path) ->
     model = opened(directory)
     first = torch.full((400,), 7)
     with torch.no_grad():
-        found = sampling.sample(model, first, 2, 256, torch.Generator().manual_seed(0))
+        found = sampling.sample(model, first[:, None], 2, 256, torch.Generator().manual_seed(0))
         with sampling.complete(model):
             likely = model.module(input_ids=first[:1, None]).logits[0, -1].softmax(-1)
-        only = sampling.sample(model, first[:20], 3, 5, torch.Generator().manual_seed(0))
+        only = sampling.sample(model, first[:20, None], 3, 5, torch.Generator().manual_seed(0))
     assert torch.equal(found[:, 0], first)
     expected = (likely * torch.arange(256)).sum()
     error = (likely * (torch.arange(256) - expected) ** 2).sum().div(400).sqrt()
@@ -82,11 +82,11 @@ def test_a_stopped_stage_continues_behind_the_last_batch(
     batches = []
     plain = generated_tokens.sample
 
-    def stopping(model: StreamedModel, first: Tensor, *more: object) -> Tensor:
-        batches.append(len(first))
+    def stopping(model: StreamedModel, begin: Tensor, *more: object) -> Tensor:
+        batches.append(len(begin))
         if len(batches) == 2:
             raise Interrupted("stopped")
-        return plain(model, first, *more)
+        return plain(model, begin, *more)
 
     monkeypatch.setattr(generated_tokens, "sample", stopping)
     stage = generated_stage(opened(directory), load_tokenizer(directory, False), 5, 12, 0)
@@ -100,19 +100,22 @@ def test_a_stopped_stage_continues_behind_the_last_batch(
     assert [path.name for path in scratch.iterdir()] == [generated_tokens.FILE]
 
 
-def test_generated_windows_follow_those_of_a_text(context: Context, directory: Path, tmp_path: Path) -> None:
+def test_generated_windows_continue_those_of_a_text(context: Context, directory: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a b c d e f g h " * 40)
-    calibration = Calibration(dataset="text", path=str(text), num_samples=2, seqlen=12, add_generated=3)
+    calibration = Calibration(dataset="text", path=str(text), num_samples=2, seqlen=24, add_generated=3)
     model, tokenizer = opened(directory), load_tokenizer(directory, False)
     tokens = load_calibration(context, calibration, model, tokenizer)
-    assert torch.equal(tokens.windows[2:], write(context, directory))
-    assert "5 x 12 tokens (3 generated)" in tokens.describe()
+    for number, window in enumerate(tokens.windows[2:]):  # each begins with three tokens of one in turn
+        excerpts = tokens.windows[number % 2].unfold(0, 3, 1)
+        assert (excerpts == window[:3]).all(dim=1).any()
+    assert not torch.equal(tokens.windows[2, 3:], tokens.windows[4, 3:])
+    assert "5 x 24 tokens (3 generated)" in tokens.describe()
     assert tokens.provenance["generated_by"] == model.checkpoint.content_hash
     save_tokens(tmp_path / "frozen", tokens)
     assert torch.equal(load_tokens(tmp_path / "frozen", tokenizer).windows, tokens.windows)
-    fewer = Calibration(tokens=str(tmp_path / "frozen"), num_samples=3, seqlen=12)
-    assert "3 x 12 tokens (1 generated)" in load_calibration(context, fewer, model, tokenizer).describe()
+    fewer = Calibration(tokens=str(tmp_path / "frozen"), num_samples=3, seqlen=24)
+    assert "3 x 24 tokens (1 generated)" in load_calibration(context, fewer, model, tokenizer).describe()
 
 
 def test_a_calibration_may_be_generated_as_a_whole(context: Context, directory: Path) -> None:

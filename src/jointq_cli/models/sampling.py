@@ -35,18 +35,20 @@ def complete_bytes(model: StreamedModel, windows: int, seqlen: int) -> float:
     return float(model.checkpoint.parameters + values) * model.dtype.itemsize
 
 
-def sample(model: StreamedModel, first: Tensor, length: int, vocabulary: int, generator: torch.Generator) -> Tensor:
-    """Windows (windows, length) int64 that begin with the tokens `first` (windows,), all others drawn from the model's
-    distribution over ids below `vocabulary`; an end of text is followed by more text, as in the training of the model.
+def sample(model: StreamedModel, begin: Tensor, length: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Windows (windows, length) int64 that start with `begin` (windows, tokens).
+
+    All other tokens are drawn from the model's distribution over ids below `vocabulary`; an end of text is followed by
+    more text, as in the training of the model.
 
     generator: on the model's device. Raises as FAILURES where the model cannot, and NumericsError for weights with NaN
     or Inf.
     """
     module: Any = model.module
-    last, cache = first.to(model.device)[:, None], None
+    last, cache = begin.to(model.device), None
     found = [last]
     with complete(model):
-        for _ in range(length - 1):
+        for _ in range(length - begin.shape[1]):
             out = module(input_ids=last, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             likely = torch.softmax(out.logits[:, -1, :vocabulary].float(), dim=-1)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from jointq_cli.data.token_file import Tokens
 from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.errors import ModelError, ResourceError
 from jointq_cli.models.sampling import FAILURES, complete_bytes, sample
@@ -20,25 +21,40 @@ from jointq_cli.system.tensor_files import save_tensors
 
 GENERATED = "generated tokens"
 FILE = "windows.safetensors"
+EXCERPT = 8  # of such a part of a window is the excerpt of a text that it continues
 WINDOWS_AT_ONCE = 64  # written side by side; a stopped run continues behind the last that many
 
 
 def generated_windows(
-    context: Context, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
+    context: Context,
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seqlen: int,
+    seed: int,
+    text: Tokens | None = None,
 ) -> Tensor:
     """`count` windows (count, seqlen) int64 that the model writes; from the store where it has them. See
     `generated_stage`."""
-    stage = generated_stage(model, tokenizer, count, seqlen, seed)
+    stage = generated_stage(model, tokenizer, count, seqlen, seed, text)
     if not context.has(stage):
         check_memory(model, count, seqlen)
     return read_generated(context.run(stage).path)
 
 
 def generated_stage(
-    model: StreamedModel, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seqlen: int,
+    seed: int,
+    text: Tokens | None = None,
 ) -> Stage:
-    """Windows drawn from the model's own distribution, each behind a first token drawn from the vocabulary without its
-    special tokens (LLM-QAT, arXiv 2305.17888, section 3.1, without its greedy beginning).
+    """Windows drawn from the model's own distribution.
+
+    With a text they continue excerpts of its windows in turn, an eighth of `seqlen` long. Without one each begins with
+    a token drawn from the vocabulary without its special tokens (LLM-QAT, arXiv 2305.17888, section 3.1, without its
+    greedy beginning).
 
     `make` raises ModelError where the model cannot write.
     """
@@ -53,7 +69,12 @@ def generated_stage(
             for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
                 size = len(range(count)[batch])
                 if not part.exists():
-                    windows = _write(model, first, (size, seqlen), vocabulary, _seed(seed, number))
+                    own = _seed(seed, number)
+                    draw = torch.Generator().manual_seed(own)
+                    begin = first[torch.randint(len(first), (size, 1), generator=draw)]
+                    if text is not None:
+                        begin = _excerpts(text.windows, range(count)[batch], max(1, seqlen // EXCERPT), draw)
+                    windows = _write(model, begin, seqlen, vocabulary, own)
                     _save(part, windows)
                     context.pause()
                 bar.advance(size)
@@ -72,7 +93,7 @@ def generated_stage(
             "dtype": str(model.dtype),
             "device": model.device.type,
         },
-        inputs=(*model.identity, tokenizer_hash(tokenizer)),
+        inputs=(*model.identity, tokenizer_hash(tokenizer), *([] if text is None else [text.hash])),
         make=make,
         cost=lambda load: load.write(Windows(count, seqlen), WINDOWS_AT_ONCE, _memory(model, count, seqlen)),
         resumable=True,
@@ -109,10 +130,16 @@ def _seed(seed: int, batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8]) >> 1
 
 
-def _write(model: StreamedModel, first: Tensor, shape: tuple[int, int], vocabulary: int, seed: int) -> Tensor:
+def _excerpts(windows: Tensor, numbers: range, length: int, generator: torch.Generator) -> Tensor:
+    """Of the windows of these numbers, taken in turn, `length` tokens each from a random position."""
+    length = min(length, windows.shape[1])
+    starts = torch.randint(windows.shape[1] - length + 1, (len(numbers),), generator=generator).tolist()
+    pairs = zip(numbers, starts, strict=True)
+    return torch.stack([windows[number % len(windows), start : start + length] for number, start in pairs])
+
+
+def _write(model: StreamedModel, begin: Tensor, seqlen: int, vocabulary: int, seed: int) -> Tensor:
     generator = torch.Generator(model.device).manual_seed(seed)
-    count, seqlen = shape
-    begin = first[torch.randint(len(first), (count,), generator=torch.Generator().manual_seed(seed))]
     try:
         return sample(model, begin, seqlen, vocabulary, generator)
     except torch.OutOfMemoryError:  # on another day there may be enough

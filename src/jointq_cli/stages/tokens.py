@@ -29,7 +29,7 @@ def load_calibration(
             tokens = calibration_tokens(calibration, tokenizer)
     if calibration.generated:
         count, seqlen, seed = calibration.generated, calibration.seqlen, calibration.seed
-        windows = generated_windows(context, model, tokenizer, count, seqlen, seed)
+        windows = generated_windows(context, model, tokenizer, count, seqlen, seed, tokens)
         tokens = with_generated(tokens, windows, calibration, model, tokenizer)
     assert tokens is not None
     if tokens.warning:
@@ -71,10 +71,10 @@ def with_generated(
     model: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Tokens:
-    """The windows of a text, if any, and those that the model has written."""
+    """The windows of a text, if any, and those that the model has written, as continuations of these."""
     origin = {"generated_by": model.checkpoint.content_hash, "generated_seed": str(calibration.seed)}
     if tokens is not None:
-        return tokens.with_generated(windows, origin)
+        return tokens.with_generated(windows, {**origin, "generated_from": tokens.hash})
     provenance = {
         "dataset": calibration.dataset,
         "split": calibration.split,

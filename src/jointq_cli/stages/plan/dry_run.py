@@ -204,14 +204,15 @@ def _find_tokens(
         stages.append((cut, status))
     if calibration.generated:
         count, seqlen = calibration.generated, calibration.seqlen
-        write = generated_stage(model, tokenizer, count, seqlen, calibration.seed)
+        text = None if calibration.is_generated else tokens or _stand_in_tokens(calibration)
+        write = generated_stage(model, tokenizer, count, seqlen, calibration.seed, text)
+        write = write if calibration.is_generated else _known(write, tokens)
         stages.append((write, _status(write, store, len(model), could_exist=True)))
         directory = _find(write, store)
         if directory is None:
             check_memory(model, count, seqlen)
             return None, stages
-        if tokens is not None or calibration.is_generated:
-            tokens = with_generated(tokens, read_generated(directory), calibration, model, tokenizer)
+        tokens = with_generated(tokens, read_generated(directory), calibration, model, tokenizer)
     return tokens, stages
 
 
