@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.audit import audit
+from jointq_cli.formats.turned import TurnedWeight, turned
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.layer_ref import LayerRef
@@ -42,7 +43,9 @@ def stored(permutation: Tensor | None = None) -> UniformWeight:
     )
 
 
-def layer_of(weight: UniformWeight, settings: GradientRefinement = MODEL) -> tuple[RefinedLayer, nn.Linear]:
+def layer_of(
+    weight: UniformWeight | TurnedWeight, settings: GradientRefinement = MODEL
+) -> tuple[RefinedLayer, nn.Linear]:
     linear = nn.Linear(8, 3, bias=False)
     layer = RefinedLayer(LayerRef("one", linear), weight, torch.float32, settings)
     layer.load(weight)
@@ -65,6 +68,24 @@ def test_gradients_are_those_of_the_dequantised_weight(permutation: Tensor | Non
     torch.testing.assert_close(layer.variables["scales"].gradient, factor.grad)
     torch.testing.assert_close(layer.variables["codes"].gradient, codes.grad)
     assert linear.weight.grad is None
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_gradients_reach_codes_without_zero_points_and_in_another_basis(is_turned: bool) -> None:
+    half = replace(stored(), zero_point=None)
+    signs = torch.tensor([1, -1, 1, 1, -1, -1, 1, -1], dtype=torch.int8)
+    layer, linear = layer_of(TurnedWeight(half, signs) if is_turned else half)
+    layer.listen()
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    linear(x).square().sum().backward()
+
+    basis = turned(torch.eye(8), signs).float() if is_turned else torch.eye(8)
+    codes = half.codes.float().requires_grad_()
+    product = ((codes - 3.5) * half.scale[:, half.column_groups()]) @ basis.T
+    torch.testing.assert_close(linear.weight, product)
+    (x @ product.T).square().sum().backward()
+    torch.testing.assert_close(layer.variables["codes"].gradient, codes.grad)
+    assert type(layer.stored()) is type(layer.start)
 
 
 def test_what_is_stored_is_on_the_grid_and_in_its_dtype() -> None:

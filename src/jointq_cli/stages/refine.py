@@ -9,12 +9,12 @@ from torch import Tensor
 
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.errors import ConfigError, ResourceError
-from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.assembly import assemble
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.quantization.refinement.settings import GradientRefinement, ModelRefinement, Refinement
+from jointq_cli.quantization.refinement.variables import RefinableWeight
 from jointq_cli.quantization.refinement.walk import RefinementWalk, load_courses, load_gains
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import RefinementRecord
@@ -135,7 +135,7 @@ def check_refinable(model: StreamedModel, layers: Mapping[str, Quantizer], refin
     linear = model.linear_layers()
     for name, quantizer in layers.items():
         form = quantizer.storage(linear[name].out_features, linear[name].in_features, model.checkpoint.dtype)
-        if not isinstance(form, UniformWeight):
+        if not isinstance(form, RefinableWeight):
             raise ConfigError(
                 f"refinement={refinement.scope}: {name} is stored as {form.label}, and only uniform grids are refined; "
                 "refinement=none"

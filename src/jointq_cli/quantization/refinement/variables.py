@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from jointq_cli.formats.turned import TurnedWeight, turned
 from jointq_cli.formats.uniform import Grid, UniformWeight
 from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.quantization.refinement.settings import CODES, NORMS, SCALES, GradientRefinement
@@ -44,15 +45,24 @@ class Variable:
         return {"values": self.values, "mean": self.mean, "square": self.square}
 
 
+RefinableWeight = UniformWeight | TurnedWeight
+
+
+def on_grid(stored: RefinableWeight) -> UniformWeight:
+    """The codes and scales of a stored weight."""
+    return stored.inner if isinstance(stored, TurnedWeight) else stored
+
+
 class RefinedLayer:
     """A quantised layer: codes and scales. Of the gradient of its weight, which autograd gives, only what they need is
     kept."""
 
     def __init__(
-        self, layer: LayerRef, stored: UniformWeight, dtype: torch.dtype, settings: GradientRefinement
+        self, layer: LayerRef, form: RefinableWeight, dtype: torch.dtype, settings: GradientRefinement
     ) -> None:
         """dtype: of the weight in the checkpoint."""
-        self.name, self.start = layer.name, stored
+        stored = on_grid(form)
+        self.name, self.start = layer.name, form
         self.layer, self.dtype = layer, dtype
         self._groups = stored.column_groups()
         self._sorted = None if stored.permutation is None else stored.permutation.long()
@@ -70,32 +80,38 @@ class RefinedLayer:
         weight = self.layer.module.get_parameter("weight").requires_grad_()
         weight.register_post_accumulate_grad_hook(self._take)
 
-    def stored(self) -> UniformWeight:
+    def stored(self) -> RefinableWeight:
         """As it is stored now."""
-        scale, codes = self.start.scale, self.start.codes
+        scale, codes = on_grid(self.start).scale, on_grid(self.start).codes
         if SCALES in self.variables:
             scale = (self._scale * self.variables[SCALES].values).to(scale.dtype)
         if CODES in self.variables:
             codes = self.variables[CODES].values.round().to(codes.dtype)
-        return replace(self.start, codes=codes, scale=scale)
+        return self._with(codes, scale)
 
-    def load(self, stored: UniformWeight) -> None:
+    def _with(self, codes: Tensor, scale: Tensor) -> RefinableWeight:
+        refined = replace(on_grid(self.start), codes=codes, scale=scale)
+        return replace(self.start, inner=refined) if isinstance(self.start, TurnedWeight) else refined
+
+    def load(self, stored: RefinableWeight) -> None:
         """Gives the module this weight."""
         weight = self.layer.module.get_parameter("weight")
         weight.data.copy_(self.layer.turned(stored.dequantize(self.dtype)))
 
-    def of_snapshot(self, tensors: Mapping[str, Tensor]) -> UniformWeight:
+    def of_snapshot(self, tensors: Mapping[str, Tensor]) -> RefinableWeight:
         """What `stored` was when this snapshot was taken."""
-        return replace(self.start, codes=tensors[f"{self.name} {CODES}"], scale=tensors[f"{self.name} {SCALES}"])
+        return self._with(tensors[f"{self.name} {CODES}"], tensors[f"{self.name} {SCALES}"])
 
     def snapshot(self) -> dict[str, Tensor]:
-        stored = self.stored()
+        stored = on_grid(self.stored())
         return {f"{self.name} {CODES}": stored.codes, f"{self.name} {SCALES}": stored.scale}
 
     def _take(self, weight: Tensor) -> None:
         assert weight.grad is not None  # autograd calls this when it has accumulated it
         gradient, weight.grad = self.layer.turned(weight.grad).float(), None
-        stored = self.stored()
+        if isinstance(self.start, TurnedWeight):  # W = V Q^T, so that the gradient of V is that of W times Q
+            gradient = turned(gradient, self.start.signs).float()
+        stored = on_grid(self.stored())
         if SCALES in self.variables:
             steps = stored.codes.float().sub_(stored.zero_points()[:, self._groups]).mul_(gradient)
             ordered = steps if self._sorted is None else steps[:, self._sorted]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.layer_file import load_layer
-from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import DTYPES
 from jointq_cli.models.forward import final_hidden
 from jointq_cli.models.layer_ref import layer_refs
@@ -27,7 +26,7 @@ from jointq_cli.quantization.hidden_states import HiddenStates, relative_error
 from jointq_cli.quantization.refinement.objectives import BlockOutputs, NextTokens
 from jointq_cli.quantization.refinement.settings import NORMS, GradientRefinement, ModelRefinement
 from jointq_cli.quantization.refinement.training import Objective, train
-from jointq_cli.quantization.refinement.variables import Refined, RefinedLayer, RefinedNorm
+from jointq_cli.quantization.refinement.variables import RefinableWeight, Refined, RefinedLayer, RefinedNorm, on_grid
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import BlockRecord, LayerRecord, RefinementCourse
 from jointq_cli.system.files import write_atomically, write_text_atomically
@@ -120,7 +119,7 @@ class RefinementWalk:
         for layer in refined.layers:
             weight = layer.of_snapshot(best).to("cpu")
             self.workspace.write_layer(
-                weight, _updated(records[layer.name], load_uniform(self.codes, layer.name), weight)
+                weight, _updated(records[layer.name], load_refinable(self.codes, layer.name), weight)
             )
             turned = layer.layer.turned(weight.dequantize(layer.dtype))
             self.start.location(layer.layer.weight_name).write(turned, tensors)
@@ -145,7 +144,7 @@ class RefinementWalk:
         device = self.start.device
         layers = [
             RefinedLayer(
-                layer, load_uniform(self.codes, name).to(device), self._stored_dtype(layer.weight_name), settings
+                layer, load_refinable(self.codes, name).to(device), self._stored_dtype(layer.weight_name), settings
             )
             for name, layer in layer_refs(module, prefix).items()
             if name in quantised
@@ -187,10 +186,10 @@ class RefinementWalk:
         return self.workspace.directory / f"{kind}-{name}.safetensors"
 
 
-def load_uniform(codes: Path, layer: str) -> UniformWeight:
+def load_refinable(codes: Path, layer: str) -> RefinableWeight:
     """The stored weight of a layer. Raises ConfigError for one of another form."""
     weight = load_layer(codes / f"{layer}.safetensors")
-    if not isinstance(weight, UniformWeight):
+    if not isinstance(weight, RefinableWeight):
         raise ConfigError(
             f"refinement: {layer} is stored as {weight.label}, and only uniform grids are refined; refinement=none"
         )
@@ -208,8 +207,9 @@ def load_courses(directory: Path) -> list[RefinementCourse]:
     return [load_record(RefinementCourse, file) for file in sorted(directory.glob("course-*.json"))]
 
 
-def _updated(record: LayerRecord, before: UniformWeight, after: UniformWeight) -> LayerRecord:
+def _updated(record: LayerRecord, start: RefinableWeight, refined: RefinableWeight) -> LayerRecord:
     """With the share of codes that have changed, and by how much scales have, rms."""
+    before, after = on_grid(start), on_grid(refined)
     codes = (before.codes != after.codes).float().mean().item()
     scales = (after.scale.float() / before.scale.float() - 1).square().mean().sqrt().item()
     return replace(record, notes={**record.notes, "refined_codes": codes, "refined_scales": scales})
