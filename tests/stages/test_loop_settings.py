@@ -17,6 +17,7 @@ from jointq_cli.evaluation.activation_settings import Activations
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.curvature import NO_CURVATURE
 from jointq_cli.quantization.qep import NoQep
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
 from jointq_cli.stages.export import model_to_quantize
@@ -56,6 +57,7 @@ def asked(rotation: Rotation | None = None) -> Any:
         runtime=Runtime(),
         experts=None,
         rotation=rotation or NoRotation(),
+        curvature=NO_CURVATURE,
     )
 
 
