@@ -102,7 +102,9 @@ class CannotRun(Exception):
     """Why a tool has no figures."""
 
 
-def run_measured(command: Sequence[str], log: Path, timeout: float, environment: Mapping[str, str]) -> dict[str, Any]:
+def run_measured(
+    command: Sequence[str], log: Path, timeout: float, environment: Mapping[str, str], directory: Path | None = None
+) -> dict[str, Any]:
     """Runs a command; wall and CPU seconds and bytes of it and of the processes that it waited for.
 
     Raises CannotRun with the last line of its output where it fails or takes longer than `timeout` seconds.
@@ -110,7 +112,12 @@ def run_measured(command: Sequence[str], log: Path, timeout: float, environment:
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **environment}, start_new_session=True
+            command,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            cwd=directory,
+            start_new_session=True,
         )
         done = 0
         while not done and time.monotonic() - started < timeout:
@@ -172,7 +179,7 @@ def quantise(way: Way, bits: int, place: Path, given: argparse.Namespace) -> dic
         command = [python_of(way.tool, given.work, given.timeout), str(driver), *way.words]
         command += ["--model", str(given.model), "--tokens", str(given.tokens), "--bits", str(bits)]
         command += ["--group-size", str(given.group_size), "--output", str(checkpoint)]
-        return run_measured(command, place / "log.txt", given.timeout, threads(given))
+        return run_measured(command, place / "log.txt", given.timeout, threads(given), place)  # some write logs there
     runs = place / "runs"
     shutil.rmtree(runs, ignore_errors=True)  # and the store with it: every run pays for all of its stages
     command = [sys.executable, "-m", "jointq_cli", "quantize", f"model.path={given.model}", f"output_dir={runs}"]
