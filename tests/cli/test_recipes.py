@@ -18,7 +18,8 @@ from jointq_cli.quantization.quantizers.jointq import GptqStart
 from jointq_cli.recipe import RECIPES, Recipe, concrete, schemas
 
 NAMES = list(config_files.options("recipe"))
-GROUPS = {group: names for group, names in config_files.groups().items() if group not in ("recipe", "sweep")}
+WITHOUT_SCHEMA = ("recipe", "sweep", "quality")  # their files set keys of other groups
+GROUPS = {group: names for group, names in config_files.groups().items() if group not in WITHOUT_SCHEMA}
 OPTIONS = [(group, option) for group, names in GROUPS.items() for option in names]
 PROMISED = {
     "pocket_w4g128",
@@ -171,6 +172,14 @@ def test_hub_recipes_evaluate_by_the_gptq_protocol(name: str) -> None:
         None,
     )
     assert (recipe.calibration.num_samples, recipe.calibration.seqlen) == (128, 2048)
+
+
+def test_a_quality_chooses_options_of_other_groups_and_the_command_line_has_the_last_word() -> None:
+    assert compose_recipe("pocket_w3g128", "quality=default") == compose_recipe("pocket_w3g128")
+    best = compose_recipe("pocket_w3g128", "quality=best", "curvature=none")
+    assert best.curvature.describe() == ""
+    assert best.refinement.describe()
+    assert best.quantizer == compose_recipe("pocket_w3g128").quantizer
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
