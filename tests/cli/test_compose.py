@@ -771,7 +771,11 @@ QUESTIONS = {
         f"quantizer.regularization_{key}=" for key in ("lambda", "mode", "gamma", "floor", "reference")
     },
     "jointq quantize quantizer=rtn quantizer.": {
-        f"quantizer.{key}=" for key in ("bits", "group_size", "symmetric", "grid", "mse", "importance")
+        f"quantizer.{key}="
+        for key in (
+            *("bits", "group_size", "symmetric", "zero_point", "incoherence", "incoherence_seed"),
+            *("grid", "mse", "importance"),
+        )
     },
     "jointq evaluate evaluation=": {f"evaluation={name}" for name in config_files.options("evaluation")},
     "jointq recipes ": {"show"},
