@@ -40,7 +40,7 @@ from jointq_cli.stages.plan.model_sizes import shapes_of
 from jointq_cli.stages.plan.preflight import evaluation_warnings, export_warnings, preflight_warnings, shared_text
 from jointq_cli.stages.quantize import quantize as quantize_model
 from jointq_cli.stages.quantized_scores import quantized_scores_stage, read_quantized_scores
-from jointq_cli.stages.refine import check_refinable
+from jointq_cli.stages.refine import check_refinable, further_windows
 from jointq_cli.stages.refine import refine as refine_model
 from jointq_cli.stages.report import (
     RunResults,
@@ -93,7 +93,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         team.on_rank0(link_rotation, rotated, run)
 
         solved = quantize_model(context, rotated.model, tokens, loop)
-        refined = refine_model(context, rotated.model, solved, tokens, recipe.refinement, loop.batch)
+        further = further_windows(original, tokenizer, tokens, recipe.refinement)
+        refined = refine_model(context, rotated.model, solved, tokens, recipe.refinement, loop.batch, further)
         quantized = refined.quantized
         for warning in few_tokens(quantized.layers, recipe.experts.warn_below):
             console.warn(warning)

@@ -110,6 +110,12 @@ def test_only_what_is_asked_for_is_trained() -> None:
     assert not layer.stored().difference(stored())
 
 
+def test_windows_held_out_are_generated_ones_where_there_are_any() -> None:
+    training, held_out = split_windows(10, replace(MODEL, generated=4, heldout_share=0.5))
+    assert held_out == [7, 9]
+    assert sorted([*training, *held_out]) == list(range(10))
+
+
 class Distance(Objective):
     """Of a norm's gain from a target; `held_out` adds to the loss of windows from 4 on."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.errors import ConfigError, ResourceError
@@ -19,12 +20,14 @@ from jointq_cli.quantization.refinement.walk import RefinementWalk, load_courses
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import RefinementRecord
 from jointq_cli.stages.base import Context, Stage
+from jointq_cli.stages.generated_tokens import check_memory, generated_stage, read_generated
 from jointq_cli.stages.plan.refinement_cost import refinement_cost
 from jointq_cli.stages.quantize import Quantized, open_quantized
 from jointq_cli.system.files import link_files
 from jointq_cli.system.machine import available_memory
 
 REFINE = "refine"
+GENERATED_SEED = 1_000_003  # added to the refinement's: other windows than those of `calibration.add_generated`
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,18 @@ def refine(
     tokens: Tokens,
     refinement: Refinement,
     batch: int,
+    generated: Stage | None,
 ) -> RefinedModel:
-    """Runs `refine_stage`, if these settings refine anything. model: the one that was quantised."""
+    """Runs `refine_stage`, if these settings refine anything. model: the one that was quantised. generated: the
+    stage of `further_windows`."""
     if not isinstance(refinement, GradientRefinement):
         return RefinedModel(quantized)
     layers = [layer.name for layer in quantized.layers]
-    stage = refine_stage(model, quantized.stage, layers, tokens, refinement, batch)
+    if generated is not None:
+        if not context.has(generated):
+            check_memory(model, refinement.generated, tokens.windows.shape[1])
+        context.run(generated)
+    stage = refine_stage(model, quantized.stage, layers, tokens, refinement, batch, generated)
     context.run(stage)
     refined = open_quantized(context, stage, layers)
     sizes = [layer.out_features * layer.in_features for layer in refined.layers]
@@ -73,9 +82,11 @@ def refine_stage(
     tokens: Tokens,
     refinement: GradientRefinement,
     batch: int,
+    generated: Stage | None,
 ) -> Stage:
     """model: the one that the stage `quantize` quantises. tokens: (windows, tokens) to train on. batch: windows per
-    forward pass where nothing is trained. Raises ConfigError for too few windows."""
+    forward pass where nothing is trained. generated: the stage with further windows, if any. Raises ConfigError for too
+    few windows."""
     refinement.heldout(len(tokens.windows))
     code = model.trust_remote_code
 
@@ -85,6 +96,9 @@ def refine_stage(
         if isinstance(refinement, ModelRefinement):
             codes = sum(layer.out_features * layer.in_features for layer in quantized.layers)
             require_memory(start, codes, refinement)
+        windows = tokens.windows
+        if generated is not None:
+            windows = torch.cat([windows, read_generated(context.directory(generated))])
         workspace = Workspace(scratch)
         parts = 1 if isinstance(refinement, ModelRefinement) else len(model)
         with context.console.bar(REFINE, total=parts * refinement.steps) as bar:
@@ -98,7 +112,7 @@ def refine_stage(
                 start=start,
                 codes=quantized.codes,
                 records=quantized.layers,
-                windows=tokens.windows,
+                windows=windows,
                 batch=batch,
                 settings=refinement,
                 workspace=workspace,
@@ -120,11 +134,22 @@ def refine_stage(
             "dtype": str(model.dtype),
             "device": model.device.type,
         },
-        inputs=(quantize.key, tokens.hash),
+        inputs=(quantize.key, tokens.hash, *([generated.key] if generated else [])),
         make=make,
         cost=refinement_cost,
         resumable=True,
         finished_blocks=lambda scratch: HiddenStateFile(scratch).finished_blocks(),
+    )
+
+
+def further_windows(
+    original: StreamedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens, refinement: Refinement
+) -> Stage | None:
+    """The windows that the original model writes as continuations of `tokens`; None where none are asked for."""
+    if not isinstance(refinement, GradientRefinement) or not refinement.generated:
+        return None
+    return generated_stage(
+        original, tokenizer, refinement.generated, tokens.windows.shape[1], refinement.seed + GENERATED_SEED, tokens
     )
 
 

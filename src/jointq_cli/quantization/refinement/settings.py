@@ -41,7 +41,8 @@ class GradientRefinement(Refinement):
     train: what changes, of scales, norms (gains) and codes. scale_lr and norm_lr are relative to the value that is
     trained, code_lr is in steps between codes: Adam moves a value by about its rate in one step. Every
     `validate_every` steps the loss of the windows held out is measured, and the best state is kept; training ends after
-    `patience` measurements without a lower one.
+    `patience` measurements without a lower one. generated: windows more, which the original model writes as
+    continuations of the calibration's; those held out are among these then, which no solver has seen.
     """
 
     train: list[str] = setting([SCALES, NORMS, CODES], choices=(SCALES, NORMS, CODES))
@@ -51,6 +52,7 @@ class GradientRefinement(Refinement):
     norm_lr: float = setting(0.001, above=0, below=1)
     code_lr: float = setting(0.03, above=0, below=1)
     heldout_share: float = setting(0.125, above=0, below=1)
+    generated: int = setting(0, least=0)
     validate_every: int = setting(20, least=1)
     patience: int = setting(3, least=1)
     seed: int = setting(0, least=0, most=2**63 - 1)
@@ -61,7 +63,10 @@ class GradientRefinement(Refinement):
             raise ConfigError("refinement.train=[]: leaves nothing to train; use refinement=none")
 
     def heldout(self, windows: int) -> int:
-        """How many of so many windows are held out. Raises ConfigError where none would be left."""
+        """How many are held out, where the calibration has so many windows. Raises ConfigError where none would be
+        left to train on."""
+        if self.generated:
+            return max(1, round(self.heldout_share * self.generated))
         held_out = max(1, round(self.heldout_share * windows))
         if held_out >= windows:
             raise ConfigError(
@@ -75,7 +80,9 @@ class GradientRefinement(Refinement):
         return codes * (FLOATS_OF_A_CODE * 4 * (CODES in self.train) + BYTES_OF_A_CODE)
 
     def describe(self) -> str:
-        return f"{self.scope} {'+'.join(self.train)} {self.steps} x {self.windows_per_step} windows seed={self.seed}"
+        more = f" generated={self.generated}" if self.generated else ""
+        steps = f"{self.steps} x {self.windows_per_step} windows"
+        return f"{self.scope} {'+'.join(self.train)} {steps}{more} seed={self.seed}"
 
     @property
     @abstractmethod

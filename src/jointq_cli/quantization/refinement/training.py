@@ -39,10 +39,11 @@ class Objective(ABC):
 
 
 def split_windows(count: int, settings: GradientRefinement) -> tuple[list[int], list[int]]:
-    """Numbers of the windows to train on, and of those held out: evenly over all of them, since neighbours may come
-    from one document. Raises ConfigError where there are too few."""
-    size = settings.heldout(count)
-    held_out = sorted({(2 * number + 1) * count // (2 * size) for number in range(size)})
+    """Numbers of the windows to train on, and of those held out: evenly over all of them, or over the last ones where
+    these are generated, since neighbours may come from one document. Raises ConfigError where there are too few."""
+    seen = count - settings.generated if settings.generated else 0  # by the solvers; the rest may be held out
+    size = settings.heldout(count - settings.generated)
+    held_out = sorted({seen + (2 * number + 1) * (count - seen) // (2 * size) for number in range(size)})
     return [window for window in range(count) if window not in held_out], held_out
 
 

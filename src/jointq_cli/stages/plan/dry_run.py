@@ -37,7 +37,7 @@ from jointq_cli.stages.model import conversion
 from jointq_cli.stages.plan.costs import Windows
 from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
-from jointq_cli.stages.refine import check_refinable, refine_stage
+from jointq_cli.stages.refine import check_refinable, further_windows, refine_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
 from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage, with_tokenizer
 from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage, with_generated
@@ -138,9 +138,10 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     check_refinable(original, layers, recipe.refinement)
     result, refining = quantize, []
     if isinstance(recipe.refinement, GradientRefinement):
-        names = layers_in(shaped, loop)
-        result = _known(refine_stage(shaped, quantize, names, tokens, recipe.refinement, loop.batch), quantize.key)
-        refining = [result]
+        further = further_windows(original, inputs.tokenizer, tokens, recipe.refinement)
+        names, settings = layers_in(shaped, loop), recipe.refinement
+        result = _known(refine_stage(shaped, quantize, names, tokens, settings, loop.batch, further), quantize.key)
+        refining = [*([_known(further, inputs.tokens)] if further else []), result]
     scores = quantized_scores_stage(original, hidden, result, loop, tokens, windows, batch, recipe.activations)
 
     checkpoints = (original.checkpoint, shaped.checkpoint)

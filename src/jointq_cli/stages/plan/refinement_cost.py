@@ -20,9 +20,10 @@ def refinement_cost(load: Workload) -> Cost:
     state = settings.state_bytes(shapes.selected if is_model else shapes.largest_block)
     activations = (shapes.blocks if is_model else 1) * trained_activations(load)
     logits = is_model * 6 * FLOAT * min(LOGITS_AT_ONCE, shapes.vocabulary * calibration.length)
-    stream = load._stream(calibration)
+    everything = Windows(calibration.count + settings.generated, calibration.length)
+    stream = load._stream(everything)
     return Cost(
-        seconds=load._forward(passes) + updates / load.speeds.pointwise + head + 3 * load._forward(calibration),
+        seconds=load._forward(passes) + updates / load.speeds.pointwise + head + 3 * load._forward(everything),
         memory=weights + state + activations + logits + (1 if is_model else 3) * stream,
         disk=load._quantized_bytes + load._codes,
         scratch=state + 2 * stream,
