@@ -73,7 +73,17 @@ def quantize(
     with torch.no_grad():
         tokens = windows() if tokens is None else tokens
         settings = LoopSettings(
-            quantizer, qep, names, inputs, weights, len(tokens), batch, suspended, own or {}, experts, precision
+            quantizer,
+            qep,
+            names,
+            inputs,
+            weights,
+            len(tokens),
+            batch,
+            suspended,
+            own or {},
+            experts,
+            precision=precision,
         )
         quantize_blocks(model, tokens, settings, workspace, records.append, pause)
         assemble(model, workspace, scratch / "checkpoint", code=False)

@@ -21,7 +21,7 @@ class OtherSpec:
 
 
 def test_everything_that_decides_the_content_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "jointq_cli.stages.tokens"
+    module = "jointq_cli.stages.text_tokens"
     base = artifact_key("stage", Spec(4), ["input"], module)
     assert base == artifact_key("stage", Spec(4), ["input"], module)
     others = [

@@ -9,7 +9,7 @@ import pytest
 from jointq_cli.system import code_version
 from jointq_cli.system.code_version import PACKAGE, SourceTree
 
-STAGES = ("tokens", "activations", "rotate", "hessians", "quantize", "hidden", "scores", "quantized_scores")
+STAGES = ("text_tokens", "activations", "rotate", "hessians", "quantize", "hidden", "scores", "quantized_scores")
 QUANTIZERS = {"GPTQ": "gptq", "JointQ": "jointq.quantizer", "RTN": "rtn"}
 
 
@@ -72,8 +72,8 @@ FROM_HESSIANS = {"hessians", "quantize", "quantized_scores", *QUANTIZERS}
         ("transforms/basis.py", {"rotate"}),
         ("transforms/activation_samples.py", {"activations", "rotate"}),
         ("evaluation/perplexity.py", {"scores", "quantized_scores"}),
-        ("data/calibration.py", {"tokens"}),
-        ("models/checkpoint.py", {*STAGES, *QUANTIZERS} - {"tokens"}),
+        ("data/calibration.py", {"text_tokens"}),
+        ("models/checkpoint.py", {*STAGES, *QUANTIZERS} - {"text_tokens"}),
         ("stages/hidden.py", {"hidden", "scores", "quantized_scores"}),
     ],
 )
@@ -82,7 +82,7 @@ def test_an_edit_of_what_computes_changes_the_keys_of_what_it_computes(
 ) -> None:
     changed = changed_by(file, copy, before)
     assert expected <= changed
-    untouched = {"tokens", "hidden", "activations"} - expected
+    untouched = {"text_tokens", "hidden", "activations"} - expected
     assert not changed & untouched
 
 
@@ -127,12 +127,12 @@ def test_modules_that_are_neutral_exist() -> None:
 
 
 def test_versions_of_libraries_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"])
+    before = SourceTree(PACKAGE).version(["jointq_cli.stages.text_tokens"])
     monkeypatch.setattr(code_version, "version", lambda library: "0")
-    assert SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"]) != before
+    assert SourceTree(PACKAGE).version(["jointq_cli.stages.text_tokens"]) != before
 
 
 def test_a_library_that_is_missing_counts_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"])
+    before = SourceTree(PACKAGE).version(["jointq_cli.stages.text_tokens"])
     monkeypatch.setattr(code_version, "LIBRARIES", ("torch", "transformers", "no-such-library"))
-    assert SourceTree(PACKAGE).version(["jointq_cli.stages.tokens"]) != before
+    assert SourceTree(PACKAGE).version(["jointq_cli.stages.text_tokens"]) != before

@@ -1,20 +1,18 @@
 """Texts as tokens: what a run calibrates on, and what it evaluates on."""
 
-from pathlib import Path
-
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from jointq_cli.data.calibration import Calibration, calibration_tokens, evaluation_ids
-from jointq_cli.data.token_file import Tokens, load_tokens, save_tokens
+from jointq_cli.data.token_file import Tokens
 from jointq_cli.data.tokenizer import tokenizer_hash
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows, cut_windows
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.stages.base import Context, Stage
+from jointq_cli.stages.base import Context
 from jointq_cli.stages.generated_tokens import generated_windows
-from jointq_cli.stages.plan.costs import Windows
+from jointq_cli.stages.text_tokens import CALIBRATION, is_stored, read_stored, tokens_stage
 
-CALIBRATION, EVALUATION = "calibration tokens", "evaluation tokens"
+EVALUATION = "evaluation tokens"
 
 
 def load_calibration(
@@ -48,22 +46,6 @@ def evaluation_windows(evaluation: Evaluation, tokenizer: PreTrainedTokenizerBas
     return cut_windows(ids, evaluation, tokenizer.bos_token_id, provenance)
 
 
-def is_stored(calibration: Calibration) -> bool:
-    """Whether these windows are cut from a text of the hub, and so kept in the store."""
-    return calibration.is_on_hub and not calibration.tokens
-
-
-def tokens_stage(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Stage:
-    """Calibration windows of a text on the hub."""
-    spec = calibration.tokens_only()
-
-    def make(scratch: Path, context: Context) -> None:
-        save_tokens(scratch / "tokens.safetensors", calibration_tokens(spec, tokenizer))
-
-    windows = Windows(calibration.num_samples, calibration.seqlen)
-    return Stage(CALIBRATION, "tokens", spec, (tokenizer_hash(tokenizer),), make, lambda load: load.text(windows))
-
-
 def with_generated(
     tokens: Tokens | None,
     windows: Tensor,
@@ -84,8 +66,3 @@ def with_generated(
         "tokenizer_sha256": tokenizer_hash(tokenizer),
     }
     return Tokens(windows[:0], provenance).with_generated(windows, origin)
-
-
-def read_stored(directory: Path, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The result of `tokens_stage`."""
-    return load_tokens(directory / "tokens.safetensors", tokenizer)

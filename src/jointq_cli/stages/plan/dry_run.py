@@ -40,7 +40,8 @@ from jointq_cli.stages.quantized_scores import quantized_scores_stage
 from jointq_cli.stages.refine import check_refinable, further_windows, refine_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
 from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage, with_tokenizer
-from jointq_cli.stages.tokens import evaluation_windows, is_stored, read_stored, tokens_stage, with_generated
+from jointq_cli.stages.text_tokens import is_stored, read_stored, tokens_stage
+from jointq_cli.stages.tokens import evaluation_windows, with_generated
 from jointq_cli.system.hash_cache import cached_hash
 from jointq_cli.system.integrity import has_expected_sizes
 from jointq_cli.system.inventory import partial_path
