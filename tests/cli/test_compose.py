@@ -609,7 +609,12 @@ SWEPT = {
 }
 
 
-@pytest.mark.parametrize("words", SWEPT)
+SLOW_TO_COMPOSE = "quantize recipe=pocket_rotations quantizer=rtn"  # each of its many jobs
+
+
+@pytest.mark.parametrize(
+    "words", [pytest.param(words, marks=[pytest.mark.slow] if words == SLOW_TO_COMPOSE else []) for words in SWEPT]
+)
 def test_one_run_of_a_sweep_is_refused_with_the_right_command(
     words: str, jobs: list[tuple[Any, Job]], tmp_path: Path
 ) -> None:

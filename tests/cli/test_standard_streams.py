@@ -25,7 +25,11 @@ def shell(folder: Path, words: list[str], redirections: str, **environment: str)
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["compare", "--help"], SHORT], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words",
+    [["recipes"], ["compare", "--help"], pytest.param(SHORT, marks=pytest.mark.slow)],
+    ids=lambda words: words[0],
+)
 def test_output_that_cannot_be_written_is_named_and_closed_output_is_no_error(words: list[str], tmp_path: Path) -> None:
     assert shell(tmp_path, words, "> /dev/full") == (1, "", FULL)
     assert shell(tmp_path, words, ">&-") == (0, "", "")
@@ -68,6 +72,7 @@ def test_a_text_and_a_run_directory_may_have_any_name(tmp_path: Path, monkeypatc
     assert done == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["model.path='m\udcff'", "store='s\udcff'"])
 def test_what_safetensors_cannot_open_is_refused_before_any_work(words: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model")

@@ -210,6 +210,7 @@ def test_processes_that_would_continue_at_different_blocks_are_refused(alone: Pa
     assert not list(tmp_path.glob("disk 0/layers/*"))
 
 
+@pytest.mark.slow
 def test_three_processes_recompute_an_artifact_that_is_removed_at_once(tmp_path: Path) -> None:
     found = ended(start_all(3, [HERE / "distributed_cases.py", "removing", tmp_path], HERE))
     assert [(code, err) for code, _, err in found] == [(0, "")] * 3
@@ -234,7 +235,7 @@ def test_errors_of_collectives_are_told_apart() -> None:
         raise torch.distributed.DistBackendError("ncclRemoteError: a remote process exiting prematurely.")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_finds_no_other_says_so_and_fails(rank: int) -> None:
     [(code, _, err)] = ended([start(rank, 2, free_port(), [HERE / "distributed_cases.py", "connecting", "1"], HERE)])
     assert code == 1
