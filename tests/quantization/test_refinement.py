@@ -27,7 +27,7 @@ from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import LayerRecord
 
 RATES = {"scale_lr": 0.01, "norm_lr": 0.01, "code_lr": 0.1}
-MODEL = ModelRefinement(steps=6, validate_every=3, heldout_share=0.34, **RATES)
+MODEL = ModelRefinement(generated=0, steps=6, validate_every=3, heldout_share=0.34, **RATES)
 BLOCK = BlockRefinement(steps=4, validate_every=2, heldout_share=0.34, **RATES)
 
 
@@ -205,7 +205,7 @@ def refine(
 
     start = StreamedModel(Checkpoint(directory / "checkpoint"), CPU, torch.float32)
     walk = RefinementWalk(
-        model, start, directory / "layers", records, windows(), 4, settings, Workspace(target), on_step, lambda: None
+        model, start, directory / "layers", records, windows(), 4, 4, settings, Workspace(target), on_step, lambda: None
     )
     with torch.no_grad():
         walk.run()

@@ -19,7 +19,7 @@ from jointq_cli.report.figures.refinement import refinement_figures
 from jointq_cli.report.summary import problems, provenance
 from jointq_cli.stages.refine import check_refinable, require_memory
 
-FEW = ["refinement.steps=4", "refinement.validate_every=2", "refinement.heldout_share=0.25"]
+FEW = ["refinement.steps=4", "refinement.validate_every=2", "refinement.heldout_share=0.25", "refinement.generated=4"]
 RATES = ["refinement.code_lr=0.1", "refinement.scale_lr=0.01", "refinement.norm_lr=0.01"]
 
 

@@ -114,6 +114,7 @@ def refine_stage(
                 records=quantized.layers,
                 windows=windows,
                 batch=batch,
+                probe=min(batch, len(tokens.windows)),  # those that the reload check runs again
                 settings=refinement,
                 workspace=workspace,
                 on_step=on_step,

@@ -107,7 +107,9 @@ class BlockRefinement(GradientRefinement):
 @dataclass(frozen=True)
 class ModelRefinement(GradientRefinement):
     """All blocks and the final norm together, for KL(original || refined) of the next token. Needs the complete model
-    in memory."""
+    in memory, and so can have windows generated too."""
+
+    generated: int = setting(64, least=0)
 
     @property
     def scope(self) -> str:

@@ -40,7 +40,7 @@ MODEL = "model"
 class RefinementWalk:
     """original: the model that was quantised. start: its quantised checkpoint. codes: directory of the layer files of
     that. records: of its layers. windows: (windows, tokens) int64, `batch` of them per forward pass where nothing is
-    trained. workspace: where everything is written.
+    trained. probe: so many of the first ones have their final hidden states kept. workspace: where all is written.
     """
 
     original: StreamedModel
@@ -49,6 +49,7 @@ class RefinementWalk:
     records: list[LayerRecord]
     windows: Tensor
     batch: int
+    probe: int
     settings: GradientRefinement
     workspace: Workspace
     on_step: Callable[[str, int, float, float], None]  # name of what is trained, and as `train` has it
@@ -61,7 +62,7 @@ class RefinementWalk:
         for index in range(self.workspace.hidden.finished_blocks(), len(self.start)):
             self._refine_block(index, hidden, best)
             last = index + 1 == len(self.start)
-            kept = {stream: states[: self.batch] if last else states for stream, states in hidden.items()}
+            kept = {stream: states[: self.probe] if last else states for stream, states in hidden.items()}
             self.workspace.hidden.write(index + 1, kept)
             if best is None:
                 self._file("training", f"{index:05d}").unlink(missing_ok=True)
@@ -103,7 +104,7 @@ class RefinementWalk:
                 best = self._train(f"{index:05d}", f"block {index}", refined, objective)
             refined.load(best)
             start.run_all(index, hidden["quantized"], self.batch, self.pause)
-            first: HiddenStates = {stream: states[: self.batch] for stream, states in hidden.items()}
+            first: HiddenStates = {stream: states[: self.probe] for stream, states in hidden.items()}
             self._write_block(index, tensors, refined, best, first)
 
     def _write_block(
@@ -169,7 +170,7 @@ class RefinementWalk:
     def _entering(self, finished: int) -> HiddenStates:
         """The hidden states that enter the first unfinished block: of all windows where blocks are trained, otherwise
         of the first batch."""
-        windows = self.windows[: self.batch] if isinstance(self.settings, ModelRefinement) else self.windows
+        windows = self.windows[: self.probe] if isinstance(self.settings, ModelRefinement) else self.windows
         self.start.record_calls(windows, self.batch)
         self.start.record_calls(windows[:1], 1)
         if not finished:
