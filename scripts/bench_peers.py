@@ -12,10 +12,12 @@ the row is marked, because then it is not a model of that size which was measure
 resident memory are those of the whole process of the tool, loading and saving included.
 
 DIR keeps the virtual environments, the log of each process, DIR/NAME/result.json and the table, DIR/table.md. What has
-a result is not run again. A tool that cannot be installed or run is in the table with the reason.
+a result is not run again; asked for other tokens, text or words under its name, the script stops. A tool that cannot be
+installed or run is in the table with the reason.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -236,12 +238,15 @@ def evaluate(place: Path, given: argparse.Namespace) -> dict[str, float]:
 def measure(name: str, way: Way, bits: int, given: argparse.Namespace) -> dict[str, Any]:
     """The row of a tool, from DIR/NAME/result.json where it is there. What cannot run is tried again the next time."""
     place = given.work / f"{given.model.name}-w{bits}-g{given.group_size}-{name}"
-    result = place / "result.json"
+    result, asked, process = place / "result.json", place / "asked.json", place / "process.json"
+    settings = asked_for(way, given)
+    if asked.exists() and json.loads(asked.read_text()) != settings and (result.exists() or process.exists()):
+        sys.exit(f"{place}: has the result of other tokens, text or words; remove it, or take another --work")
     if result.exists():
         return dict(json.loads(result.read_text()))
     place.mkdir(parents=True, exist_ok=True)
+    asked.write_text(json.dumps(settings, indent=1) + "\n")
     row: dict[str, Any] = {"model": given.model.name, "bits": bits, "group_size": given.group_size, "name": name}
-    process = place / "process.json"
     try:
         if not process.exists():
             process.write_text(json.dumps(quantise(way, bits, place, given)))
@@ -255,6 +260,16 @@ def measure(name: str, way: Way, bits: int, given: argparse.Namespace) -> dict[s
     if not given.keep:
         shutil.rmtree(place / "checkpoint", ignore_errors=True)
     return row
+
+
+def asked_for(way: Way, given: argparse.Namespace) -> dict[str, Any]:
+    """All that a row depends on besides its name: what DIR/NAME/asked.json has."""
+    text = str(given.text.resolve()) if given.text else None
+    tokens = hashlib.sha256(given.tokens.read_bytes()).hexdigest()
+    return {
+        "tool": way.tool, "words": list(way.words), "model": str(given.model), "tokens": tokens, "text": text,
+        "windows": given.windows, "seqlen": given.seqlen,
+    }  # fmt: skip
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -311,11 +326,14 @@ def main() -> None:
         parser.error(f"--peers: {', '.join(unknown)} is not one of {', '.join(WAYS)}")
     ways = {name: WAYS[name] for name in given.peers.split(",")}
     ways |= dict(given.also)
+    failed: list[dict[str, Any]] = []
     for bits in map(int, given.bits.split(",")):
         for name, way in ways.items():
-            print(json.dumps(measure(name, way, bits, given)), flush=True)
+            row = measure(name, way, bits, given)
+            print(json.dumps(row), flush=True)
+            failed += [row] if "reason" in row else []
             results = [json.loads(file.read_text()) for file in sorted(given.work.glob("*/result.json"))]
-            (given.work / "table.md").write_text(table(results))
+            (given.work / "table.md").write_text(table(results + failed))
 
 
 if __name__ == "__main__":

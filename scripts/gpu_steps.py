@@ -2,8 +2,8 @@
 
     python gpu_steps.py STEP --device cuda --work DIR --output FILE.json
 
- Seconds are wall seconds of the second of two runs, the first of which compiles kernels. `floor` is
-the time of the matrix products and factorisations that a method needs, timed at the same shapes on the same device.
+Seconds are wall seconds of the second of two runs, the first of which compiles kernels. `floor` is the time of the
+matrix products and factorisations that a method needs, timed at the same shapes on the same device.
 --small: shapes of a hundredth of the work, to rehearse on a CPU.
 """
 

@@ -90,6 +90,29 @@ def test_a_table_of_peers_marks_a_checkpoint_with_too_many_levels_and_says_what_
     assert "not done after 1 s" in lines[2]
 
 
+def test_what_did_not_run_is_in_the_table_and_a_result_of_other_words_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tmp_path / "tokens.safetensors"
+    tokens.write_bytes(b"tokens")
+
+    def cannot_run(*_: Any) -> None:
+        raise PEERS.CannotRun("no compiler")
+
+    monkeypatch.setattr(PEERS, "quantise", cannot_run)
+    words = ["--model", str(tmp_path), "--tokens", str(tokens), "--work", str(tmp_path), "--bits", "3"]
+    monkeypatch.setattr(sys, "argv", ["bench_peers.py", *words, "--peers", "gptqmodel"])
+    PEERS.main()
+    assert "| gptqmodel | no compiler |" in (tmp_path / "table.md").read_text()
+
+    (place,) = tmp_path.glob("*-gptqmodel")
+    (place / "result.json").write_text(json.dumps({"model": "m", "bits": 3, "name": "gptqmodel", "reason": ""}))
+    PEERS.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--windows", "7"])
+    with pytest.raises(SystemExit, match="other tokens, text or words"):
+        PEERS.main()
+
+
 def test_another_row_is_a_name_a_tool_and_its_words() -> None:
     assert PEERS.another("best: jointq quality=best") == ("best", PEERS.Way("jointq", ("quality=best",)))
     for wrong in ("jointq quality=best", "best:", "best: awq", ": jointq"):

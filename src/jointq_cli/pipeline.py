@@ -78,7 +78,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         console.header(header(recipe, original, tokens, quantization_lines(recipe, layers, original, windows), team))
 
-        check_refinable(original, layers, recipe.refinement)
+        check_refinable(original, layers, recipe.refinement, len(tokens.windows))
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
         warnings += export_warnings(recipe, original, layers)

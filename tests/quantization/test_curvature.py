@@ -146,6 +146,11 @@ def test_cached_hessians_are_weighted_alike(tmp_path: Path) -> None:
     assert cached != plain
 
 
+def test_a_seed_that_torch_cannot_take_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"curvature.seed=9223372036854775808: "):
+        Kfac(seed=2**63)
+
+
 def test_a_quantizer_that_needs_all_rows_is_refused() -> None:
     whole = replace(JOINT, lambda_mode="incremental_lambda", regularization_mode="identity")
     with pytest.raises(ConfigError, match=r"curvature.strength=1: must be 0 with JointQ W3 .*incremental_lambda"):

@@ -161,6 +161,15 @@ def test_training_ends_where_held_out_windows_do_not_gain(tmp_path: Path) -> Non
     assert torch.equal(best["norm.weight norms"], torch.ones(4))
 
 
+def test_where_nothing_is_trained_no_step_is_taken(tmp_path: Path) -> None:
+    _, norm = gain(MODEL)
+    norm.requires_grad_(False)  # as in a block of layers that are left alone
+    objective = Distance(norm, torch.full((4,), 1.1))
+    best, course = train("block 0", Refined([], []), objective, 6, BLOCK, tmp_path / "state", lambda *_: None)
+    assert not best
+    assert (course.name, course.steps, len(course.points)) == ("block 0", 0, 1)
+
+
 def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
     refined, norm = gain(MODEL)
     objective = Distance(norm, torch.full((4,), torch.nan))

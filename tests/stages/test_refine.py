@@ -1,5 +1,6 @@
 """A refined model from the command to the report, its plan, and what is refused in one line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,12 @@ def test_a_refined_run_is_whole_and_says_what_has_changed(place: Path) -> None:
     assert found.audit.refined > 0
     assert not problems(found)
     lines = dict(provenance(found))
-    assert lines["refinement"].startswith("model scales+norms+codes 4 x 2 windows seed=0; loss of held-out windows ")
+    assert lines["refinement"].startswith(
+        "model scales+norms+codes 4 x 2 windows generated=4 seed=0; loss of held-out windows "
+    )
     assert f"{found.audit.refined} gains of norms refined" in lines["tensor audit"]
+    unchanged = replace(found, audit=replace(found.audit, refined=0))
+    assert dict(provenance(unchanged))["refinement"].endswith(" and 0 gains of norms changed")
     [figure] = refinement_figures(found.refinement)
     assert "How the model was refined" in figure.title
 
@@ -93,9 +98,17 @@ def test_what_cannot_be_refined_is_refused() -> None:
 def test_other_grids_are_refused(place: Path) -> None:
     model = StreamedModel(Checkpoint(place / "model"), torch.device("cpu"), torch.float32)
     layers = {"model.layers.0.mlp.up_proj": JointQ(grid="q4_k")}
-    check_refinable(model, layers, NoRefinement())
+    check_refinable(model, layers, NoRefinement(), 1)
     with pytest.raises(ConfigError, match=r"refinement=block: model.layers.0.mlp.up_proj is stored as .*uniform grids"):
-        check_refinable(model, layers, BlockRefinement())
+        check_refinable(model, layers, BlockRefinement(), 64)
+
+
+def test_too_few_windows_are_refused_before_any_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["refinement=block", "refinement.heldout_share=0.9", "calibration.num_samples=2"]
+    assert run(place, "few", *settings) == 1
+    found = " ".join(capsys.readouterr().err.split())
+    assert "calibration.num_samples=2: refinement.heldout_share=0.9 holds out 2 of them" in found
+    assert "quantize ..." not in found
 
 
 def test_a_model_that_does_not_fit_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

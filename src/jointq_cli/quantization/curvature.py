@@ -13,7 +13,7 @@ tokens and one sampled label each, which the damping makes up for: docs/curvatur
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,11 @@ class Curvature(ABC):
         """The share in the weights of tokens of what the loss says; 0: none."""
         return 0.0
 
+    @property
+    def seeds(self) -> Mapping[str, int]:
+        """The seeds of all random choices, by the key of the recipe."""
+        return {}
+
     @abstractmethod
     def describe(self) -> str:
         """A few words for the report, "" where layers are solved for their own outputs."""
@@ -81,7 +86,7 @@ class NoCurvature(Curvature):
 class Kfac(Curvature):
     """The fields are described in configs/curvature/kfac.yaml, the method at the top of this module."""
 
-    seed: int = setting(0, least=0)
+    seed: int = setting(0, least=0, most=2**63 - 1)
     token_mix: float = setting(0.0, least=0, most=1)
     strength: float = setting(1.0, least=0, most=1)
     damping: float = setting(1.0, least=0)
@@ -93,6 +98,10 @@ class Kfac(Curvature):
     @property
     def tokens_by_energy(self) -> float:
         return self.token_mix
+
+    @property
+    def seeds(self) -> Mapping[str, int]:
+        return {"curvature.seed": self.seed}
 
     def describe(self) -> str:
         mix = f" token_mix={self.token_mix:g}" if self.token_mix else ""

@@ -221,7 +221,8 @@ def refinement(report: RunReport) -> list[tuple[str, str]]:
     before, after = (sum(column) / len(losses) for column in zip(*losses, strict=True))
     of_blocks = "" if len(losses) == 1 else f" (mean of {plural(len(losses), 'block')})"
     kept = f", step {record.courses[0].best_step} of {record.courses[0].steps} kept" if len(losses) == 1 else ""
-    changed = f"{percent(record.codes_changed)} of the codes and {plural(len(record.norms), 'gain')} of norms changed"
+    gains = plural(report.audit.refined, "gain")
+    changed = f"{percent(record.codes_changed)} of the codes and {gains} of norms changed"
     held_out = f"loss of held-out windows {significant(before)} → {significant(after)}{of_blocks}{kept}"
     return [("refinement", f"{record.refinement}; {held_out}; {changed}")]
 

@@ -154,10 +154,14 @@ def further_windows(
     )
 
 
-def check_refinable(model: StreamedModel, layers: Mapping[str, Quantizer], refinement: Refinement) -> None:
-    """Raises ConfigError where a layer will be stored on another grid than a uniform one."""
+def check_refinable(
+    model: StreamedModel, layers: Mapping[str, Quantizer], refinement: Refinement, windows: int
+) -> None:
+    """Raises ConfigError for too few windows, and where a layer will be stored on another grid than a uniform one: both
+    before the model is quantised."""
     if not isinstance(refinement, GradientRefinement):
         return
+    refinement.heldout(windows)
     linear = model.linear_layers()
     for name, quantizer in layers.items():
         form = quantizer.storage(linear[name].out_features, linear[name].in_features, model.checkpoint.dtype)

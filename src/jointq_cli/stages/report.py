@@ -186,7 +186,12 @@ def write_manifest(
         device=str(context.device),
         threads=torch.get_num_threads(),
         processes=context.team.size,
-        seeds={"calibration.seed": recipe.calibration.seed, **recipe.rotation.seeds, **recipe.refinement.seeds},
+        seeds={
+            "calibration.seed": recipe.calibration.seed,
+            **recipe.rotation.seeds,
+            **recipe.curvature.seeds,
+            **recipe.refinement.seeds,
+        },
         hashes=hashes,
         texts=texts,
         files=files,

@@ -59,8 +59,8 @@ def train(
     """The best snapshot, which the modules then have too, and how it was found.
 
     name: of what is trained. windows: how many there are. file: the state of this training, which it is continued from.
-    on_step(step, loss, least loss of the windows held out): may raise, and nothing is lost. Raises NumericsError when
-    the loss is no longer finite.
+    on_step(step, loss, least loss of the windows held out): may raise, and nothing is lost. Takes no step where nothing
+    is trained, as in a block whose layers are left alone. Raises NumericsError when the loss is no longer finite.
     """
     training, held_out = split_windows(windows, settings)
     order = _order(training, settings)
@@ -68,6 +68,8 @@ def train(
     def validate() -> float:
         return sum(map(objective.loss, held_out)) / len(held_out)
 
+    if not refined.variables:
+        return _copied(refined), RefinementCourse(name, 0, 0, [RefinementPoint(0, None, validate())])
     if file.exists():
         points, best = _read(file, refined)
     else:

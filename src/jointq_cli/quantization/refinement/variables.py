@@ -168,7 +168,7 @@ class Refined:
 
     def step(self, number: int, decay: float) -> None:
         """One step of Adam, and the new weights in the modules."""
-        for variable in self._variables().values():
+        for variable in self.variables.values():
             variable.step(number, decay)
         self.load(self.snapshot())
 
@@ -187,7 +187,7 @@ class Refined:
         """All that the next steps depend on, by names that no snapshot has."""
         return {
             f"{name} {part}": tensor
-            for name, variable in self._variables().items()
+            for name, variable in self.variables.items()
             for part, tensor in variable.state().items()
         }
 
@@ -197,5 +197,7 @@ class Refined:
             tensor.copy_(state[name])
         self.load(self.snapshot())
 
-    def _variables(self) -> dict[str, Variable]:
+    @property
+    def variables(self) -> dict[str, Variable]:
+        """All that is trained, by names of its own."""
         return {f"{part.name} {key}": variable for part in self._parts for key, variable in part.variables.items()}

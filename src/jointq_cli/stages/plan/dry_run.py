@@ -136,7 +136,7 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     hessians = _known(hessians_stage(shaped, tokens, loop), model, inputs.tokens)
     batch = windows_per_pass(runtime, windows.ids)
     hidden = _known(hidden_stage(original, windows, batch), inputs.windows)
-    check_refinable(original, layers, recipe.refinement)
+    check_refinable(original, layers, recipe.refinement, len(tokens.windows))
     result, refining = quantize, []
     if isinstance(recipe.refinement, GradientRefinement):
         further = further_windows(original, inputs.tokenizer, tokens, recipe.refinement)
