@@ -18,10 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # each step imports what it measures, so that one that cannot be imported leaves the others
+    from jointq_cli.formats.uniform import Grid
 
 GROUP = 128
 LIBRARIES = ("torch", "triton", "transformers", "numpy", "numba", "hydra-core", "omegaconf", "greenlet", "gguf")
@@ -98,27 +101,29 @@ def flips(place: Place) -> Row:
     may end much higher, and the mean of the rises, relative to w R w, is about 0.
     """
     from jointq_cli import kernels
+    from jointq_cli.formats.uniform import Grid
 
     rows = place.size(16384)
     found: Row = {"kernels": kernels.for_device(place.device).__name__, "rows": rows}
     for bits in (4, 3, 2):
         for dtype in (torch.float32, torch.float64):
-            found[f"W{bits} {str(dtype).removeprefix('torch.')}"] = _compare_flips(place, bits, dtype, rows)
+            for zero in ("integer", "half") if bits == 2 else ("integer",):
+                words = (f"W{bits}", str(dtype).removeprefix("torch."), *((zero,) if zero != "integer" else ()))
+                found[" ".join(words)] = _compare_flips(place, Grid(bits, False, zero), dtype, rows)
     return found
 
 
-def _compare_flips(place: Place, bits: int, dtype: torch.dtype, rows: int) -> Row:
+def _compare_flips(place: Place, grid: "Grid", dtype: torch.dtype, rows: int) -> Row:
     from jointq_cli import kernels
-    from jointq_cli.formats.uniform import Grid
     from jointq_cli.kernels.reference import ReferenceKernels
     from jointq_cli.quantization.quantizers.scale_fit import scale_rounding
 
-    grid, rounding = Grid(bits, False), scale_rounding(torch.bfloat16)
+    rounding = scale_rounding(torch.bfloat16)
     inputs = place.normal(4 * GROUP, GROUP, dtype=dtype) @ place.normal(GROUP, GROUP, seed=1, dtype=dtype)
     metric = inputs.T @ inputs / len(inputs)
     weights = place.normal(rows, GROUP, seed=2, dtype=dtype)
     correlation = weights @ metric
-    low, high = weights.amin(1).clamp(max=0), weights.amax(1).clamp(min=0)
+    low, high = grid.ends(weights)
     levels, scale = torch.empty_like(weights), torch.empty_like(low)
     widest, diagonal = grid.covering_scale(low, high), metric.diagonal().contiguous()
     ReferenceKernels.weighted_clip(weights, diagonal, low, widest, levels, scale, grid.box, 10)

@@ -65,7 +65,10 @@ def test_a_refined_run_is_whole_and_says_what_has_changed(place: Path) -> None:
     )
     assert f"{found.audit.refined} gains of norms refined" in lines["tensor audit"]
     unchanged = replace(found, audit=replace(found.audit, refined=0))
-    assert dict(provenance(unchanged))["refinement"].endswith(" and 0 gains of norms changed")
+    assert (
+        " and 0 gains of norms changed; E_y and E_w of layers are from before"
+        in dict(provenance(unchanged))["refinement"]
+    )
     [figure] = refinement_figures(found.refinement)
     assert "How the model was refined" in figure.title
 

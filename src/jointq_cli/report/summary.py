@@ -224,7 +224,8 @@ def refinement(report: RunReport) -> list[tuple[str, str]]:
     gains = plural(report.audit.refined, "gain")
     changed = f"{percent(record.codes_changed)} of the codes and {gains} of norms changed"
     held_out = f"loss of held-out windows {significant(before)} → {significant(after)}{of_blocks}{kept}"
-    return [("refinement", f"{record.refinement}; {held_out}; {changed}")]
+    before_it = "E_y and E_w of layers are from before"
+    return [("refinement", f"{record.refinement}; {held_out}; {changed}; {before_it}")]
 
 
 def exports(report: RunReport) -> list[tuple[str, str]]:
