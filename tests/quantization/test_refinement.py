@@ -137,7 +137,14 @@ class Distance(Objective):
 
 def gain(settings: GradientRefinement) -> tuple[Refined, nn.Module]:
     norm = nn.LayerNorm(4, bias=False)
-    return Refined([], [RefinedNorm("norm.weight", norm, torch.float32, settings)]), norm
+    return Refined([], [RefinedNorm("norm.weight", norm, norm.weight.data, settings)]), norm
+
+
+def test_a_gain_keeps_the_digits_that_the_forward_pass_does_not_have() -> None:
+    norm = nn.LayerNorm(4, bias=False, dtype=torch.bfloat16)
+    exact = torch.tensor([1.001, 0.3, 2.7, 1.0])
+    refined = RefinedNorm("norm.weight", norm, exact, MODEL)
+    assert torch.equal(refined.stored(), exact)
 
 
 def test_training_lowers_the_loss_and_keeps_the_best_state(tmp_path: Path) -> None:

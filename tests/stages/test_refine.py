@@ -69,6 +69,8 @@ def test_a_refined_run_is_whole_and_says_what_has_changed(place: Path) -> None:
         " and 0 gains of norms changed; E_y and E_w of layers are from before"
         in dict(provenance(unchanged))["refinement"]
     )
+    page = (place / "out" / "model" / "report.html").read_text(encoding="utf-8")
+    assert f"is identical to the source but for {found.audit.refined} gains of norms that were trained, and" in page
     [figure] = refinement_figures(found.refinement)
     assert "How the model was refined" in figure.title
 

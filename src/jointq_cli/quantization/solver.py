@@ -82,8 +82,9 @@ class Solver:
         if self.coupling is None:
             return solve(weight)
         parts = list(self.coupling.solve(weight, solve, dtype))
-        if len({part.verdict for part in parts}) > 1:
-            return solve(weight)
+        if len({part.verdict for part in parts}) > 1:  # some rows could not be solved, and with them the layer
+            alone = solve(weight)
+            return replace(alone, notes={**alone.notes, "uncoupled": 1.0})
         joined = self.quantizer.join(parts)
         error, signal = (
             self.coupling.error(each, self.hessian)

@@ -104,6 +104,11 @@ def explanation(report: RunReport) -> str:
     return " ".join(sentences)
 
 
+def refined_gains(report: RunReport) -> str:
+    """What else than the selected layers has changed, as the end of a sentence."""
+    return f" but for {plural(report.audit.refined, 'gain')} of norms that were trained" if report.audit.refined else ""
+
+
 def basis(report: RunReport) -> list[tuple[str, str]]:
     """Rotation and simulated activations of a run, as (label, value); empty for a run without them."""
     found = []

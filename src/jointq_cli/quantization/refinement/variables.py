@@ -124,12 +124,12 @@ class RefinedLayer:
 class RefinedNorm:
     """The gain of a norm: a vector of the model that is stored as a tensor of its own."""
 
-    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype, settings: GradientRefinement) -> None:
-        """name: of the parameter in the model. dtype: in the checkpoint, where the module has it in that of the forward
-        pass."""
+    def __init__(self, name: str, module: nn.Module, gain: Tensor, settings: GradientRefinement) -> None:
+        """name: of the parameter in the model. gain: as in the checkpoint, where the module has it in the dtype of the
+        forward pass."""
         self.name = name
-        self._module, self._dtype = module, dtype
-        self._gain = module.get_parameter("weight").detach().float().clone()
+        self._module, self._dtype = module, gain.dtype
+        self._gain = gain.float().clone()
         self._size = self._gain.abs().clamp_min(SMALLEST_GAIN)
         self.variables = {NORMS: Variable(torch.zeros_like(self._gain), settings.norm_lr)}
 

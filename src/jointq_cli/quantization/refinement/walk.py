@@ -151,7 +151,7 @@ class RefinementWalk:
             if name in quantised
         ]
         norms = [
-            RefinedNorm(f"{prefix}{name}.weight", part, self._stored_dtype(f"{prefix}{name}.weight"), settings)
+            RefinedNorm(f"{prefix}{name}.weight", part, self._gain(f"{prefix}{name}.weight"), settings)
             for name, part in module.named_modules()
             if NORMS in settings.train and self._is_norm(f"{prefix}{name}.weight", part)
         ]
@@ -163,6 +163,10 @@ class RefinementWalk:
         is_loaded = gain is not None and not gain.is_meta
         location = self.start.location(name) if is_loaded and self.start.stores(name) else None
         return "norm" in type(module).__name__.lower() and location is not None and location.whole is not None
+
+    def _gain(self, name: str) -> Tensor:
+        stored = self.start.stored_name(name)
+        return self.start.checkpoint.read([stored])[stored].to(self.start.device)
 
     def _stored_dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.start.checkpoint.tensors[self.start.stored_name(name)].dtype]

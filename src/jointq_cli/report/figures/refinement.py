@@ -41,8 +41,8 @@ def _course(course: RefinementCourse) -> SvgFigure:
         axes.set_ylim(bottom=0)
         style.legend_beside(axes)
         caption = (
-            "KL(original || refined) of the next token on calibration windows. The line marks the step that was "
-            f"kept, {course.best_step} of {course.steps}."
+            "KL(original || refined) of the next token, on windows trained on and held out. "
+            f"The line marks the step that was kept, {course.best_step} of {course.steps}."
         )
         return style.svg_figure(axes, "How the model was refined", caption, tooltips)
 

@@ -27,6 +27,7 @@ def run_html(report: RunReport) -> str:
         metrics=summary.key_metrics(report),
         figures=run_figures(report),
         source="the rotated model" if report.rotation else "the source",
+        refined_gains=summary.refined_gains(report),
         basis=summary.basis(report),
         stored_and_simulated=summary.stored_and_simulated(report),
         rotation_metrics=rotation_summary.metrics(report.rotation) if report.rotation else [],
