@@ -58,7 +58,7 @@ def main() -> None:
         for count in arguments.windows
         if (words := calibration(series, count, arguments.text_windows))
     ]
-    tell(points)
+    show_table(points)
     draw(points, arguments.output / "kl.png")
 
 
@@ -83,7 +83,9 @@ def measure(run: Path, series: str, quantizer: str, count: int, words: list[str]
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         print(f"{run.name}: {time.perf_counter() - start:.0f} s, {seconds:.0f} s of CPU", file=sys.stderr)
-        result.write_text(json.dumps({"seconds": seconds}))
+        result.write_text(json.dumps({"seconds": seconds, "words": words}))
+    if json.loads(result.read_text())["words"] != words:
+        sys.exit(f"{result}: of other settings; give another --output")
     report, provenance = json.loads((run / "report.json").read_text()), json.loads((run / "manifest.json").read_text())
     windows = provenance["texts"]["calibration"]
     return Point(
@@ -98,7 +100,7 @@ def measure(run: Path, series: str, quantizer: str, count: int, words: list[str]
     )
 
 
-def tell(points: list[Point]) -> None:
+def show_table(points: list[Point]) -> None:
     table = Table("calibrated on", "quantizer", "windows", "tokens", "perplexity", "KL", "CPU s")
     for point in points:
         error = f"{point.kl:.4f} ± {point.standard_error:.4f}"

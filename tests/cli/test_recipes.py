@@ -175,10 +175,11 @@ def test_hub_recipes_evaluate_by_the_gptq_protocol(name: str) -> None:
 
 
 def test_a_quality_chooses_options_of_other_groups_and_the_command_line_has_the_last_word() -> None:
-    assert compose_recipe("pocket_w3g128", "quality=default") == compose_recipe("pocket_w3g128")
+    assert compose_recipe("pocket_w3g128", "quality=fast").calibration.matmul_precision == "medium"
     best = compose_recipe("pocket_w3g128", "quality=best", "curvature=none")
     assert best.curvature.describe() == ""
     assert best.refinement.describe()
+    assert best.calibration.add_generated
     assert best.quantizer == compose_recipe("pocket_w3g128").quantizer
 
 

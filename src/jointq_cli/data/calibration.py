@@ -79,7 +79,7 @@ class Calibration(TextSource):
         super().__post_init__()
         if self.dataset == GENERATED and self.add_generated:
             key = f"calibration.add_generated={self.add_generated}"
-            raise ConfigError(f"{key}: adds to a text; with calibration.dataset={GENERATED} raise num_samples")
+            raise ConfigError(f"{key}: adds to a text; with calibration.dataset={GENERATED} use null, and raise num_samples")
 
     @property
     def is_generated(self) -> bool:

@@ -36,10 +36,7 @@ def generated_windows(
 ) -> Tensor:
     """`count` windows (count, seqlen) int64 that the model writes; from the store where it has them. See
     `generated_stage`."""
-    stage = generated_stage(model, tokenizer, count, seqlen, seed, text)
-    if not context.has(stage):
-        check_memory(model, count, seqlen)
-    return read_generated(context.run(stage).path)
+    return read_generated(context.run(generated_stage(model, tokenizer, count, seqlen, seed, text)).path)
 
 
 def generated_stage(
@@ -56,13 +53,14 @@ def generated_stage(
     a token drawn from the vocabulary without its special tokens (LLM-QAT, arXiv 2305.17888, section 3.1, without its
     greedy beginning).
 
-    `make` raises ModelError where the model cannot write.
+    `make` raises ModelError where the model cannot write, and ResourceError where the memory does not hold it.
     """
     special = set(tokenizer.all_special_ids)
     vocabulary = min(len(tokenizer), model.module.config.get_text_config().vocab_size)
     first = torch.tensor([token for token in range(vocabulary) if token not in special])
 
     def make(scratch: Path, context: Context) -> None:
+        check_memory(model, count, seqlen)
         batches = [slice(start, start + WINDOWS_AT_ONCE) for start in range(0, count, WINDOWS_AT_ONCE)]
         parts = [scratch / f"part{number}.safetensors" for number in range(len(batches))]
         with context.console.bar(GENERATED, total=count) as bar:
@@ -120,8 +118,9 @@ def check_memory(model: StreamedModel, count: int, seqlen: int) -> None:
     needed = _memory(model, count, seqlen)
     if needed > free:
         raise ResourceError(
-            f"calibration: a model that writes its own text is in memory as a whole, needing {needed / 1e9:.3g} GB, "
-            f"and {free / 1e9:.3g} GB are free; take a text, or calibration.tokens=FILE that `jointq calibrate` wrote"
+            f"a model that writes windows is in memory as a whole, needing {needed / 1e9:.3g} GB, and "
+            f"{free / 1e9:.3g} GB are free; take calibration.tokens=FILE that `jointq calibrate` wrote, without "
+            "calibration.dataset=generated, calibration.add_generated and refinement.generated"
         )
 
 

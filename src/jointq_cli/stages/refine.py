@@ -20,7 +20,7 @@ from jointq_cli.quantization.refinement.walk import RefinementWalk, load_courses
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import RefinementRecord
 from jointq_cli.stages.base import Context, Stage
-from jointq_cli.stages.generated_tokens import check_memory, generated_stage, read_generated
+from jointq_cli.stages.generated_tokens import generated_stage, read_generated
 from jointq_cli.stages.plan.refinement_cost import refinement_cost
 from jointq_cli.stages.quantize import Quantized, open_quantized
 from jointq_cli.system.files import link_files
@@ -58,8 +58,6 @@ def refine(
         return RefinedModel(quantized)
     layers = [layer.name for layer in quantized.layers]
     if generated is not None:
-        if not context.has(generated):
-            check_memory(model, refinement.generated, tokens.windows.shape[1])
         context.run(generated)
     stage = refine_stage(model, quantized.stage, layers, tokens, refinement, batch, generated)
     context.run(stage)
