@@ -78,8 +78,8 @@ class Calibration(TextSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset == GENERATED and self.add_generated:
-            key = f"calibration.add_generated={self.add_generated}"
-            raise ConfigError(f"{key}: adds to a text; with calibration.dataset={GENERATED} use null, and raise num_samples")
+            rule = f"adds to a text; with calibration.dataset={GENERATED} use null, and raise num_samples"
+            raise ConfigError(f"calibration.add_generated={self.add_generated}: {rule}")
 
     @property
     def is_generated(self) -> bool:
