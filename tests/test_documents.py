@@ -212,3 +212,10 @@ def test_the_site_builds_strictly_and_loads_nothing_from_the_network(tmp_path: P
     for page in tmp_path.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"https?:", text), page
+
+
+def test_actions_of_workflows_are_pinned_by_commit() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    used = [action for text in texts for action in re.findall(r"uses: (\S+)", text)]
+    assert used
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in used)
