@@ -16,6 +16,7 @@ GROUPS = {
         "refinement",
         "activations",
         "evaluation",
+        "tracking",
         "sweep",
     ],
     "plan": [
