@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.binary_product import BinaryProduct
 from jointq_cli.formats.column_scaled import ColumnScaledWeight
 from jointq_cli.formats.k_quant import KQuantWeight
 from jointq_cli.formats.turned import TurnedWeight
@@ -121,6 +122,7 @@ def uniform_forms(
             ways = {
                 KQuantWeight.kind: "; export=gguf",
                 TurnedWeight.kind: "; quantizer.incoherence=none",
+                BinaryProduct.kind: "; quantizer=jointq, or the run's checkpoint as it is",
                 ColumnScaledWeight.kind: "; quantizer=jointq, or the run's checkpoint as it is",
             }
             way_out = ways.get(form.kind, "")
