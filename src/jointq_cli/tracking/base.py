@@ -32,13 +32,16 @@ class Tracker:
 
 @dataclass(frozen=True)
 class Tracking(ABC):
-    """Settings of a service. Raises ConfigError where its library is not installed."""
+    """Settings of a service."""
 
     name: ClassVar[str]  # the option of the group, and the extra of this project that installs the library
     module: ClassVar[str] = ""  # importable where the library is installed
 
     def __post_init__(self) -> None:
         check_settings(self, "tracking")
+
+    def require_installed(self) -> None:
+        """Raises ConfigError, which says how the library is installed, where it is not."""
         if self.module and not _is_installed(self.module):
             raise ConfigError(
                 f"tracking={self.name}: {self.module} is not installed; pip install 'jointq[{self.name}]'"

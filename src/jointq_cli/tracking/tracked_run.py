@@ -67,8 +67,9 @@ def tracked(
 ) -> Iterator[TrackedRun]:
     """Inside, what the console shows goes to the service too; failed and interrupted runs are marked as such there.
 
-    Raises ResourceError where the service cannot be reached at the start.
+    Raises ConfigError where its library is not installed, ResourceError where it cannot be reached at the start.
     """
+    tracking.require_installed()
     place = directory.absolute()
     try:
         tracker = tracking.open("/".join(place.parts[-2:]), place.parent.name if in_sweep else "", place)
