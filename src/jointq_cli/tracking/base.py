@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.setting_rules import check_settings
@@ -34,8 +33,8 @@ class Tracker:
 class Tracking(ABC):
     """Settings of a service."""
 
-    name: ClassVar[str]  # the option of the group, and the extra of this project that installs the library
-    module: ClassVar[str] = ""  # importable where the library is installed
+    name = ""  # the option of the group, and the extra of this project that installs the library
+    module = ""  # importable where the library is installed
 
     def __post_init__(self) -> None:
         check_settings(self, "tracking")
@@ -57,7 +56,7 @@ class Tracking(ABC):
 class NoTracking(Tracking):
     """Runs are told of nowhere but in their directories."""
 
-    name: ClassVar[str] = "none"
+    name = "none"
 
     def open(self, run: str, sweep: str, directory: Path) -> Tracker:
         return Tracker()

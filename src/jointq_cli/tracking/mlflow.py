@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jointq_cli.setting_rules import setting
 from jointq_cli.tracking.base import Tracker, Tracking
@@ -17,8 +17,8 @@ MOST_AT_ONCE = 100  # parameters in one request
 
 @dataclass(frozen=True)
 class MlflowTracking(Tracking):
-    name: ClassVar[str] = "mlflow"
-    module: ClassVar[str] = "mlflow"
+    name = "mlflow"
+    module = "mlflow"
 
     uri: str | None = setting(None, null="for MLFLOW_TRACKING_URI or MLflow's own default", decides=False)
     experiment: str = setting("jointq", decides=False)

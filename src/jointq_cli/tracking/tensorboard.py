@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from jointq_cli.tracking.base import Tracker, Tracking
 
@@ -15,8 +15,8 @@ FOLDER = "tensorboard"  # in the run directory
 
 @dataclass(frozen=True)
 class TensorboardTracking(Tracking):
-    name: ClassVar[str] = "tensorboard"
-    module: ClassVar[str] = "tensorboard"
+    name = "tensorboard"
+    module = "tensorboard"
 
     def open(self, run: str, sweep: str, directory: Path) -> Tracker:
         from torch.utils.tensorboard import SummaryWriter  # not every torch is installed with tensorboard

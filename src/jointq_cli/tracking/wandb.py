@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jointq_cli.setting_rules import setting
 from jointq_cli.tracking.base import Tracker, Tracking
@@ -11,8 +11,8 @@ from jointq_cli.tracking.base import Tracker, Tracking
 
 @dataclass(frozen=True)
 class WandbTracking(Tracking):
-    name: ClassVar[str] = "wandb"
-    module: ClassVar[str] = "wandb"
+    name = "wandb"
+    module = "wandb"
 
     project: str = setting("jointq", decides=False)
     entity: str | None = setting(None, null="for the default one of the account", decides=False)
