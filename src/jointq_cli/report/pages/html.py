@@ -30,7 +30,9 @@ def comparison_html(comparison: RunComparison, document: TableDocument) -> str:
 
 def document_html(document: TableDocument, figures: Sequence[SvgFigure]) -> str:
     found = environment(escape=True)
-    found.filters.update(folded=lambda table: table.folded(WIDEST), breadth=_breadth, shades=_shades)
+    found.filters.update(
+        folded=lambda table: [table] if table.shaded else table.folded(WIDEST), breadth=_breadth, shades=_shades
+    )
     return found.get_template("document.html.jinja").render(document=document, figures=figures)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -110,7 +110,7 @@ def _layers(title: str, layers: Sequence[LayerRecord]) -> TextTable:
     notes = dict.fromkeys(name for layer in layers for name in layer.notes)
     values = {name: {summary.note_text(layer, name) for layer in layers} for name in notes}
     alike = [f"{name} {text}" for name, (text, *others) in values.items() if text and not others] * (len(layers) > 1)
-    columns = {
+    columns: dict[str, Callable[[LayerRecord], str]] = {
         "layer": lambda layer: layer.name,
         "verdict": lambda layer: layer.verdict,
         "form": _form,
