@@ -66,6 +66,7 @@ class Console:
         width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.is_brief = bool(brief)
         self.warnings: list[str] = []  # all texts of `warn`, for the report
         self._clock = clock
         self._display = _display(sys.stdout if stream is None else stream, quiet, brief, width, clock)
