@@ -124,7 +124,7 @@ def test_a_stage_that_does_not_end_well_says_so(clock, error, word):
     assert f"[progress] quantize {word} after 1.00 s" in stream.getvalue()
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 140])
+@pytest.mark.parametrize("width", [80, 100, 140])
 def test_no_line_is_wider_than_the_terminal(troubled, clock, width):
     terminal = FakeTerminal()
     report_run(Console(stream=terminal, width=width, clock=clock), troubled, clock)
