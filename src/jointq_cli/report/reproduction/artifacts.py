@@ -20,7 +20,7 @@ EXPORTS = "export/"
 
 
 def rotation(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    ours, theirs = (run.report.rotation and run.report.rotation.hash for run in (original, replay))
+    ours, theirs = (run.report.rotation.hash if run.report.rotation else None for run in (original, replay))
     if ours == theirs:
         detail = ours[:16] + _by_manifest([ROTATION], original, replay) if ours else "none"
         return ComparedStep("rotation", COMPUTED, True, detail)
