@@ -582,7 +582,7 @@ def test_only_a_finished_run_of_quantize_is_evidence(tmp_path: Path) -> None:
     change_manifest(run, command=["jointq", "rotate"])
     refused(run, "is a run of jointq rotate; only one of jointq quantize")
     change_manifest(run, command=["jointq", "quantize"], threads="two")
-    refused(run, "threads must be int")
+    refused(run, r"Expected `int`, got `str` - at `\$.threads`")
     (run / "evaluation.json").touch()
     refused(run, "is a run of jointq evaluate")
 

@@ -1,27 +1,28 @@
 """The report files of a run: report.json, layers.csv, report.md and report.html."""
 
-import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
-from io import StringIO
-from typing import Any
+from collections.abc import Sequence
 
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report.pages.markdown import run_markdown
+from jointq_cli.report.tables.table import csv_text
 from jointq_cli.system.record_json import encode
 from jointq_cli.system.run_directory import RunDirectory
 
 
-def write_report(report: RunReport, directory: RunDirectory) -> None:
-    """Writes all four files, first report.json, from which the others can be rendered. Raises ResourceError."""
-    # Imported here: matplotlib takes a second to import, and only the page has figures.
-    from jointq_cli.report.pages.html import run_html
+def write_report(report: RunReport, directory: RunDirectory, *, page: bool = True) -> None:
+    """Writes all four files, first report.json, from which the others can be rendered. Raises ResourceError.
 
+    page: report.html too, whose figures take a second.
+    """
     directory.write(directory.report_json, encode(report))
     directory.write(directory.layers, layers_csv(report.layers))
     directory.write(directory.report_markdown, run_markdown(report))
-    directory.write(directory.report_html, run_html(report))
+    if page:
+        from jointq_cli.report.pages.html import run_html  # imports matplotlib, which takes half a second more
+
+        directory.write(directory.report_html, run_html(report))
 
 
 def layers_csv(layers: Sequence[LayerRecord]) -> str:
@@ -29,11 +30,3 @@ def layers_csv(layers: Sequence[LayerRecord]) -> str:
     names = [field.name for field in dataclasses.fields(LayerRecord)]
     rows = (dataclasses.asdict(layer) | {"notes": json.dumps(layer.notes, sort_keys=True)} for layer in layers)
     return csv_text(names, rows)
-
-
-def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    text = StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
