@@ -156,6 +156,30 @@ class RefinementRecord:
 
 
 @dataclass(frozen=True)
+class AllocationPoint:
+    """A size, in bits per weight of the layers to quantise, and the loss that is predicted for it: KL divergence, nats
+    per token."""
+
+    bits_per_weight: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class AllocationRecord:
+    """How a budget of bits was distributed over layers. Losses are predictions: what each layer alone does, added up,
+    on the calibration tokens and the inputs of the original model."""
+
+    allocation: str  # a line such as "bits_per_weight=3.15 of {bits: 2}, {bits: 3} by kfac"
+    budget: float  # bits per weight of the layers to quantise
+    chosen: AllocationPoint
+    candidates: list[str]  # in words, such as "{bits: 2}"
+    uniform: list[AllocationPoint]  # each candidate in all layers
+    curve: list[AllocationPoint]  # the least loss over the size
+    other_tie: AllocationPoint | None  # chosen with the other setting of tie; None where nothing is tied by it
+    layers: dict[str, int]  # the number of the candidate of each layer, but those that layers.overrides decides
+
+
+@dataclass(frozen=True)
 class Simulation:
     """What was simulated while the quantised model was evaluated, and is not stored in the checkpoint."""
 
@@ -372,6 +396,7 @@ class RunReport:
     beyond_limits: list[str] = field(default_factory=list)  # a line for each figure beyond the recipe's limits
     tasks: list[TaskRecord] = field(default_factory=list)
     refinement: RefinementRecord | None = None
+    allocation: AllocationRecord | None = None
 
 
 @dataclass(frozen=True)
