@@ -57,6 +57,18 @@ def test_a_rotated_run_reproduces_and_a_replay_may_be_replayed(tmp_path: Path) -
     assert [path.name for path in tmp_path.glob("reproduced_*/rotation/rotation.safetensors")]
 
 
+def test_a_run_from_before_half_integer_levels_keeps_its_integer_zero_points(tmp_path: Path) -> None:
+    first = finished(tmp_path, "quantizer.bits=1", "quantizer.zero_point=integer")
+    recipe, manifest = first / "recipe.yaml", first / "manifest.json"
+    lines = recipe.read_text(encoding="utf-8").splitlines(keepends=True)
+    recipe.write_text("".join(line for line in lines if "zero_point" not in line), encoding="utf-8")
+    recorded = json.loads(manifest.read_text(encoding="utf-8"))
+    del recorded["recipe_sha256"]  # as then
+    manifest.write_text(json.dumps(recorded), encoding="utf-8")
+    done = jointq(tmp_path, "reproduce", str(first), "--directory", "second")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_published_run_is_within_its_tolerance_also_where_products_are_rounded_otherwise(tmp_path: Path) -> None:
     words = ["reproduce", str(PUBLISHED), "--directory", str(tmp_path / "fresh"), "--tolerance", "0.05"]
     limited = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

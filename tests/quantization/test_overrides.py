@@ -94,10 +94,10 @@ def test_rows_that_super_blocks_do_not_divide_get_another_type() -> None:
     quantizer = RTN(grid="q4_k")
     assert fitting(quantizer, 512) is quantizer
     assert fitting(ROUND, 48) is ROUND
-    assert fitting(quantizer, 576) == RTN(bits=5, group_size=32, symmetric=True)
-    assert fitting(replace(quantizer, grid="q2_k"), 32) == RTN(bits=4, group_size=32, symmetric=True)
-    assert fitting(replace(quantizer, grid="q5_k"), 32) == RTN(bits=5, group_size=32, symmetric=False)
-    assert fitting(replace(quantizer, grid="q6_k"), 32) == RTN(bits=8, group_size=32, symmetric=True)
+    assert fitting(quantizer, 576) == RTN(bits=5, group_size=32, symmetric=True, zero_point=None)
+    assert fitting(replace(quantizer, grid="q2_k"), 32) == RTN(bits=4, group_size=32, symmetric=True, zero_point=None)
+    assert fitting(replace(quantizer, grid="q5_k"), 32) == RTN(bits=5, group_size=32, symmetric=False, zero_point=None)
+    assert fitting(replace(quantizer, grid="q6_k"), 32) == RTN(bits=8, group_size=32, symmetric=True, zero_point=None)
     form = fitting(GPTQ(grid="q6_k", act_order=True), 64).storage(8, 64, torch.bfloat16)
     assert form.label == "W8 g32 symmetric"
     assert form.to_tensors().keys() == {"codes", "scale", "zero_point", "format"}  # GGUF has no permutation

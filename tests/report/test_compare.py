@@ -416,7 +416,7 @@ def test_a_report_of_another_version_is_left_out_and_named_with_its_version(swee
     path.write_text(json.dumps({"recipe": "x", "versions": {"jointq": "9.9"}}), encoding="utf-8")
     assert main(["compare", "--markdown", str(sweep)]) == 0
     out = capsys.readouterr().out
-    assert f"left out: {path}: not a report of this version ({__version__}; jointq 9.9 wrote it)" in out
+    assert f"left out: {path}: not readable by jointq {__version__} (jointq 9.9 wrote it)" in out
     others = [run for run in sweep.iterdir() if run.name.isdecimal() and run.name not in ("3", "0")]
     for run in others:
         (run / "report.json").write_text("{}", encoding="utf-8")

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from jointq_cli import __version__
 from jointq_cli.errors import JointqError, ResourceError
 from jointq_cli.records import Generation, LayerRecord, Perplexity
 from jointq_cli.report import load_report, write_report
@@ -45,37 +46,29 @@ def test_numbers_that_are_none_come_back_too_and_the_file_stays_json(report, dir
     assert math.isnan(again.quantized.value)
 
 
-def break_key(value, path, change):
-    for step in path[:-1]:
-        value = value[step]
-    change(value, path[-1])
-
-
 @pytest.mark.parametrize(
-    ("path", "change", "message"),
+    ("layer", "message"),
     [
-        (["colour"], lambda at, key: at.update({key: 1}), "unknown key colour"),
-        (["protocol", "strid"], lambda at, key: at.update({key: 1}), r"unknown key protocol\.strid"),
-        (["layers", 3, "bits"], lambda at, key: at.pop(key), r"missing key layers\[3\]\.bits"),
-        (
-            ["layers", 0, "bits"],
-            lambda at, key: at.update({key: "4"}),
-            r"layers\[0\]\.bits must be int, not str",
-        ),
-        (["parameters"], lambda at, key: at.update({key: True}), "parameters must be int, not bool"),
-        (["layers"], lambda at, key: at.update({key: None}), "layers must be list, not NoneType"),
-        (["audit"], lambda at, key: at.update({key: []}), "audit must be dict, not list"),
+        ({}, r"missing required field `name` - at `\$.layers\[0\]`"),
+        ({"name": 4}, r"Expected `str`, got `int` - at `\$.layers\[0\].name`"),
     ],
 )
-def test_a_key_that_does_not_belong_is_reported_in_one_line(report, directory, path, change, message):
+def test_a_record_that_cannot_be_read_is_reported_in_one_line_with_its_writer(report, directory, layer, message):
     write_report(report, directory)
     value = json.loads(directory.report_json.read_text(encoding="utf-8"))
-    break_key(value, path, change)
-    directory.report_json.write_text(json.dumps(value), encoding="utf-8")
+    directory.report_json.write_text(json.dumps(value | {"layers": [layer]}), encoding="utf-8")
     with pytest.raises(JointqError, match=message) as caught:
         load_report(directory.report_json)
-    assert "\n" not in str(caught.value)
-    assert str(directory.report_json) in str(caught.value)
+    start = f"{directory.report_json}: not readable by jointq {__version__} (jointq 0.1.0 wrote it): "
+    assert str(caught.value).startswith(start)
+
+
+def test_keys_of_a_later_version_are_left_out(report, directory):
+    write_report(report, directory)
+    value = json.loads(directory.report_json.read_text(encoding="utf-8"))
+    value["protocol"]["colour"] = value["colour"] = {"red": 1}
+    directory.report_json.write_text(json.dumps(value), encoding="utf-8")
+    assert load_report(directory.report_json) == report
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])

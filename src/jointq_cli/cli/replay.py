@@ -27,6 +27,8 @@ from jointq_cli.system.files import translated_disk_errors
 from jointq_cli.system.inventory import entries
 
 RECIPE = "replayed"
+# What versions without a setting did, where today's default is something else: for runs that have the first key alone.
+BEFORE = {("quantizer.symmetric", "quantizer.zero_point"): "null"}
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 
 
@@ -71,7 +73,8 @@ def _checked_key(override: str) -> str:
 
 
 def _recorded(run: FinishedRun, changed: list[str]) -> dict[str, str]:
-    """By key, what the recipe left open and the manifest records: device, threads, and the commits that were read.
+    """By key, what the recipe left open: by the manifest device, threads and the commits that were read, and what the
+    run's version did without yet.
 
     A commit of the hub means nothing where the path is changed.
     """
@@ -90,6 +93,7 @@ def _recorded(run: FinishedRun, changed: list[str]) -> dict[str, str]:
             for key, revision in revisions.items()
             if run.settings.get(key) == "null" and re.fullmatch("[0-9a-f]{40}", revision)
         },
+        **{new: value for (old, new), value in BEFORE.items() if old in run.settings and new not in run.settings},
     }
 
 
@@ -170,5 +174,5 @@ def _not_continued(directory: Path) -> Iterator[None]:
 
 
 def _quoted(text: str) -> str:
-    """For Hydra's grammar, where blanks and commas have a meaning, and digits are a number."""
-    return "'" + text.replace("'", "\\'") + "'"
+    """For Hydra's grammar, where blanks and commas have a meaning, and digits are a number. null stays null."""
+    return text if text == "null" else "'" + text.replace("'", "\\'") + "'"

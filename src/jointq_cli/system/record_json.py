@@ -1,4 +1,4 @@
-"""Reports as JSON, strict in both directions. Knows dataclasses, not what they mean.
+"""Records as JSON files. msgspec decodes and checks them against their dataclasses; nothing here knows what they mean.
 
 JSON has no NaN and no infinities; floats with these values become the strings "nan", "inf", "-inf".
 """
@@ -6,15 +6,14 @@ JSON has no NaN and no infinities; floats with these values become the strings "
 import dataclasses
 import json
 import math
-import types
 from pathlib import Path
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
+
+import msgspec
 
 from jointq_cli import __version__
 from jointq_cli.errors import JointqError
 from jointq_cli.records import RunReport
-
-NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def encode(record: Any) -> str:
@@ -30,30 +29,26 @@ def load_report(path: Path) -> RunReport:
 def load_record(kind: Any, path: Path) -> Any:
     """Reads a file that `encode` wrote; kind: the dataclass, or list[DATACLASS].
 
-    Raises JointqError when the file is missing or not JSON, and for the first key that is unknown, missing without a
-    default, or of another type than its field.
+    Keys that `kind` does not have are of a later version, and are left out. Raises JointqError when the file is missing
+    or not JSON, for a missing key without a default, and for a value of another type than its field.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        return msgspec.json.decode(content, type=kind, strict=False)  # not strict: the string "nan" is a float
     except OSError as error:
         raise JointqError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except msgspec.ValidationError as error:
+        raise JointqError(f"{path}: not readable by jointq {__version__}{_writer(content)}: {error}") from None
+    except msgspec.DecodeError as error:
         raise JointqError(f"{path}: not valid JSON ({error})") from error
-    try:
-        return _decode(kind, value, "")
-    except _Mismatch as mismatch:
-        raise JointqError(f"{path}: not a report of this version{_writer(value)}: {mismatch}") from None
 
 
-class _Mismatch(Exception):
-    """A JSON value that does not fit the field's type."""
-
-
-def _writer(value: Any) -> str:
-    """Which version has written a report, where it says so."""
-    versions = value.get("versions") if isinstance(value, dict) else None
+def _writer(content: bytes) -> str:
+    """Which version has written a record, where it says so."""
+    found = msgspec.json.decode(content)
+    versions = found.get("versions") if isinstance(found, dict) else None
     writer = versions.get("jointq") if isinstance(versions, dict) else None
-    return f" ({__version__}; jointq {writer} wrote it)" if writer else ""
+    return f" (jointq {writer} wrote it)" if writer else ""
 
 
 def _plain(value: Any) -> Any:
@@ -66,51 +61,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value` as type `kind`: a dataclass, list, dict, optional or plain type. where: the path of keys, for errors."""
-    if dataclasses.is_dataclass(kind):
-        return _decode_record(cast(type[Any], kind), value, where)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is list:
-        items = _checked(list, value, where)
-        return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items)]
-    if origin is dict:
-        entries = _checked(dict, value, where)
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
-    if origin in (Union, types.UnionType):
-        kinds = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None and len(kinds) < len(arguments) else _decode(kinds[0], value, where)
-    if kind is Any:
-        return value
-    if kind is float and (value in NOT_FINITE or (isinstance(value, int) and not isinstance(value, bool))):
-        return float(value)
-    return _checked(kind, value, where)
-
-
-def _decode_record(kind: type[Any], value: Any, where: str) -> Any:
-    entries = _checked(dict, value, where)
-    hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    defaults = [field.name for field in dataclasses.fields(kind) if _has_default(field)]
-    prefix = f"{where}." if where else ""
-    for name in entries:
-        if name not in names:
-            raise _Mismatch(f"unknown key {prefix}{name}")
-    for name in names:
-        if name not in entries and name not in defaults:
-            raise _Mismatch(f"missing key {prefix}{name}")
-    return kind(**{name: _decode(hints[name], entries[name], f"{prefix}{name}") for name in names if name in entries})
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-
-
-def _checked(kind: type, value: Any, where: str) -> Any:
-    # Python counts bool as an int; JSON does not.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _Mismatch(f"{where or 'the file'} must be {kind.__name__}, not {type(value).__name__}")
     return value

@@ -98,7 +98,7 @@ def test_a_solution_has_the_shapes_dtypes_and_ranges_of_the_contract(
     weight, hessian = layer()
     before = hessian.clone(), weight.clone()
     for group_size, dtype in itertools.product([None, -1, 1, 8, 24, 48], DTYPES):
-        quantizer = build(kind, bits, group_size, symmetric)
+        quantizer = build(kind, bits, group_size, symmetric, zero_point="integer")
         solution = solve(quantizer, weight, hessian, dtype)
         quantized = solution.quantized
         groups = 1 if group_size in (None, -1) else 48 // (group_size or 48)
@@ -363,3 +363,23 @@ def test_a_description_names_what_matters() -> None:
     assert build(RTN, 4, 128, False).describe() == "RTN W4 g128 asymmetric mse"
     assert build(RTN, 8, -1, True, mse=False).describe() == "RTN W8 per-channel symmetric"
     assert build(GPTQ, 3, 64, False).describe() == "GPTQ W3 g64 asymmetric mse act_order damping=0.01"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_means_half_integers_with_one_bit_and_with_two_in_a_turned_basis(kind: type[Quantizer]) -> None:
+    weight, hessian = layer()
+    expected = {
+        (1, "none"): "half",
+        (2, "none"): "asymmetric",
+        (2, "input"): "half turned",
+        (3, "input"): "asymmetric turned",
+    }
+    for (bits, incoherence), label in expected.items():
+        quantizer = build(kind, bits, 24, False, incoherence=incoherence)
+        assert f"W{bits} g24 {label}" in quantizer.describe()
+        stated = build(
+            kind, bits, 24, False, incoherence=incoherence, zero_point=label.split()[0].replace("asymmetric", "integer")
+        )
+        found = [solve(each, weight, hessian, torch.bfloat16).quantized for each in (quantizer, stated)]
+        assert found[0].difference(found[1]) == []
+    assert build(kind, 1, 24, True).describe().count("symmetric") == 1

@@ -107,7 +107,7 @@ def test_blocked_gptq_is_the_textbook_column_by_column(
 def test_no_gptq_row_beats_brute_force_and_most_come_close(bits: int, symmetric: bool) -> None:
     size = 6 if bits < 3 else 4
     weight, hessian = layer(24, size)
-    quantizer = gptq(bits=bits, symmetric=symmetric, damping=0.0)
+    quantizer = gptq(bits=bits, symmetric=symmetric, zero_point="integer", damping=0.0)
     quantized = quantizer.quantize(weight, quantizer.prepare(hessian), torch.float32).quantized
     levels = torch.arange(quantizer.integer_grid.lowest, quantizer.integer_grid.highest + 1).float()
     choices = torch.cartesian_prod(*[levels] * size)

@@ -312,7 +312,8 @@ def test_the_stored_form_gives_back_the_values_that_were_searched(
     weight, hessian = layer(20, 48)
     weight = weight.to(dtype).float() * 0.02
     for bits, group_size in itertools.product([1, 3, 8], [1, 8, 24, None]):
-        quantizer = jointq(bits=bits, symmetric=symmetric, act_order=act_order, group_size=group_size)
+        choices = {"symmetric": symmetric, "act_order": act_order, "zero_point": "integer"}
+        quantizer = jointq(bits=bits, group_size=group_size, **choices)
         quantized = solve(quantizer, weight, hessian, dtype).quantized
         made, metric, state = finished.pop()
         assert torch.equal(quantized.dequantize(torch.float32), made.values(metric, state))

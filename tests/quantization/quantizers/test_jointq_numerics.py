@@ -193,17 +193,18 @@ def test_a_layer_of_float16_subnormals_is_solved() -> None:
 @pytest.mark.parametrize("bits", [1, 4])
 def test_zeros_stay_zeros(bits: int, dtype: torch.dtype) -> None:
     weight, hessian = layer(24, 64)
+    quantizer = jointq(bits=bits, zero_point="integer")
     weight[3], weight[5, 16:32] = 0.0, 0.0
-    plain = solve(jointq(bits=bits), weight, hessian, dtype)
+    plain = solve(quantizer, weight, hessian, dtype)
     assert (plain.quantized.dequantize(dtype)[3] == 0).all()
     assert plain.quantized.dequantize(dtype).isfinite().all()
-    empty = solve(jointq(bits=bits), torch.zeros(4, 64), hessian, dtype)
+    empty = solve(quantizer, torch.zeros(4, 64), hessian, dtype)
     assert (empty.quantized.dequantize(dtype) == 0).all()
     assert empty.notes["final_error"] == empty.notes["start_error"] == 0.0
     alone = weight.clone()
     alone[6:] = 0.0
-    assert same(plain.quantized, solve(jointq(bits=bits), alone, hessian, dtype).quantized, slice(None)) is False
-    assert torch.equal(plain.quantized.codes[:6], solve(jointq(bits=bits), alone, hessian, dtype).quantized.codes[:6])
+    assert same(plain.quantized, solve(quantizer, alone, hessian, dtype).quantized, slice(None)) is False
+    assert torch.equal(plain.quantized.codes[:6], solve(quantizer, alone, hessian, dtype).quantized.codes[:6])
 
 
 def test_rows_much_smaller_than_others_are_solved_as_well() -> None:

@@ -66,7 +66,8 @@ class UniformQuantizer(Quantizer):
     symmetric: bool = setting(False, used=_is_uniform)
     _: KW_ONLY
     # Of asymmetric grids: half-integer levels around zero need no zero-points, real ones 16 bits of each group.
-    zero_point: str | None = setting(None, choices=ZERO_POINTS, null="for integer", used=_is_uniform)
+    # auto: half with one bit, and with two in a turned basis; docs/low_bits.md has what each gives.
+    zero_point: str | None = setting("auto", choices=("auto", *ZERO_POINTS), null="for integer", used=_is_uniform)
     # input: codes and scales are those of the weight times random signs and a Hadamard matrix, as in QuIP.
     incoherence: str = setting("none", choices=("none", "input"), used=_is_uniform)
     incoherence_seed: int = setting(0, least=0, most=2**63 - 1, used=_is_turned)
@@ -84,7 +85,12 @@ class UniformQuantizer(Quantizer):
 
     @property
     def integer_grid(self) -> Grid:
-        return Grid(self.bits, self.symmetric, self.zero_point or "integer")
+        if self.zero_point == "auto":
+            is_half = self.bits == 1 or (self.bits == 2 and _is_turned(self))
+            zero = "half" if is_half and not self.symmetric else "integer"
+        else:
+            zero = self.zero_point or "integer"
+        return Grid(self.bits, self.symmetric, zero)
 
     @property
     def k_grid(self) -> KGrid | None:
@@ -163,7 +169,7 @@ class UniformQuantizer(Quantizer):
     @property
     def _plain(self) -> "UniformQuantizer":
         """What solves the turned layer, whose Hessian has the `ridge` already."""
-        return replace(self, incoherence="none")
+        return replace(self, incoherence="none", zero_point=self.integer_grid.zero)
 
     def _turned(self, hessian: Tensor) -> Tensor:
         """Q^T (H + ridge) Q. The ridge is added before, since the diagonal of a turned matrix is flat."""

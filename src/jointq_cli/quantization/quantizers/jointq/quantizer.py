@@ -231,7 +231,7 @@ class JointQ(UniformQuantizer):
 
     @property
     def _plain(self) -> "JointQ":
-        return replace(self, incoherence="none", regularization_lambda=0.0)
+        return replace(self, incoherence="none", zero_point=self.integer_grid.zero, regularization_lambda=0.0)
 
     @property
     def _fallback(self) -> RTN | None:
