@@ -235,8 +235,9 @@ def test_every_option_composes(row: int) -> None:
         "model": "model.path=DIR",
         "calibration": "calibration.path=a.txt",
         "evaluation": "evaluation.path=a.txt",
+        "allocation": "allocation.bits_per_weight=3",
     }
-    missing = [files[group] for group, option in chosen.items() if option in ("checkpoint", "text")]
+    missing = [files[group] for group, option in chosen.items() if option in ("checkpoint", "text", "budget")]
     compose(*(f"{group}={option}" for group, option in chosen.items()), *missing)
 
 

@@ -30,6 +30,7 @@ from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
 from jointq_cli.cli.hydra_main import (
     command_line,
     errors_raised,
+    from_file,
     hydra_main,
     overrides_and_options,
     readable,
@@ -90,7 +91,8 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     renamer = KeyRenamer(silent=team.rank > 0)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     dictionaries = setting_roles(RECIPES[command]).dictionaries
-    overrides = [with_entries(readable(renamer.override(word)), dictionaries) for word in words]
+    named = [from_file(renamer.override(word), dictionaries) for word in words]
+    overrides = [with_entries(readable(word), dictionaries) for word in named]
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]

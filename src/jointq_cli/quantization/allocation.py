@@ -49,12 +49,6 @@ class Budget(Allocation):
 
     def __post_init__(self) -> None:
         check_settings(self, "allocation")
-        given = [name for name in ("bits_per_weight", "size_gb") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = "both are given" if given else "none is given"
-            raise ConfigError(
-                f"allocation=budget: needs one of allocation.bits_per_weight and allocation.size_gb, and {found}"
-            )
         if not 2 <= len(self.candidates) <= MOST_CANDIDATES:
             raise ConfigError(f"allocation.candidates: must be from 2 to {MOST_CANDIDATES} settings of the quantizer")
         for number, settings in enumerate(self.candidates):
@@ -62,7 +56,7 @@ class Budget(Allocation):
                 rule = "must be settings of the quantizer, such as {bits: 3}"
                 raise ConfigError(f"allocation.candidates[{number}]={shown(settings)}: {rule}")
             if settings in self.candidates[:number]:
-                raise ConfigError(f"allocation.candidates[{number}]={shown(settings)}: is there already")
+                raise ConfigError(f"allocation.candidates[{number}]={in_words(settings)}: is there already")
 
     def of(self, quantizer: Quantizer) -> list[Quantizer]:
         """The candidates of a layer that has this quantizer. Raises ConfigError, as `overridden` does."""
@@ -72,6 +66,12 @@ class Budget(Allocation):
         ]
 
     def check(self, quantizer: Quantizer) -> None:
+        given = [name for name in ("bits_per_weight", "size_gb") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = "both are given" if given else "none is given"
+            raise ConfigError(
+                f"allocation=budget: needs one of allocation.bits_per_weight and allocation.size_gb, and {found}"
+            )
         self.of(quantizer)
 
     @property

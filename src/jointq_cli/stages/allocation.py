@@ -247,9 +247,9 @@ def find_problem(model: StreamedModel, layers: dict[str, Quantizer], recipe: Rec
         return quantizer.storage(linear[name].out_features, linear[name].in_features, dtype).stored_bits
 
     sizes = {name: linear[name].out_features * linear[name].in_features for name in layers}
-    plain = model.checkpoint.weight_bytes - sum(
-        sizes[name] * DTYPES[model.checkpoint.tensors[model.stored_name(f"{name}.weight")].dtype].itemsize
-        for name in layers
+    tensors = model.checkpoint.tensors
+    plain = sum(tensor.nbytes for tensor in tensors.values()) - sum(
+        sizes[name] * DTYPES[tensors[model.stored_name(f"{name}.weight")].dtype].itemsize for name in layers
     )
     if allocation.bits_per_weight is not None:
         budget = int(allocation.bits_per_weight * sum(sizes.values()))

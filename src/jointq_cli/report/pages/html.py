@@ -11,6 +11,7 @@ from jointq_cli.report.compare.runs import RunComparison
 from jointq_cli.report.figures.comparison import comparison_figures
 from jointq_cli.report.figures.run import run_figures
 from jointq_cli.report.figures.style import SvgFigure
+from jointq_cli.report.tables.allocation import allocation_tables
 from jointq_cli.report.tables.experts import experts_table
 from jointq_cli.report.tables.run import kinds_table, tasks_table
 from jointq_cli.report.tables.table import TableDocument
@@ -31,7 +32,12 @@ def run_html(report: RunReport) -> str:
         basis=summary.basis(report),
         stored_and_simulated=summary.stored_and_simulated(report),
         rotation_metrics=rotation_summary.metrics(report.rotation) if report.rotation else [],
-        tables=[*tasks_table(report.tasks), kinds_table(report.layers), *experts_table(report.layers)],
+        tables=[
+            *tasks_table(report.tasks),
+            *allocation_tables(report),
+            kinds_table(report.layers),
+            *experts_table(report.layers),
+        ],
         layer_verdicts=summary.layer_verdicts(report),
         rows=_rows(report.layers),
         generations=report.generations,

@@ -7,6 +7,7 @@ from dataclasses import astuple
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.number_format import KeyMetric, byte_size, damping_text, duration, scientific
+from jointq_cli.report.tables.allocation import allocation_tables
 from jointq_cli.report.tables.experts import experts_table
 from jointq_cli.report.tables.run import kinds_table, tasks_table
 from jointq_cli.report.tables.table import TableDocument, TextTable
@@ -25,6 +26,7 @@ def run_markdown(report: RunReport) -> str:
         f"Protocol: `{report.protocol.line()}`",
         *_basis(report),
         *(part for table in tasks_table(report.tasks) for part in _text_table(table)),
+        *(part for table in allocation_tables(report) for part in _text_table(table)),
         *_text_table(kinds_table(report.layers)),
         *(part for table in experts_table(report.layers) for part in _text_table(table)),
         *_generations(report),
