@@ -191,6 +191,7 @@ def write_manifest(
         processes=context.team.size,
         seeds={
             "calibration.seed": recipe.calibration.seed,
+            **recipe.quantizer.seeds,
             **recipe.rotation.seeds,
             **recipe.curvature.seeds,
             **recipe.refinement.seeds,

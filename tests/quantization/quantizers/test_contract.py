@@ -383,3 +383,9 @@ def test_auto_means_half_integers_with_one_bit_and_with_two_in_a_turned_basis(ki
         found = [solve(each, weight, hessian, torch.bfloat16).quantized for each in (quantizer, stated)]
         assert found[0].difference(found[1]) == []
     assert build(kind, 1, 24, True).describe().count("symmetric") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_of_a_turned_basis_is_stated_where_there_is_one(kind: type[Quantizer]) -> None:
+    assert build(kind, 2, 24, False, incoherence="input", incoherence_seed=7).seeds == {"quantizer.incoherence_seed": 7}
+    assert build(kind, 2, 24, False).seeds == {}

@@ -54,6 +54,11 @@ class Quantizer(ABC):
         return 0.0
 
     @property
+    def seeds(self) -> Mapping[str, int]:
+        """The seeds of all random choices, by the key of the recipe."""
+        return {}
+
+    @property
     def row_separable(self) -> bool:
         """Whether the rows of a layer may be solved separately, in multiples of ROWS, with the same result."""
         return True

@@ -103,6 +103,10 @@ class UniformQuantizer(Quantizer):
             return repr(replace(self, bits=1, group_size=None, symmetric=False, zero_point=None, grid="q4_k"))
         return repr(replace(self, bits=1, symmetric=False, zero_point=None))
 
+    @property
+    def seeds(self) -> Mapping[str, int]:
+        return {"quantizer.incoherence_seed": self.incoherence_seed} if _is_turned(self) else {}
+
     def check(self, in_features: Mapping[str, int]) -> None:
         if self.k_grid is None:
             check_group_size(self.group_size, in_features)
