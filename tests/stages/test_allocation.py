@@ -171,10 +171,13 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], rules: dict[str, An
     def estimate(name: str, number: int) -> float:
         return 0.0
 
-    with pytest.raises(ConfigError, match=message):
+    def distribute() -> None:
         allocation = Budget(**{"candidates": CANDIDATES, **settings})
         allocation.check(RTN32)
         problem(allocation, **rules).distribute(estimate, "none")
+
+    with pytest.raises(ConfigError, match=message):
+        distribute()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Tables and figures of a budget of bits."""
+
+from dataclasses import replace
+
+import pytest
+
+from jointq_cli.records import AllocationPoint, AllocationRecord, RunReport
+from jointq_cli.report.figures.allocation import allocation_figures
+from jointq_cli.report.pages.markdown import run_markdown
+from jointq_cli.report.tables.allocation import allocation_tables
+
+
+@pytest.fixture
+def budgeted(report: RunReport) -> RunReport:
+    layers = [
+        replace(layer, label=f"W{layer.block % 2 + 3}", bits_per_weight=layer.block % 2 + 3.1)
+        for layer in report.layers
+    ]
+    record = AllocationRecord(
+        allocation="bits_per_weight=3.6 of {bits: 3}, {bits: 4} by kfac",
+        budget=3.6,
+        chosen=AllocationPoint(3.59, 0.021),
+        candidates=["{bits: 3}", "{bits: 4}"],
+        uniform=[AllocationPoint(3.1, 0.05), AllocationPoint(4.1, 0.012)],
+        curve=[AllocationPoint(3.1, 0.05), AllocationPoint(3.59, 0.021), AllocationPoint(4.1, 0.012)],
+        other_tie=AllocationPoint(3.58, 0.023),
+        layers={layer.name: layer.block % 2 for layer in layers},
+    )
+    return replace(report, layers=layers, allocation=record)
+
+
+def test_tables_have_bits_over_depth_and_both_losses(budgeted: RunReport) -> None:
+    depth, losses = allocation_tables(budgeted)
+    blocks = len({layer.block for layer in budgeted.layers})
+    assert [cell.text for cell in depth.rows[0]][2] == " ".join(str(block % 2 + 3) for block in range(blocks))
+    texts = [[cell.text for cell in row] for row in losses.rows]
+    assert texts[0][:3] == ["as chosen", "3.590", "0.02100"]
+    assert texts[0][3]
+    assert [row[0] for row in texts[1:]] == [
+        "{bits: 3} in all",
+        "{bits: 4} in all",
+        "chosen with the other `allocation.tie`",
+    ]
+    assert "## Loss of the budget" in run_markdown(budgeted)
+
+
+def test_figures_have_every_form_and_the_curve(budgeted: RunReport) -> None:
+    depth, curve = allocation_figures(budgeted)
+    assert ">W3<" in depth.svg
+    assert ">W4<" in depth.svg
+    assert f"{budgeted.layers[0].name}: W3" in depth.svg
+    assert "{bits: 3}: 0.05000" in curve.svg
+    assert "measured" in curve.svg
+
+
+def test_nothing_without_a_budget(report: RunReport) -> None:
+    assert allocation_tables(report) == []
+    assert allocation_figures(report) == []
