@@ -197,7 +197,7 @@ SCHEMAS = {schema.__name__: schema for schema in schemas() if schema not in (*RE
 
 
 def default_option(schema: str) -> Path:
-    """Of the options of a type the one that a command takes by default, else the first."""
+    """Of the options of a type the one that a command takes by default, else that of its name, else the first."""
     found = [
         (group, option)
         for group, option in OPTIONS
@@ -210,7 +210,7 @@ def default_option(schema: str) -> Path:
         if isinstance(entries, dict)
         for entry in entries.items()
     }
-    group, option = next((entry for entry in found if entry in taken), found[0])
+    group, option = next((entry for entry in found if entry in taken or entry[1] == schema.lower()), found[0])
     return GROUPS[group][option]
 
 

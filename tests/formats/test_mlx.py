@@ -12,12 +12,12 @@ from tiny_models import edit_config
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.export import exporter_of
-from jointq_cli.formats.export.base import QuantizedModel, relative_error
+from jointq_cli.formats.export.base import relative_error
 from jointq_cli.formats.export.mlx import ROUNDING, MlxExporter, pack_weight, unpack_weight
 from jointq_cli.formats.export.verification import verified
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.quantization.quantizers import RTN
+from jointq_cli.quantization.quantizers import DBF, RTN, Binary, Quantizer
 
 
 def rounded(bits: int, symmetric: bool, group_size: int | None) -> UniformWeight:
@@ -127,19 +127,27 @@ def test_zero_points_that_are_no_integers_are_held_here_and_refused_elsewhere(tm
             exporter_of(word).check(model)
 
 
-def test_a_turned_weight_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    model = quantized_forms(tmp_path)
+@pytest.mark.parametrize(
+    ("quantizer", "way_out"),
+    [
+        (RTN(bits=4, group_size=32, incoherence="input"), r"W4 g32 asymmetric turned, .*; quantizer\.incoherence=none"),
+        (Binary(group_size=32, column_scale=True), r"W1 g32 half column-scaled, .*; quantizer=jointq, or the run's"),
+        (DBF(bits=3.0), r"DBF rank \d+, .*; quantizer=jointq, or the run's checkpoint as it is"),
+    ],
+)
+def test_what_no_engine_computes_is_refused_with_a_way_out(quantizer: Quantizer, way_out: str, tmp_path: Path) -> None:
+    model = write_quantized(tmp_path / "model", "llama", RTN(bits=4, group_size=32))
+    forms = {name: quantizer.storage(*form.shape, torch.bfloat16) for name, form in model.forms.items()}
     for word in ("mlx", "gptq", "compressed-tensors", "gguf:q4_1"):
-        with pytest.raises(ConfigError, match=r"W4 g32 asymmetric turned, .* hold; quantizer\.incoherence=none"):
-            exporter_of(word).check(model)
+        with pytest.raises(ConfigError, match=way_out):
+            exporter_of(word).check(replace(model, forms=forms))
 
 
-def quantized_forms(directory: Path) -> QuantizedModel:
-    """A model whose layers are turned, by its forms alone."""
-    model = write_quantized(directory / "model", "llama", RTN(bits=4, group_size=32))
-    turned = RTN(bits=4, group_size=32, incoherence="input")
-    forms = {name: turned.storage(*form.shape, torch.bfloat16) for name, form in model.forms.items()}
-    return replace(model, forms=forms)
+def test_two_levels_around_zero_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    model = write_quantized(tmp_path / "model", "llama", RTN(bits=4, group_size=32))
+    forms = {name: Binary(group_size=32).storage(*form.shape, torch.bfloat16) for name, form in model.forms.items()}
+    with pytest.raises(ConfigError, match=r"W1 g32 half, .*; quantizer=jointq with quantizer.zero_point=integer"):
+        exporter_of("gptq").check(replace(model, forms=forms))
 
 
 def test_numbers_out_of_float16s_range_are_refused(tmp_path: Path) -> None:

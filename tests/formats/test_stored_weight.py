@@ -172,10 +172,13 @@ def test_a_uniform_weight_is_written_to_the_bytes_of_before_there_were_kinds(tmp
 
 def test_an_unknown_kind_is_an_error_in_one_line_that_names_file_and_kind(tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
-    save_tensors(path, uniform().to_tensors(), {"kind": "binary_product"})
+    save_tensors(path, uniform().to_tensors(), {"kind": "lattice"})
     with pytest.raises(ModelError) as caught:
         load_layer(path)
-    assert str(caught.value).startswith(f"{path}: a stored weight of kind binary_product; known are k_quant, uniform")
+    assert str(caught.value).startswith(f"{path}: a stored weight of kind lattice; known are ")
+    assert {"binary_product", "column_scaled", "k_quant", "turned", "uniform"} <= set(
+        str(caught.value).split("known are ")[1].split(", ")
+    )
     assert "\n" not in str(caught.value)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-5  # of a step's energy s^2 R_jj: smaller gains count as rounding errors
+COLUMN_SWEEPS = 50  # of `column_flips` over one column, which mostly ends after three
 K_ROUNDS = 8  # of `k_flip_search`, which mostly ends after two
 CANCELLED = 8192  # machine epsilons of sum_j R_jj z_j^2: an energy z R z below that is too inexact to divide by
 
@@ -198,6 +199,19 @@ class Kernels(Protocol):
         correlation h (rows, c); metric R (c, c); products (rows, c) = z R, overwritten; levels z (rows, c), scales sc
         and mins mn (rows,), integers, updated in place; d and dmin (rows,) > 0. All contiguous and of one dtype,
         float32 or float64. Returns the number of steps (rows,) int64, and by how much f fell (rows,) float64.
+        """
+
+    @staticmethod
+    def column_flips(products: Tensor, metric: Tensor, coupling: Tensor, signs: Tensor, scale: Tensor) -> Tensor:
+        """Flips of signs in one column after the other, of a sum over columns l and m of b_l b_m H_lm s_l G s_m - 2 b_l
+        s_l h_l: those which lower it, until none does, at most COLUMN_SWEEPS times over a column.
+
+        A flip of s_lj changes the column b_l s_l by t = -2 b_l s_lj in row j, and the sum by t^2 G_jj H_ll - 2 t M_lj
+        with M = h - H (b s) G, half of the negative gradient. It must gain TOLERANCE of t^2 G_jj H_ll.
+
+        products M (columns, rank), updated; metric G (rank, rank) symmetric; coupling H (columns, columns); signs s
+        (columns, rank) of 1 and -1, updated in place; scale b (columns,) >= 0. float32, contiguous. Returns U (columns,
+        rank), the change of the columns times G: others outside of these have M less their H times U.
         """
 
 

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from jointq_cli.kernels import (
     CANCELLED,
+    COLUMN_SWEEPS,
     K_ROUNDS,
     TOLERANCE,
     Box,
     Kernels,
     KLimits,
     Rounding,
+    cpu_columns,
     cpu_flips,
 )
 from jointq_cli.kernels.compiled import compiled
@@ -298,3 +300,10 @@ class CpuKernels(Kernels):
 
         _over_rows(levels.shape[0], _SEARCH_PASSES * levels.shape[1], body)
         return steps, fall
+
+    @staticmethod
+    def column_flips(products: Tensor, metric: Tensor, coupling: Tensor, signs: Tensor, scale: Tensor) -> Tensor:
+        change = torch.zeros_like(products)
+        m, g, h, s, b, u = (t.numpy() for t in (products, metric, coupling, signs, scale, change))
+        cpu_columns.column_flips(m, g, h, s, b, u, f32(TOLERANCE), COLUMN_SWEEPS)
+        return change

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jointq_cli.kernels import CANCELLED, Box, cuda_flips
+from jointq_cli.kernels.cpu import CpuKernels
 from jointq_cli.kernels.reference import ReferenceKernels
 from jointq_cli.kernels.reference_flips import TorchSteps
 
@@ -68,6 +69,16 @@ class CudaKernels(ReferenceKernels):
     """See `Kernels` for the contract."""
 
     steps: ClassVar[type[TorchSteps]] = TritonSteps
+
+    @staticmethod
+    def column_flips(products: Tensor, metric: Tensor, coupling: Tensor, signs: Tensor, scale: Tensor) -> Tensor:
+        """On the CPU: columns wait for each other, and a flip is less work than launching it."""
+        given = [products, signs]
+        moved = [tensor.cpu() for tensor in given]
+        change = CpuKernels.column_flips(moved[0], metric.cpu(), coupling.cpu(), moved[1], scale.cpu())
+        for tensor, result in zip(given, moved, strict=True):
+            tensor.copy_(result)
+        return change.to(products.device)
 
 
 def _window(box: Box) -> Mapping[str, float]:

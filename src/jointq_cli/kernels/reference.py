@@ -5,7 +5,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from jointq_cli.kernels import CANCELLED, Box, Kernels, KLimits, Rounding, reference_k_flips
+from jointq_cli.kernels import (
+    CANCELLED,
+    COLUMN_SWEEPS,
+    TOLERANCE,
+    Box,
+    Kernels,
+    KLimits,
+    Rounding,
+    reference_k_flips,
+)
 from jointq_cli.kernels.reference_flips import TorchSteps, dots, nearest
 
 
@@ -135,6 +144,25 @@ class ReferenceKernels(Kernels):
         return reference_k_flips.k_flip_search(
             cls.steps, correlation, metric, products, levels, scales, mins, d, dmin, limits
         )
+
+    @staticmethod
+    def column_flips(products: Tensor, metric: Tensor, coupling: Tensor, signs: Tensor, scale: Tensor) -> Tensor:
+        change = torch.zeros_like(products)
+        for c, (m, s, u) in enumerate(zip(products, signs, change, strict=True)):
+            for _ in range(COLUMN_SWEEPS):
+                moved = False
+                for j in range(len(s)):
+                    step = -2 * s[j] * scale[c]
+                    energy = step * step * metric[j, j] * coupling[c, c]
+                    if bool(2 * step * m[j] - energy > TOLERANCE * energy):
+                        moved = True
+                        s[j] = -s[j]
+                        m -= step * coupling[c, c] * metric[j]
+                        u += step * metric[j]
+                if not moved:
+                    break
+            products[c + 1 :] -= coupling[c, c + 1 :, None] * u
+        return change
 
 
 def rounded(scale: Tensor, rounding: Rounding) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.binary_product import BinaryProduct
+from jointq_cli.formats.column_scaled import ColumnScaledWeight
 from jointq_cli.formats.k_quant import KQuantWeight
 from jointq_cli.formats.turned import TurnedWeight
 from jointq_cli.formats.uniform import UniformWeight
@@ -110,13 +112,19 @@ def uniform_forms(
     for name, form in model.forms.items():
         if isinstance(form, UniformWeight):
             if form.grid.zero != "integer" and not offsets:
+                others = "export=mlx, or " if form.bits > 1 else "quantizer=jointq with "
                 raise ConfigError(
                     f"export={word}: {name} is stored as {form.label}, and the format holds integer zero-points alone; "
-                    "export=mlx, or quantizer.zero_point=integer"
+                    f"{others}quantizer.zero_point=integer"
                 )
             found[name] = form
         elif not isinstance(form, beside):
-            ways = {KQuantWeight.kind: "; export=gguf", TurnedWeight.kind: "; quantizer.incoherence=none"}
+            ways = {
+                KQuantWeight.kind: "; export=gguf",
+                TurnedWeight.kind: "; quantizer.incoherence=none",
+                BinaryProduct.kind: "; quantizer=jointq, or the run's checkpoint as it is",
+                ColumnScaledWeight.kind: "; quantizer=jointq, or the run's checkpoint as it is",
+            }
             way_out = ways.get(form.kind, "")
             raise ConfigError(f"export={word}: {name} is stored as {form.label}, which the format cannot hold{way_out}")
     return found

@@ -1,0 +1,205 @@
+"""Binary: one bit per weight on two levels for each row and group of columns, by JointQ's search.
+
+    W ~ (codes - zero_point) * scale * c,    codes 0 or 1
+
+Levels are +-scale/2, or any two with `offset`: the form of CQ (OneComp) and of ARB (ARB-LLM, Li et al., arXiv
+2410.03129). c is 1, or with `column_scale` a number for each column: the form of OneBit (Xu et al., arXiv 2402.11295)
+and of ARB-RC. Their authors fit signs and scales to the weight; here all are chosen for the layer's output.
+
+With H_l = H + lambda R and fixed c, rows of W / c are solved in the metric diag(c) H_l diag(c). With fixed codes and
+scales, Z = (codes - zero_point) * scale, the best c is that of (Z'Z o H_l) c = diag(Z' W H_l). They take turns.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from jointq_cli.errors import NumericsError
+from jointq_cli.formats.base import StoredWeight
+from jointq_cli.formats.column_scaled import ColumnScaledWeight
+from jointq_cli.formats.uniform import UniformWeight, check_group_size, grid_label, group_columns
+from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
+from jointq_cli.quantization.quantizers.jointq.descent import SearchResult
+from jointq_cli.quantization.quantizers.jointq.metric import Metric, measure, natural_order
+from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer
+from jointq_cli.quantization.quantizers.jointq.search import State
+from jointq_cli.quantization.quantizers.statistics import HeldOut
+from jointq_cli.quantization.quantizers.uniform import FailedPreparation, hessian_product
+from jointq_cli.setting_rules import check_settings, setting
+
+_LEAST = 1 / 64  # of a column's scale, relative to their mean: W / c must not overflow
+
+
+@dataclass(frozen=True)
+class ColumnsPrepared(Prepared):
+    """regularized: H_l (in, in) float64; order (in,) int64: that in which the search takes its columns."""
+
+    regularized: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is found for one c (in,) float64. cost: tr(E H_l E')."""
+
+    layer: UniformLayer
+    metric: Metric
+    column_scale: Tensor
+    found: SearchResult[State]
+    cost: float
+
+    def grid_values(self) -> Tensor:
+        """Z, (out, in) float64."""
+        return self.layer.values(self.metric, self.found.state).double()
+
+
+def _scales(binary: "Binary") -> bool:
+    return binary.column_scale
+
+
+@dataclass(frozen=True)
+class Binary(Quantizer):
+    """See the module, and configs/quantizer/binary.yaml for what each field does."""
+
+    group_size: int | None = setting(128)
+    offset: bool = setting(False)
+    column_scale: bool = setting(False)
+    rounds: int = setting(3, least=0, used=_scales)
+    regularization_lambda: float = setting(0.3, least=0)
+    regularization_gamma: float = setting(1.0, least=0)
+    regularization_floor: float = setting(0.1, least=0)
+    max_sweeps: int = setting(3, least=0)
+    batch_size: int | None = setting(None, least=1, null="to choose it by device")
+    on_failure: str = setting("error", choices=("error", "rtn"))
+
+    def __post_init__(self) -> None:
+        check_settings(self, "quantizer")
+        check_group_size(self.group_size, {})
+
+    @property
+    def _jointq(self) -> JointQ:
+        """What solves rows."""
+        return JointQ(
+            bits=1,
+            group_size=self.group_size,
+            zero_point="real" if self.offset else "half",
+            regularization_lambda=self.regularization_lambda,
+            regularization_gamma=self.regularization_gamma,
+            regularization_floor=self.regularization_floor,
+            max_sweeps=self.max_sweeps,
+            batch_size=self.batch_size,
+            on_failure=self.on_failure,
+        )
+
+    @property
+    def row_separable(self) -> bool:
+        return not self.column_scale  # which all rows have in common
+
+    @property
+    def prepare_key(self) -> str:
+        return repr(replace(self, offset=False, rounds=0, max_sweeps=0))
+
+    def check(self, in_features: Mapping[str, int]) -> None:
+        check_group_size(self.group_size, in_features)
+
+    def storage(self, out_features: int, in_features: int, dtype: torch.dtype) -> StoredWeight:
+        found = self._jointq.storage(out_features, in_features, dtype)
+        return self._stored(found, torch.empty(in_features, dtype=dtype, device="meta"))
+
+    def _stored(self, found: StoredWeight, column_scale: Tensor) -> StoredWeight:
+        assert isinstance(found, UniformWeight)
+        return ColumnScaledWeight(found, column_scale) if self.column_scale else found
+
+    def cost(self, out_features: int, in_features: int, tokens: int) -> float:
+        once = self._jointq.cost(out_features, in_features, tokens)
+        if not self.column_scale:
+            return once
+        systems = 4 * (hessian_product(out_features, in_features) + in_features**3)  # float64: c, and the metric
+        return once + self.rounds * (once + systems)
+
+    def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
+        ridge = self.ridge(hessian)
+        if not self.column_scale or ridge is None or not bool(hessian.diagonal().any()):
+            return self._jointq.prepare(hessian)
+        order = natural_order(hessian, group_columns(self.group_size, len(hessian)))
+        return ColumnsPrepared(hessian + torch.diag(ridge), order)
+
+    def ridge(self, hessian: Tensor) -> Tensor | None:
+        return self._jointq.ridge(hessian)
+
+    def join(self, parts: Sequence[Solution]) -> Solution:
+        return self._jointq.join(parts)
+
+    def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
+        if not isinstance(prepared, ColumnsPrepared):
+            return self._by_jointq(weight, prepared, scale_dtype)
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericsError("the weight holds NaN or Inf")
+        try:
+            turns = list(self._turns(weight, prepared, scale_dtype))
+        except NumericsError as error:
+            if self.on_failure == "error":
+                raise
+            return self._by_jointq(weight, FailedPreparation(str(error)), scale_dtype)
+        last = turns[-1]
+        inner = last.layer.quantized(last.metric, last.found.state, permuted=False)
+        signal = float(((weight.double() @ prepared.regularized) * weight).sum())
+        notes: dict[str, float | int | str | bool] = {
+            "lambda": self.regularization_lambda,
+            "start_error": turns[0].cost / signal if signal else 0.0,
+            "final_error": last.cost / signal if signal else 0.0,
+            "rounds": len(turns) - 1,
+        }
+        return Solution(self._stored(inner, last.column_scale.to(scale_dtype)), None, "ok", notes, signal)
+
+    def _by_jointq(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
+        """With c = 1."""
+        found = self._jointq.quantize(weight, prepared, scale_dtype)
+        columns = torch.ones(weight.shape[1], dtype=scale_dtype, device=weight.device)
+        return replace(found, quantized=self._stored(found.quantized, columns))
+
+    def _turns(self, weight: Tensor, prepared: ColumnsPrepared, scale_dtype: torch.dtype) -> Iterator[Turn]:
+        """From c = 1, each of less cost than the one before."""
+        columns = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
+        turn = self._turn(weight, prepared, columns, scale_dtype, None)
+        yield turn
+        correlation = weight.double() @ prepared.regularized
+        for _ in range(self.rounds):
+            columns = _best_columns(turn.grid_values(), correlation, prepared.regularized).to(scale_dtype).double()
+            following = self._turn(weight, prepared, columns, scale_dtype, turn.found.state)
+            if not following.cost < turn.cost:  # c as it is stored is no better
+                return
+            turn = following
+            yield turn
+
+    def _turn(
+        self, weight: Tensor, prepared: ColumnsPrepared, columns: Tensor, scale_dtype: torch.dtype, start: State | None
+    ) -> Turn:
+        """Rows solved for c = `columns`, from the codes and scales of another c or from JointQ's start."""
+        jointq, scaled = self._jointq, prepared.regularized * columns * columns[:, None]
+        group = group_columns(self.group_size, len(columns))
+        metric = measure(scaled, prepared.order, group, torch.zeros_like(columns))
+        exponent = math.frexp(float(weight.abs().max()))[1]
+        divided = (weight.double() / columns).float()
+        layer = UniformLayer(divided, exponent, self.batch_size, jointq.integer_grid, scale_dtype)
+        if start is None:
+            found = jointq._from_starts(layer, metric, None)
+        else:
+            found = layer.solve(metric, jointq._continue, start)
+        unit = math.ldexp(float(scaled.diagonal().mean()), 2 * exponent)
+        return Turn(layer, metric, columns, found, float(found.cost.sum()) * unit)
+
+    def describe(self) -> str:
+        label = grid_label(self._jointq.integer_grid, self.group_size) + " column-scaled" * self.column_scale
+        return f"Binary {label} lambda={self.regularization_lambda:g}"
+
+
+def _best_columns(values: Tensor, correlation: Tensor, regularized: Tensor) -> Tensor:
+    """The c (in,) of least tr(E H_l E') for given Z (out, in); correlation: W H_l. All float64."""
+    found = torch.linalg.solve((values.T @ values) * regularized, (values * correlation).sum(dim=0))
+    least = _LEAST * float(found.abs().mean())
+    return torch.where(found.abs() < least, least, found)
