@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from jointq_cli.records import AllocationPoint, AllocationRecord, RunReport
+from jointq_cli.records import RunReport
+from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
 from jointq_cli.report.figures.allocation import allocation_figures
 from jointq_cli.report.pages.markdown import run_markdown
 from jointq_cli.report.tables.allocation import allocation_tables
@@ -18,7 +19,6 @@ def budgeted(report: RunReport) -> RunReport:
     ]
     record = AllocationRecord(
         allocation="bits_per_weight=3.6 of {bits: 3}, {bits: 4} by kfac",
-        budget=3.6,
         chosen=AllocationPoint(3.59, 0.021),
         candidates=["{bits: 3}", "{bits: 4}"],
         uniform=[AllocationPoint(3.1, 0.05), AllocationPoint(4.1, 0.012)],

@@ -22,7 +22,7 @@ from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.quantization.sensitivity import Losses, LossFiles
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.recipe import Recipe
-from jointq_cli.records import AllocationPoint, AllocationRecord
+from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.loop_settings import loop_settings, overridden_layers
 from jointq_cli.stages.sensitivity import measure
@@ -150,7 +150,6 @@ class Problem:
         fits = Knapsack([self._choices(unit, estimate) for unit in other]).least <= self.budget - self.fixed
         return AllocationRecord(
             allocation=self.allocation.describe(),
-            budget=self.budget / self.weights,
             chosen=self._point(chosen, estimate),
             candidates=[in_words(settings) for settings in self.allocation.candidates],
             uniform=[self._point(dict.fromkeys(self.candidates, number), estimate) for number in numbers],

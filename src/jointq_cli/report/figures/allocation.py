@@ -1,6 +1,7 @@
 """The figures of a budget of bits: which layer has how many, and the loss over the size."""
 
-from jointq_cli.records import AllocationRecord, RunReport
+from jointq_cli.records import RunReport
+from jointq_cli.records.allocation import AllocationRecord
 from jointq_cli.report import summary
 from jointq_cli.report.figures import style
 from jointq_cli.report.figures.style import SvgFigure

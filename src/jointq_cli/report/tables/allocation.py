@@ -1,6 +1,7 @@
 """How a budget of bits was distributed: over depth and kinds of layers, and the loss predicted and measured."""
 
-from jointq_cli.records import AllocationPoint, RunReport
+from jointq_cli.records import RunReport
+from jointq_cli.records.allocation import AllocationPoint
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import significant
 from jointq_cli.report.tables.table import Cell, TextTable

@@ -7,6 +7,8 @@ Knows no torch, no files and no terminal. The pipeline creates these records and
 from dataclasses import dataclass, field
 from typing import Any
 
+from jointq_cli.records.allocation import AllocationRecord
+
 IDENTICAL = "identical"  # the verdict of a reload check without a difference, and of a replay that is the same run
 WITHIN_TOLERANCE = "within the tolerance"
 DIFFERENT = "different"
@@ -153,30 +155,6 @@ class RefinementRecord:
     codes_changed: float  # share
     norms: list[str]  # the tensors of gains that were trained
     courses: list[RefinementCourse]
-
-
-@dataclass(frozen=True)
-class AllocationPoint:
-    """A size, in bits per weight of the layers to quantise, and the loss that is predicted for it: KL divergence, nats
-    per token."""
-
-    bits_per_weight: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class AllocationRecord:
-    """How a budget of bits was distributed over layers. Losses are predictions: what each layer alone does, added up,
-    on the calibration tokens and the inputs of the original model."""
-
-    allocation: str  # a line such as "bits_per_weight=3.15 of {bits: 2}, {bits: 3} by kfac"
-    budget: float  # bits per weight of the layers to quantise
-    chosen: AllocationPoint
-    candidates: list[str]  # in words, such as "{bits: 2}"
-    uniform: list[AllocationPoint]  # each candidate in all layers
-    curve: list[AllocationPoint]  # the least loss over the size
-    other_tie: AllocationPoint | None  # chosen with the other setting of tie; None where nothing is tied by it
-    layers: dict[str, int]  # the number of the candidate of each layer, but those that layers.overrides decides
 
 
 @dataclass(frozen=True)
