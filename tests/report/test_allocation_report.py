@@ -8,7 +8,7 @@ from jointq_cli.records import RunReport
 from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
 from jointq_cli.report.figures.allocation import allocation_figures
 from jointq_cli.report.pages.markdown import run_markdown
-from jointq_cli.report.tables.allocation import allocation_tables
+from jointq_cli.report.tables.allocation import allocation_table
 
 
 @pytest.fixture
@@ -29,19 +29,14 @@ def budgeted(report: RunReport) -> RunReport:
     return replace(report, layers=layers, allocation=record)
 
 
-def test_tables_have_bits_over_depth_and_both_losses(budgeted: RunReport) -> None:
-    depth, losses = allocation_tables(budgeted)
-    blocks = len({layer.block for layer in budgeted.layers})
-    assert [cell.text for cell in depth.rows[0]][2] == " ".join(str(block % 2 + 3) for block in range(blocks))
-    texts = [[cell.text for cell in row] for row in losses.rows]
-    assert texts[0][:3] == ["as chosen", "3.590", "0.02100"]
-    assert texts[0][3]
-    assert [row[0] for row in texts[1:]] == [
-        "{bits: 3} in all",
-        "{bits: 4} in all",
-        "chosen with the other `allocation.tie`",
-    ]
-    assert "## Loss of the budget" in run_markdown(budgeted)
+def test_the_table_has_both_losses(budgeted: RunReport) -> None:
+    rows = allocation_table(budgeted).rows
+    assert rows[0][:3] == ["as chosen", "3.590", "0.02100"]
+    assert rows[0][3]
+    assert [row[0] for row in rows[1:]] == [
+        "{bits: 3} in all", "{bits: 4} in all", "chosen with the other allocation.tie"
+    ]  # fmt: skip
+    assert "## Budget: bits_per_weight=3.6 of" in run_markdown(budgeted)
 
 
 def test_figures_have_every_form_and_the_curve(budgeted: RunReport) -> None:
@@ -54,5 +49,5 @@ def test_figures_have_every_form_and_the_curve(budgeted: RunReport) -> None:
 
 
 def test_nothing_without_a_budget(report: RunReport) -> None:
-    assert allocation_tables(report) == []
+    assert allocation_table(report).rows == []
     assert allocation_figures(report) == []

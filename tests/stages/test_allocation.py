@@ -77,7 +77,7 @@ def test_what_is_stored_holds_the_budget_and_the_map_gives_the_same_run(capsys: 
     assert record["chosen"]["loss"] < record["uniform"][1]["loss"]
     assert record["chosen"]["loss"] <= record["other_tie"]["loss"]
     assert "predicted KL" in capsys.readouterr().out
-    assert "## Bits over depth" in (RUN / "report.md").read_text()
+    assert "## Budget: bits_per_weight=3.6" in (RUN / "report.md").read_text()
     manifest = json.loads((RUN / "manifest.json").read_text())
     assert "allocation.yaml" in manifest["files"]
 
