@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
 from jointq_cli.cli.early_check import check_early
 from jointq_cli.cli.hydra_main import (
+    SWEEP_MODE,
     command_line,
     errors_raised,
     hydra_main,
@@ -107,7 +108,7 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     formatter = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
     runner = JobRunner(command, options, task, types, formatter, team)
     with renamed_by(renamer), errors_raised():
-        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*options, *overrides}:
+        if {"-m", "--multirun", SWEEP_MODE} & {*options, *overrides}:
             if team.size > 1:
                 raise UsageError(
                     "-m: several processes do one run together; the jobs of a sweep take hydra/launcher=..."
