@@ -97,6 +97,11 @@ def asked_for(model: StreamedModel, layers: LayerSelection, quantizer: Quantizer
     return found
 
 
+def overridden_layers(model: StreamedModel, layers: LayerSelection) -> set[str]:
+    """Those that `layers.overrides` decides."""
+    return set(layers.match_overrides(_selected(model, layers)))
+
+
 def _in_blocks(model: StreamedModel) -> list[str]:
     return [name for name in model.linear_layers() if model.block_of(name) is not None]
 
