@@ -31,6 +31,7 @@ from jointq_cli.cli.early_check import check_early
 from jointq_cli.cli.hydra_main import (
     command_line,
     errors_raised,
+    from_file,
     hydra_main,
     overrides_and_options,
     readable,
@@ -75,7 +76,8 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
     divided: the processes that torchrun has started share the work; else rank 0 does it, and the others nothing.
     """
     if "torch" not in sys.modules and "RANK" not in os.environ:  # several processes agree first on who says it
-        check_early(command, *command_words(command, arguments, KeyRenamer(silent=True)))
+        words, options = overrides_and_options(command, arguments)
+        check_early(command, [readable(KeyRenamer(silent=True).override(word)) for word in words], options)
     # Not above: it brings torch, and what cannot be read is refused without.
     from jointq_cli.system.torchrun import is_rank0, process_group
 
@@ -85,21 +87,16 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
         return _launch(command, [*arguments, *more], task, team)
 
 
-def command_words(command: str, arguments: list[str], renamer: KeyRenamer) -> tuple[list[str], list[str]]:
-    """Overrides, as Hydra reads them, and options."""
-    words, options = overrides_and_options(command, arguments)
-    return [readable(renamer.override(word)) for word in words], options
-
-
 def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.recipe import RECIPES, Recipe, keys, schemas, setting_roles
 
     renamer = KeyRenamer(silent=team.rank > 0)
-    words, options = command_words(command, arguments, renamer)
+    words, options = overrides_and_options(command, arguments)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     dictionaries = setting_roles(RECIPES[command]).dictionaries
-    overrides = [with_entries(word, dictionaries) for word in words]
+    named = [readable(from_file(renamer.override(word), dictionaries)) for word in words]
+    overrides = [with_entries(word, dictionaries) for word in named]
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]

@@ -5,6 +5,7 @@ from operator import attrgetter
 
 from jointq_cli.records import BlockRecord, LayerRecord, RunReport
 from jointq_cli.report import summary
+from jointq_cli.report.figures.allocation import allocation_figures
 from jointq_cli.report.figures.plots import Series, point_plot
 from jointq_cli.report.figures.refinement import refinement_figures
 from jointq_cli.report.figures.rotation import rotation_figures
@@ -25,6 +26,7 @@ def run_figures(report: RunReport) -> list[SvgFigure]:
         *_over_depth("E_w", "Weight error over depth", layers, WEIGHT_ERROR, "Relative error of each weight matrix"),
         *_accumulated(report.blocks),
         *(rotation_figures(report.rotation) if report.rotation else []),
+        *allocation_figures(report),
         *(refinement_figures(report.refinement) if report.refinement else []),
     ]
 
