@@ -180,7 +180,7 @@ def test_a_quality_chooses_options_of_other_groups_and_the_command_line_has_the_
     assert best.curvature.describe() == ""
     assert best.refinement.describe()
     assert best.calibration.add_generated
-    assert best.quantizer == compose_recipe("pocket_w3g128").quantizer
+    assert best.quantizer == compose_recipe("pocket_w3g128", "quantizer.incoherence=input").quantizer
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

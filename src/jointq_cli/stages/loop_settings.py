@@ -52,8 +52,8 @@ def _refuse_turned_twice(layers: Mapping[str, Quantizer], rotation: Rotation) ->
     for name, each in layers.items():
         if isinstance(each, UniformQuantizer) and each.incoherence != "none" and name.endswith(tuple(turned)):
             raise ConfigError(
-                f"quantizer.incoherence={each.incoherence}: rotation turns the input of {name} already; rotation=none, "
-                "or incoherence for other layers alone, by layers.overrides"
+                f"quantizer.incoherence={each.incoherence}: rotation turns the input of {name} already; rotation=none "
+                "or quantizer.incoherence=none, and incoherence for other layers by layers.overrides"
             )
 
 

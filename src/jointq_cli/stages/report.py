@@ -135,7 +135,7 @@ def finish_run(
     )
     report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
     write_manifest(context, run, recipe, original, tokens, files, windows)
-    write_report(report, run)
+    write_report(report, run, page=not context.console.is_brief)  # of a sweep, jointq report --html draws what is read
     label_checkpoint(run.checkpoint, report)
     for record in results.exports:
         label_export(run.exports / record.format, report, record)
