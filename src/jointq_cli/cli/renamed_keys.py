@@ -1,7 +1,7 @@
 """Config keys by their old names: accepted on the command line and in yaml files, and announced once."""
 
+import copy
 import functools
-import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ class RenamingConfigLoader(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath, renamer: KeyRenamer) -> None:
         super().__init__(config_search_path)
         self._renamer = renamer
-        self._composed: dict[tuple[str, ...], bytes] = {}  # by the overrides of groups; pickled
+        self._composed: dict[tuple[str, ...], DictConfig] = {}  # by the overrides of groups
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_composed": {}}
@@ -82,8 +82,8 @@ class RenamingConfigLoader(ConfigLoaderImpl):
         ]
         groups = [str(word.input_line) for word in words if word not in values]
         if tuple(groups) not in self._composed:
-            self._composed[tuple(groups)] = pickle.dumps(super().load_sweep_config(master_config, groups))
-        config: DictConfig = pickle.loads(self._composed[tuple(groups)])
+            self._composed[tuple(groups)] = super().load_sweep_config(master_config, groups)
+        config = copy.deepcopy(self._composed[tuple(groups)])
         try:
             self._apply_overrides_to_config(values, config)
         except Exception:  # a value that is refused, or a group that only a config's own search path has
