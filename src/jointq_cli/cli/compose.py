@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
 from jointq_cli.cli.early_check import check_early
 from jointq_cli.cli.hydra_main import (
+    SWEEP_MODE,
     command_line,
     errors_raised,
     from_file,
@@ -77,7 +78,7 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
     """
     if "torch" not in sys.modules and "RANK" not in os.environ:  # several processes agree first on who says it
         words, options = overrides_and_options(command, arguments)
-        check_early(command, [readable(KeyRenamer(silent=True).override(word)) for word in words], options)
+        check_early(command, list(map(readable, words)), options)
     # Not above: it brings torch, and what cannot be read is refused without.
     from jointq_cli.system.torchrun import is_rank0, process_group
 
@@ -95,8 +96,8 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     words, options = overrides_and_options(command, arguments)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     dictionaries = setting_roles(RECIPES[command]).dictionaries
-    named = [readable(from_file(renamer.override(word), dictionaries)) for word in words]
-    overrides = [with_entries(word, dictionaries) for word in named]
+    named = [from_file(renamer.override(word), dictionaries) for word in words]
+    overrides = [with_entries(readable(word), dictionaries) for word in named]
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]
@@ -104,7 +105,7 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     formatter = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
     runner = JobRunner(command, options, task, types, formatter, team)
     with renamed_by(renamer), errors_raised():
-        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*options, *overrides}:
+        if {"-m", "--multirun", SWEEP_MODE} & {*options, *overrides}:
             if team.size > 1:
                 raise UsageError(
                     "-m: several processes do one run together; the jobs of a sweep take hydra/launcher=..."

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import hydra
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from jointq_cli.cli import config_files
@@ -25,13 +27,25 @@ _SCHEMA_REFERENCE = re.compile(r"^\s*- /schema@_here_: (\w+)", re.MULTILINE)
 _ESCAPED = re.compile(r"[\\()\[\]{}:=, \t]")  # in keys of dictionaries
 _GRAMMAR = set("()[]{}'\"")  # lists, dictionaries, functions and quotes of Hydra
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_GET_MODE = Hydra.get_mode.__name__
+SWEEP_MODE = "hydra.mode=MULTIRUN"
 
 
 def hydra_main(command: str, function: Callable[[DictConfig], None]) -> None:
     """Composes the primary config of `command` by the arguments in sys.argv, and calls `function` with it."""
     decorate = hydra.main(version_base="1.3", config_path=str(config_files.config_dir()), config_name=command)
     main: Callable[[], None] = decorate(function)
-    main()
+    before = getattr(Hydra, _GET_MODE)
+    setattr(Hydra, _GET_MODE, _mode)
+    try:
+        main()
+    finally:
+        setattr(Hydra, _GET_MODE, before)
+
+
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+    """None: a run, or with -m a sweep. Hydra would compose the whole config once more, since files may set it too."""
+    return RunMode.MULTIRUN if SWEEP_MODE in overrides else None
 
 
 def overrides_and_options(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:

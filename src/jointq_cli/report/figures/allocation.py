@@ -1,18 +1,13 @@
 """The figures of a budget of bits: which layer has how many, and the loss over the size."""
 
 import math
-from dataclasses import replace
+import statistics
 
 from jointq_cli.records import RunReport
-from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
+from jointq_cli.records.allocation import AllocationRecord
 from jointq_cli.report import summary
 from jointq_cli.report.figures.plots import Series, heat_map, point_plot
 from jointq_cli.report.figures.style import SvgFigure
-
-LOSSES = (
-    "The least loss that is predicted for each size, and what was measured: on the evaluation text, with error "
-    "propagation, which predictions leave out"
-)
 
 
 def allocation_figures(report: RunReport) -> list[SvgFigure]:
@@ -22,23 +17,36 @@ def allocation_figures(report: RunReport) -> list[SvgFigure]:
 
 def _over_depth(report: RunReport) -> list[SvgFigure]:
     kinds = summary.layers_by_kind(report.layers)
-    blocks = range(max(layer.block for layer in report.layers) + 1)
-    bits = [{layer.block: layer.bits_per_weight for layer in layers} for layers in kinds.values()]
-    values = [[row.get(block, math.nan) for block in blocks] for row in bits]
-    caption = "Bits per weight of each layer, with all that its codes need"
-    return heat_map("Bits over depth", caption, values, list(kinds), x="decoder block", text="{:.2f}".format)
+    blocks = range(1 + max(layer.block for layer in report.layers))
+    bits = {
+        (kind, block): [layer.bits_per_weight for layer in members if layer.block == block]
+        for kind, members in kinds.items()
+        for block in blocks
+    }
+    values = [
+        [statistics.mean(found) if (found := bits[kind, block]) else math.nan for block in blocks] for kind in kinds
+    ]
+    caption = "Bits per weight, all that a layer needs counted"
+    return heat_map("Bits over depth", caption, values, list(kinds), x="decoder block", text="{:.3g}".format)
 
 
 def _losses(report: RunReport, record: AllocationRecord) -> list[SvgFigure]:
-    measured = AllocationPoint(record.chosen.bits_per_weight, report.comparison.kl_divergence)
+    size = record.chosen.bits_per_weight
     series = [
-        _series(None, record.curve),
-        replace(_series("one candidate in all layers", record.uniform), line="none"),
-        _series("chosen", [record.chosen]),
-        _series("measured", [measured]),
+        Series("least predicted", [point.bits_per_weight for point in record.curve], [p.loss for p in record.curve]),
+        Series(
+            "one form in all layers",
+            [point.bits_per_weight for point in record.uniform],
+            [point.loss for point in record.uniform],
+            line="none",
+        ),
+        Series("measured", [size], [report.comparison.kl_divergence], line="none"),
     ]
-    return point_plot("Loss over size", LOSSES, series, x="bits per weight", y="KL divergence, nats", log_y=True)
-
-
-def _series(label: str | None, points: list[AllocationPoint]) -> Series:
-    return Series(label, [point.bits_per_weight for point in points], [point.loss for point in points])
+    caption = (
+        "The least loss that is predicted for each size, in the circle what was chosen, and what was measured: on the "
+        "evaluation text, with error propagation, which predictions leave out"
+    )
+    return point_plot(
+        "Loss over size", caption, series, x="bits per weight", y="KL divergence, nats", log_y=True,
+        rings=[(size, record.chosen.loss)],
+    )  # fmt: skip

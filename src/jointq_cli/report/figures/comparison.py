@@ -11,18 +11,22 @@ from jointq_cli.report.figures.style import SvgFigure, fits_log_axis
 from jointq_cli.report.grouping import grouped
 
 LONG_NAME = 12  # characters above which a figure of half the page's width has no space beside the names
+MOST_SERIES = 16  # in one figure
 FAR_APART = 5  # ratio of the largest to the smallest value above which an axis is logarithmic
 
 
 def comparison_figures(comparison: RunComparison) -> list[SvgFigure]:
     """All figures for which the runs have data."""
-    caption = "E_y: median of each block's layers"
+    few = comparison.closest(MOST_SERIES)
+    left_out = len(comparison.runs) - len(few.runs)
+    most = f"; without the {left_out} runs of largest KL divergence" if left_out else ""
+    caption = f"E_y: median of each block's layers{most}"
     return [
         *_perplexities(comparison),
         *_divergences(comparison),
-        *_over_depth("Output error over depth", caption, comparison, _medians),
-        *_by_kind(comparison),
-        *_over_depth("Accumulated error over depth", ACCUMULATED, comparison, _accumulated),
+        *_over_depth("Output error over depth", caption, few, _medians),
+        *_by_kind(few),
+        *_over_depth("Accumulated error over depth", ACCUMULATED + most, few, _accumulated),
     ]
 
 
@@ -50,7 +54,7 @@ def _measured(
     references: Sequence[float],
 ) -> list[SvgFigure]:
     """A row per run. values: value and standard error of each."""
-    names = [run.name for run in comparison.runs]
+    names = comparison.labels()
     series = [Series(None, [value], [row], [error]) for row, (value, error) in enumerate(values)]
     positive = [value for value in [*references, *(value for value, _ in values)] if fits_log_axis(value)]
     log = not positive or max(positive) > FAR_APART * min(positive)
@@ -62,8 +66,11 @@ def _over_depth(
     title: str, caption: str, comparison: RunComparison, points: Callable[[RunReport], list[tuple[int, float]]]
 ) -> list[SvgFigure]:
     """A series per run. points: (decoder block, error)."""
-    found = [(run.name, points(run.report)) for run in comparison.runs]
-    series = [Series(name, [block for block, _ in each], [error for _, error in each]) for name, each in found]
+    labels, found = comparison.labels(), [points(run.report) for run in comparison.runs]
+    series = [
+        Series(label, [block for block, _ in each], [error for _, error in each])
+        for label, each in zip(labels, found, strict=True)
+    ]
     return point_plot(title, caption, series, x="decoder block", y="error", log_y=True)
 
 
@@ -80,8 +87,8 @@ def _by_kind(comparison: RunComparison) -> list[SvgFigure]:
     """A row per kind, a point per run."""
     rows = comparison.kind_errors()
     series = [
-        Series(run.name, [row.errors[index] for row in rows], list(range(len(rows))))
-        for index, run in enumerate(comparison.runs)
+        Series(label, [row.errors[index] for row in rows], list(range(len(rows))))
+        for index, label in enumerate(comparison.labels())
     ]
     caption = "E_y: median over the layers that all runs have"
     return point_plot("Output error by kind", caption, series, x="E_y", rows=[row.name for row in rows], log_x=True)

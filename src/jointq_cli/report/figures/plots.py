@@ -1,6 +1,7 @@
 """The two plots that all figures are: points with error bars and lines, and a heat map. Knows no record."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,7 +17,7 @@ from jointq_cli.report.number_format import plural
 WIDE, HALF, HEIGHT = 9.6, 4.7, 3.5  # inches
 ROW = 0.36  # inches
 CHARACTER = 0.088  # inches; of a digit, letters are narrower on average
-MOST_LEGEND = 28  # characters; a longer name is cut
+MOST_LEGEND = 30  # characters in a line of a name
 MOST_COLUMNS = 40  # of a heat map whose cells have room for text
 
 
@@ -61,9 +62,10 @@ def point_plot(
     points = [point for one in drawn for point in zip(one.x, one.y, strict=True)]
     if not points:
         return []
-    height = 0.75 + ROW * len(rows) if rows else HEIGHT
-    legend = max((len(_short(one.label)) for one in drawn if one.label and one.x), default=0)
-    left = 0.25 + CHARACTER * max(map(len, rows)) if rows else 0.85
+    rows = [_wrapped(row) for row in rows]
+    height = 0.75 + ROW * sum(1 + row.count("\n") / 2 for row in rows) if rows else HEIGHT
+    legend = max((_breadth(_wrapped(one.label)) for one in drawn if one.label and one.x), default=0)
+    left = 0.25 + CHARACTER * max(map(_breadth, rows)) if rows else 0.85
     right = 0.45 + CHARACTER * legend if legend else 0.2
     with style.styled_axes(WIDE if wide else HALF, height, left=left, right=right) as axes:
         if log_x:
@@ -147,14 +149,14 @@ def _fitting(series: Series, log_x: bool, log_y: bool) -> Series:
 def _draw(axes: Axes, series: Series, index: int, *, in_rows: bool) -> None:
     colour, marker = style.series_style(index)
     if series.line == "dotted":
-        axes.plot(series.x, series.y, color=colour, linestyle=":", linewidth=1.4, label=_short(series.label) or None)
+        axes.plot(series.x, series.y, color=colour, linestyle=":", linewidth=1.4, label=_wrapped(series.label) or None)
         return
     if series.line == "solid" and not in_rows:
         axes.plot(*_joined(series), color=colour, linewidth=1.0, alpha=0.5)
     errors = series.errors or None
     axes.errorbar(
         series.x, series.y, xerr=errors if in_rows else None, yerr=None if in_rows else errors, color=colour,
-        marker=marker, markersize=5, linestyle="none", capsize=3, elinewidth=1.0, label=_short(series.label) or None,
+        marker=marker, markersize=5, linestyle="none", capsize=3, elinewidth=1.0, label=_wrapped(series.label) or None,
     )  # fmt: skip
 
 
@@ -168,6 +170,11 @@ def _joined(series: Series) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def _short(label: str | None) -> str:
-    text = label or ""
-    return text if len(text) <= MOST_LEGEND else f"{text[: MOST_LEGEND - 1]}…"
+def _wrapped(label: str | None) -> str:
+    """In lines that leave room for the points."""
+    return textwrap.fill(label or "", MOST_LEGEND)
+
+
+def _breadth(text: str) -> int:
+    """Of the longest line, in characters."""
+    return max(map(len, text.splitlines()), default=0)
