@@ -19,7 +19,7 @@ def budgeted(report: RunReport) -> RunReport:
         for layer in report.layers
     ]
     record = AllocationRecord(
-        allocation="bits_per_weight=3.6 of {bits: 3}, {bits: 4} by kfac",
+        allocation="bits_per_weight=3.6 of {bits: 3}, {bits: 4}",
         chosen=AllocationPoint(3.59, 0.021),
         candidates=["{bits: 3}", "{bits: 4}"],
         uniform=[AllocationPoint(3.1, 0.05), AllocationPoint(4.1, 0.012)],

@@ -17,7 +17,7 @@ class AllocationRecord:
     """How a budget of bits was distributed over layers. Losses are predictions: what each layer alone does, added up,
     on the calibration tokens and the inputs of the original model."""
 
-    allocation: str  # a line such as "bits_per_weight=3.15 of {bits: 2}, {bits: 3} by kfac"
+    allocation: str  # a line such as "bits_per_weight=3.15 of {bits: 2}, {bits: 3}"
     chosen: AllocationPoint
     candidates: list[str]  # in words, such as "{bits: 2}"
     uniform: list[AllocationPoint]  # each candidate in all layers
