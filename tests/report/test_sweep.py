@@ -88,7 +88,7 @@ def test_rows_have_the_bits_of_the_complete_checkpoint(tmp_path: Path, report: R
     partly = replace(report, coverage=Coverage(0.4, {"mlp.experts": 0.6}, 11.2, 12.1))
     directory = sweep_of(tmp_path, partly, [14.0], [{KEY: "1"}])
     [table, *_] = sweep_document("mine", load_jobs(directory)).tables
-    assert table.rows[0][table.heading.index("bits/model")].text == "12.1"
+    assert table.rows[0][table.heading.index("bits/model")] == "12.1"
     write_summary(directory, page=False)
     [row] = json.loads((tmp_path / "summary.json").read_text())
     assert (row["block_bits_per_weight"], row["checkpoint_bits_per_parameter"]) == (11.2, 12.1)
@@ -97,7 +97,7 @@ def test_rows_have_the_bits_of_the_complete_checkpoint(tmp_path: Path, report: R
 def test_tasks_have_their_columns(tmp_path: Path, report: RunReport, task: TaskRecord) -> None:
     directory = sweep_of(tmp_path, replace(report, tasks=[task]), [14.0, None], [{KEY: "1"}, {KEY: "2"}])
     [table, *_] = sweep_document("mine", load_jobs(directory)).tables
-    assert [row[table.heading.index("arc_easy acc")].text for row in table.rows] == ["0.620 ± 0.010", "-"]
+    assert [row[table.heading.index("arc_easy acc")] for row in table.rows] == ["0.620 ± 0.010", "-"]
     write_summary(directory, page=False)
     [first, second] = json.loads((tmp_path / "summary.json").read_text())
     assert (first["arc_easy acc"], first["arc_easy acc_standard_error"]) == (0.62, 0.01)
@@ -148,7 +148,7 @@ def test_the_best_job_has_the_least_kl_divergence_and_names_those_within_the_sta
     assert document.headline.endswith(
         "it: job 0 (within the sum of both standard errors, an upper bound of the paired one)."
     )
-    marks = {row[0].text: [cell.text[-1] for cell in row if cell.text[-1] in "*~"] for row in document.tables[0].rows}
+    marks = {row[0]: [cell[-1] for cell in row if cell[-1] in "*~"] for row in document.tables[0].rows}
     assert marks == {"0": ["~"], "1": ["*"], "2": [], "3": []}
     assert all(figure.caption.endswith("the job with the least KL divergence") for figure in sweep_figures(jobs))
     write_summary(directory, page=False)
@@ -260,7 +260,7 @@ def test_an_engine_without_logits_leaves_perplexity_to_rank_by(tmp_path: Path, r
     jobs = load_jobs(evaluations(tmp_path, report, [18.0, 12.0, 15.0], [0.1, math.nan, 0.2]))
     document = sweep_document("mine", jobs)
     assert "Least perplexity in job 1 (path=1): 12.00 ± 0.55 (-33" in document.headline
-    assert not [cell.text for row in document.tables[0].rows for cell in row if "nan" in cell.text]
+    assert not [cell for row in document.tables[0].rows for cell in row if "nan" in cell]
     assert len(sweep_figures(jobs)) == 1
 
 

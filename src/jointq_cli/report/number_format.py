@@ -62,13 +62,13 @@ def relative_change(ratio: float, standard_error: float = math.nan) -> str:
     return f"{sign}{magnitude:.{decimals}f} %"
 
 
-def scientific(value: float) -> str:
-    """Three digits and the power of ten, "1.23e-3"; an exact zero is "0"."""
+def scientific(value: float, decimals: int = 2) -> str:
+    """Three digits, or another number, and the power of ten, "1.23e-3"; an exact zero is "0"."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
         return str(value)
-    mantissa, exponent = f"{value:.2e}".split("e")
+    mantissa, exponent = f"{value:.{decimals}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 

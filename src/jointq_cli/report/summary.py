@@ -1,7 +1,4 @@
-"""What the report of one run says, in sentences and key metrics: the one source for the terminal, Markdown and HTML.
-
-Knows the records and how to format their numbers. Knows no markup, no file and no terminal.
-"""
+"""What the report of one run says, in sentences and key metrics: the one source for the terminal, Markdown and HTML."""
 
 import math
 from collections.abc import Iterable
@@ -19,7 +16,7 @@ from jointq_cli.records import (
     StageRecord,
     TaskRecord,
     TaskScore,
-)
+)  # fmt: skip
 from jointq_cli.report import rotation_summary
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import (
@@ -34,10 +31,11 @@ from jointq_cli.report.number_format import (
     plus_minus,
     relative_change,
     significant,
-)
+)  # fmt: skip
 
 FALLBACK = "fallback"
 DAMPED = "damped"
+Pairs = list[tuple[str, str]]  # (label, value)
 
 
 def title(report: RunReport) -> str:
@@ -67,10 +65,8 @@ def partly(report: RunReport) -> str:
 
 
 def perplexity_increase(report: RunReport) -> tuple[float, float]:
-    """Relative increase over the original (0.05 is five percent more), and its standard error.
-
-    The standard error is that of the increase in negative log-likelihood, which is paired over windows.
-    """
+    """Relative increase over the original (0.05 is five percent more), and its standard error, which is that of the
+    increase in negative log-likelihood, paired over windows."""
     ratio = report.quantized.value / report.original.value if report.original.value else math.nan
     return ratio - 1, ratio * report.comparison.nll_increase_standard_error
 
@@ -85,80 +81,67 @@ def kl_text(comparison: Comparison) -> str:
 
 def explanation(report: RunReport) -> str:
     """The result in full sentences, for readers who do not see such metrics daily."""
-    agreement = percent(report.comparison.top1_agreement)
-    sentences = [
-        f"{plural(len(report.layers), 'linear layer')} of {report.model} "
-        f"({parameter_count(report.parameters)} parameters) were quantised with {report.quantizer}. "
-        f"On the same {report.protocol.scored_tokens} tokens both models rank the same token first "
-        f"in {agreement} of all positions."
-    ]
-    if within_noise(report):
-        sentences.append("The change in perplexity is within two standard errors: too small for this text to show.")
-    if report.audit.packed_bytes and report.audit.source_bytes:
-        ratio = report.audit.source_bytes / report.audit.packed_bytes
-        sentences.append(
-            f"With its codes packed the model takes {byte_size(report.audit.packed_bytes)}, "
-            f"{significant(ratio, 2)} times less than the original's "
-            f"{byte_size(report.audit.source_bytes)}."
+    found, audit = report.comparison, report.audit
+    count = len(report.layers)
+    text = (
+        f"{plural(count, 'linear layer')} of {report.model} ({parameter_count(report.parameters)} parameters) "
+        f"{'was' if count == 1 else 'were'} quantised with {report.quantizer}. On the same "
+        f"{plural(report.protocol.scored_tokens, 'token')} both models rank the same token first in "
+        f"{percent(found.top1_agreement)} of all positions."
+    )
+    if abs(found.nll_increase) < 2 * found.nll_increase_standard_error:
+        text += " The change in perplexity is within two standard errors: too small for this text to show."
+    if audit.packed_bytes and audit.source_bytes:
+        text += (
+            f" With its codes packed the model takes {byte_size(audit.packed_bytes)}, "
+            f"{significant(audit.source_bytes / audit.packed_bytes, 2)} times less than the original's "
+            f"{byte_size(audit.source_bytes)}."
         )
-    return " ".join(sentences)
+    return text
 
 
-def refined_gains(report: RunReport) -> str:
-    """What else than the selected layers has changed, as the end of a sentence."""
-    return f" but for {plural(report.audit.refined, 'gain')} of norms that were trained" if report.audit.refined else ""
+def sound(report: RunReport) -> str:
+    """What is known of a run without problems."""
+    source = "the rotated model" if report.rotation else "the source"
+    trained = f" but for {plural(report.audit.refined, 'gain')} of norms that were trained" * bool(report.audit.refined)
+    return (
+        f"Every tensor that was not selected is identical to {source}{trained}, and the checkpoint reloaded from disk "
+        "computes what the model in memory did."
+    )
 
 
-def basis(report: RunReport) -> list[tuple[str, str]]:
-    """Rotation and simulated activations of a run, as (label, value); empty for a run without them."""
-    found = []
-    if report.rotation is not None:
-        found.append(("rotation", rotation_summary.headline(report.rotation)))
-        found += rotation_summary.online(report.rotation)
-    if report.simulation is not None:
-        found.append(("simulated", f"{report.simulation.activations}; not in the checkpoint"))
-    return found
+def basis(report: RunReport) -> Pairs:
+    """Rotation and simulated activations of a run; empty for a run without them."""
+    rotation, simulation = report.rotation, report.simulation
+    found = [("rotation", rotation_summary.headline(rotation)), *rotation_summary.online(rotation)] if rotation else []
+    return found + ([("simulated", f"{simulation.activations}; not in the checkpoint")] if simulation else [])
 
 
 def stored_and_simulated(report: RunReport) -> str:
     """Which part of the result is stored in the checkpoint, and which part was only simulated."""
-    bits = f"{significant(report.bits_per_weight, 3)} bits{partly(report)}"
-    stored = f"In the checkpoint: weights of {bits}, dequantised"
+    text = f"In the checkpoint: weights of {significant(report.bits_per_weight, 3)} bits{partly(report)}, dequantised"
     if report.rotation is not None:
-        stored += f", in a basis that is absorbed ({'; '.join(rotation_summary.names(report.rotation))})"
+        text += f", in a basis that is absorbed ({'; '.join(rotation_summary.names(report.rotation))})"
         if report.rotation.online:
-            stored += f" but for {' and '.join(report.rotation.online)}, which must run online: transformers refuses it"
+            text += f" but for {' and '.join(report.rotation.online)}, which must run online: transformers refuses it"
     if report.simulation is None:
-        return f"{stored}. Nothing is simulated."
-    return (
-        f"{stored}. Simulated while the perplexity was measured, and not in the checkpoint: activations "
-        f"{report.simulation.activations}."
-    )
-
-
-def within_noise(report: RunReport) -> bool:
-    """Whether the increase in loss is below two standard errors of the paired difference."""
-    comparison = report.comparison
-    return abs(comparison.nll_increase) < 2 * comparison.nll_increase_standard_error
+        return f"{text}. Nothing is simulated."
+    simulated = f"activations {report.simulation.activations}"
+    return f"{text}. Simulated while the perplexity was measured, and not in the checkpoint: {simulated}."
 
 
 def problems(report: RunReport) -> list[str]:
     """Reasons not to use this checkpoint without a closer look, the worst first. Empty for a clean run."""
-    found = []
-    if not report.audit.passed:
-        found.append(f"audit failed: {audit_verdict(report)}")
+    found = [] if report.audit.passed else [f"audit failed: {audit_verdict(report)}"]
     found += perplexity_problems("the original model's perplexity", report.original, report.protocol)
     found += perplexity_problems("the quantised model's perplexity", report.quantized, report.protocol)
-    fallbacks = [layer.name for layer in report.layers if layer.verdict == FALLBACK]
-    if fallbacks:
+    if fallbacks := [layer.name for layer in report.layers if layer.verdict == FALLBACK]:
         found.append(f"{plural(len(fallbacks), 'layer')} fell back to RTN: {listed(fallbacks)}")
-    if report.rotation is not None:
-        found += rotation_summary.problems(report.rotation)
+    found += rotation_summary.problems(report.rotation) if report.rotation else []
     if report.reload_check != IDENTICAL:
         found.append(f"the checkpoint reloaded from disk differs from the model in memory: {report.reload_check}")
-    found += report.failed_exports
-    found += [problem for record in report.exports if record.check for problem in record.check.problems]
-    return found + report.beyond_limits
+    exports = [problem for record in report.exports if record.check for problem in record.check.problems]
+    return found + report.failed_exports + exports + report.beyond_limits
 
 
 def perplexity_problems(name: str, perplexity: Perplexity, protocol: Protocol) -> list[str]:
@@ -171,19 +154,11 @@ def perplexity_problems(name: str, perplexity: Perplexity, protocol: Protocol) -
 def audit_verdict(report: RunReport) -> str:
     """The audit in one line: counts, or the first names of the tensors that are wrong."""
     audit = report.audit
-    wrong = [
-        f"{len(names)} {what} ({listed(names)})"
-        for what, names in (
-            ("missing", audit.missing),
-            ("unexpected", audit.unexpected),
-            ("changed", audit.changed),
-        )
-        if names
-    ]
-    if wrong:
+    groups = {"missing": audit.missing, "unexpected": audit.unexpected, "changed": audit.changed}
+    if wrong := [f"{len(names)} {what} ({listed(names)})" for what, names in groups.items() if names]:
         return ", ".join(wrong)
-    refined = f", {audit.refined} gains of norms refined" if audit.refined else ""
-    return f"passed: {audit.quantized} tensors quantised{refined}, {audit.identical} identical to the source"
+    refined = f", {plural(audit.refined, 'gain')} of norms refined" if audit.refined else ""
+    return f"passed: {plural(audit.quantized, 'tensor')} quantised{refined}, {audit.identical} identical to the source"
 
 
 def layer_verdicts(report: RunReport) -> str:
@@ -197,11 +172,15 @@ def layer_verdicts(report: RunReport) -> str:
 
 def layer_notes(layer: LayerRecord) -> str:
     """What else the quantizer reported: "dead_columns=3 condition=1.2e+06"; zero counts are left out."""
-    return " ".join(
-        f"{name}={significant(value, 3) if isinstance(value, float) else value}"
-        for name, value in layer.notes.items()
-        if value not in (0, False, None, "")
-    )
+    return " ".join(f"{name}={text}" for name in layer.notes if (text := note_text(layer, name)))
+
+
+def note_text(layer: LayerRecord, name: str) -> str:
+    """One value that the quantizer reported; "" for a zero and for none."""
+    value = layer.notes.get(name)
+    if value in (0, False, None, ""):
+        return ""
+    return significant(value, 3) if isinstance(value, float) else str(value)
 
 
 def stage_cost(stage: StageRecord) -> str:
@@ -209,47 +188,41 @@ def stage_cost(stage: StageRecord) -> str:
     return "reused" if stage.reused else duration(stage.seconds)
 
 
-def generation_note(report: RunReport) -> str:
-    """How the generated texts were made."""
-    note = "What each model writes after a prompt, by the most likely token each time"
-    return f"{note}; activations are not quantised." if report.simulation else f"{note}."
-
-
-def refinement(report: RunReport) -> list[tuple[str, str]]:
-    """What a refinement has changed, as (label, value); empty for a run without one."""
+def refinement(report: RunReport) -> Pairs:
+    """What a refinement has changed; empty for a run without one."""
     record = report.refinement
     if record is None:
         return []
-    losses = [
-        (course.points[0].heldout_loss, min(point.heldout_loss for point in course.points)) for course in record.courses
-    ]
+    courses = record.courses
+    losses = [(course.points[0].heldout_loss, min(point.heldout_loss for point in course.points)) for course in courses]
     before, after = (sum(column) / len(losses) for column in zip(*losses, strict=True))
-    of_blocks = "" if len(losses) == 1 else f" (mean of {plural(len(losses), 'block')})"
-    kept = f", step {record.courses[0].best_step} of {record.courses[0].steps} kept" if len(losses) == 1 else ""
-    gains = plural(report.audit.refined, "gain")
-    changed = f"{percent(record.codes_changed)} of the codes and {gains} of norms changed"
-    held_out = f"loss of held-out windows {significant(before)} → {significant(after)}{of_blocks}{kept}"
-    before_it = "E_y and E_w of layers are from before"
-    return [("refinement", f"{record.refinement}; {held_out}; {changed}; {before_it}")]
+    one = len(courses) == 1
+    how = f", step {courses[0].best_step} of {courses[0].steps} kept" if one else f" (mean of {len(courses)} blocks)"
+    return [(
+        "refinement",
+        f"{record.refinement}; loss of held-out windows {significant(before)} → {significant(after)}{how}; "
+        f"{percent(record.codes_changed)} of the codes and {plural(report.audit.refined, 'gain')} of norms changed; "
+        "E_y and E_w of layers are from before",
+    )]  # fmt: skip
 
 
-def exports(report: RunReport) -> list[tuple[str, str]]:
-    """Each packed checkpoint of a run, as (label, value)."""
+def exports(report: RunReport) -> Pairs:
+    """Each packed checkpoint of a run."""
     return [(f"export {record.format}", export_line(record)) for record in report.exports]
 
 
 def export_line(record: ExportRecord) -> str:
     """The size of a packed checkpoint and how exactly it holds the weights."""
-    size, bits = byte_size(record.weight_bytes), significant(record.bits_per_weight, 3)
     exact = f"within {significant(record.worst_error, 2)} steps" if record.worst_error else "exact"
     rounded = f"; {plural(len(record.rounded), 'other tensor')} rounded" if record.rounded else ""
     types = f" ({', '.join(f'{count} {kind}' for kind, count in record.types.items())})" if record.types else ""
-    line = f"{size}{types}, {bits} bits per weight; read back from its files: {exact}{rounded}"
-    if record.check is None:
+    line = (
+        f"{byte_size(record.weight_bytes)}{types}, {significant(record.bits_per_weight, 3)} bits per weight; "
+        f"read back from its files: {exact}{rounded}"
+    )
+    if (found := record.check) is None:
         return f"{line}; not tried in an engine"
-    found = record.check
-    change = relative_change(found.perplexity_change)
-    kl = significant(found.kl_divergence, 2)
+    kl, change = significant(found.kl_divergence, 2), relative_change(found.perplexity_change)
     return f"{line}; in {found.engine}: KL {kl}, perplexity {change} over {plural(found.windows, 'window')}"
 
 
@@ -264,14 +237,22 @@ def key_metrics(report: RunReport) -> list[KeyMetric]:
 
 def quality_metrics(report: RunReport) -> list[KeyMetric]:
     """How good and how large the quantised model is."""
-    audit = report.audit
+    audit, found = report.audit, report.coverage
     stored = "of the quantised layers: packed codes and all that they need"
-    return [
+    metrics = [
         KeyMetric("perplexity", perplexity_text(report.quantized), f"original {perplexity_text(report.original)}"),
         *comparison_metrics(report.comparison),
         *task_metrics(report.tasks),
         KeyMetric("bits per weight", significant(report.bits_per_weight, 3), stored),
-        *_coverage_metrics(report),
+    ]
+    if found:
+        share = f"of all weights of the blocks; {percent(found.share)} of them are quantised"
+        metrics += [
+            KeyMetric("bits per block weight", significant(found.block_bits, 3), share),
+            KeyMetric("bits per parameter", significant(found.checkpoint_bits, 3), "of the complete checkpoint"),
+        ]
+    return [
+        *metrics,
         KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
     ]
 
@@ -286,30 +267,18 @@ def task_score_text(score: TaskScore | None) -> str:
     return MISSING if score is None else plus_minus(score.value, score.standard_error or 0.0)
 
 
-def task_change_text(task: TaskRecord) -> str:
+def task_change_text(task: TaskRecord | None) -> str:
     """The change against the original, with the standard error of the paired difference: "-0.012 ± 0.009"."""
-    if task.original is None:
+    if task is None or task.original is None:
         return MISSING
     change = task.score.value - task.original.value
     return ("+" if change > 0 else "") + plus_minus(change, task.change_standard_error or 0.0)
 
 
 def _task_detail(task: TaskRecord) -> str:
-    samples = plural(task.samples, "sample") + (
-        f", {plural(task.fewshot, 'example')} before each" if task.fewshot else ""
-    )
     before = f"original {task_score_text(task.original)}, change {task_change_text(task)}; " if task.original else ""
-    return before + samples
-
-
-def _coverage_metrics(report: RunReport) -> list[KeyMetric]:
-    if report.coverage is None:
-        return []
-    share = f"of all weights of the blocks; {percent(report.coverage.share)} of them are quantised"
-    return [
-        KeyMetric("bits per block weight", significant(report.coverage.block_bits, 3), share),
-        KeyMetric("bits per parameter", significant(report.coverage.checkpoint_bits, 3), "of the complete checkpoint"),
-    ]
+    examples = f", {plural(task.fewshot, 'example')} before each" if task.fewshot else ""
+    return f"{before}{plural(task.samples, 'sample')}{examples}"
 
 
 def comparison_metrics(comparison: Comparison, models: str = "original || quantised") -> list[KeyMetric]:
@@ -337,10 +306,9 @@ def evaluation_problems(report: EvaluationReport) -> list[str]:
 def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
     """The perplexity of one checkpoint and, if a reference was evaluated, its distance from that."""
     nll = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
-    perplexity = perplexity_text(report.perplexity)
-    metrics = [KeyMetric("perplexity", perplexity, f"negative log-likelihood {nll} nats per token")]
+    detail = f"negative log-likelihood {nll} nats per token"
     compared = comparison_metrics(report.comparison, "reference || model") if report.comparison else []
-    return metrics + compared + task_metrics(report.tasks)
+    return [KeyMetric("perplexity", perplexity_text(report.perplexity), detail), *compared, *task_metrics(report.tasks)]
 
 
 def total_seconds(report: RunReport | EvaluationReport) -> float:
@@ -352,18 +320,8 @@ def layers_by_kind(layers: Iterable[LayerRecord]) -> dict[str, list[LayerRecord]
     return grouped(layers, lambda layer: layer.kind)
 
 
-def worst_layers(report: RunReport, count: int) -> list[LayerRecord]:
-    """The layers with the largest output error; those whose error is not finite come first."""
-
-    def error(layer: LayerRecord) -> float:
-        return layer.output_error if math.isfinite(layer.output_error) else math.inf
-
-    return sorted(report.layers, key=error, reverse=True)[:count]
-
-
-def provenance(report: RunReport) -> list[tuple[str, str]]:
-    """What the result was made from, as (label, value)."""
-    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+def provenance(report: RunReport) -> Pairs:
+    """What the result was made from."""
     return [
         ("recipe", report.recipe),
         ("model", f"{report.model} ({report.architecture}, {parameter_count(report.parameters)} parameters)"),
@@ -378,5 +336,5 @@ def provenance(report: RunReport) -> list[tuple[str, str]]:
         *exports(report),
         ("layers", layer_verdicts(report)),
         ("device", report.device),
-        ("versions", versions),
+        ("versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
     ]

@@ -19,7 +19,7 @@ from jointq_cli.report.console.layer_rows import layer_heading, layer_row, name_
 from jointq_cli.report.console.progress_rate import ProgressRate
 from jointq_cli.report.number_format import KeyMetric, duration
 from jointq_cli.report.summary import DAMPED, FALLBACK, layer_notes
-from jointq_cli.report.tables.table import GAP, TableDocument, TextTable
+from jointq_cli.report.tables.table import BEST_MARK, GAP, TableDocument, TextTable
 
 VERDICT_STYLES = {FALLBACK: "bold red", DAMPED: "yellow"}
 STATE_STYLES = {"done": "green", "reused": "cyan", "failed": "bold red", "interrupted": "yellow"}
@@ -94,8 +94,8 @@ class TerminalDisplay(Display):
             self._rich.print(line, soft_wrap=True)
 
     def tables(self, document: TableDocument) -> None:
-        self._headline(document.headline, document.warnings)
-        for table in document.tables:
+        self._headline(document.headline, [*document.problems, *document.warnings])
+        for table in document.shown:
             self._rich.print()
             self._rich.print(Text(table.title, style="bold"))
             for part in table.folded(self._rich.width):
@@ -240,12 +240,12 @@ def _metrics(metrics: list[KeyMetric]) -> Table:
 
 
 def _columns(text_table: TextTable) -> Table:
-    """Without folding; the best cell of a column is in colour."""
+    """The best cell of a column is in colour."""
     table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style=LABEL_STYLE)
     for index, heading in enumerate(text_table.heading):
-        table.add_column(Text(heading), justify="left" if index < text_table.stub else "right", no_wrap=True)
+        table.add_column(Text(heading), justify="left" if index < text_table.stub else "right", overflow="fold")
     for row in text_table.rows:
-        table.add_row(*(Text(cell.text, style="bold green" if cell.best else "") for cell in row))
+        table.add_row(*(Text(cell, style="bold green" if cell.endswith(BEST_MARK) else "") for cell in row))
     return table
 
 

@@ -1,44 +1,26 @@
 """Self-contained HTML pages: no scripts, fonts or images from elsewhere. Imports matplotlib for the figures."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from jointq_cli.records import LayerRecord, RunReport
-from jointq_cli.report import number_format, rotation_summary, summary
+from jointq_cli.records import RunReport
 from jointq_cli.report.compare.runs import RunComparison
 from jointq_cli.report.figures.comparison import comparison_figures
 from jointq_cli.report.figures.run import run_figures
 from jointq_cli.report.figures.style import SvgFigure
-from jointq_cli.report.tables.experts import experts_table
-from jointq_cli.report.tables.run import kinds_table, tasks_table
-from jointq_cli.report.tables.table import TableDocument
+from jointq_cli.report.pages.markdown import environment
+from jointq_cli.report.tables.run import run_document
+from jointq_cli.report.tables.table import TableDocument, TextTable
+
+WIDEST = 150  # characters of a table in a window of 1200 pixels
+BREADTHS = (("", 44), ("medium", 88))  # characters that fit into 400 and 800 pixels
 
 
 def run_html(report: RunReport) -> str:
     """The report of one run."""
-    template = _environment().get_template("run.html.jinja")
-    return template.render(
-        title=summary.title(report),
-        headline=summary.headline(report),
-        explanation=summary.explanation(report),
-        problems=summary.problems(report),
-        metrics=summary.key_metrics(report),
-        figures=run_figures(report),
-        source="the rotated model" if report.rotation else "the source",
-        refined_gains=summary.refined_gains(report),
-        basis=summary.basis(report),
-        stored_and_simulated=summary.stored_and_simulated(report),
-        rotation_metrics=rotation_summary.metrics(report.rotation) if report.rotation else [],
-        tables=[*tasks_table(report.tasks), kinds_table(report.layers), *experts_table(report.layers)],
-        layer_verdicts=summary.layer_verdicts(report),
-        rows=_rows(report.layers),
-        generations=report.generations,
-        generation_note=summary.generation_note(report),
-        warnings=report.warnings,
-        provenance=summary.provenance(report),
-    )
+    return document_html(run_document(report), run_figures(report))
 
 
 def comparison_html(comparison: RunComparison, document: TableDocument) -> str:
@@ -47,42 +29,29 @@ def comparison_html(comparison: RunComparison, document: TableDocument) -> str:
 
 
 def document_html(document: TableDocument, figures: Sequence[SvgFigure]) -> str:
-    template = _environment().get_template("document.html.jinja")
-    return template.render(title=document.title, document=document, figures=figures)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("jointq_cli", "report/pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    found = environment(escape=True)
+    found.filters.update(
+        folded=lambda table: [table] if table.shaded else table.folded(WIDEST), breadth=_breadth, shades=_shades
     )
-    environment.filters.update(
-        scientific=number_format.scientific,
-        duration=number_format.duration,
-        damping=number_format.damping_text,
-        significant=number_format.significant,
-    )
-    return environment
+    return found.get_template("document.html.jinja").render(document=document, figures=figures)
 
 
-def _rows(layers: list[LayerRecord]) -> list[dict[str, object]]:
-    """Each layer with its notes and its output error as percent of the range from the smallest to the largest."""
-    logs = [math.log(error) for layer in layers if math.isfinite(error := layer.output_error) and error > 0]
-    low, high = min(logs, default=0.0), max(logs, default=0.0)
-    return [
-        {"layer": layer, "notes": summary.layer_notes(layer), "share": _percent_of_range(layer.output_error, low, high)}
-        for layer in layers
-    ]
+def _breadth(table: TextTable) -> str:
+    characters = sum(width + 2 for width in table.widths())
+    return next((name for name, most in BREADTHS if characters <= most), "broad")
 
 
-def _percent_of_range(error: float, low: float, high: float) -> int:
-    """low, high: logarithms."""
-    if not math.isfinite(error):
-        return 100
-    if error <= 0 or high <= low:
-        return 0
-    return round(100 * (math.log(error) - low) / (high - low))
+def _shades(table: TextTable) -> list[list[int]]:
+    """How strongly each cell of a heat map is coloured, in percent, by its place among all that are."""
+    columns = range(table.stub, table.stub + table.shaded)
+    numbers = [[_number(row[column]) for column in columns] for row in table.rows]
+    order = sorted(number for row in numbers for number in row)
+    return [[0] * table.stub + [60 * bisect_left(order, number) // len(order) for number in row] for row in numbers]
+
+
+def _number(cell: str) -> float:
+    """That begins a cell; 0 for none, infinity for NaN."""
+    with suppress(ValueError):
+        value = float(cell.split(" ")[0])
+        return math.inf if math.isnan(value) else value
+    return 0.0

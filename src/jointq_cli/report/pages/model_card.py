@@ -8,7 +8,7 @@ from jointq_cli.models.identity import base_model
 from jointq_cli.records import ExportRecord, RotationRecord, RunReport
 from jointq_cli.report import summary
 from jointq_cli.report.limits import figures
-from jointq_cli.report.pages.markdown import inline, markdown_table
+from jointq_cli.report.pages.markdown import environment, inline
 
 PROJECT = "jointq"
 LIBRARIES = ("gguf", "mlx")  # formats that are a library of the hub; all others are loaded by transformers
@@ -80,20 +80,6 @@ def model_card(report: RunReport, usage: Sequence[str], library: str = "transfor
             "figures": {name: float(f"{value:.6g}") for name, value in measured.items()},
         },
     }
-    metrics = [(one.label, one.value, one.detail) for one in summary.quality_metrics(report)]
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)}---",
-        f"# {inline(origin['base_model'])}, {inline(report.quantizer)}",
-        inline(summary.headline(report)),
-        *(f"> **Problem:** {inline(problem)}" for problem in summary.problems(report)),
-        "## Measured",
-        markdown_table(("metric", "value", "note"), metrics),
-        f"Protocol: `{report.protocol.line()}`",
-        *([inline(summary.stored_and_simulated(report))] if summary.basis(report) else []),
-        "## Use",
-        *usage,
-        "## Origin",
-        markdown_table(("what", "value"), [*origin.items(), ("model hash", report.model_hash)]),
-        f"Quantised by {PROJECT}. The licence and the limits of the base model apply.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=1000)
+    template = environment(escape=False).get_template("model_card.md.jinja")
+    return template.render(head=text, origin=origin, report=report, summary=summary, usage=usage)

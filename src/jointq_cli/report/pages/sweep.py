@@ -9,8 +9,8 @@ from typing import Any
 from jointq_cli.report.compare.run_files import RECIPE, REPORT
 from jointq_cli.report.compare.sweep import Ranking, SweepJob, load_jobs, ranking
 from jointq_cli.report.pages.markdown import document_markdown
-from jointq_cli.report.pages.writers import csv_text
 from jointq_cli.report.tables.sweep import sweep_document
+from jointq_cli.report.tables.table import csv_text
 from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.sweep_directory import SweepDirectory
 

@@ -1,14 +1,12 @@
 """The report files of a run: report.json, layers.csv, report.md and report.html."""
 
-import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
-from io import StringIO
-from typing import Any
+from collections.abc import Sequence
 
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report.pages.markdown import run_markdown
+from jointq_cli.report.tables.table import csv_text
 from jointq_cli.system.record_json import encode
 from jointq_cli.system.run_directory import RunDirectory
 
@@ -29,11 +27,3 @@ def layers_csv(layers: Sequence[LayerRecord]) -> str:
     names = [field.name for field in dataclasses.fields(LayerRecord)]
     rows = (dataclasses.asdict(layer) | {"notes": json.dumps(layer.notes, sort_keys=True)} for layer in layers)
     return csv_text(names, rows)
-
-
-def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    text = StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

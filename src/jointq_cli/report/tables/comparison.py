@@ -1,17 +1,14 @@
-"""The tables of `jointq compare`: several runs, one per row, and the layers in which they differ.
-
-Knows which properties of the compared runs are shown and in which order. Knows no markup, no file and no terminal.
-"""
+"""The tables of `jointq compare`: several runs, one per row, and the layers in which they differ."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from jointq_cli.records import RunReport
 from jointq_cli.report import number_format, summary
 from jointq_cli.report.compare.runs import LayerErrors, RunComparison, RunDifference, accumulated_error
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.number_format import MISSING, plural, scientific, shortest_suffixes, text_or_missing
-from jointq_cli.report.tables.table import BEST_MARK, Cell, TableDocument, TextTable
+from jointq_cli.report.number_format import MISSING, plural, scientific, shortest_suffixes, significant, text_or_missing
+from jointq_cli.report.tables.glossary import meanings
+from jointq_cli.report.tables.table import BEST_MARK, TableDocument, TextTable
 
 QUANTIZE = "quantize"  # the stage that quantises the layers
 CHANGED_LAYERS = 10
@@ -31,7 +28,8 @@ def comparison_document(
             *(_in_words(difference, comparison) for difference in incomparable),
         ],
         notes=_notes(comparison, unfinished),
-        tables=[_metrics(comparison), *_tasks(comparison), _errors(comparison), *_changed(comparison)],
+        first_tables=[_metrics(comparison)],
+        tables=[_tasks(comparison), _errors(comparison), _changed(comparison)],
     )
 
 
@@ -48,11 +46,10 @@ def _headline(comparison: RunComparison) -> str:
 
 def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
     keys = ", ".join(difference.key for difference in comparison.setting_differences())
-    marked = comparison.best(_kl) | comparison.best(_perplexity)
     reports = [run.report for run in comparison.runs]
     last_blocks = [str(report.blocks[-1].block) if report.blocks else None for report in reports]
     notes = [f"settings that differ: {keys or 'none'}"]
-    if marked:
+    if comparison.best(_kl) | comparison.best(_perplexity):
         notes.append("* the least of the runs that were measured alike")
     if unfinished:
         notes.append(f"not finished and left out: {', '.join(unfinished)}")
@@ -67,17 +64,19 @@ def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
 
 
 def _metrics(comparison: RunComparison) -> TextTable:
-    def column(text: Callable[[RunReport], str]) -> list[Cell]:
-        return [Cell(text(run.report)) for run in comparison.runs]
+    def column(text: Callable[[RunReport], str]) -> list[str]:
+        return [text(run.report) for run in comparison.runs]
 
     columns = {
         "perplexity": _marked(comparison, _perplexity, _perplexity_text),
         "increase": column(lambda report: number_format.relative_change(*summary.perplexity_increase(report))),
         "KL divergence": _marked(comparison, _kl, _kl_text),
         "top-1": column(lambda report: number_format.percent(report.comparison.top1_agreement)),
-        "bits/weight": column(lambda report: number_format.significant(report.bits_per_weight, 3)),
-        "bits/block": column(lambda report: _bits(report.coverage.block_bits if report.coverage else None)),
-        "bits/model": column(lambda report: _bits(report.coverage.checkpoint_bits if report.coverage else None)),
+        "bits/weight": column(lambda report: significant(report.bits_per_weight, 3)),
+        "bits/block": column(lambda report: significant(report.coverage.block_bits, 3) if report.coverage else MISSING),
+        "bits/model": column(
+            lambda report: significant(report.coverage.checkpoint_bits, 3) if report.coverage else MISSING
+        ),
         "original": column(lambda report: summary.perplexity_text(report.original)),
         QUANTIZE: column(_quantize_cost),
         "total time": column(lambda report: number_format.duration(summary.total_seconds(report))),
@@ -86,75 +85,61 @@ def _metrics(comparison: RunComparison) -> TextTable:
     return _table_of_runs("Perplexity, KL divergence and costs", comparison, columns)
 
 
-def _tasks(comparison: RunComparison) -> list[TextTable]:
-    """A column per figure of lm-eval's tasks; no table without any."""
+def _tasks(comparison: RunComparison) -> TextTable:
+    """Two columns per figure of lm-eval's tasks."""
     figures = [{task.name: task for task in run.report.tasks} for run in comparison.runs]
     names = list(dict.fromkeys(name for run in figures for name in run))
-    columns = {
-        name: [Cell(summary.task_score_text(run[name].score if name in run else None)) for run in figures]
-        for name in names
+    scores = {
+        name: [summary.task_score_text(run[name].score if name in run else None) for run in figures] for name in names
     }
-    changes = {
-        f"change of {name}": [Cell(summary.task_change_text(run[name]) if name in run else MISSING) for run in figures]
-        for name in names
-    }
-    table = _table_of_runs("Tasks, and the change against the original model", comparison, columns | changes)
-    return [replace(table, short_stub=True)] if names else []
-
-
-def _bits(value: float | None) -> str:
-    return number_format.text_or_missing(None if value is None else number_format.significant(value, 3))
+    changes = {f"change of {name}": [summary.task_change_text(run.get(name)) for run in figures] for name in names}
+    table = _table_of_runs("Tasks, and the change against the original model", comparison, scores | changes)
+    return table if names else TextTable("", [], [])
 
 
 def _errors(comparison: RunComparison) -> TextTable:
     accumulated = LayerErrors("last block", [accumulated_error(run.report) for run in comparison.runs])
-    cells = {row.name: _error_cells(row) for row in [*comparison.kind_errors(), accumulated]}
+    columns = {
+        row.name: [
+            f"{scientific(error)}{ratio:>{RATIO_WIDTH}}"
+            for error, ratio in zip(row.errors, ["", *map(number_format.multiple, row.ratios)], strict=True)
+        ]
+        for row in [*comparison.kind_errors(), accumulated]
+    }
     title = (
         "E_y by kind of layer and accumulated error of the last block, and how many times that of run "
         f"{comparison.runs[0].name}"
     )
-    note = f"medians over {plural(len(comparison.common_layers()), 'layer')} that all runs have"
-    return replace(_table_of_runs(title, comparison, cells), note=note, short_stub=True)
+    medians = f"Medians over {plural(len(comparison.common_layers()), 'layer')} that all runs have. "
+    return _table_of_runs(title, comparison, columns, medians + meanings(["E_y", "accumulated"]))
 
 
-def _changed(comparison: RunComparison) -> list[TextTable]:
-    changed = comparison.changed_layers(CHANGED_LAYERS)
+def _changed(comparison: RunComparison) -> TextTable:
     reference, *others = [run.name for run in comparison.runs]
     title = f"Layers whose E_y changed most against run {reference}, and how many times as large it is elsewhere"
-    texts = [[row.name, scientific(row.errors[0]), *map(number_format.multiple, row.ratios)] for row in changed]
-    rows = [list(map(Cell, row)) for row in texts]
-    return [TextTable(title, 1, ["layer", f"E_y of {reference}", *others], rows)] if changed else []
+    rows = [
+        [row.name, scientific(row.errors[0]), *map(number_format.multiple, row.ratios)]
+        for row in comparison.changed_layers(CHANGED_LAYERS)
+    ]
+    return TextTable(title, ["layer", f"E_y of {reference}", *others], rows)
 
 
-def _table_of_runs(title: str, comparison: RunComparison, columns: dict[str, list[Cell]]) -> TextTable:
+def _table_of_runs(title: str, comparison: RunComparison, columns: dict[str, list[str]], note: str = "") -> TextTable:
     """A row per run: its name, the settings in which it differs, and `columns`, the cells by heading."""
     differences = comparison.setting_differences()
     keys = shortest_suffixes([difference.key for difference in differences])
-    rows = [
-        [
-            Cell(run.name),
-            *(Cell(text_or_missing(difference.values[index])) for difference in differences),
-            *(cells[index] for cells in columns.values()),
-        ]
-        for index, run in enumerate(comparison.runs)
-    ]
-    return TextTable(title, 1 + len(differences), ["run", *keys, *columns], rows)
+    settings = [[text_or_missing(value) for value in difference.values] for difference in differences]
+    names = [run.name for run in comparison.runs]
+    rows = [list(row) for row in zip(names, *settings, *columns.values(), strict=True)]
+    return TextTable(title, ["run", *keys, *columns], rows, 1 + len(keys), note).filled()
 
 
 def _marked(
     comparison: RunComparison, metric: Callable[[RunReport], float], text: Callable[[RunReport], str]
-) -> list[Cell]:
+) -> list[str]:
     best = comparison.best(metric)
-    # Blanks as wide as the mark keep the digits aligned.
-    blank = " " * len(BEST_MARK) if best else ""
-    texts = [text(run.report) for run in comparison.runs]
-    return [Cell(text + (BEST_MARK if index in best else blank), index in best) for index, text in enumerate(texts)]
-
-
-def _error_cells(row: LayerErrors) -> list[Cell]:
-    """The error of each run and, after the reference, its ratio to the reference's."""
-    ratios = ["", *map(number_format.multiple, row.ratios)]
-    return [Cell(f"{scientific(error)}{text:>{RATIO_WIDTH}}") for error, text in zip(row.errors, ratios, strict=True)]
+    blank = " " * len(BEST_MARK) if best else ""  # keeps the digits aligned
+    return [text(run.report) + (BEST_MARK if at in best else blank) for at, run in enumerate(comparison.runs)]
 
 
 def _perplexity(report: RunReport) -> float:

@@ -1,12 +1,19 @@
 """The tables of `jointq plan`: the remaining work of each stage, and whether the machine has enough memory and disk."""
 
-from jointq_cli.records import RunEstimate, StageEstimate
+from jointq_cli.records import RunEstimate
 from jointq_cli.report.number_format import MISSING, byte_size, duration
-from jointq_cli.report.tables.table import Cell, TableDocument, TextTable
+from jointq_cli.report.tables.table import TableDocument, TextTable
 
 
 def plan_document(estimate: RunEstimate) -> TableDocument:
-    rows = [_row(stage) for stage in estimate.stages]
+    disk, scratch = _size(estimate.disk), _size(estimate.scratch)
+    columns = {
+        "stage": lambda stage: stage.name,
+        "state": lambda stage: stage.state,
+        "time": lambda stage: _duration(stage.seconds) if stage.seconds else MISSING,
+        "memory": lambda stage: _size(stage.memory) if stage.seconds else MISSING,
+        "disk": lambda stage: _size(stage.disk) if stage.disk else MISSING,
+    }
     return TableDocument(
         title="plan",
         headline=(
@@ -17,22 +24,12 @@ def plan_document(estimate: RunEstimate) -> TableDocument:
         notes=[
             f"memory: {_size(estimate.memory)} at its peak, the process itself included; "
             f"{_size(estimate.memory_available)} are free",
-            f"disk: {_size(estimate.disk)} stay, {_size(estimate.scratch)} come and go; "
-            f"{_size(estimate.disk_free)} are free",
+            f"disk: {disk} stay, {scratch} come and go; {_size(estimate.disk_free)} are free",
             "time: about, and where nothing else runs; kernels that are yet to be compiled take 10 to 25 s more",
             *estimate.notes,
         ],
-        tables=[TextTable("What there is to do", 2, ["stage", "state", "time", "memory", "disk"], rows)],
+        tables=[TextTable.of("What there is to do", estimate.stages, columns, stub=2)],
     )
-
-
-def _row(stage: StageEstimate) -> list[Cell]:
-    costs = (
-        (stage.seconds, _duration(stage.seconds)),
-        (stage.seconds, _size(stage.memory)),
-        (stage.disk, _size(stage.disk)),
-    )
-    return [Cell(stage.name), Cell(stage.state), *(Cell(text if value else MISSING) for value, text in costs)]
 
 
 def _duration(seconds: float) -> str:

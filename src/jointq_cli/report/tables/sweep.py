@@ -1,7 +1,4 @@
-"""The tables of a sweep: one line per job while it runs, and a document with all jobs.
-
-Knows jobs and what they measured. Knows no markup and no terminal.
-"""
+"""The tables of a sweep: one line per job while it runs, and a document with all jobs."""
 
 from collections.abc import Sequence
 
@@ -18,10 +15,10 @@ from jointq_cli.report.number_format import (
     shortest_suffixes,
     significant,
 )
-from jointq_cli.report.tables.table import BEST_MARK, GAP, Cell, TableDocument, TextTable
+from jointq_cli.report.tables.table import BEST_MARK, GAP, TableDocument, TextTable
 from jointq_cli.system.sweep_directory import DONE
 
-METRICS = (("perplexity", 14), ("increase", 16), ("KL divergence", 19), ("time", 11))  # with their column widths
+METRICS = {"perplexity": 14, "increase": 16, "KL divergence": 19, "time": 11}  # with their column widths
 NEAR_MARK = " ~"
 MOST_NUMBERS = 8  # of jobs in one sentence
 
@@ -30,26 +27,24 @@ class SweepRows:
     """The table that grows while a sweep runs. Its columns are wide enough for the settings of all jobs."""
 
     def __init__(self, settings: Sequence[dict[str, str]]) -> None:
-        keys = _keys(settings)
-        headings = shortest_suffixes(keys)
-        self._keys = keys
+        self._keys = _keys(settings)
+        names = shortest_suffixes(self._keys)
         self._widths = [
-            max(len(heading), *(len(job.get(key, MISSING)) for job in settings))
-            for heading, key in zip(headings, keys, strict=True)
+            max(len(name), *(len(job.get(key, MISSING)) for job in settings))
+            for name, key in zip(names, self._keys, strict=True)
         ]
-        self.heading = self._line("job", headings, [name for name, _ in METRICS])
+        self.heading = self._line("job", names, list(METRICS))
 
     def row(self, job: SweepJob) -> str:
         """One line, and a second one with the error of a job that failed."""
-        values = [job.settings.get(key, MISSING) for key in self._keys]
-        line = self._line(str(job.number), values, _metrics(job))
-        error = f"\n     {job.record.state}: {job.record.error}" if job.record.error else ""
-        state = "" if job.record.state == DONE or error else f"  {job.record.state}"
-        return line + state + error
+        line = self._line(str(job.number), [job.settings.get(key, MISSING) for key in self._keys], _metrics(job))
+        if job.record.error:
+            return f"{line}\n     {job.record.state}: {job.record.error}"
+        return line if job.record.state == DONE else f"{line}  {job.record.state}"
 
     def _line(self, number: str, settings: Sequence[str], metrics: Sequence[str]) -> str:
         left = [f"{text:<{width}}" for text, width in zip(settings, self._widths, strict=True)]
-        right = [f"{text:>{width}}" for text, (_, width) in zip(metrics, METRICS, strict=True)]
+        right = [f"{text:>{width}}" for text, width in zip(metrics, METRICS.values(), strict=True)]
         return (" " * GAP).join([f"{number:>3}", *left, *right]).rstrip()
 
 
@@ -70,18 +65,17 @@ def _headline(ranked: Ranking, jobs: Sequence[SweepJob]) -> str:
     so_far = "" if done == len(jobs) else f"{done} of {plural(len(jobs), 'job')} done. "
     if ranked.unlike:
         return f"{so_far}No best job: results do not compare, since the jobs differ in {', '.join(ranked.unlike)}."
-    chosen = ranked.best
-    if chosen is None or chosen.measured is None:
+    best = ranked.best
+    if best is None or best.measured is None:
         return f"{so_far}No {ranked.measure} to compare."
-    keys = shortest_suffixes(list(chosen.settings))
-    settings = ", ".join(f"{key}={value}" for key, value in zip(keys, chosen.settings.values(), strict=True))
-    perplexity, increase, divergence, _ = _metrics(chosen)
-    by_perplexity = ranked.measure == "perplexity"
-    against = f" ({increase})" if chosen.measured.comparison else ""
-    result = f"{perplexity}{against}" if by_perplexity else f"{divergence}, perplexity {perplexity}{against}"
+    keys = shortest_suffixes(list(best.settings))
+    settings = ", ".join(f"{key}={value}" for key, value in zip(keys, best.settings.values(), strict=True))
+    perplexity, increase, divergence, _ = _metrics(best)
+    result = perplexity if ranked.measure == "perplexity" else f"{divergence}, perplexity {perplexity}"
+    against = f" ({increase})" if best.measured.comparison else ""
     near = f" Not distinguishable from it: {_named(ranked.near, jobs)} ({_reason(ranked)})." if ranked.near else ""
-    job = f"job {chosen.number}{f' ({settings})' if settings else ''}"
-    return f"{so_far}Least {ranked.measure} in {job}: {result}.{near}"
+    job = f"job {best.number}{f' ({settings})' if settings else ''}"
+    return f"{so_far}Least {ranked.measure} in {job}: {result}{against}.{near}"
 
 
 def _reason(ranked: Ranking) -> str:
@@ -93,16 +87,10 @@ def _reason(ranked: Ranking) -> str:
 
 def _warnings(jobs: Sequence[SweepJob]) -> list[str]:
     """Errors and warnings, each text once with the jobs that have it."""
-    failed = [job for job in jobs if job.record.error]
-    errors = grouped(failed, lambda job: f"{job.record.state}: {job.record.error}")
-    warned = [(text, job) for job in jobs if job.measured for text in dict.fromkeys(job.measured.warnings)]
-    return [
-        *(f"{_named(members, jobs)} {text}" for text, members in errors.items()),
-        *(
-            f"{_named([job for _, job in members], jobs)}: {text}"
-            for text, members in grouped(warned, lambda each: each[0]).items()
-        ),
-    ]
+    errors = [(f" {job.record.state}: {job.record.error}", job) for job in jobs if job.record.error]
+    warned = [(f": {text}", job) for job in jobs if job.measured for text in dict.fromkeys(job.measured.warnings)]
+    by_text = grouped([*errors, *warned], lambda each: each[0])
+    return [f"{_named([job for _, job in members], jobs)}{text}" for text, members in by_text.items()]
 
 
 def _named(chosen: Sequence[SweepJob], jobs: Sequence[SweepJob]) -> str:
@@ -113,8 +101,7 @@ def _named(chosen: Sequence[SweepJob], jobs: Sequence[SweepJob]) -> str:
 
 
 def _notes(jobs: Sequence[SweepJob], ranked: Ranking) -> list[str]:
-    protocols = {job.measured.protocol.line() for job in jobs if job.measured}
-    notes = [f"protocol: {line}" for line in sorted(protocols)]
+    notes = [f"protocol: {line}" for line in sorted({job.measured.protocol.line() for job in jobs if job.measured})]
     if ranked.best is not None:
         mark = BEST_MARK.strip()
         notes.append(f"{mark} the least {ranked.measure}; chosen on this text, it is a little too good for any other")
@@ -132,49 +119,39 @@ def _jobs(jobs: Sequence[SweepJob], ranked: Ranking) -> TextTable:
     metrics = ["perplexity", "increase", "KL divergence", "top-1", "bits/weight", "bits/model", "time", "state"]
     tasks = list(dict.fromkeys(task.name for job in jobs if job.measured for task in job.measured.tasks))
     rows = [
-        [
-            Cell(str(job.number)),
-            *(Cell(job.settings.get(key, MISSING)) for key in keys),
-            *_cells(job, ranked),
-            *_task_cells(job, tasks),
-        ]
+        [str(job.number), *(job.settings.get(key, MISSING) for key in keys), *_cells(job, ranked), *_scores(job, tasks)]
         for job in jobs
     ]
-    return TextTable("Jobs", 1 + len(keys), ["job", *shortest_suffixes(keys), *metrics, *tasks], rows)
+    return TextTable("Jobs", ["job", *shortest_suffixes(keys), *metrics, *tasks], rows, 1 + len(keys)).filled()
 
 
-def _cells(job: SweepJob, ranked: Ranking) -> list[Cell]:
+def _cells(job: SweepJob, ranked: Ranking) -> list[str]:
     perplexity, increase, divergence, time = _metrics(job)
     measured = job.measured
     found = measured.comparison if measured and measured.has_divergence else None
     top1 = percent(found.top1_agreement) if found else MISSING
     bits = significant(measured.bits_per_weight, 3) if measured and measured.bits_per_weight else MISSING
     model = significant(measured.coverage.checkpoint_bits, 3) if measured and measured.coverage else MISSING
+    cells = [perplexity, increase, divergence, top1, bits, model, time, job.record.state]
     mark = BEST_MARK if job is ranked.best else NEAR_MARK if job in ranked.near else " " * len(BEST_MARK)
-    texts = [perplexity, increase, divergence, top1, bits, model, time, job.record.state]
-    cells = list(map(Cell, texts))
-    column = 0 if ranked.measure == "perplexity" else 2
-    cells[column] = Cell(texts[column] + mark, job is ranked.best)
+    cells[0 if ranked.measure == "perplexity" else 2] += mark
     return cells
 
 
-def _task_cells(job: SweepJob, names: Sequence[str]) -> list[Cell]:
+def _scores(job: SweepJob, tasks: Sequence[str]) -> list[str]:
     scores = {task.name: task.score for task in job.measured.tasks} if job.measured else {}
-    return [Cell(summary.task_score_text(scores.get(name))) for name in names]
+    return [summary.task_score_text(scores.get(name)) for name in tasks]
 
 
 def _metrics(job: SweepJob) -> list[str]:
     """The values of METRICS as text."""
     measured = job.measured
     seconds = job.record.seconds or (measured.seconds if measured else 0)
-    time = duration(seconds) if seconds else MISSING
-    if measured is None:
-        return [MISSING, MISSING, MISSING, time]
-    perplexity = summary.perplexity_text(measured.perplexity)
-    if measured.comparison is None:
-        return [perplexity, MISSING, MISSING, time]
-    divergence = summary.kl_text(measured.comparison) if measured.has_divergence else MISSING
-    return [perplexity, relative_change(*measured.increase), divergence, time]
+    perplexity = summary.perplexity_text(measured.perplexity) if measured else MISSING
+    found = measured.comparison if measured else None
+    increase = relative_change(*measured.increase) if measured and found else MISSING
+    divergence = summary.kl_text(found) if measured and found and measured.has_divergence else MISSING
+    return [perplexity, increase, divergence, duration(seconds) if seconds else MISSING]
 
 
 def _keys(settings: Sequence[dict[str, str]]) -> list[str]:

@@ -1,88 +1,108 @@
-"""Tables of text, and documents made of them: the one source for the terminal, pipes, Markdown and HTML.
+"""Tables of text and documents made of them: the one source for the terminal, pipes, Markdown, CSV and HTML.
 
-Knows rows, columns and widths. Knows nothing of what the cells say, no markup, no file and no terminal.
+Knows rows, columns and widths. Knows nothing of what the cells say, no file and no terminal.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from typing import Any, TypeVar
 
-from jointq_cli.report.number_format import shortened
+from jointq_cli.report.number_format import MISSING, KeyMetric
 
 GAP = 2  # blanks between columns
 BEST_MARK = " *"
-MOST_CELL_WIDTH = 40  # where the width is limited
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    best: bool = False  # of its column
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table. Its first `stub` columns identify a row, and are repeated in each part of a table that is folded."""
+    """The first `stub` columns are text, the others numbers; a cell that ends in BEST_MARK is the best of its column.
+
+    shaded: how many columns of numbers pages shade by size, as a heat map.
+    """
 
     title: str
-    stub: int
     heading: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[str]]
+    stub: int = 1
     note: str = ""
-    short_stub: bool = False  # an earlier table has the same stub: if space is short, its first column is enough
+    shaded: int = 0
 
-    def folded(self, width: int) -> list["TextTable"]:
-        """The same table in parts that are at most `width` characters wide; long cells lose their beginnings."""
-        table = self._clipped(min(MOST_CELL_WIDTH, (width - GAP) // 2))
-        widths = table.widths()
-        if sum(widths[: table.stub]) + GAP * table.stub <= width // 2:
-            return [table._part(table.stub, columns) for columns in _packed(widths, table.stub, table.stub, width)]
-        first = table.stub if table.short_stub else 1
-        return [table._part(1, columns) for columns in _packed(widths, 1, first, width)]
+    @classmethod
+    def of(
+        cls, title: str, items: Iterable[Item], columns: Mapping[str, Callable[[Item], str]], stub: int = 1,
+        note: str = "",
+    ) -> "TextTable":  # fmt: skip
+        """A row per item; columns: what a cell says of it, by heading."""
+        return cls(title, list(columns), [[text(item) for text in columns.values()] for item in items], stub, note)
+
+    def filled(self) -> "TextTable":
+        """Without the columns of numbers in which all cells are empty or MISSING."""
+        columns = range(len(self.heading))
+        return self._part(
+            [c for c in columns if c < self.stub or {row[c].strip() for row in self.rows} - {"", MISSING}]
+        )
 
     def widths(self) -> list[int]:
         """Of each column, in characters."""
-        columns = zip(self.heading, *([cell.text for cell in row] for row in self.rows), strict=True)
-        return [max(map(len, column)) for column in columns]
+        return [max(map(len, column)) for column in zip(self.heading, *self.rows, strict=True)]
+
+    def folded(self, width: int) -> list["TextTable"]:
+        """The same table in parts of at most `width` characters, if cells allow it; each has the first column."""
+        widths, parts, taken = self.widths(), [[0]], 0
+        for column in range(1, len(widths)):
+            taken += GAP + widths[column]
+            if widths[0] + taken > width and len(parts[-1]) > 1:
+                parts.append([0])
+                taken = GAP + widths[column]
+            parts[-1].append(column)
+        last = len(parts) - 1
+        return [replace(self._part(part), note=self.note * (at == last)) for at, part in enumerate(parts)]
 
     def as_text(self) -> list[str]:
         """Lines: title, heading, rows and note."""
         widths = self.widths()
-        rows = [self.heading, *([cell.text for cell in row] for row in self.rows)]
         lines = [
             (" " * GAP)
-            .join(
-                f"{text:<{width}}" if column < self.stub else f"{text:>{width}}"
-                for column, (text, width) in enumerate(zip(row, widths, strict=True))
-            )
+            .join(f"{text:{'<' if c < self.stub else '>'}{widths[c]}}" for c, text in enumerate(row))
             .rstrip()
-            for row in rows
+            for row in [self.heading, *self.rows]
         ]
-        return [self.title, *lines, *([self.note] if self.note else [])]
+        return [self.title, *lines, *filter(None, [self.note])]
 
-    def _part(self, stub: int, columns: Sequence[int]) -> "TextTable":
-        chosen = [*range(stub), *columns]
-        rows = [[row[column] for column in chosen] for row in self.rows]
-        return replace(self, stub=stub, heading=[self.heading[column] for column in chosen], rows=rows)
-
-    def _clipped(self, width: int) -> "TextTable":
-        rows = [[replace(cell, text=shortened(cell.text, width)) for cell in row] for row in self.rows]
-        return replace(self, heading=[shortened(text, width) for text in self.heading], rows=rows)
+    def _part(self, columns: Sequence[int]) -> "TextTable":
+        rows = [[row[c] for c in columns] for row in self.rows]
+        stub = sum(c < self.stub for c in columns)
+        return replace(self, heading=[self.heading[c] for c in columns], rows=rows, stub=stub)
 
 
 @dataclass(frozen=True)
 class TableDocument:
-    """Tables with what is said about them, such as the comparison of several runs."""
+    """Tables with what is said about them, in the order in which they are read."""
 
     title: str
     headline: str
     warnings: list[str]
     notes: list[str]
     tables: list[TextTable]
+    problems: list[str] = field(default_factory=list)  # reasons not to use the result, worse than warnings
+    sound: str = ""  # said where there are none
+    explanation: list[str] = field(default_factory=list)  # paragraphs
+    metrics: list[KeyMetric] = field(default_factory=list)
+    first_tables: list[TextTable] = field(default_factory=list)  # before the figures of a page
+    origin: list[tuple[str, str]] = field(default_factory=list)  # (label, value) of what the result was made from
+
+    @property
+    def shown(self) -> list[TextTable]:
+        """All tables that have rows."""
+        return [table for table in [*self.first_tables, *self.tables] if table.rows]
 
     def as_text(self) -> list[str]:
         """Lines for a pipe: rows are not folded, so that `grep` and `cut` work on them."""
-        warnings = [f"[warning] {warning}" for warning in self.warnings]
-        tables = [line for table in self.tables for line in ["", *table.as_text()]]
+        warnings = [f"[warning] {warning}" for warning in [*self.problems, *self.warnings]]
+        tables = [line for table in self.shown for line in ["", *table.as_text()]]
         return [self.headline, *warnings, *tables, *([""] if self.notes else []), *self.notes]
 
 
@@ -92,15 +112,10 @@ def aligned(pairs: list[tuple[str, str]]) -> list[str]:
     return [f"{label:<{width}}  {value}".rstrip() for label, value in pairs]
 
 
-def _packed(widths: Sequence[int], stub: int, first: int, width: int) -> list[list[int]]:
-    """The columns from `first` on, in as few parts as `width` allows beside the stub, each with at least one column."""
-    stub_width = sum(widths[:stub]) + GAP * (stub - 1)
-    parts: list[list[int]] = []
-    taken = width
-    for column in range(first, len(widths)):
-        if taken + GAP + widths[column] > width:
-            parts.append([])
-            taken = stub_width
-        parts[-1].append(column)
-        taken += GAP + widths[column]
-    return parts
+def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    """At full precision."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -8,6 +8,7 @@ everything: signs and scales.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +54,10 @@ class DBF(Quantizer):
     @property
     def row_separable(self) -> bool:
         return False  # all rows have S2 in common
+
+    @property
+    def seeds(self) -> Mapping[str, int]:
+        return {"quantizer.seed": self.seed}
 
     @property
     def prepare_key(self) -> str:

@@ -1,0 +1,32 @@
+"""What the words and columns of a report mean, said where they first stand."""
+
+from collections.abc import Collection
+
+MEANINGS = {
+    "E_y": "relative error of a layer's output on the calibration tokens, |(W - W_q) X|² / |W X|²; W is the weight "
+    "that was solved for, with QEP the corrected one",
+    "accumulated": "|quantised - original|² / |original|² of what leaves a block, with all blocks up to it quantised, "
+    "on the first batch of calibration windows",
+    "E_w": "relative error of a layer's weight, |W - W_q|² / |W|²",
+    "damping": "fraction of the Hessian's mean diagonal that is added to its diagonal, so that it can be factorised",
+    "lambda": "weight λ of the regularisation R in JointQ's objective e (H + λ R) eᵀ; a larger one keeps closer to the "
+    "weight and less close to the output on the calibration tokens",
+    "alpha": "share of QEP's correction for the quantised inputs that is applied",
+    "residual": "share of the error in the residual stream that QEP's correction makes up for",
+    "beta": "share of QEP's correction for the residual stream that is applied",
+    "start_error": "JointQ's objective where its search began, relative to that of a weight of zeros",
+    "final_error": "JointQ's objective where its search ended, relative to that of a weight of zeros",
+    "sweeps": "how many times JointQ went through all groups",
+    "flips_per_weight": "steps of codes in these sweeps",
+    "dead_columns": "inputs that are zero on all calibration tokens",
+    "min_condition": "lower bound of the condition number of the Hessian as it was factorised",
+    "loss_error": "E_y with outputs weighted by what they matter to the loss",
+    "refined_codes": "share of the codes that the refinement has changed",
+    "refined_scales": "share of the scales that the refinement has changed",
+    "tokens": "calibration tokens that are routed to the expert",
+}
+
+
+def meanings(words: Collection[str]) -> str:
+    """ "E_w: relative error of ..." in a line for each word that has a meaning here."""
+    return "\n".join(f"{word}: {text}." for word, text in MEANINGS.items() if word in words)
