@@ -3,8 +3,8 @@
 W diag(c) ~ A B, c_j^2 = H_jj, where A and B are to have the form sign times a modulus of rank one (Boza, Macko, arXiv
 2505.11076, section 3.2). By turns, each factor is solved for with a penalty on its distance to that form, to which it
 is drawn more and more. What is different here: one step a turn, with a fresh other factor, and not
-three; a penalty that rises evenly and not as a cube; and a stronger ridge, 0.2 and not 0.03. On layers of SmolLM2 and
-on made-up ones 30 such rounds are better than 60 of the paper's, which take four times as long.
+three; a penalty that rises evenly and not as a cube; and a stronger ridge, 0.2 and not 0.03. On a made-up layer of
+512 x 512 with 1.07 bits, 20 such rounds are better than 60 of the paper's, which take five times as long.
 """
 
 from dataclasses import dataclass
