@@ -25,6 +25,7 @@ from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, R
 from jointq_cli.report import Console, encode
 from jointq_cli.report.tables.experts import few_tokens
 from jointq_cli.report.tables.plan import plan_document
+from jointq_cli.stages.allocation import allocate, expected_layers
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine
 from jointq_cli.stages.engine_check import check_all
@@ -44,6 +45,7 @@ from jointq_cli.stages.refine import check_refinable, further_windows
 from jointq_cli.stages.refine import refine as refine_model
 from jointq_cli.stages.report import (
     RunResults,
+    copy_map,
     finish_run,
     hash_results,
     header,
@@ -77,6 +79,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         console.header(header(recipe, original, tokens, quantization_lines(recipe, layers, original, windows), team))
+        asked, layers = layers, expected_layers(original, layers, recipe)
 
         check_refinable(original, layers, recipe.refinement, len(tokens.windows))
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
@@ -92,6 +95,8 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         rotated = rotate_model(context, original, tokens, recipe.rotation, recipe.smoothing)
         team.on_rank0(link_rotation, rotated, run)
 
+        allocated = allocate(context, rotated.model, tokens, asked, recipe)
+        layers, loop = allocated.layers, loop_settings(allocated.layers, recipe, tokens)
         solved = quantize_model(context, rotated.model, tokens, loop)
         further = further_windows(original, tokenizer, tokens, recipe.refinement)
         refined = refine_model(context, rotated.model, solved, tokens, recipe.refinement, loop.batch, further)
@@ -101,6 +106,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         team.on_rank0(link_files, quantized.checkpoint.directory, run.checkpoint)
         team.on_rank0(link_files, quantized.codes, run.codes, "*.safetensors")
         team.on_rank0(link_files, quantized.importance, run.importance)
+        team.on_rank0(copy_map, allocated, run)
         exports, failures = export_all(context, rotated.model, quantized, recipe.exporters)
         if recipe.check_exports:
             exports = check_all(context, rotated.model, quantized, exports, tokenizer, windows)
@@ -119,7 +125,7 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         after = [task_stage(task, reloaded, [quantized.stage.key], "quantized") for task in tasks]
         figures = run_tasks(context, tasks, after, before)
         records = [export.record for export in exports]
-        results = RunResults(layers, rotated, refined, measured, records, failures, texts, figures)
+        results = RunResults(allocated, rotated, refined, measured, records, failures, texts, figures)
         return team.on_rank0(finish_run, context, run, recipe, original, tokens, windows, results)
 
 

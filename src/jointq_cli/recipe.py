@@ -21,6 +21,7 @@ from jointq_cli.formats.export import Exporter, exporters_of
 from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
+from jointq_cli.quantization.allocation import NO_ALLOCATION, Allocation
 from jointq_cli.quantization.curvature import NO_CURVATURE, Curvature
 from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSettings
 from jointq_cli.quantization.overrides import quantizers_of_patterns
@@ -54,6 +55,7 @@ class Recipe:
     activations: Activations
     evaluation: Evaluation
     curvature: Curvature = setting(NO_CURVATURE)
+    allocation: Allocation = setting(NO_ALLOCATION)
     experts: ExpertSettings = setting(DEFAULT_EXPERTS)
     refinement: Refinement = setting(NoRefinement())
     limits: Limits = setting(Limits(), decides=False)
@@ -68,6 +70,9 @@ class Recipe:
         check_settings(self)
         self.qep.check_inputs(self.calibration.inputs)
         quantizers_of_patterns(self.layers, self.quantizer)
+        self.allocation.check(self.quantizer)
+        if self.layers.mix and self.allocation.describe():
+            raise ConfigError(f"layers.mix={self.layers.mix}: decides all layers, and so does allocation=budget; null")
         exporters_of(self.export)
         if self.evaluation.tasks and "R4" in self.rotation.parts:
             tasks = ",".join(self.evaluation.tasks)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from jointq_cli import pipeline
 from jointq_cli.cli.commands import quantize
 from jointq_cli.cli.compose import Job
 from jointq_cli.errors import JointqError
@@ -14,7 +15,7 @@ from jointq_cli.system.distributed import SINGLE_PROCESS
 def test_a_run_with_problems_is_an_error_in_one_line_after_everything_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(quantize, "quantize", lambda recipe, run, console, team: SimpleNamespace())
+    monkeypatch.setattr(pipeline, "quantize", lambda recipe, run, console, team: SimpleNamespace())
     monkeypatch.setattr(quantize, "problems", lambda report: ["the audit failed", "so did the reload check"])
     recipe = SimpleNamespace(model=SimpleNamespace(path="pocket"))
     with pytest.raises(JointqError, match=r"the audit failed; so did the reload check; see .*report\.md") as caught:

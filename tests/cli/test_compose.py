@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from jointq_cli import __version__
 from jointq_cli.cli import config_files
@@ -94,6 +95,30 @@ def test_what_needs_no_config_loads_neither_torch_nor_hydra(words: str) -> None:
 def test_completion_loads_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_LINE", "jointq quantize recipe=po")
     assert not loaded_by("-sc query=bash") & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("word", ["quantizer=nosuch", "quantizer.bits=["])
+def test_an_unknown_option_and_an_unreadable_word_are_told_without_torch(word: str) -> None:
+    assert "torch" not in loaded_by(f"quantize {word}")
+
+
+def test_a_value_out_of_range_is_told_without_transformers() -> None:
+    heavy = {"transformers", "datasets", "numba", "matplotlib", "rich", "jinja2", "sympy", "scipy"}
+    assert not loaded_by("quantize quantizer.bits=99") & heavy
+
+
+def test_the_first_line_stands_before_torch_is_loaded() -> None:
+    script = (
+        "import sys\n"
+        "class Refused:\n"
+        "    def find_spec(name, *more): assert name != 'torch'\n"
+        "sys.meta_path.insert(0, Refused)\n"
+        "from jointq_cli.cli.main import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, "quantize", "recipe=pocket_w3g128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "jointq quantize pocket_w3g128: loading PyTorch and transformers\n"
+    assert done.stderr.splitlines()[-1] == "AssertionError"
 
 
 def test_no_arguments_and_help_give_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
@@ -591,6 +616,21 @@ def test_the_same_sweep_again_runs_only_what_is_not_done(capsys: pytest.CaptureF
         ["1", "3"],
         ["2", "4"],
     ]
+
+
+def test_a_job_is_composed_once_although_it_is_checked_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[list[str]] = []
+    load = ConfigLoaderImpl.load_sweep_config
+
+    def counted(loader: ConfigLoaderImpl, config: Any, overrides: list[str]) -> Any:
+        composed.append(overrides)
+        return load(loader, config, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    done: list[int] = []
+    assert launch("quantize", ["-m", "quantizer.bits=3,4"], failing_on(ValueError(), 9, done)) == 0
+    assert done == [3, 4]
+    assert len(composed) == 2
 
 
 def test_another_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:

@@ -302,11 +302,6 @@ def test_no_two_elements_of_the_page_share_an_id_and_every_reference_finds_one(p
     assert set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
 
 
-def test_every_run_has_its_line_over_depth(three, page):
-    for label in RunComparison(three).labels():
-        assert page.count(f"<title>{label}: block ") == 2 * len(three[0].report.blocks)
-
-
 def test_a_page_of_broken_runs_draws_what_there_is(report):
     broken = replace(
         scaled(report, 0.0),
@@ -317,6 +312,12 @@ def test_a_page_of_broken_runs_draws_what_there_is(report):
     page = comparison_html(RunComparison(runs), document_of(runs))
     ElementTree.fromstring(page)
     assert "<svg" not in page
+
+
+def test_a_perplexity_that_explodes_is_drawn_on_a_logarithmic_axis(report):
+    broken = replace(report, quantized=replace(report.quantized, value=43_211.0))
+    runs = [run_of(report, "0"), run_of(broken, "1")]
+    assert ">10000<" in comparison_html(RunComparison(runs), document_of(runs))
 
 
 def test_more_runs_than_colours_are_distinguished_by_their_markers():

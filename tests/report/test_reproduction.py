@@ -344,7 +344,7 @@ def test_a_replay_may_change_the_machine_and_the_places_of_what_is_hashed_and_no
 
 
 def test_the_page_on_reproducing_names_all_that_a_replay_may_change() -> None:
-    words = set(re.findall("`([^`]+)`", (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")))
+    words = set(re.findall("`([^`\n]+)`", (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")))
     assert [key for key in ROLES.replayable if not {key, key.removeprefix("runtime.")} & words] == []
 
 
@@ -580,7 +580,7 @@ def test_only_a_finished_run_of_quantize_is_evidence(tmp_path: Path) -> None:
     change_manifest(run, command=["jointq", "rotate"])
     refused(run, "is a run of jointq rotate; only one of jointq quantize")
     change_manifest(run, command=["jointq", "quantize"], threads="two")
-    refused(run, "threads must be int")
+    refused(run, r"Expected `int`, got `str` - at `\$.threads`")
     (run / "evaluation.json").touch()
     refused(run, "is a run of jointq evaluate")
 

@@ -202,34 +202,21 @@ def test_no_two_elements_of_the_page_share_an_id_and_every_reference_finds_one(p
 
 def test_the_pictures_take_their_colours_from_the_page(page):
     svgs = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
-    assert len(svgs) == 6
+    assert len(svgs) == 3
     for svg in svgs:
         assert not re.search(r"(fill|stroke): #[0-9a-f]{6}", svg)
         assert "var(--ink)" in svg
 
 
-def test_every_point_over_depth_has_its_layers_name_as_tooltip(report):
-    page = run_html(report)
-    assert "not drawn" not in page
-    for layer in (report.layers[0], report.layers[100], report.layers[-1]):
-        assert f"<title>{layer.name}: E_y " in page
-    assert page.count("<title>model.layers.") == 2 * len(report.layers)
-
-
-def test_the_error_that_accumulates_is_drawn_block_by_block(report):
-    assert run_html(report).count("<title>block ") == len(report.blocks)
-
-
 def test_a_layer_without_error_is_left_off_the_logarithmic_axis_and_the_caption_says_so(page):
-    assert "1 layer without a positive error is not drawn" in page
+    assert "1 point that no such axis can show left out" in page
 
 
 @pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
 def test_a_page_without_any_error_that_can_be_drawn_is_still_a_page(report, error):
     layers = [replace(layer, output_error=error, weight_error=error) for layer in report.layers]
     blocks = [replace(block, output_error=error) for block in report.blocks]
-    page = run_html(replace(report, layers=layers, blocks=blocks))
-    assert len(re.findall("<svg ", page)) == 2
+    assert "<svg " not in run_html(replace(report, layers=layers, blocks=blocks))
 
 
 def test_a_run_of_one_layer_one_window_and_a_broken_model_is_still_a_page(report):
@@ -237,12 +224,6 @@ def test_a_run_of_one_layer_one_window_and_a_broken_model_is_still_a_page(report
     page = run_html(replace(report, layers=report.layers[:1], quantized=broken, stages=[]))
     ElementTree.fromstring(page)
     assert "perplexity is nan" in page
-
-
-def test_a_perplexity_that_explodes_is_drawn_on_a_logarithmic_axis(report):
-    page = run_html(replace(report, quantized=Perplexity(43_211.0, 2_000.0, 10.67, 0.05)))
-    assert "43211 ± 2000" in page
-    assert ">10000<" in page
 
 
 def test_more_kinds_than_colours_are_drawn_all_the_same(report):

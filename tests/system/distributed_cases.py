@@ -53,12 +53,14 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 # --- the cases
 
 
-def collectives(folder: Path) -> None:
-    """The results of all collectives, by rank."""
+def together(folder: Path) -> None:
+    """The results of all collectives, by rank; then the tiny models of test_distributed.RUNS, quantised."""
     import torch
+    from test_distributed import RUNS, quantize
 
     from jointq_cli.system.torchrun import process_group
 
+    torch.set_num_threads(1)
     with process_group() as team:
         mine = torch.full((team.rank + 1, 3), float(team.rank), dtype=torch.bfloat16)
         answers = {
@@ -73,17 +75,6 @@ def collectives(folder: Path) -> None:
         }
         team.barrier()
         (folder / f"{team.rank}.pickle").write_bytes(pickle.dumps(answers))
-
-
-def engine(folder: Path) -> None:
-    """The tiny models of test_distributed.RUNS, quantised; which bits they have."""
-    import torch
-    from test_distributed import RUNS, quantize
-
-    from jointq_cli.system.torchrun import process_group
-
-    torch.set_num_threads(1)
-    with process_group() as team:
         for name, run in RUNS.items():
             quantize(folder / name, team, run)
 

@@ -27,9 +27,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from jointq_cli.cli.config_errors import ConfigErrorFormatter, UsageError
+from jointq_cli.cli.early_check import check_early
 from jointq_cli.cli.hydra_main import (
+    SWEEP_MODE,
     command_line,
     errors_raised,
+    from_file,
     hydra_main,
     overrides_and_options,
     readable,
@@ -73,7 +76,10 @@ def launch(command: str, arguments: list[str], task: Task, *, divided: bool = Tr
     only what is not done. Raises JointqError for what a user can cause; any other exception is a bug and passes.
     divided: the processes that torchrun has started share the work; else rank 0 does it, and the others nothing.
     """
-    # Not above: it brings torch, and shell completion answers without.
+    if "torch" not in sys.modules and "RANK" not in os.environ:  # several processes agree first on who says it
+        words, options = overrides_and_options(command, arguments)
+        check_early(command, list(map(readable, words)), options)
+    # Not above: it brings torch, and what cannot be read is refused without.
     from jointq_cli.system.torchrun import is_rank0, process_group
 
     if not divided:
@@ -86,11 +92,12 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     # Not above: it brings torch, and shell completion answers without.
     from jointq_cli.recipe import RECIPES, Recipe, keys, schemas, setting_roles
 
-    words, options = overrides_and_options(command, arguments)
     renamer = KeyRenamer(silent=team.rank > 0)
+    words, options = overrides_and_options(command, arguments)
     types: dict[str, Any] = {schema.__name__: schema for schema in schemas()}
     dictionaries = setting_roles(RECIPES[command]).dictionaries
-    overrides = [with_entries(readable(renamer.override(word)), dictionaries) for word in words]
+    named = [from_file(renamer.override(word), dictionaries) for word in words]
+    overrides = [with_entries(readable(word), dictionaries) for word in named]
     for name, schema in types.items():
         ConfigStore.instance().store(group="schema", name=name, node=mutable_schema(schema))
     recipe = RECIPES[command]
@@ -98,7 +105,7 @@ def _launch(command: str, arguments: list[str], task: Task, team: Team) -> int:
     formatter = ConfigErrorFormatter([*keys(recipe), *groups], types, overrides)
     runner = JobRunner(command, options, task, types, formatter, team)
     with renamed_by(renamer), errors_raised():
-        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*options, *overrides}:
+        if {"-m", "--multirun", SWEEP_MODE} & {*options, *overrides}:
             if team.size > 1:
                 raise UsageError(
                     "-m: several processes do one run together; the jobs of a sweep take hydra/launcher=..."

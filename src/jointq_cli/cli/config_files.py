@@ -26,6 +26,12 @@ def options(group: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted((config_dir() / group).glob("*.yaml"))}
 
 
+def default_options(command: str) -> dict[str, str]:
+    """Group -> option of the defaults list of a primary config; a recipe may choose others."""
+    text = (config_dir() / f"{command}.yaml").read_text(encoding="utf-8")
+    return dict(re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE))
+
+
 def head_comment(path: Path) -> list[str]:
     """The comment lines that a yaml file opens with, without `# ` and without Hydra's package line."""
     lines = []

@@ -1,6 +1,8 @@
 """A composed config as a recipe file, which composes the same config again."""
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,11 +38,17 @@ def _bundled_option(group: str, option: str, config: DictConfig) -> str:
     Hydra adds the entries of a dictionary to those of the option, so the option may have no entries but these.
     """
     schema = OmegaConf.get_type(config, group)
-    texts = {name: path.read_text(encoding="utf-8") for name, path in config_files.options(group).items()}
-    reference = f"/schema@_here_: {schema.__name__}\n" if schema else None
-    same_type = [name for name, text in texts.items() if name == option or (reference and reference in text)]
-    fitting = [name for name in same_type if _has_no_more(yaml.safe_load(texts[name]), config[group])]
+    options = {name: _read(path) for name, path in config_files.options(group).items()}
+    reference = {"/schema@_here_": schema.__name__} if schema else None
+    same_type = [name for name, values in options.items() if name == option or reference in values["defaults"]]
+    fitting = [name for name in same_type if _has_no_more(options[name], config[group])]
     return option if option in fitting or not fitting else fitting[0]
+
+
+@functools.cache
+def _read(path: Path) -> dict[str, Any]:
+    """With an empty list of defaults where the file has none."""
+    return {"defaults": [], **(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
 
 
 def _has_no_more(option: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Config keys by their old names: accepted on the command line and in yaml files, and announced once."""
 
 import functools
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -57,11 +58,27 @@ class KeyRenamer:
 
 
 class RenamingConfigLoader(ConfigLoaderImpl):
-    """Hydra's loader, which renames the keys of every file. Launchers send it to other processes."""
+    """Hydra's loader, which renames the keys of every file. Launchers send it to other processes.
+
+    A job of a sweep is composed once, when all jobs are checked: Hydra would compose it again when it starts.
+    """
 
     def __init__(self, config_search_path: ConfigSearchPath, renamer: KeyRenamer) -> None:
         super().__init__(config_search_path)
         self._renamer = renamer
+        self._jobs: dict[tuple[str, ...], bytes] = {}  # by overrides; pickled, a tenth of a config's memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_jobs": {}}
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        job = tuple(sweep_overrides)
+        if job in self._jobs:
+            known: DictConfig = pickle.loads(self._jobs.pop(job))
+            return known
+        composed = super().load_sweep_config(master_config, sweep_overrides)
+        self._jobs[job] = pickle.dumps(composed)
+        return composed
 
     def _load_single_config(self, *arguments: Any, **options: Any) -> Any:
         loaded = super()._load_single_config(*arguments, **options)

@@ -21,7 +21,6 @@ from jointq_cli.evaluation.llama_cpp import LlamaCppModel
 from jointq_cli.evaluation.perplexity import Predictions
 from jointq_cli.evaluation.windows import ScoredWindows
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.models.skeleton import auto_class
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ class TransformersModel(EngineModel):
     def __init__(self, directory: Path) -> None:
         from transformers import AutoConfig, GPTQConfig
         from transformers.utils import logging
+
+        from jointq_cli.models.skeleton import auto_class
 
         logging.disable_progress_bar()
         packed = Checkpoint(directory, packed=True).config.get("quantization_config") or {}

@@ -9,14 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
-from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.records import Comparison, Perplexity, Protocol
+
+if TYPE_CHECKING:  # brings transformers, which takes seconds to import
+    from jointq_cli.models.streamed import StreamedModel
 
 LOGITS_AT_ONCE = 2**24  # elements of one logits tensor: 64 MiB in float32
 
@@ -57,7 +60,7 @@ class Predictions(ABC):
 class HiddenPredictions(Predictions):
     """Those of a streamed model, from its final hidden states (windows, tokens, hidden)."""
 
-    def __init__(self, model: StreamedModel, hidden: Tensor) -> None:
+    def __init__(self, model: "StreamedModel", hidden: Tensor) -> None:
         self.model = model
         self.hidden = hidden
 

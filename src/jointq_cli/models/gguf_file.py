@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-from transformers.utils import logging
 
 from jointq_cli.errors import ModelError
 
@@ -37,6 +34,8 @@ def convert_gguf(file: Path, target: Path) -> None:
     Raises ModelError when it cannot be read, is one of several files, lacks tensors, or holds what the model class
     cannot represent.
     """
+    from transformers.utils import logging  # transformers takes more than a second to import
+
     with _refusing_damage(file):
         reader = GGUFReader(file)
     count = _field(reader, "split.count", 1)
@@ -72,6 +71,8 @@ def _refusing_damage(file: Path) -> Iterator[None]:
 
 
 def _load(file: Path) -> tuple[Any, Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
@@ -89,6 +90,8 @@ def _field(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 def _lost_tensors(reader: GGUFReader, model: Any) -> list[str]:
     """The tensors of the file that transformers has not put into the model."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
     architecture = _field(reader, "general.architecture")
     processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     known = set(get_gguf_hf_weights_map(model, processor(config=model.config.to_dict())))

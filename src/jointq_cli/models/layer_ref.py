@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
-LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -24,15 +21,15 @@ class LayerRef:
 
     @property
     def is_transposed(self) -> bool:
-        return isinstance(self.module, Conv1D)
+        return not isinstance(self.module, nn.Linear)
 
     @property
     def out_features(self) -> int:
-        return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features  # type: ignore[return-value]
+        return self.module.nf if self.is_transposed else self.module.out_features  # type: ignore[return-value]
 
     @property
     def in_features(self) -> int:
-        return self.module.nx if isinstance(self.module, Conv1D) else self.module.in_features  # type: ignore[return-value]
+        return self.module.nx if self.is_transposed else self.module.in_features  # type: ignore[return-value]
 
     def turned(self, weight: Tensor) -> Tensor:
         """From the module's orientation to (out, in), and back; contiguous."""
@@ -41,5 +38,7 @@ class LayerRef:
 
 def layer_refs(module: nn.Module, prefix: str = "") -> dict[str, LayerRef]:
     """The linear layers inside a module by full name, in its order. prefix: of the names, such as "model.layers.3."."""
+    from transformers.pytorch_utils import Conv1D  # transformers takes more than a second to import
+
     found = ((prefix + name, part) for name, part in module.named_modules())
-    return {name: LayerRef(name, part) for name, part in found if isinstance(part, LINEAR)}
+    return {name: LayerRef(name, part) for name, part in found if isinstance(part, nn.Linear | Conv1D)}

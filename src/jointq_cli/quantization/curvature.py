@@ -50,9 +50,15 @@ class Coupling:
                 yield solution
 
     def error(self, error: Tensor, hessian: Tensor) -> float:
-        """tr(G E H E^T) of E (out, in) float32; hessian: H (in, in) float64."""
-        parts = zip(self.outputs, error.double().split([*map(len, self.outputs)]), strict=True)
-        return sum(float(((outputs @ part) * (part @ hessian)).sum()) for outputs, part in parts)
+        """As `loss_error`."""
+        return loss_error(self.outputs, error, hessian)
+
+
+def loss_error(outputs: Sequence[Tensor], error: Tensor, hessian: Tensor) -> float:
+    """tr(G E H E^T). outputs: the diagonal blocks of G (out, out); error: E (out, in) float32; hessian: H (in, in)
+    float64."""
+    parts = zip(outputs, error.double().split([*map(len, outputs)]), strict=True)
+    return sum(float(((block @ part) * (part @ hessian)).sum()) for block, part in parts)
 
 
 @dataclass(frozen=True)

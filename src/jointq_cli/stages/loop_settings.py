@@ -52,8 +52,8 @@ def _refuse_turned_twice(layers: Mapping[str, Quantizer], rotation: Rotation) ->
     for name, each in layers.items():
         if isinstance(each, UniformQuantizer) and each.incoherence != "none" and name.endswith(tuple(turned)):
             raise ConfigError(
-                f"quantizer.incoherence={each.incoherence}: rotation turns the input of {name} already; rotation=none, "
-                "or incoherence for other layers alone, by layers.overrides"
+                f"quantizer.incoherence={each.incoherence}: rotation turns the input of {name} already; rotation=none "
+                "or quantizer.incoherence=none, and incoherence for other layers by layers.overrides"
             )
 
 
@@ -95,6 +95,11 @@ def asked_for(model: StreamedModel, layers: LayerSelection, quantizer: Quantizer
     if not found:
         raise ConfigError("layers.overrides: leaves all layers alone, so that there is nothing to quantise")
     return found
+
+
+def overridden_layers(model: StreamedModel, layers: LayerSelection) -> set[str]:
+    """Those that `layers.overrides` decides."""
+    return set(layers.match_overrides(_selected(model, layers)))
 
 
 def _in_blocks(model: StreamedModel) -> list[str]:

@@ -25,6 +25,7 @@ from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, 
 from jointq_cli.report import write_report
 from jointq_cli.report.limits import beyond, figures
 from jointq_cli.report.pages.model_card import checkpoint_card, export_card, identity, rotation_identity
+from jointq_cli.stages.allocation import Allocated
 from jointq_cli.stages.base import Context
 from jointq_cli.stages.quantize import Quantized
 from jointq_cli.stages.quantized_scores import QuantizedScores
@@ -63,6 +64,7 @@ def quantization_lines(
     """How the model is quantised and evaluated, for `header`."""
     return [
         ("quantizer", _quantizer(recipe, layers)),
+        ("allocation", recipe.allocation.describe()),
         ("refinement", recipe.refinement.describe()),
         ("simulated", recipe.activations.describe()),
         ("protocol", "" if windows is None else protocol(recipe.evaluation, windows, model.dtype).line()),
@@ -73,7 +75,7 @@ def quantization_lines(
 class RunResults:
     """What the stages of `quantize` have found."""
 
-    layers: Mapping[str, Quantizer]
+    allocated: Allocated
     rotated: Rotated
     refined: RefinedModel
     measured: QuantizedScores
@@ -104,7 +106,7 @@ def finish_run(
         model_hash=original.checkpoint.content_hash,
         architecture=type(original.module).__name__,
         parameters=original.checkpoint.parameters,
-        quantizer=_quantizer(recipe, results.layers),
+        quantizer=_quantizer(recipe, results.allocated.layers),
         rotation=rotated.record,
         simulation=measured.simulation,
         calibration=_calibration(recipe, tokens),
@@ -129,10 +131,11 @@ def finish_run(
         base_model=base_model(recipe.model.path, original.checkpoint.config),
         tasks=results.tasks,
         refinement=refined.record,
+        allocation=results.allocated.record,
     )
     report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
     write_manifest(context, run, recipe, original, tokens, files, windows)
-    write_report(report, run)
+    write_report(report, run, page=not context.console.is_brief)  # of a sweep, jointq report --html draws what is read
     label_checkpoint(run.checkpoint, report)
     for record in results.exports:
         label_export(run.exports / record.format, report, record)
@@ -212,6 +215,14 @@ def link_rotation(rotated: Rotated, run: RunDirectory) -> None:
         old.unlink()
     with suppress(OSError):  # missing, or not empty: then it holds files that are not ours
         run.rotation.rmdir()
+
+
+def copy_map(allocated: Allocated, run: RunDirectory) -> None:
+    """Leaves which layer has which candidate in the run directory, where a budget has decided that."""
+    if allocated.file is not None:
+        run.write(run.allocation, allocated.file.read_text(encoding="utf-8"))
+    else:
+        run.allocation.unlink(missing_ok=True)  # of an earlier run into this directory
 
 
 def _audit(context: Context, original: StreamedModel, rotated: Rotated, refined: RefinedModel) -> Audit:

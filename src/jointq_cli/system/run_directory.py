@@ -22,7 +22,7 @@ from jointq_cli.system.locks import Kind, Lock, try_lock
 LOCK = ".run.lock"  # exists while a run writes, which holds it
 MODEL_CARD = "README.md"  # of a checkpoint
 # The files that are reproducible to the byte; the others contain times or a log.
-RESULTS = ("rotation/*.safetensors", "codes/*.safetensors", "checkpoint/*", "export/*/*")
+RESULTS = ("allocation.yaml", "rotation/*.safetensors", "codes/*.safetensors", "checkpoint/*", "export/*/*")
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ class RunDirectory:
     def importance(self) -> Path:
         """The mean squares of the inputs of layers as safetensors; older runs have none."""
         return self.path / "importance"
+
+    @property
+    def allocation(self) -> Path:
+        """Settings of single layers, for `layers.overrides`; exists only if the recipe has a budget."""
+        return self.path / "allocation.yaml"
 
     @property
     def exports(self) -> Path:

@@ -1,10 +1,13 @@
 """`jointq plan`: the stages of quantize with the same arguments, their costs, and which of them the store has."""
 
+from typing import TYPE_CHECKING
+
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.cli.config_errors import UsageError
-from jointq_cli.pipeline import plan
-from jointq_cli.recipe import Recipe
 from jointq_cli.report import Console
+
+if TYPE_CHECKING:
+    from jointq_cli.recipe import Recipe
 
 
 def main(arguments: list[str]) -> int:
@@ -18,6 +21,8 @@ def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
 
 
-def run(recipe: Recipe, job: Job) -> None:
+def run(recipe: "Recipe", job: Job) -> None:
+    from jointq_cli.pipeline import plan  # brings transformers, which takes seconds to import
+
     with Console() as console:
         plan(recipe, console)

@@ -1,20 +1,25 @@
 """`jointq quantize`: from a recipe to a quantised checkpoint and a report of its quality."""
 
+from typing import TYPE_CHECKING
+
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.errors import UntrustedResult
-from jointq_cli.pipeline import quantize
-from jointq_cli.recipe import Recipe
 from jointq_cli.report import Console
 from jointq_cli.report.summary import problems
 from jointq_cli.system.run_directory import claimed
+
+if TYPE_CHECKING:
+    from jointq_cli.recipe import Recipe
 
 
 def main(arguments: list[str]) -> int:
     return launch("quantize", arguments, run)
 
 
-def run(recipe: Recipe, job: Job) -> None:
+def run(recipe: "Recipe", job: Job) -> None:
     """Raises UntrustedResult when the run was completed but its result cannot be trusted."""
+    from jointq_cli.pipeline import quantize  # brings transformers, which takes seconds to import
+
     with claimed(job.directory, new=job.new) as directory:
         directory.claim(recipe.model.path)
         directory.write_recipe(job.config)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
 from jointq_cli.errors import ConfigError, ModelError
 from jointq_cli.formats.export import gguf_architectures as architectures
@@ -214,6 +213,8 @@ class Description:
     """What a GGUF file says of a checkpoint. Raises ConfigError where llama.cpp does not know the like."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        from transformers import AutoConfig, AutoTokenizer  # takes more than a second to import
+
         self.config = AutoConfig.from_pretrained(checkpoint.directory)
         self.architecture = architectures.architecture_of(self.config)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)

@@ -7,12 +7,14 @@ token in place of merges.
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, TokenType
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jointq_cli.errors import ConfigError
+
+if TYPE_CHECKING:  # transformers takes more than a second to import
+    from transformers import PreTrainedTokenizerBase
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +40,7 @@ class GgufTokenizer:
     scores: list[float]
     prepends_space: bool
 
-    def write(self, writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    def write(self, writer: GGUFWriter, tokenizer: "PreTrainedTokenizerBase") -> None:
         writer.add_tokenizer_model("llama" if self.pre is None else "gpt2")
         writer.add_tokenizer_pre(self.pre or "default")
         writer.add_token_list(self.tokens)
@@ -59,11 +61,13 @@ class GgufTokenizer:
             writer.add_chat_template(tokenizer.chat_template)
 
 
-def read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> GgufTokenizer:
+def read_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> GgufTokenizer:
     """vocabulary: rows of the embedding, which may be more than there are tokens.
 
     Raises ConfigError where llama.cpp has no such tokenizer.
     """
+    from transformers import PreTrainedTokenizerFast
+
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"export=gguf: {type(tokenizer).__name__} is no tokenizer with a tokenizer.json")
     # Of the tokenizer as it is loaded: some classes of transformers replace parts of the file.

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGUFWriter
 from torch import Tensor
-from transformers import AutoConfig
 
 from jointq_cli.formats.export import gguf_architectures as architectures
 
@@ -24,6 +23,8 @@ def write_imatrix(
     A weight whose inputs are all zero counts no token, and llama-quantize takes all its columns as equal. Raises
     ConfigError where llama.cpp does not know the architecture.
     """
+    from transformers import AutoConfig  # takes more than a second to import
+
     config = AutoConfig.from_pretrained(checkpoint)
     architecture = architectures.architecture_of(config)
     names = {architectures.tensor_name(architecture, config, name): name for name in mean_squares}

@@ -81,7 +81,9 @@ class UniformQuantizer(Quantizer):
                 f"quantizer.zero_point={self.zero_point}: does not go with symmetric=true; symmetric=false"
             )
         if self.grid and _is_turned(self):
-            raise ConfigError(f"quantizer.grid={self.grid}: does not go with incoherence=input")
+            raise ConfigError(
+                f"quantizer.grid={self.grid}: does not go with incoherence=input; quantizer.incoherence=none"
+            )
 
     @property
     def integer_grid(self) -> Grid:

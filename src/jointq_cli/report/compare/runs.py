@@ -11,11 +11,12 @@ from functools import cached_property
 
 from jointq_cli.records import Protocol, RunReport
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.number_format import shortest_suffixes, text_or_missing
+from jointq_cli.report.number_format import listed, shortest_suffixes
 from jointq_cli.report.summary import layers_by_kind
 
 HOUSEKEEPING = ("name", "description", "output_dir", "store")  # the name of a run and where its files are
-MOST_LABEL_WIDTH = 48  # characters
+UNSET = (None, "null", "none", "[]", "{}", "0")  # of a setting that older runs do not have
+MOST_SETTINGS = 4  # in the label of a run
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,24 @@ class RunComparison:
         return [RunDifference(key, each) for key, each in values.items() if len(set(each) - {None}) > 1]
 
     def labels(self) -> list[str]:
-        """Each run by its name and the settings that set it apart: "2 (quantizer=rtn, bits=3)", cut if too long."""
-        differences = self.setting_differences()
+        """Each run by its name and the settings that set it apart, at most a few: "2 (quantizer=rtn, bits=3)". Settings
+        that all runs have come first."""
+        differences = sorted(self.setting_differences(), key=lambda difference: None in difference.values)
         keys = shortest_suffixes([difference.key for difference in differences])
         labels = []
         for index, run in enumerate(self.runs):
-            values = [text_or_missing(difference.values[index]) for difference in differences]
-            settings = ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-            label = f"{run.name} ({settings})" if settings else run.name
-            labels.append(label if len(label) <= MOST_LABEL_WIDTH else f"{label[: MOST_LABEL_WIDTH - 1]}…")
+            settings = [
+                f"{key}={difference.values[index]}"
+                for key, difference in zip(keys, differences, strict=True)
+                if not (None in difference.values and difference.values[index] in UNSET)
+            ]
+            labels.append(f"{run.name} ({listed(settings, MOST_SETTINGS)})" if settings else run.name)
         return labels
+
+    def closest(self, count: int) -> "RunComparison":
+        """The reference and the runs of least KL divergence, in the order of the runs."""
+        others = sorted(self.runs[1:], key=lambda run: run.report.comparison.kl_divergence)[: count - 1]
+        return RunComparison([run for run in self.runs if run is self.runs[0] or run in others])
 
     def best(self, metric: Callable[[RunReport], float]) -> set[int]:
         """The runs with the lowest metric, each among all runs of the same model and protocol. A run that is the only

@@ -15,7 +15,7 @@ from typing import Self, TextIO
 
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.records import EvaluationReport, ExportRecord, LayerRecord, RotationRecord, RunReport, StageRecord
-from jointq_cli.report.console.displays import BriefPlainDisplay, Display, LogDisplay, PhaseBar, PlainDisplay, State
+from jointq_cli.report.console.displays import Display, LogDisplay, PhaseBar, PlainDisplay, State
 from jointq_cli.report.console.final_summary import (
     FinalSummary,
     evaluate_summary,
@@ -66,6 +66,7 @@ class Console:
         width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.is_brief = bool(brief)
         self.warnings: list[str] = []  # all texts of `warn`, for the report
         self._clock = clock
         self._display = _display(sys.stdout if stream is None else stream, quiet, brief, width, clock)
@@ -163,10 +164,10 @@ def _display(stream: TextIO, quiet: bool, brief: str, width: int | None, clock: 
     if quiet and (is_terminal or not brief):  # the output of a job on another machine is a log of its own
         return Display(clock)
     if not is_terminal:
-        return BriefPlainDisplay(brief, stream, clock) if brief else PlainDisplay(stream, clock)
-    from jointq_cli.report.console.terminal import BriefDisplay, TerminalDisplay  # rich takes a while to import
+        return PlainDisplay(stream, clock, brief)
+    from jointq_cli.report.console.terminal import TerminalDisplay  # rich takes a while to import
 
-    return BriefDisplay(brief, stream, clock, width) if brief else TerminalDisplay(stream, clock, width)
+    return TerminalDisplay(stream, clock, width, brief)
 
 
 def _relative(path: Path) -> Path:

@@ -1,10 +1,9 @@
 """Where a run is displayed: the interface, which itself shows nothing, and lines of text for the log and for pipes.
 
-Knows when a line is due and no control codes. `terminal` has the displays with colours and live progress bars.
+Knows when a line is due and no control codes. `terminal` has the display with colours and a live progress bar.
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Literal, TextIO
 
@@ -48,11 +47,13 @@ class PhaseBar:
 class Display:
     """Shows what the console reports. This base class shows nothing: it is the display of a quiet console.
 
-    No method raises an error because the reader of its stream is gone.
+    job: of a sweep, such as "job 3". If not empty, what is shown begins with it, and headers, layers and summaries are
+    left to the job's log. No method raises an error because the reader of its stream is gone.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], job: str = "") -> None:
         self._clock = clock
+        self._job = job
 
     def header(self, pairs: list[tuple[str, str]]) -> None: ...
 
@@ -76,6 +77,9 @@ class Display:
     def close(self) -> None:
         """Restores the terminal, whatever is still open."""
 
+    def _named(self, text: str) -> str:
+        return f"{self._job}: {text}" if self._job else text
+
 
 def outcome(state: State, seconds: float) -> str:
     """How a stage ended: "12.3 s", "reused", "failed after 12.3 s"."""
@@ -89,38 +93,42 @@ class LogDisplay(Display):
 
     progress, warning = "", "WARNING "  # what such lines begin with
 
-    def __init__(self, write: Callable[[str], None], clock: Callable[[], float]) -> None:
-        super().__init__(clock)
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float], job: str = "") -> None:
+        super().__init__(clock, job)
         self._write = write
         self._needs_heading = True
 
     def header(self, pairs: list[tuple[str, str]]) -> None:
-        self._write("\n".join(aligned(pairs)))
+        self._write_in_full("\n".join(aligned(pairs)))
 
     def stage_starts(self, name: str) -> None:
         self._needs_heading = True
-        self._write(f"{self.progress}{name} ...")
+        self._write_in_full(f"{self.progress}{name} ...")
 
     def stage_ends(self, name: str, state: State, seconds: float) -> None:
-        self._write(f"{self.progress}{name} {outcome(state, seconds)}")
+        self._write(f"{self.progress}{self._named(name)} {outcome(state, seconds)}")
 
     def layer(self, record: LayerRecord) -> None:
         if self._needs_heading:
-            self._write(layer_heading())
+            self._write_in_full(layer_heading())
             self._needs_heading = False
-        self._write(layer_row_with_notes(record))
+        self._write_in_full(layer_row_with_notes(record))
 
     def note(self, text: str) -> None:
-        self._write(text)
+        self._write(f"{self.progress}{self._named(text)}" if self._job else text)
 
     def warn(self, text: str) -> None:
-        self._write(f"{self.warning}{text}")
+        self._write(f"{self.warning}{self._named(text)}")
 
     def summary(self, summary: FinalSummary) -> None:
-        self._write("\n".join(summary.as_text()))
+        self._write_in_full("\n".join(summary.as_text()))
 
     def tables(self, document: TableDocument) -> None:
         self._write("\n".join(document.as_text()))
+
+    def _write_in_full(self, text: str) -> None:
+        if not self._job:
+            self._write(text)
 
 
 class PlainDisplay(LogDisplay):
@@ -128,63 +136,23 @@ class PlainDisplay(LogDisplay):
 
     progress, warning = "[progress] ", "[warning] "
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
-        super().__init__(self._print, clock)
+    def __init__(self, stream: TextIO, clock: Callable[[], float], job: str = "") -> None:
+        super().__init__(self._print, clock, job)
         self._stream: TextIO | None = stream
 
     def bar(self, description: str, total: int) -> PhaseBar:
-        return PlainPhaseBar(description, total, self._clock, self._print)
+        return PlainPhaseBar(self._named(description), total, self._clock, self._print)
 
     def summary(self, summary: FinalSummary) -> None:
-        self._print("")
+        self._write_in_full("")
         super().summary(summary)
 
     def _print(self, text: str) -> None:
-        if self._stream is None:
-            return
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        try:
-            self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-            self._stream.flush()
-        except BrokenPipeError:
-            # The reader, such as `| head`, has exited. A run of hours continues all the same; the log has everything.
-            stream, self._stream = self._stream, None
-            # Without this, Python would report at exit that it cannot flush the stream's buffer.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
-
-
-class BriefPlainDisplay(PlainDisplay):
-    """Progress, notes such as that a job waits, and warnings of one job of a sweep; the rest is in the job's log."""
-
-    def __init__(self, label: str, stream: TextIO, clock: Callable[[], float]) -> None:
-        super().__init__(stream, clock)
-        self._label = label
-
-    def header(self, pairs: list[tuple[str, str]]) -> None:
-        pass
-
-    def stage_starts(self, name: str) -> None:
-        pass
-
-    def stage_ends(self, name: str, state: State, seconds: float) -> None:
-        super().stage_ends(f"{self._label}: {name}", state, seconds)
-
-    def bar(self, description: str, total: int) -> PhaseBar:
-        return super().bar(f"{self._label}: {description}", total)
-
-    def layer(self, record: LayerRecord) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        super().note(f"{self.progress}{self._label}: {text}")
-
-    def warn(self, text: str) -> None:
-        super().warn(f"{self._label}: {text}")
-
-    def summary(self, summary: FinalSummary) -> None:
-        pass
+        if self._stream is not None:
+            try:
+                print(text, file=self._stream, flush=True)
+            except BrokenPipeError:  # the reader, such as `head`, has left; the run goes on, and the log has everything
+                self._stream = None
 
 
 class PlainPhaseBar(PhaseBar):
@@ -193,13 +161,12 @@ class PlainPhaseBar(PhaseBar):
     def __init__(self, description: str, total: int, clock: Callable[[], float], write: Callable[[str], None]) -> None:
         super().__init__(description, total, clock)
         self._write = write
-        self._written_tenths = 0
         self._written_steps = 0
         self._written_at = 0.0  # seconds since the start
 
     def draw(self) -> None:
         pause = self.rate.elapsed - self._written_at
-        advanced = self._tenths() > self._written_tenths
+        advanced = self._tenths(self.rate.done) > self._tenths(self._written_steps)
         if (advanced and pause >= LEAST_PAUSE) or pause >= LONGEST_PAUSE:
             self._write_line()
 
@@ -207,16 +174,12 @@ class PlainPhaseBar(PhaseBar):
         if self.rate.done > self._written_steps:
             self._write_line()
 
-    def _tenths(self) -> int:
-        return TENTHS * self.rate.done // self.rate.total if self.rate.total else TENTHS
+    def _tenths(self, steps: int) -> int:
+        return TENTHS * steps // self.rate.total if self.rate.total else TENTHS
 
     def _write_line(self) -> None:
-        self._written_tenths, self._written_steps = self._tenths(), self.rate.done
-        self._written_at = self.rate.elapsed
-        self._write(f"[progress] {self.label} {_in_words(self.rate)}")
-
-
-def _in_words(rate: ProgressRate) -> str:
-    """ "120/210, 57 %, 1 min 20 s, 59.1 s left"; without the time left while the rate is unknown."""
-    rest = "" if math.isnan(rate.remaining) or not rate.remaining else f", {duration(rate.remaining)} left"
-    return f"{rate.done}/{rate.total}, {100 * rate.fraction:.0f} %, {duration(rate.elapsed)}{rest}"
+        rate = self.rate
+        self._written_steps, self._written_at = rate.done, rate.elapsed
+        left = "" if math.isnan(rate.remaining) or not rate.remaining else f", {duration(rate.remaining)} left"
+        percent = f"{100 * rate.fraction:.0f} %"
+        self._write(f"[progress] {self.label} {rate.done}/{rate.total}, {percent}, {duration(rate.elapsed)}{left}")

@@ -1,13 +1,12 @@
 """A run displayed on a terminal with rich: panels, colours, one live progress bar."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from rich.box import ROUNDED
 from rich.console import Console as Rich
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,79 +14,81 @@ from jointq_cli import __version__
 from jointq_cli.records import LayerRecord
 from jointq_cli.report.console.displays import Display, PhaseBar, State, outcome
 from jointq_cli.report.console.final_summary import FinalSummary
-from jointq_cli.report.console.layer_rows import layer_heading, layer_row, name_width
+from jointq_cli.report.console.layer_rows import layer_heading, layer_row
 from jointq_cli.report.console.progress_rate import ProgressRate
-from jointq_cli.report.number_format import KeyMetric, duration
+from jointq_cli.report.number_format import duration
 from jointq_cli.report.summary import DAMPED, FALLBACK, layer_notes
 from jointq_cli.report.tables.table import BEST_MARK, GAP, TableDocument, TextTable
 
 VERDICT_STYLES = {FALLBACK: "bold red", DAMPED: "yellow"}
-STATE_STYLES = {"done": "green", "reused": "cyan", "failed": "bold red", "interrupted": "yellow"}
-STATE_MARKS = {"done": "✓", "reused": "↺", "failed": "✗", "interrupted": "■"}
+STATES = {"done": ("✓", "green"), "reused": ("↺", "cyan"), "failed": ("✗", "bold red"), "interrupted": ("■", "yellow")}
 FULL_WIDTH = 110  # columns; wider panels are harder to read
 LABEL_STYLE = "dim"
 LABEL_WIDTH = 20  # columns; the same in all parts of the final summary
+NARROW = 64  # columns; below, there is room for two columns of text beside no bar
 
 
 class TerminalDisplay(Display):
     """One live line at the bottom, everything else scrolls above it.
 
-    The live line is the innermost open progress bar, or else the spinner of the stage. rich obeys NO_COLOR.
+    The live line is the innermost open progress bar, or else one that says that the stage runs. rich obeys NO_COLOR.
     """
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float], width: int | None = None) -> None:
-        super().__init__(clock)
+    def __init__(self, stream: TextIO, clock: Callable[[], float], width: int | None = None, job: str = "") -> None:
+        super().__init__(clock, job)
         # force_terminal: the caller has already checked that the stream is a terminal.
-        self._rich = Rich(file=stream, force_terminal=True, highlight=False, markup=False, width=width)
+        self._rich = Rich(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False, width=width)
+        self._panel_width = min(self._rich.width, FULL_WIDTH)
+        self._is_narrow = self._rich.width < NARROW
         self._progress: Progress | None = None
         self._open: list[TaskID] = []
         self._needs_heading = True
 
     def header(self, pairs: list[tuple[str, str]]) -> None:
-        title = Text(f"jointq {__version__}", style="bold")
-        self._rich.print(Panel(_pairs(pairs), title=title, title_align="left", box=ROUNDED, width=self._panel_width()))
+        if not self._job:
+            title = Text(f"jointq {__version__}", style="bold")
+            self._rich.print(Panel(_grid(pairs), title=title, title_align="left", width=self._panel_width))
 
     def stage_starts(self, name: str) -> None:
         self._needs_heading = True
-        self.show_live(name, None)
+        self.show_live(self._named(name), None)
 
     def stage_ends(self, name: str, state: State, seconds: float) -> None:
         self.drop_live()
-        style = STATE_STYLES[state]
-        self._rich.print(
-            Text.assemble(
-                (f"{STATE_MARKS[state]} ", style),
-                f"{name:<{LABEL_WIDTH - 2}}  ",
-                (outcome(state, seconds), style),
+        if not self._job:
+            mark, style = STATES[state]
+            self._rich.print(
+                Text.assemble((mark, style), f" {name:<{LABEL_WIDTH - 2}}  ", (outcome(state, seconds), style))
             )
-        )
 
     def bar(self, description: str, total: int) -> PhaseBar:
-        return TerminalPhaseBar(description, total, self._clock, self)
+        return TerminalPhaseBar(self._named(description), total, self._clock, self)
 
     def layer(self, record: LayerRecord) -> None:
-        width = name_width(self._rich.width)
+        if self._job:
+            return
         if self._needs_heading:
-            self._print_line(Text(layer_heading(width), style="bold"))
+            self._print_line(Text(layer_heading(self._rich.width), style="bold"))
             self._needs_heading = False
-        line = Text(layer_row(record, width), style=VERDICT_STYLES.get(record.verdict, ""))
+        line = Text(layer_row(record, self._rich.width), style=VERDICT_STYLES.get(record.verdict, ""))
         notes = layer_notes(record)
         if notes and len(line) + len(notes) + 2 < self._rich.width:
             line.append(f"  {notes}", style="dim")
         self._print_line(line)
 
     def note(self, text: str) -> None:
-        self._rich.print(Text(text))
+        if not self._job:
+            self._rich.print(text)
 
     def warn(self, text: str) -> None:
-        self._rich.print(Text.assemble(("warning: ", "bold yellow"), (text, "yellow")))
+        self._rich.print(Text.assemble(("warning: ", "bold yellow"), (self._named(text), "yellow")))
 
     def summary(self, summary: FinalSummary) -> None:
+        if self._job:
+            return
         self._headline(summary.headline, summary.problems)
-        self._rich.print(_metrics(summary.metrics))
-        self._rich.print()
-        self._rich.print(_pairs(summary.details, LABEL_WIDTH))
-        self._rich.print()
+        self._rich.print(self._metrics(summary), "")
+        self._rich.print(_grid(summary.details, label_width=0 if self._is_narrow else LABEL_WIDTH), "")
         for label, value in summary.next_steps:
             # Not folded, so that a path or a command can be copied in one piece.
             line = Text.assemble((f"{label:<{LABEL_WIDTH}}  ", LABEL_STYLE), value)
@@ -96,22 +97,24 @@ class TerminalDisplay(Display):
     def tables(self, document: TableDocument) -> None:
         self._headline(document.headline, [*document.problems, *document.warnings])
         for table in document.shown:
-            self._rich.print()
-            self._rich.print(Text(table.title, style="bold"))
+            self._rich.print("", Text(table.title, style="bold"), sep="\n")
             for part in table.folded(self._rich.width):
                 self._rich.print(_columns(part))
-        self._rich.print()
-        for note in document.notes:
-            self._rich.print(Text(note, style=LABEL_STYLE))
+        self._rich.print("", *(Text(note, style=LABEL_STYLE) for note in document.notes), sep="\n")
 
     def close(self) -> None:
         self._open.clear()
         self._stop()
 
     def show_live(self, description: str, rate: ProgressRate | None) -> TaskID:
-        """Replaces the live line by a new one. rate: None for a spinner without a bar."""
+        """Replaces the live line by a new one. rate: None where it is not known how far the stage is."""
         if self._progress is None:
-            self._progress = _live_line(self._rich)
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                *([] if self._is_narrow else [BarColumn(None, complete_style="cyan", pulse_style="cyan")]),
+                _CountColumn(),
+            )
+            self._progress = Progress(*columns, console=self._rich, transient=True, expand=True)
             self._progress.start()
         if self._open:
             self._progress.update(self._open[-1], visible=False)
@@ -142,47 +145,16 @@ class TerminalDisplay(Display):
         text = Text(headline, style="bold")
         for problem in problems:
             text.append(f"\n! {problem}", style="red")
-        style = "red" if problems else "green"
-        self._rich.print(Panel(text, box=ROUNDED, border_style=style, width=self._panel_width()))
+        self._rich.print(Panel(text, border_style="red" if problems else "green", width=self._panel_width))
+
+    def _metrics(self, summary: FinalSummary) -> Table:
+        rows = [(each.label, Text(each.value, "bold"), Text(each.detail, LABEL_STYLE)) for each in summary.metrics]
+        if self._is_narrow:
+            return _grid([(label, Text("\n").join([value, detail])) for label, value, detail in rows], ("", ""))
+        return _grid(rows, ("", "", ""), LABEL_WIDTH)
 
     def _print_line(self, line: Text) -> None:
-        line.no_wrap, line.overflow = True, "ellipsis"
-        self._rich.print(line)
-
-    def _panel_width(self) -> int:
-        return min(self._rich.width, FULL_WIDTH)
-
-
-class BriefDisplay(TerminalDisplay):
-    """Only the live line and warnings, for one job of a sweep; the rest is in the log of the job."""
-
-    def __init__(self, label: str, stream: TextIO, clock: Callable[[], float], width: int | None = None) -> None:
-        super().__init__(stream, clock, width)
-        self._label = label
-
-    def header(self, pairs: list[tuple[str, str]]) -> None:
-        pass
-
-    def stage_starts(self, name: str) -> None:
-        super().stage_starts(f"{self._label}: {name}")
-
-    def stage_ends(self, name: str, state: State, seconds: float) -> None:
-        self.drop_live()
-
-    def bar(self, description: str, total: int) -> PhaseBar:
-        return super().bar(f"{self._label}: {description}", total)
-
-    def layer(self, record: LayerRecord) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        super().warn(f"{self._label}: {text}")
-
-    def summary(self, summary: FinalSummary) -> None:
-        pass
+        self._rich.print(line, no_wrap=True, overflow="ellipsis")
 
 
 class TerminalPhaseBar(PhaseBar):
@@ -200,43 +172,27 @@ class TerminalPhaseBar(PhaseBar):
         self._display.drop_live()
 
 
-class _BarColumn(BarColumn):
-    """The bar; nothing for a stage whose progress is unknown."""
-
-    def render(self, task: Task) -> Text:  # type: ignore[override]
-        return Text() if task.total is None else super().render(task)  # type: ignore[return-value]
-
-
 class _CountColumn(ProgressColumn):
-    """Steps, time so far and time left."""
+    """Steps, time so far and time left: rich's own columns would count what an earlier run has done as speed."""
 
     def render(self, task: Task) -> Text:
         rate: ProgressRate | None = task.fields["rate"]
         if rate is None:
             return Text(duration(task.elapsed or 0.0), style="dim")
-        remaining = rate.remaining
-        left = "" if math.isnan(remaining) else f", {duration(remaining)} left"
+        left = "" if math.isnan(rate.remaining) else f", {duration(rate.remaining)} left"
         return Text.assemble(f"{rate.done}/{rate.total}  {duration(rate.elapsed)}", (left, "cyan"))
 
 
-def _live_line(rich: Rich) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        _BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-        _CountColumn(),
-        console=rich,
-        transient=True,
-        expand=True,
-    )
-
-
-def _metrics(metrics: list[KeyMetric]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(min_width=LABEL_WIDTH)
-    for metric in metrics:
-        table.add_row(Text(metric.label), Text(metric.value, style="bold"), Text(metric.detail, style=LABEL_STYLE))
-    return table
+def _grid(
+    rows: Sequence[Sequence[str | Text]], styles: Sequence[str] = (LABEL_STYLE, ""), label_width: int = 0
+) -> Table:
+    """Labels in the first column; long cells are folded within their columns. styles: of the columns."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for index, style in enumerate(styles):
+        grid.add_column(style=style, overflow="fold", min_width=label_width if index == 0 else None)
+    for row in rows:
+        grid.add_row(*row)
+    return grid
 
 
 def _columns(text_table: TextTable) -> Table:
@@ -247,13 +203,3 @@ def _columns(text_table: TextTable) -> Table:
     for row in text_table.rows:
         table.add_row(*(Text(cell, style="bold green" if cell.endswith(BEST_MARK) else "") for cell in row))
     return table
-
-
-def _pairs(pairs: list[tuple[str, str]], label_width: int = 0) -> Table:
-    """Labels in one column, values in the next, long values folded within their column."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style=LABEL_STYLE, no_wrap=True, min_width=label_width)
-    grid.add_column(overflow="fold")
-    for label, value in pairs:
-        grid.add_row(Text(label), Text(value))
-    return grid

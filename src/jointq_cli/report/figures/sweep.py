@@ -7,12 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
-
 from jointq_cli.report.compare.sweep import Ranking, SweepJob, SweepMeasurement, finite, ranking
-from jointq_cli.report.figures import style
-from jointq_cli.report.figures.style import SvgFigure
+from jointq_cli.report.figures.plots import Series, point_plot
+from jointq_cli.report.figures.style import SvgFigure, fits_log_axis
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import shortest_suffixes, significant
 
@@ -46,10 +43,10 @@ def sweep_figures(jobs: Sequence[SweepJob]) -> list[SvgFigure]:
     if swept is None:
         return []
     ranked = ranking(jobs)
-    figures = [_curves(f"Perplexity over {swept.name}", "perplexity", _perplexity, swept, measured, ranked)]
+    figures = [*_curves(f"Perplexity over {swept.name}", "perplexity", _perplexity, swept, measured, ranked)]
     if all(job.measured and math.isfinite(_divergence(job.measured)[0]) for job in measured):
         title = f"KL divergence over {swept.name}"
-        figures.append(_curves(title, "nats per token", _divergence, swept, measured, ranked))
+        figures += _curves(title, "nats per token", _divergence, swept, measured, ranked)
     return figures
 
 
@@ -85,43 +82,31 @@ def _numbers(jobs: Sequence[SweepJob], key: str) -> dict[int, float]:
 
 def _curves(
     title: str, unit: str, metric: Metric, swept: _SweptSetting, jobs: Sequence[SweepJob], ranked: Ranking
-) -> SvgFigure:
+) -> list[SvgFigure]:
     lines = _lines(jobs, swept)
-    drawn = [job for members in lines.values() for job in members]
-    values = [metric(job.measured)[0] for job in drawn if job.measured]
-    with style.styled_axes(style.WIDE) as axes:
-        for index, (label, members) in enumerate(lines.items()):
-            colour, marker = style.series_style(index)
-            points = [(swept.values[job.number], *metric(job.measured)) for job in members if job.measured]
-            x, y, errors = map(list, zip(*points, strict=True))
-            axes.errorbar(
-                x, y, yerr=errors, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.2,
-                elinewidth=1.0, label=label or None,
-            )  # fmt: skip
-        marked = ranked.best
-        if marked is not None and marked.measured is not None and marked.number in swept.values:
-            x, y = [swept.values[marked.number]], [metric(marked.measured)[0]]
-            axes.plot(x, y, marker="o", markersize=14, markerfacecolor="none", color=style.INK, linestyle="none")
-        _ticks_at_values(axes, swept)
-        if values and all(map(style.fits_log_axis, values)) and max(values) > WIDE_RANGE * min(values):
-            axes.set_yscale("log")
-            style.log_ticks(axes.yaxis, values)
-        axes.set_xlabel(swept.name)
-        axes.set_ylabel(unit)
-        if len(lines) > 1:
-            axes.legend()
-        return style.svg_figure(axes, title, _caption(metric, drawn, ranked))
-
-
-def _ticks_at_values(axes: Axes, swept: _SweptSetting) -> None:
-    """A tick for each value of the setting, if there are not too many."""
-    values = sorted(set(swept.values.values()))
-    if swept.logarithmic:
-        axes.set_xscale("log")
-        style.log_ticks(axes.xaxis, values)
-    if len(values) <= MOST_TICKS:
-        axes.set_xticks(values, [f"{value:g}" for value in values])
-        axes.xaxis.set_minor_locator(NullLocator())
+    series = []
+    for label, members in lines.items():
+        measured = [metric(job.measured) for job in members if job.measured]
+        values, errors = [value for value, _ in measured], [error for _, error in measured]
+        series.append(Series(label or None, [swept.values[job.number] for job in members], values, errors))
+    values = [value for one in series for value in one.y]
+    rings = [
+        (swept.values[best.number], metric(best.measured)[0])
+        for best in [ranked.best]
+        if best is not None and best.measured is not None and best.number in swept.values
+    ]
+    ticks = sorted(set(swept.values.values()))
+    return point_plot(
+        title,
+        _caption(metric, [job for members in lines.values() for job in members], ranked),
+        series,
+        x=swept.name,
+        y=unit,
+        log_x=swept.logarithmic,
+        log_y=all(map(fits_log_axis, values)) and max(values) > WIDE_RANGE * min(values),
+        ticks=ticks if len(ticks) <= MOST_TICKS else (),
+        rings=rings,
+    )
 
 
 def _caption(metric: Metric, jobs: Sequence[SweepJob], ranked: Ranking) -> str:

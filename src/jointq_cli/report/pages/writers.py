@@ -11,15 +11,18 @@ from jointq_cli.system.record_json import encode
 from jointq_cli.system.run_directory import RunDirectory
 
 
-def write_report(report: RunReport, directory: RunDirectory) -> None:
-    """Writes all four files, first report.json, from which the others can be rendered. Raises ResourceError."""
-    # Imported here: matplotlib takes a second to import, and only the page has figures.
-    from jointq_cli.report.pages.html import run_html
+def write_report(report: RunReport, directory: RunDirectory, *, page: bool = True) -> None:
+    """Writes all four files, first report.json, from which the others can be rendered. Raises ResourceError.
 
+    page: report.html too, whose figures take a second.
+    """
     directory.write(directory.report_json, encode(report))
     directory.write(directory.layers, layers_csv(report.layers))
     directory.write(directory.report_markdown, run_markdown(report))
-    directory.write(directory.report_html, run_html(report))
+    if page:
+        from jointq_cli.report.pages.html import run_html  # imports matplotlib, which takes half a second more
+
+        directory.write(directory.report_html, run_html(report))
 
 
 def layers_csv(layers: Sequence[LayerRecord]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from jointq_cli.errors import ModelError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.layer_file import load_layer
-from jointq_cli.records import COMPUTED, ComparedStep, RunReport
+from jointq_cli.records import COMPUTED, ComparedStep
 from jointq_cli.report.number_format import before_after, percent, plural
 from jointq_cli.report.reproduction.finished_run import CODES, FinishedRun, code_files, codes_file
 
@@ -20,45 +20,43 @@ EXPORTS = "export/"
 
 
 def rotation(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    ours, theirs = (None if run.report.rotation is None else run.report.rotation.hash for run in (original, replay))
-    if ours is None and theirs is None:
-        return ComparedStep("rotation", COMPUTED, True, "none")
-    if ours is not None and ours == theirs:
-        return ComparedStep("rotation", COMPUTED, True, ours[:16] + _by_manifest([ROTATION], original, replay))
-    hashes = f"sha256 {before_after(ours and ours[:16], theirs and theirs[:16])}"
+    ours, theirs = (run.report.rotation.hash if run.report.rotation else None for run in (original, replay))
+    if ours == theirs:
+        detail = ours[:16] + _by_manifest([ROTATION], original, replay) if ours else "none"
+        return ComparedStep("rotation", COMPUTED, True, detail)
     how = _difference(ROTATION, original, replay, lambda *paths: _rotation_difference(*map(load_file, paths)))
-    return ComparedStep("rotation", COMPUTED, False, f"{hashes}; {how}" if how else hashes)
+    return ComparedStep(
+        "rotation", COMPUTED, False, f"sha256 {before_after(ours and ours[:16], theirs and theirs[:16])}{how}"
+    )
 
 
 def codes(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     """Layer by layer, in the order of the model; files of layers that no report names come last."""
-    layers = dict.fromkeys(layer.name for run in (original, replay) for layer in run.report.layers)
-    files = dict.fromkeys([*map(codes_file, layers), *code_files(original), *code_files(replay)])
+    layers = {layer.name: layer for run in (replay, original) for layer in run.report.layers}
+    order = dict.fromkeys(layer.name for run in (original, replay) for layer in run.report.layers)
+    files = dict.fromkeys([*map(codes_file, order), *code_files(original), *code_files(replay)])
     differing = _differing(files, original, replay)
     of_all = plural(len(files), "layer")
-    if files and not differing:
-        return ComparedStep("codes", COMPUTED, True, of_all + _by_manifest(files, original, replay))
     if not files:
         return ComparedStep("codes", COMPUTED, False, "no hash of any layer")
-    first = differing[0]
-    name = first.removeprefix(f"{CODES}/").removesuffix(".safetensors")
+    if not differing:
+        return ComparedStep("codes", COMPUTED, True, of_all + _by_manifest(files, original, replay))
+    name = differing[0].removeprefix(f"{CODES}/").removesuffix(".safetensors")
+    block = f" (block {layers[name].block} of {len(original.report.blocks)})" if name in layers else ""
     others = f", and in {len(differing)} of {of_all}" if len(differing) > 1 else ""
-    how = _difference(first, original, replay, lambda *paths: _codes_difference(*map(load_layer, paths)))
-    where = f"first in {name}{_block(name, original.report)}{others}{_no_hash(first, original, replay)}"
-    return ComparedStep("codes", COMPUTED, False, f"{where}: {how}" if how else where, original.position(name))
+    how = _difference(differing[0], original, replay, lambda *paths: _codes_difference(*map(load_layer, paths)))
+    where = f"first in {name}{block}{others}{_no_hash(differing[0], original, replay)}"
+    return ComparedStep("codes", COMPUTED, False, where + how.replace("; ", ": ", 1), original.position(name))
 
 
 def checkpoint(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
-    files = _files(CHECKPOINT, original, replay)
-    if not any(name.endswith(".safetensors") for name in files):
+    if not any(name.endswith(".safetensors") for name in _files(CHECKPOINT, original, replay)):
         return ComparedStep("checkpoint", COMPUTED, False, "no hash of any weights")
     return _compared("checkpoint", CHECKPOINT, original, replay)
 
 
 def exports(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     """The packed checkpoints that the recipe asks for."""
-    if not _files(EXPORTS, original, replay):
-        return ComparedStep("exports", COMPUTED, True, "none")
     return _compared("exports", EXPORTS, original, replay)
 
 
@@ -72,16 +70,15 @@ def _compared(step: str, folder: str, original: FinishedRun, replay: FinishedRun
     differing = _differing(files, original, replay)
     of_all = plural(len(files), "file")
     if not differing:
-        return ComparedStep(step, COMPUTED, True, of_all + _by_manifest(files, original, replay))
+        detail = of_all + _by_manifest(files, original, replay) if files else "none"
+        return ComparedStep(step, COMPUTED, True, detail)
     first = f"{differing[0].removeprefix(folder)} first{_no_hash(differing[0], original, replay)}"
     return ComparedStep(step, COMPUTED, False, f"{len(differing)} of {of_all}, {first}")
 
 
 def _differing(files: Iterable[str], original: FinishedRun, replay: FinishedRun) -> list[str]:
     """Files whose hashes differ or are missing."""
-    return [
-        name for name in files if original.files.get(name) is None or original.files.get(name) != replay.files.get(name)
-    ]
+    return [name for name in files if not (hash_ := original.files.get(name)) or hash_ != replay.files.get(name)]
 
 
 def _no_hash(name: str, original: FinishedRun, replay: FinishedRun) -> str:
@@ -95,14 +92,14 @@ def _by_manifest(files: Iterable[str], original: FinishedRun, replay: FinishedRu
 
 
 def _difference(name: str, original: FinishedRun, replay: FinishedRun, describe: Callable[[Path, Path], str]) -> str:
-    """What `describe` says about the file of both runs; "" if either has been deleted."""
+    """ "; " and what `describe` says about the file of both runs; "" if either has been deleted."""
     ours, theirs = original.directory / name, replay.directory / name
     if not (ours.is_file() and theirs.is_file()):
         return ""
     try:
-        return describe(ours, theirs)
+        return f"; {describe(ours, theirs)}"
     except (SafetensorError, OSError, ModelError, KeyError, ValueError):  # raised for damaged files
-        return "(file cannot be read)"
+        return "; (file cannot be read)"
 
 
 def _rotation_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
@@ -112,13 +109,6 @@ def _rotation_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
     return ", ".join(f"{name} by up to {gap:.1e}" for name, gap in gaps.items() if gap)
 
 
-def _block(name: str, report: RunReport) -> str:
-    found = [layer.block for layer in report.layers if layer.name == name]
-    return f" (block {found[0]} of {len(report.blocks)})" if found else ""
-
-
 def _codes_difference(ours: StoredWeight, theirs: StoredWeight) -> str:
-    return ", ".join(
-        found.text + (f" by up to {percent(found.relative)}" if found.relative else "")
-        for found in ours.difference(theirs)
-    )
+    found = ours.difference(theirs)
+    return ", ".join(each.text + (f" by up to {percent(each.relative)}" if each.relative else "") for each in found)

@@ -50,7 +50,7 @@ def compare(
     return Reproduction(
         original=str(original.directory),
         replay=str(replay.directory),
-        verdict=_verdict(steps, replayed, bool(rounding), tolerance),
+        verdict=_verdict(steps, replayed, tolerance if rounding else None),
         steps=steps,
         surroundings=environment.differences(*runs),
         figures=replayed,
@@ -61,19 +61,12 @@ def compare(
     )
 
 
-def _verdict(
-    steps: Sequence[ComparedStep],
-    replayed: Sequence[ReplayedMetric],
-    can_round_differently: bool,
-    tolerance: float | None,
-) -> str:
+def _verdict(steps: Sequence[ComparedStep], replayed: Sequence[ReplayedMetric], tolerance: float | None) -> str:
+    """tolerance: None where none applies."""
     if all(step.same for step in steps):
         return IDENTICAL
-    same_inputs = all(step.same for step in steps if step.part == REQUESTED)
-    if tolerance is None or not same_inputs or not can_round_differently:
+    if tolerance is None or not all(step.same for step in steps if step.part == REQUESTED):
         return DIFFERENT
-    return WITHIN_TOLERANCE if all(_is_within(metric, tolerance) for metric in replayed) else DIFFERENT
-
-
-def _is_within(metric: ReplayedMetric, tolerance: float) -> bool:
-    return math.isfinite(metric.original) and math.isfinite(metric.replay) and abs(metric.change) <= tolerance
+    finite = all(math.isfinite(metric.original) and math.isfinite(metric.replay) for metric in replayed)
+    close = all(abs(metric.change) <= tolerance for metric in replayed)
+    return WITHIN_TOLERANCE if finite and close else DIFFERENT

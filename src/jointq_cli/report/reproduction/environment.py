@@ -40,11 +40,8 @@ def unknown(original: FinishedRun, replay: FinishedRun) -> list[str]:
 
 
 def _changes(names: Iterable[str], ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> list[str]:
-    return [
-        f"{name} {before_after(ours.get(name), theirs.get(name))}"
-        for name in names
-        if ours.get(name) != theirs.get(name)
-    ]
+    pairs = {name: (ours.get(name), theirs.get(name)) for name in names}
+    return [f"{name} {before_after(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]]
 
 
 def _environment(run: FinishedRun) -> dict[str, str | None]:

@@ -43,18 +43,22 @@ class FinishedRun:
 
 def read_finished_run(directory: Path) -> FinishedRun:
     """Raises JointqError, which says what is missing or has changed, for anything but a finished `jointq quantize`."""
+    place = directory / "manifest.json"
     if not directory.is_dir():
         raise JointqError(f"{directory}: no such directory")
     if (directory / "evaluation.json").is_file():
         raise _of_another_command(directory, "evaluate")
-    if not (directory / "manifest.json").is_file():
+    if not place.is_file():
         raise JointqError(f"{directory}: has no manifest.json, so it is no finished run of jointq quantize")
-    manifest = cast(Manifest, load_record(Manifest, directory / "manifest.json"))
+    manifest = cast(Manifest, load_record(Manifest, place))
     if manifest.command[1:2] == ["rotate"]:
         raise _of_another_command(directory, "rotate")
-    report = load_report(directory / "report.json")
-    settings = load_settings(directory / "recipe.yaml")
-    _check_recipe(directory / "recipe.yaml", manifest)
+    report, recipe = load_report(directory / "report.json"), directory / "recipe.yaml"
+    settings = load_settings(recipe)
+    if manifest.recipe_sha256 not in (None, file_hash(recipe)):  # older manifests have none
+        raise JointqError(
+            f"{recipe}: is not the recipe of manifest.json; another run has begun in this directory, or it was changed"
+        )
     _check_unchanged(directory, manifest.files)
     return FinishedRun(directory, settings, manifest, report, manifest.files or _hashed(directory, report))
 
@@ -71,14 +75,6 @@ def codes_file(layer: str) -> str:
 def code_files(run: FinishedRun) -> list[str]:
     """Those of which the run has hashes."""
     return sorted(name for name in run.files if name.startswith(f"{CODES}/"))
-
-
-def _check_recipe(recipe: Path, manifest: Manifest) -> None:
-    """Older manifests have no hash of the recipe."""
-    if manifest.recipe_sha256 not in (None, file_hash(recipe)):
-        raise JointqError(
-            f"{recipe}: is not the recipe of manifest.json; another run has begun in this directory, or it was changed"
-        )
 
 
 def _check_unchanged(directory: Path, listed: dict[str, str]) -> None:

@@ -23,6 +23,7 @@ FURTHER = (
     "quantizer.grid",
     "calibration.add_generated",
     "curvature",
+    "allocation",
     "calibration.matmul_precision",
     "quantizer.zero_point",
     "quantizer.incoherence",

@@ -1,10 +1,8 @@
-"""Compares what two runs have measured: counts and words exactly, floats to nine digits.
-
-NaN equals NaN here, as a run that measures it again is the same run. Knows no tolerance.
-"""
+"""Compares what two runs have measured: counts and words exactly, floats to nine digits. NaN equals NaN here, as a run
+that measures it again is the same run. Knows no tolerance."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,58 +11,46 @@ from jointq_cli.report.number_format import before_after, plural, relative_chang
 from jointq_cli.report.reproduction.finished_run import FinishedRun, block_name
 
 ROUNDING = 1e-9  # relative: of float64 sums whose order depends on the threads; one changed code has a larger effect
-
-Record = dict[str, Any]
+NOT_COMPARED = {"seconds", "label"}  # older reports lack labels
 METRICS: dict[str, Callable[[RunReport], float]] = {
     "original perplexity": lambda report: report.original.value,
     "quantised perplexity": lambda report: report.quantized.value,
     "KL divergence": lambda report: report.comparison.kl_divergence,
 }
-
-
-def _without(record: Record, *names: str) -> Record:
-    return {key: value for key, value in record.items() if key not in names}
-
-
-def _flat(record: Record, field: str) -> Record:
-    """The record with the entries of one dictionary field as fields of their own."""
-    return _without(record, field) | {f"{field}.{name}": value for name, value in (record[field] or {}).items()}
-
-
-# Without times, without labels, which older reports lack, and without METRICS, which are steps of their own.
-RECORDS: dict[str, Callable[[RunReport], dict[str, Record]]] = {
-    "layers": lambda report: {
-        layer.name: _without(_flat(asdict(layer), "notes"), "seconds", "label") for layer in report.layers
-    },
+# By the name of the step; without METRICS, which are steps of their own.
+RECORDS: dict[str, Callable[[RunReport], dict[str, Any]]] = {
+    "layers": lambda report: {layer.name: asdict(layer) for layer in report.layers},
     "blocks": lambda report: {block_name(block.block): asdict(block) for block in report.blocks},
     "audit": lambda report: {"audit": asdict(report.audit)},
-    "simulation": lambda report: (
-        {"simulation": _flat(asdict(report.simulation), "clip_ratios")} if report.simulation else {}
-    ),
-    "tasks": lambda report: {task.name: _flat(_flat(asdict(task), "score"), "original") for task in report.tasks},
+    "simulation": lambda report: {"simulation": asdict(report.simulation)} if report.simulation else {},
+    "tasks": lambda report: {task.name: asdict(task) for task in report.tasks},
     "likelihoods": lambda report: {
-        "original": _without(asdict(report.original), "value"),
-        "quantised": _without(asdict(report.quantized), "value"),
-        "comparison": _without(asdict(report.comparison), "kl_divergence"),
+        "original": asdict(report.original) | {"value": None},
+        "quantised": asdict(report.quantized) | {"value": None},
+        "comparison": asdict(report.comparison) | {"kl_divergence": None},
     },
 }
-IN_MODEL_ORDER = ("layers", "blocks")
 
 
 def compare_records(name: str, original: FinishedRun, replay: FinishedRun) -> ComparedStep:
     """name: of RECORDS."""
-    ours, theirs = (RECORDS[name](run.report) for run in (original, replay))
-    gaps = {key: _record_gaps(ours.get(key, {}), theirs.get(key, {})) for key in ours | theirs}
-    differing = [key for key, found in gaps.items() if max(found.values(), default=0.0) > ROUNDING]
+    ours, theirs = (
+        {key: dict(_leaves(value)) for key, value in RECORDS[name](run.report).items()} for run in (original, replay)
+    )
+    keys, largest = dict.fromkeys([*ours, *theirs]), 0.0
+    differing = {}
+    for key in keys:
+        a, b = ours.get(key, {}), theirs.get(key, {})
+        gaps = {leaf: _gap(a.get(leaf), b.get(leaf)) for leaf in dict.fromkeys([*a, *b])}
+        largest = max(largest, *gaps.values())
+        if wrong := [leaf for leaf, gap in gaps.items() if gap > ROUNDING]:
+            differing[key] = f"{wrong[0]} {_values(a.get(wrong[0]), b.get(wrong[0]))}"
     if differing:
-        first = differing[0]
-        key = next(key for key, gap in gaps[first].items() if gap > ROUNDING)
-        values = _values(*(side.get(first, {}).get(key) for side in (ours, theirs)))
-        where = f"{len(differing)} of {len(gaps)}, {first} first" if len(gaps) > 1 else first
-        position = original.position(first) if name in IN_MODEL_ORDER else None
-        return ComparedStep(name, MEASURED, False, f"{where}: {key} {values}", position)
-    largest = max((gap for found in gaps.values() for gap in found.values()), default=0.0)
-    return ComparedStep(name, MEASURED, True, f"{plural(len(gaps), 'record')}{_rounding(largest)}" if gaps else "none")
+        first = next(iter(differing))
+        where = f"{len(differing)} of {len(keys)}, {first} first" if len(keys) > 1 else first
+        position = original.position(first) if name in ("layers", "blocks") else None
+        return ComparedStep(name, MEASURED, False, f"{where}: {differing[first]}", position)
+    return ComparedStep(name, MEASURED, True, f"{plural(len(keys), 'record')}{_rounding(largest)}" if keys else "none")
 
 
 def reload_check(original: FinishedRun, replay: FinishedRun) -> ComparedStep:
@@ -81,21 +67,28 @@ def replayed_metrics(original: FinishedRun, replay: FinishedRun) -> list[Replaye
 
 
 def metric_step(metric: ReplayedMetric) -> ComparedStep:
-    if abs(metric.change) <= ROUNDING:
-        detail = f"{significant(metric.original)}{_rounding(abs(metric.change))}"
-        return ComparedStep(metric.name, MEASURED, True, detail)
-    return ComparedStep(metric.name, MEASURED, False, _values(metric.original, metric.replay))
+    same = abs(metric.change) <= ROUNDING
+    detail = f"{significant(metric.original)}{_rounding(abs(metric.change))}"
+    return ComparedStep(metric.name, MEASURED, same, detail if same else _values(metric.original, metric.replay))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of nested dictionaries by dotted path."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        if key not in NOT_COMPARED:
+            yield from _leaves(item, f"{path}.{key}" if path else key)
 
 
 def _values(ours: Any, theirs: Any) -> str:
     if isinstance(ours, float) and isinstance(theirs, float):
-        values = before_after(significant(ours), significant(theirs))
-        return f"{values} ({_change_in_words(_change(ours, theirs))})"
+        change = _change(ours, theirs)
+        # In enough digits that it does not look like zero.
+        text = relative_change(change) if abs(change) >= 1e-4 else f"{change:+.1e}"
+        return f"{before_after(significant(ours), significant(theirs))} ({text})"
     return before_after(*(value if value is None else str(value) for value in (ours, theirs)))
-
-
-def _record_gaps(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
-    return {key: _gap(ours.get(key), theirs.get(key)) for key in dict.fromkeys([*ours, *theirs])}
 
 
 def _gap(ours: Any, theirs: Any) -> float:
@@ -117,8 +110,3 @@ def _change(ours: float, theirs: float) -> float:
 
 def _rounding(gap: float) -> str:
     return f", but for sums' last digits: {gap:.0e} at most" if gap else ""
-
-
-def _change_in_words(change: float) -> str:
-    """In enough digits that it does not look like zero."""
-    return relative_change(change) if abs(change) >= 1e-4 else f"{change:+.1e}"

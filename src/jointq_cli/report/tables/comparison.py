@@ -49,6 +49,8 @@ def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
     reports = [run.report for run in comparison.runs]
     last_blocks = [str(report.blocks[-1].block) if report.blocks else None for report in reports]
     notes = [f"settings that differ: {keys or 'none'}"]
+    originals = sorted({summary.perplexity_text(report.original) for report in reports})
+    notes.append(f"perplexity of the original: {', '.join(originals)}")
     if comparison.best(_kl) | comparison.best(_perplexity):
         notes.append("* the least of the runs that were measured alike")
     if unfinished:
@@ -73,11 +75,10 @@ def _metrics(comparison: RunComparison) -> TextTable:
         "KL divergence": _marked(comparison, _kl, _kl_text),
         "top-1": column(lambda report: number_format.percent(report.comparison.top1_agreement)),
         "bits/weight": column(lambda report: significant(report.bits_per_weight, 3)),
-        "bits/block": column(lambda report: significant(report.coverage.block_bits, 3) if report.coverage else MISSING),
+        "bits/block": column(_block_bits),
         "bits/model": column(
             lambda report: significant(report.coverage.checkpoint_bits, 3) if report.coverage else MISSING
         ),
-        "original": column(lambda report: summary.perplexity_text(report.original)),
         QUANTIZE: column(_quantize_cost),
         "total time": column(lambda report: number_format.duration(summary.total_seconds(report))),
         "peak memory": column(lambda report: number_format.byte_size(report.peak_memory)),
@@ -140,6 +141,12 @@ def _marked(
     best = comparison.best(metric)
     blank = " " * len(BEST_MARK) if best else ""  # keeps the digits aligned
     return [text(run.report) + (BEST_MARK if at in best else blank) for at, run in enumerate(comparison.runs)]
+
+
+def _block_bits(report: RunReport) -> str:
+    """Of all weights of the blocks, where these are not all quantised."""
+    found = report.coverage
+    return MISSING if found is None or found.block_bits == report.bits_per_weight else significant(found.block_bits, 3)
 
 
 def _perplexity(report: RunReport) -> float:

@@ -11,6 +11,7 @@ from jointq_cli.records import LayerRecord, RotationRecord, RunReport, TaskRecor
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import MISSING, byte_size, damping_text, duration, plural, scientific, significant
+from jointq_cli.report.tables.allocation import allocation_table
 from jointq_cli.report.tables.experts import experts_table
 from jointq_cli.report.tables.glossary import meanings
 from jointq_cli.report.tables.table import TableDocument, TextTable
@@ -31,6 +32,7 @@ def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
         tables=[
             *([_basis(report, report.rotation)] if report.rotation else []),
             tasks_table(report.tasks),
+            allocation_table(report),
             kinds_table(report.layers),
             _layers("Layers that are not ok", [layer for layer in report.layers if layer.verdict != "ok"]),
             _layers("Layers", report.layers) if worst is None else _worst(report.layers, worst),

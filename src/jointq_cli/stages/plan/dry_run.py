@@ -24,6 +24,7 @@ from jointq_cli.quantization.curvature import Kfac
 from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.quantization.refinement.settings import GradientRefinement
 from jointq_cli.recipe import Recipe
+from jointq_cli.stages.allocation import allocation_stage, describe, expected_layers, find_problem, open_allocation
 from jointq_cli.stages.base import Stage, open_model, windows_per_pass
 from jointq_cli.stages.engine_check import check_stage, is_checked
 from jointq_cli.stages.export import export_stage, model_to_quantize
@@ -39,6 +40,7 @@ from jointq_cli.stages.quantize import quantize_stage
 from jointq_cli.stages.quantized_scores import quantized_scores_stage
 from jointq_cli.stages.refine import check_refinable, further_windows, refine_stage
 from jointq_cli.stages.rotate import rotated_checkpoint, rotation_stages
+from jointq_cli.stages.sensitivity import sensitivity_stage
 from jointq_cli.stages.tasks import SizedTask, size_tasks, task_stage, with_tokenizer
 from jointq_cli.stages.text_tokens import is_stored, read_stored, tokens_stage
 from jointq_cli.stages.tokens import evaluation_windows, with_generated
@@ -86,6 +88,17 @@ class DryRun:
     evaluation: Windows
     shares_hessians: bool
     unread: Path | None  # a model whose weights no run has hashed yet
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    """What a budget makes of the layers. stages: those that lead there. is_known: whether the store has the result."""
+
+    layers: dict[str, Quantizer]
+    stages: list[Stage]
+    is_known: bool
+    notes: list[str]
 
 
 def find_inputs(recipe: Recipe, device: torch.device) -> RunInputs:
@@ -129,10 +142,12 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         rotation = [_known(stage, inputs.tokens) for stage in pair]
         model = _find_rotated(rotation[-1], recipe, original)
 
-    loop = loop_settings(layers, recipe, tokens)
     # A model that is yet to be rotated has the shapes of the original, so what the run would refuse is refused now.
     shaped = original if model is None else model
-    quantize = _known(quantize_stage(shaped, tokens, loop), model, inputs.tokens)
+    distribution = _distribute(recipe, shaped, layers, tokens, [model, inputs.tokens])
+    layers = distribution.layers
+    loop = loop_settings(layers, recipe, tokens)
+    quantize = _known(quantize_stage(shaped, tokens, loop), model, inputs.tokens, distribution.is_known or None)
     hessians = _known(hessians_stage(shaped, tokens, loop), model, inputs.tokens)
     batch = windows_per_pass(runtime, windows.ids)
     hidden = _known(hidden_stage(original, windows, batch), inputs.windows)
@@ -155,7 +170,8 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
     needed = [hessians] if shares_hessians and status(quantize) != REUSED else []
     if isinstance(loop.curvature, Kfac) and status(quantize) != REUSED:
         needed = [_known(gradients_stage(shaped, tokens, loop), model, inputs.tokens), *needed]
-    computing = [(stage, status(stage)) for stage in (*rotation, *needed, quantize, *refining)]
+    steps = _once([*rotation, *distribution.stages, *needed, quantize, *refining])
+    computing = [(stage, status(stage)) for stage in steps]
     exporting, planned = [], model_to_quantize(original, layers)
     for exporter in recipe.exporters:
         export = _known(export_stage(shaped, list(layers), result, exporter), model)
@@ -178,7 +194,40 @@ def dry_run(recipe: Recipe, inputs: RunInputs) -> DryRun:
         evaluation=Windows(*windows.ids.shape),
         shares_hessians=shares_hessians,
         unread=unread,
+        notes=distribution.notes,
     )
+
+
+def _distribute(
+    recipe: Recipe, model: StreamedModel, layers: dict[str, Quantizer], tokens: Tokens, inputs: list[object]
+) -> _Distribution:
+    """layers: as the recipe has them. inputs: of which one is None if the model or the tokens are yet to be made."""
+    problem = find_problem(model, layers, recipe)
+    if problem is None:
+        return _Distribution(layers, [], True, [])
+    store, loop = Path(recipe.store), problem.loop(recipe, tokens)
+    measured = _known(sensitivity_stage(model, tokens, loop, problem.candidates), *inputs)
+    stage = allocation_stage(problem, measured)
+    found = _find(stage, store)
+    needed = []
+    if _find(measured, store) is None:
+        needed.append(_known(gradients_stage(model, tokens, loop), *inputs))
+        if can_share(model, loop, recipe.runtime.hessians_gb * 1e9):
+            needed.append(_known(hessians_stage(model, tokens, loop), *inputs))
+    stages, outlook = [*needed, measured, stage], problem.outlook()
+    if found is None:
+        return _Distribution(expected_layers(model, layers, recipe), stages, False, [outlook])
+    allocated = open_allocation(problem, found)
+    return _Distribution(allocated.layers, stages, True, [outlook, describe(allocated)])
+
+
+def _once(stages: list[Stage]) -> list[Stage]:
+    """Without stages that two others need."""
+    found: list[Stage] = []
+    for stage in stages:
+        if not any((stage.kind, stage.spec, stage.inputs) == (one.kind, one.spec, one.inputs) for one in found):
+            found.append(stage)
+    return found
 
 
 def _find_tasks(evaluation: Evaluation) -> list[LoadedTask] | None:

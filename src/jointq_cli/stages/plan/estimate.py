@@ -100,7 +100,7 @@ def _one_disk(recipe: Recipe) -> bool:
 
 
 def _notes(recipe: Recipe, inputs: RunInputs, found: DryRun) -> list[str]:
-    notes = []
+    notes = list(found.notes)
     if any(status == UNKNOWN for _, status in found.stages):
         if found.unread is not None:
             notes.append(f"unknown until a run has read the weights once: what the store has of {found.unread}")

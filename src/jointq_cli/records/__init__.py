@@ -7,6 +7,8 @@ Knows no torch, no files and no terminal. The pipeline creates these records and
 from dataclasses import dataclass, field
 from typing import Any
 
+from jointq_cli.records.allocation import AllocationRecord
+
 IDENTICAL = "identical"  # the verdict of a reload check without a difference, and of a replay that is the same run
 WITHIN_TOLERANCE = "within the tolerance"
 DIFFERENT = "different"
@@ -372,6 +374,7 @@ class RunReport:
     beyond_limits: list[str] = field(default_factory=list)  # a line for each figure beyond the recipe's limits
     tasks: list[TaskRecord] = field(default_factory=list)
     refinement: RefinementRecord | None = None
+    allocation: AllocationRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""What a layer's candidates lose: by definition, from Hessians of either origin, resumed, and of experts."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from loop_cases import CPU, EQUAL, NO_QEP, ROUND, windows
+from safetensors import safe_open
+from tiny_models import write_checkpoint
+from transformers import AutoModelForCausalLM
+
+from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
+from jointq_cli.quantization.accumulator import unpacked
+from jointq_cli.quantization.curvature import Kfac, loss_error
+from jointq_cli.quantization.gradients import Gradients, collect_gradients
+from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
+from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.quantization.quantizers.base import Prepared
+from jointq_cli.quantization.sensitivity import Losses, LossFiles, measure_losses
+from jointq_cli.quantization.settings import LoopSettings
+
+CANDIDATES: list[Quantizer] = [replace(ROUND, bits=bits) for bits in (2, 4)]
+UNCOUPLED = Kfac(strength=0.0)
+
+
+class Stop(Exception):
+    pass
+
+
+def measured(
+    model: StreamedModel,
+    place: Path,
+    candidates: list[Quantizer] = CANDIDATES,
+    curvature: Kfac = UNCOUPLED,
+    ahead: bool = False,
+    pause: Callable[[], None] = lambda: None,
+) -> Losses:
+    names = [name for name in model.linear_layers() if model.block_of(name) is not None]
+    settings = LoopSettings(
+        candidates[0], NO_QEP, frozenset(names), "original", EQUAL, len(windows()), 2, 1e9, curvature=curvature
+    )
+    for folder in ("gradients", "hessians", "losses"):
+        (place / folder).mkdir(parents=True, exist_ok=True)
+    gradients, hessians = Gradients(place / "gradients"), Hessians(place / "hessians") if ahead else None
+    with torch.no_grad():
+        collect_gradients(model, windows(), 0, 2, gradients, lambda: None, lambda: None)
+        if hessians:
+            collect_hessians(model, windows(), settings, hessians, lambda: None, lambda: None)
+        files = LossFiles(place / "losses")
+        by_name = dict.fromkeys(names, candidates)
+        measure_losses(model, windows(), settings, by_name, gradients, hessians, files, lambda: None, pause)
+    return files.read()
+
+
+def opened(directory: Path, family: str = "llama") -> StreamedModel:
+    return StreamedModel(Checkpoint(write_checkpoint(directory, family)), CPU, torch.float32)
+
+
+def test_half_the_trace_over_gradients_error_and_inputs(tmp_path: Path) -> None:
+    model = opened(tmp_path / "model")
+    found = measured(model, tmp_path)
+    assert list(found) == [name for name in model.linear_layers() if model.block_of(name) is not None]
+    name = "model.layers.1.mlp.down_proj"
+    inputs: list[torch.Tensor] = []
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    whole.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        whole(windows())
+    [x], [g] = inputs, Gradients(tmp_path / "gradients").outputs(1, model.linear_layers()[name], CPU)
+    weight = whole.get_parameter(f"{name}.weight").detach()
+    for quantizer, loss in zip(CANDIDATES, found[name], strict=True):
+        error = weight - quantizer.quantize(weight, Prepared(), torch.float32).quantized.dequantize(torch.float32)
+        outputs = (x @ error.T).double()
+        assert loss == pytest.approx(0.5 * float(((outputs @ g) * outputs).sum()) / len(x), rel=1e-4)
+    assert all(two > four > 0 for two, four in found.values())
+
+
+def test_rows_that_compensate_each_other_lose_less(tmp_path: Path) -> None:
+    """As the layers will be solved, so are the candidates."""
+    model = opened(tmp_path / "model")
+    alone = measured(model, tmp_path / "alone", [ROUND])
+    coupled = measured(model, tmp_path / "coupled", [ROUND], Kfac())
+    assert sum(sum(losses) for losses in coupled.values()) < 0.9 * sum(sum(losses) for losses in alone.values())
+
+
+def test_stopped_or_from_the_store_they_are_the_same(tmp_path: Path) -> None:
+    model = opened(tmp_path / "model")
+    left = [60]
+
+    def pause() -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+
+    with pytest.raises(Stop):
+        measured(model, tmp_path / "stopped", pause=pause)
+    assert 0 < len(LossFiles(tmp_path / "stopped" / "losses").read()) < 21
+    resumed = measured(model, tmp_path / "stopped")
+    assert resumed == measured(model, tmp_path / "ahead", ahead=True)
+
+
+def test_an_expert_counts_by_its_tokens(tmp_path: Path) -> None:
+    model = opened(tmp_path / "model", "mixtral")
+    found = measured(model, tmp_path, ahead=True)
+    name = next(name for name in found if ".experts." in name and name.endswith("down_proj"))
+    for file in (tmp_path / "hessians").glob("0*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            if name in (layers := json.loads(stored.metadata()["layers"])):
+                hessian = unpacked(stored.get_tensor("hessian"), model.linear_layers()[name].in_features)
+                count = int(stored.get_tensor("tokens")[layers.index(name)])
+    assert 0 < count < windows().numel()
+    outputs = Gradients(tmp_path / "gradients").outputs(model.block_of(name) or 0, model.linear_layers()[name], CPU)
+    with model.block(0, tensors := model.block_tensors(0)):
+        weight = model.location(f"{name}.weight").read(tensors).float()
+    error = weight - CANDIDATES[0].quantize(weight, Prepared(), torch.float32).quantized.dequantize(torch.float32)
+    expected = 0.5 * count / windows().numel() * loss_error(outputs, error, hessian)
+    assert found[name][0] == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,56 @@
+"""The two plots that all figures are."""
+
+import math
+import re
+from xml.etree import ElementTree
+
+from jointq_cli.report.figures.plots import Series, heat_map, point_plot
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter("text")]
+
+
+def line(svg: str) -> tuple[int, int]:
+    """Of how many pieces the line of the only series is, and how many points it joins to the one before."""
+    [path] = re.findall(r'<path d="([^"]*)"[^>]*stroke-opacity: 0.5', svg)
+    return path.count("M"), path.count("L")
+
+
+def test_neighbours_within_their_errors_are_not_joined() -> None:
+    series = [Series(None, [1, 2, 3, 4], [1.0, 1.1, 3.0, 5.0], [0.1, 0.1, 0.1, 0.1])]
+    [figure] = point_plot("t", "c", series, x="setting", y="KL")
+    assert line(figure.svg) == (2, 2)  # the first stands alone
+
+
+def test_points_without_errors_are_joined() -> None:
+    [figure] = point_plot("t", "c", [Series(None, [1, 2, 3], [1.0, 1.1, 3.0])], x="block", y="E_y")
+    assert line(figure.svg) == (1, 2)
+
+
+def test_what_an_axis_cannot_show_is_left_out_and_counted() -> None:
+    series = [Series("a", [1, 2, 3], [1.0, 0.0, math.nan]), Series("nothing", [1], [-1.0])]
+    [figure] = point_plot("t", "A caption", series, x="block", y="E_y", log_y=True)
+    assert figure.caption == "A caption. 3 points that no such axis can show left out"
+    assert "a" in texts(figure.svg)
+    assert "nothing" not in texts(figure.svg)
+    assert point_plot("t", "c", series[1:], x="block", y="E_y", log_y=True) == []
+
+
+def test_rows_are_named_from_above_and_a_long_name_in_the_legend_has_lines() -> None:
+    series = [Series("quantizer=gptq, symmetric=true, bits=3", [0.1, 0.2], [0, 1], [0.01, 0.01])]
+    [figure] = point_plot("t", "c", series, x="KL", rows=["first", "second"])
+    heights = {
+        element.text: float(element.get("y", "0")) for element in ElementTree.fromstring(figure.svg).iter("text")
+    }
+    assert heights["first"] < heights["second"]
+    assert all(text in figure.svg for text in (">quantizer=gptq,<", ">symmetric=true, bits=3<"))
+
+
+def test_a_heat_map_has_a_text_per_number_and_is_darker_for_more() -> None:
+    [figure] = heat_map("t", "c", [[2.0, 4.0], [3.0, math.nan]], ["q_proj", "o_proj"], x="block")
+    assert {"2", "3", "4"} <= set(texts(figure.svg))
+    opacities = [float(value) for value in re.findall(r"fill: var\(--series-0\); fill-opacity: ([\d.]+)", figure.svg)]
+    assert len(opacities) == 3
+    assert opacities[0] < opacities[2] < opacities[1]
+    assert heat_map("t", "c", [[math.nan]], ["q_proj"], x="block") == []
