@@ -18,7 +18,7 @@ ROWS = [
     {"pipeline"},
     {"stages"},
     {"recipe"},
-    {"transforms"},
+    {"transforms", "tracking"},
     {"quantization", "evaluation", "report"},
     {"formats"},
     {"models", "data"},
@@ -41,6 +41,8 @@ ONLY_IN = {
     "rich": {"report"},
     "jinja2": {"report"},
     "matplotlib": {"report"},
+    "mlflow": {"tracking"},
+    "wandb": {"tracking"},
 }
 
 

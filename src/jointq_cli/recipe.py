@@ -31,6 +31,7 @@ from jointq_cli.quantization.refinement.settings import NoRefinement, Refinement
 from jointq_cli.report.limits import Limits
 from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
 from jointq_cli.system.settings import Runtime
+from jointq_cli.tracking import NoTracking, Tracking
 from jointq_cli.transforms import Rotation, Smoothing
 
 
@@ -60,6 +61,7 @@ class Recipe:
     refinement: Refinement = setting(NoRefinement())
     limits: Limits = setting(Limits(), decides=False)
     runtime: Runtime
+    tracking: Tracking = setting(NoTracking(), decides=False)  # of jointq quantize
     export: Any = setting(None)  # a format, or a list of formats: see `formats.export.exporters_of`
     check_exports: bool = setting(True, decides=False)  # in their engines, where these are installed
     generate_tokens: int = setting(32, least=0, decides=False)  # that both models write after each of three prompts

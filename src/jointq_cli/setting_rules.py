@@ -28,6 +28,9 @@ RENAMED: Final = {"runtime.waiting_gb": "runtime.suspended_activations_gb"}
 Here rather than at the fields, since reports of old runs need it and should not have to load torch.
 """
 
+UNRECORDED: Final = ("tracking",)
+"""Groups that recipe.yaml leaves out: where a run is told of is no part of what it does."""
+
 _KINDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -207,4 +210,4 @@ class SettingRoles:
     @property
     def replayable(self) -> list[str]:
         """What a replay may change: what does not decide, except what a run is called and where it is written."""
-        return sorted(key for key in self.undeciding if "." in key)
+        return sorted(key for key in self.undeciding if "." in key and key.partition(".")[0] not in UNRECORDED)

@@ -618,7 +618,9 @@ def test_the_same_sweep_again_runs_only_what_is_not_done(capsys: pytest.CaptureF
     ]
 
 
-def test_a_job_is_composed_once_although_it_is_checked_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_differ_in_values_are_composed_once_and_are_what_each_is_alone(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[tuple[Any, Job]]
+) -> None:
     composed: list[list[str]] = []
     load = ConfigLoaderImpl.load_sweep_config
 
@@ -627,10 +629,18 @@ def test_a_job_is_composed_once_although_it_is_checked_and_run(monkeypatch: pyte
         return load(loader, config, overrides)
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
-    done: list[int] = []
-    assert launch("quantize", ["-m", "quantizer.bits=3,4"], failing_on(ValueError(), 9, done)) == 0
-    assert done == [3, 4]
-    assert len(composed) == 2
+    words = ["recipe=pocket_w3g128", "+layers.overrides.o_proj.bits=8", "evaluation.max_windows=7"]
+    swept = ["quantizer=gptq,jointq", "quantizer.bits=2,3"]
+    assert launch("quantize", ["-m", *words, *swept], lambda recipe, job: jobs.append((recipe, job))) == 0
+    assert composed == [["recipe=pocket_w3g128", f"quantizer={name}"] for name in ("gptq", "jointq")]
+    together = list(jobs)
+    assert [job.overrides[-2:] for _, job in together] == [
+        [f"quantizer={name}", f"quantizer.bits={bits}"] for name in ("gptq", "jointq") for bits in (2, 3)
+    ]
+    for recipe, job in (together[0], together[3]):
+        assert launch("quantize", job.overrides, lambda recipe, job: jobs.append((recipe, job))) == 0
+        assert jobs[-1][0] == recipe
+        assert jobs[-1][1].config == job.config
 
 
 def test_another_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:
@@ -947,9 +957,10 @@ def test_two_runs_of_one_second_have_a_directory_each(tmp_path: Path) -> None:
     }
 
 
-def test_two_runs_into_one_given_directory_do_not_mix(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", new=False):
-        [(code, err)] = at_once([*SHORT, "hydra.run.dir=run"])
-    assert (code, err.count("\n")) == (1, 1)
+def test_two_runs_into_one_given_directory_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with claimed(tmp_path / "run", new=False):  # locks are those of open files, not of processes
+        assert main([*SHORT, "hydra.run.dir=run"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
     assert f"hydra.run.dir={tmp_path}/run: another run is writing there" in err
     assert not list((tmp_path / "run").iterdir())

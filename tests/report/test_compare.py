@@ -137,6 +137,17 @@ def test_headings_are_as_short_as_they_can_be_and_still_apart(report):
     assert RunComparison(runs).labels()[1].startswith("1 (bits=2, evaluation.seqlen=256")
 
 
+def test_labels_leave_out_what_older_runs_lack_and_later_ones_do_not_use(report):
+    older, later = run_of(report, "old"), run_of(report, "new", quantizer__bits="3", curvature="none", seed="7")
+    assert RunComparison([older, later]).labels() == ["old (bits=4)", "new (bits=3, seed=7)"]
+
+
+def test_of_many_runs_the_reference_and_the_closest_are_drawn(report):
+    runs = [run_of(scaled(report, factor), str(number)) for number, factor in enumerate((9, 3, 1, 2, 5))]
+    assert [run.name for run in RunComparison(runs).closest(3).runs] == ["0", "2", "3"]
+    assert RunComparison(runs).closest(9).runs == runs
+
+
 # --- what compares
 
 

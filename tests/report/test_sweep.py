@@ -207,6 +207,16 @@ def test_a_curve_has_the_swept_values_below_and_a_line_for_every_mix_of_the_othe
         assert {"0.01", "0.1", "1", "10", "bits=4", "bits=3"} <= set(texts)
 
 
+def test_the_page_of_200_jobs_is_small_and_has_them_all(tmp_path: Path, report: RunReport) -> None:
+    settings = [{"quantizer.bits": str(bits), KEY: str(0.01 * step)} for bits in range(1, 9) for step in range(1, 26)]
+    directory = sweep_of(tmp_path, replace(report, layers=[], blocks=[]), [15 - n / 100 for n in range(200)], settings)
+    write_summary(directory, page=True)
+    page = (tmp_path / "summary.html").read_text(encoding="utf-8")
+    assert len(page) < 1_000_000
+    assert page.count('<td data-label="job"') == 200
+    assert page.count("<svg ") == 2
+
+
 def evaluations(
     place: Path, report: RunReport, perplexities: Sequence[float], divergences: Sequence[float | None]
 ) -> SweepDirectory:

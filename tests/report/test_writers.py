@@ -171,7 +171,7 @@ def test_notes_have_columns_of_their_own_and_those_alike_one_line(report):
     table = run_document(replace(report, layers=layers)).tables[-2]
     column = table.heading.index("sweeps")
     assert [row[column] for row in table.rows[6:8]] == ["2", "3"]
-    assert "The same in all: lambda 0.300." in table.note
+    assert "The same in all that have it: lambda 0.300." in table.note
     assert "lambda" not in table.heading
     assert "dead_columns" not in table.heading
 
@@ -258,5 +258,5 @@ def test_generated_texts_are_shown_and_are_no_markup(report, directory):
     assert load_report(directory.report_json).generations == texts
     markdown = directory.report_markdown.read_text(encoding="utf-8")
     assert r'| "Once" | " &lt;b>upon&lt;/b>\na \| time" | " `again`" |' in markdown
-    assert " &lt;b&gt;upon&lt;/b&gt;\\na | time&#34;</td>" in directory.report_html.read_text(encoding="utf-8")
+    assert " &lt;b&gt;upon&lt;/b&gt;\na | time</td>" in directory.report_html.read_text(encoding="utf-8")
     assert "Generated" not in run_markdown(report)

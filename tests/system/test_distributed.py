@@ -422,6 +422,19 @@ def test_a_signal_ends_all_with_one_line_and_any_number_of_processes_continues(
 
 
 @pytest.mark.slow
+def test_a_budget_is_distributed_alike(tmp_path: Path) -> None:
+    """By one process and by two: the same losses, so the same map, and the same codes."""
+    words = [*SMOKE, "allocation=budget", "allocation.bits_per_weight=3.2"]
+    for size in (1, 2):
+        place = tmp_path / str(size)
+        place.mkdir()
+        assert [(code, err) for code, _, err in ended(start_all(size, words, place))] == [(0, "")] * size
+    runs = [tmp_path / size / "out/run" for size in "12"]
+    assert hashes(runs[0] / "codes") == hashes(runs[1] / "codes")
+    assert sha256(runs[0] / "allocation.yaml") == sha256(runs[1] / "allocation.yaml")
+
+
+@pytest.mark.slow
 def test_when_one_process_is_killed_the_others_end(tmp_path: Path) -> None:
     for victim in (0, 1):
         processes = start_all(2, SMOKE, tmp_path)

@@ -9,10 +9,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from jointq_cli.cli import config_files
+from jointq_cli.setting_rules import UNRECORDED
 
 
 def as_recipe(config: DictConfig, command: str, choices: Mapping[str, str]) -> str:
     """The text of a recipe file with all values. choices: the option of each config group."""
+    config = OmegaConf.masked_copy(config, [key for key in map(str, config) if key not in UNRECORDED])
     values = OmegaConf.to_yaml(config, resolve=True)
     if "recipe" not in choices:
         return f"# What jointq {command} did, in full.\n\n{values}"

@@ -43,7 +43,7 @@ class Budget(Allocation):
 
     bits_per_weight: float | None = setting(None, above=0, null="where size_gb is given")
     size_gb: float | None = setting(None, above=0, null="where bits_per_weight is given")
-    candidates: list[Any] = setting([{"bits": 2, "zero_point": "half"}, {"bits": 3}, {"bits": 4}])
+    candidates: list[Any] = setting([{"bits": 2}, {"bits": 3}, {"bits": 4}])
     sensitivity: str = setting("kfac", choices=("kfac",))
     tie: str = setting("none", choices=("none", "kernel"))
 

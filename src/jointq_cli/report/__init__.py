@@ -6,9 +6,9 @@ Imports inside the room point one way, from left to right:
 
     reproduction   compares a run with its replay; imports compare and summary, and is imported by no other part
     console        display and log file of a running command
-    pages          report files: HTML, Markdown, CSV, JSON
+    pages          report files: one template for HTML, one for Markdown, and CSV and JSON
     figures        figures as inline SVG
-    tables         tables of text, from which console and pages render
+    tables         documents of tables and texts, from which console and pages render; what their words mean
     compare        what differs between runs, and what the jobs of a sweep measured
 
 The only room that imports rich, jinja2 and matplotlib, the latter two only when a page is rendered.

@@ -191,15 +191,17 @@ class Problem:
         texts = []
         for number, settings in enumerate(self.allocation.candidates):
             taken = self.fixed + sum(bits[number] for bits in self.bits.values())
-            texts.append(f"{in_words(settings)} in all layers {self._in_words(taken)}")
-        return f"allocation: the budget is {self._in_words(self.budget)}; {', '.join(texts)}"
+            texts.append(f"{in_words(settings)} {taken / self.weights:.4g} ({self._gigabytes(taken):.3g})")
+        size = f"{self.budget / self.weights:.4g} bits per weight ({self._gigabytes(self.budget):.3g} GB in all)"
+        return f"allocation: the budget is {size}; in all layers alike would take {', '.join(texts)}"
 
-    def _in_words(self, bits: int) -> str:
-        return f"{bits / self.weights:.4g} bits per weight ({(self.plain + bits / 8) / 1e9:.3g} GB)"
+    def _gigabytes(self, bits: int) -> float:
+        """Of all weights, where those to quantise take so many bits."""
+        return (self.plain + bits / 8) / 1e9
 
     def _too_small(self, least: int) -> str:
         if self.allocation.size_gb is not None:
-            size, plain = (self.plain + least / 8) / 1e9, self.plain / 1e9
+            size, plain = self._gigabytes(least), self._gigabytes(0)
             return f"the smallest candidates take {size:.4g} GB, of which {plain:.4g} are of weights not quantised"
         return f"the smallest candidates take {least / self.weights:.4g}"
 

@@ -17,6 +17,7 @@ GROUPS = {
         "refinement",
         "activations",
         "evaluation",
+        "tracking",
         "sweep",
     ],
     "plan": [

@@ -89,6 +89,10 @@ class Console:
         finally:
             self._exits.close()
 
+    def add(self, display: Display) -> None:
+        """Another display, of what is reported from now on."""
+        self._displays.append(display)
+
     def header(self, pairs: list[tuple[str, str]]) -> None:
         """pairs: (label, value) of recipe, model, calibration, protocol and device."""
         for display in self._displays:

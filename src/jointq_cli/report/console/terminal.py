@@ -100,6 +100,8 @@ class TerminalDisplay(Display):
             self._rich.print("", Text(table.title, style="bold"), sep="\n")
             for part in table.folded(self._rich.width):
                 self._rich.print(_columns(part))
+            if table.note:
+                self._rich.print(Text(table.note, style=LABEL_STYLE))
         self._rich.print("", *(Text(note, style=LABEL_STYLE) for note in document.notes), sep="\n")
 
     def close(self) -> None:

@@ -30,13 +30,18 @@ def comparison_html(comparison: RunComparison, document: TableDocument) -> str:
 
 def document_html(document: TableDocument, figures: Sequence[SvgFigure]) -> str:
     found = environment(escape=True)
-    found.filters.update(
-        folded=lambda table: [table] if table.shaded else table.folded(WIDEST), breadth=_breadth, shades=_shades
-    )
+    found.filters.update(folded=_folded, breadth=_breadth, shades=_shades)
     return found.get_template("document.html.jinja").render(document=document, figures=figures)
 
 
+def _folded(table: TextTable) -> list[TextTable]:
+    """Heat maps and tables of texts alone fit by themselves: their cells have lines."""
+    return [table] if table.shaded or table.stub == len(table.heading) else table.folded(WIDEST)
+
+
 def _breadth(table: TextTable) -> str:
+    if table.stub == len(table.heading):
+        return ""
     characters = sum(width + 2 for width in table.widths())
     return next((name for name, most in BREADTHS if characters <= most), "broad")
 

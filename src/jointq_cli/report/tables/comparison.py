@@ -12,6 +12,13 @@ from jointq_cli.report.tables.table import BEST_MARK, TableDocument, TextTable
 
 QUANTIZE = "quantize"  # the stage that quantises the layers
 CHANGED_LAYERS = 10
+RANKED: dict[str, tuple[Callable[[RunReport], float], Callable[[RunReport], str]]] = {
+    "KL divergence": (
+        lambda report: report.comparison.kl_divergence,
+        lambda report: summary.kl_text(report.comparison),
+    ),
+    "perplexity": (lambda report: report.quantized.value, lambda report: summary.perplexity_text(report.quantized)),
+}  # value and text; the least is best
 RATIO_WIDTH = 9  # with the gap before it
 
 
@@ -38,7 +45,7 @@ def _headline(comparison: RunComparison) -> str:
     sentences = [
         f"Least {name} in {' and '.join(f'run {labels[index]}' for index in sorted(best))}: "
         f"{text(comparison.runs[min(best)].report)}."
-        for name, metric, text in (("KL divergence", _kl, _kl_text), ("perplexity", _perplexity, _perplexity_text))
+        for name, (metric, text) in RANKED.items()
         if (best := comparison.best(metric))
     ]
     return " ".join(sentences) or f"{plural(len(labels), 'run')}, of which none is best."
@@ -51,7 +58,7 @@ def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
     notes = [f"settings that differ: {keys or 'none'}"]
     originals = sorted({summary.perplexity_text(report.original) for report in reports})
     notes.append(f"perplexity of the original: {', '.join(originals)}")
-    if comparison.best(_kl) | comparison.best(_perplexity):
+    if any(comparison.best(metric) for metric, _ in RANKED.values()):
         notes.append("* the least of the runs that were measured alike")
     if unfinished:
         notes.append(f"not finished and left out: {', '.join(unfinished)}")
@@ -70,9 +77,9 @@ def _metrics(comparison: RunComparison) -> TextTable:
         return [text(run.report) for run in comparison.runs]
 
     columns = {
-        "perplexity": _marked(comparison, _perplexity, _perplexity_text),
+        "perplexity": _marked(comparison, "perplexity"),
         "increase": column(lambda report: number_format.relative_change(*summary.perplexity_increase(report))),
-        "KL divergence": _marked(comparison, _kl, _kl_text),
+        "KL divergence": _marked(comparison, "KL divergence"),
         "top-1": column(lambda report: number_format.percent(report.comparison.top1_agreement)),
         "bits/weight": column(lambda report: significant(report.bits_per_weight, 3)),
         "bits/block": column(_block_bits),
@@ -135,9 +142,9 @@ def _table_of_runs(title: str, comparison: RunComparison, columns: dict[str, lis
     return TextTable(title, ["run", *keys, *columns], rows, 1 + len(keys), note).filled()
 
 
-def _marked(
-    comparison: RunComparison, metric: Callable[[RunReport], float], text: Callable[[RunReport], str]
-) -> list[str]:
+def _marked(comparison: RunComparison, name: str) -> list[str]:
+    """name: of RANKED."""
+    metric, text = RANKED[name]
     best = comparison.best(metric)
     blank = " " * len(BEST_MARK) if best else ""  # keeps the digits aligned
     return [text(run.report) + (BEST_MARK if at in best else blank) for at, run in enumerate(comparison.runs)]
@@ -147,22 +154,6 @@ def _block_bits(report: RunReport) -> str:
     """Of all weights of the blocks, where these are not all quantised."""
     found = report.coverage
     return MISSING if found is None or found.block_bits == report.bits_per_weight else significant(found.block_bits, 3)
-
-
-def _perplexity(report: RunReport) -> float:
-    return report.quantized.value
-
-
-def _perplexity_text(report: RunReport) -> str:
-    return summary.perplexity_text(report.quantized)
-
-
-def _kl(report: RunReport) -> float:
-    return report.comparison.kl_divergence
-
-
-def _kl_text(report: RunReport) -> str:
-    return summary.kl_text(report.comparison)
 
 
 def _quantize_cost(report: RunReport) -> str:

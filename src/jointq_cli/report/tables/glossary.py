@@ -1,6 +1,9 @@
 """What the words and columns of a report mean, said where they first stand."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from jointq_cli.report.tables.table import TextTable
 
 MEANINGS = {
     "E_y": "relative error of a layer's output on the calibration tokens, |(W - W_q) X|² / |W X|²; W is the weight "
@@ -30,3 +33,14 @@ MEANINGS = {
 def meanings(words: Collection[str]) -> str:
     """ "E_w: relative error of ..." in a line for each word that has a meaning here."""
     return "\n".join(f"{word}: {text}." for word, text in MEANINGS.items() if word in words)
+
+
+def said_once(tables: Sequence[TextTable], *before: str) -> list[TextTable]:
+    """The tables without the lines of notes that stand in `before` or in the note of an earlier table."""
+    said = {line for text in before for line in text.splitlines()}
+    found = []
+    for table in tables:
+        lines = [line for line in table.note.splitlines() if line not in said]
+        found.append(replace(table, note="\n".join(lines)))
+        said |= set(lines) if table.rows else set()
+    return found

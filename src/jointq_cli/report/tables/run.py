@@ -13,31 +13,37 @@ from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import MISSING, byte_size, damping_text, duration, plural, scientific, significant
 from jointq_cli.report.tables.allocation import allocation_table
 from jointq_cli.report.tables.experts import experts_table
-from jointq_cli.report.tables.glossary import meanings
+from jointq_cli.report.tables.glossary import meanings, said_once
 from jointq_cli.report.tables.table import TableDocument, TextTable
 
 
 def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
-    """worst: of how many layers a row is shown, those of the largest output error; None for all, in the model's
-    order."""
+    """worst: of how many layers a row is shown, those of the largest output error, for a short document in Markdown;
+    None for all, in the model's order."""
+    layers = report.layers
+    words = meanings(re.findall(r"(\w+)=", report.quantizer))
+    first = said_once(
+        [_generations(report, quoted=worst is not None), errors_by_block(report), experts_table(layers)], words
+    )
+    tables = [
+        *([_basis(report, report.rotation)] if report.rotation else []),
+        allocation_table(report),
+        tasks_table(report.tasks),
+        kinds_table(layers),
+        _layers("Layers that are not ok", [layer for layer in layers if layer.verdict != "ok"]),
+        _layers("Layers", layers) if worst is None else _worst(layers, worst),
+        _stages(report),
+    ]
     return TableDocument(
         title=summary.title(report),
         headline=summary.headline(report),
         problems=summary.problems(report),
         warnings=report.warnings,
         sound=summary.sound(report),
-        explanation=[summary.explanation(report), meanings(re.findall(r"(\w+)=", report.quantizer))],
+        explanation=[summary.explanation(report), words],
         metrics=summary.key_metrics(report),
-        first_tables=[_generations(report), errors_by_block(report), experts_table(report.layers)],
-        tables=[
-            *([_basis(report, report.rotation)] if report.rotation else []),
-            tasks_table(report.tasks),
-            allocation_table(report),
-            kinds_table(report.layers),
-            _layers("Layers that are not ok", [layer for layer in report.layers if layer.verdict != "ok"]),
-            _layers("Layers", report.layers) if worst is None else _worst(report.layers, worst),
-            _stages(report),
-        ],
+        first_tables=first,
+        tables=said_once(tables, words, *(table.note for table in first)),
         notes=[summary.stored_and_simulated(report)] if summary.basis(report) else [],
         origin=summary.provenance(report),
     )
@@ -60,7 +66,7 @@ def errors_by_block(report: RunReport) -> TextTable:
     """E_y over depth and kind, the median where a block has several layers of a kind; with bits where these differ."""
     kinds = list(summary.layers_by_kind(report.layers))
     blocks = grouped(report.layers, lambda layer: layer.block)
-    accumulated = {block.block: scientific(block.output_error) for block in report.blocks}
+    accumulated = {block.block: scientific(block.output_error, 1) for block in report.blocks}
     differ = len({layer.bits_per_weight for layer in report.layers}) > 1
 
     def cell(layers: Sequence[LayerRecord]) -> str:
@@ -108,10 +114,10 @@ def _worst(layers: Sequence[LayerRecord], count: int) -> TextTable:
 
 
 def _layers(title: str, layers: Sequence[LayerRecord]) -> TextTable:
-    """Columns without values, and notes that are the same in all layers, are left out; the latter are listed below."""
+    """Columns without values are left out; notes of one value are listed below."""
     notes = dict.fromkeys(name for layer in layers for name in layer.notes)
-    values = {name: {summary.note_text(layer, name) for layer in layers} for name in notes}
-    alike = [f"{name} {text}" for name, (text, *others) in values.items() if text and not others] * (len(layers) > 1)
+    values = {name: [text for layer in layers if (text := summary.note_text(layer, name))] for name in notes}
+    alike = {name: texts[0] for name, texts in values.items() if len(texts) > 1 and len(set(texts)) == 1}
     columns: dict[str, Callable[[LayerRecord], str]] = {
         "layer": lambda layer: layer.name,
         "verdict": lambda layer: layer.verdict,
@@ -123,11 +129,11 @@ def _layers(title: str, layers: Sequence[LayerRecord]) -> TextTable:
         "damping": lambda layer: damping_text(layer.damping),
         "tokens": lambda layer: MISSING if layer.tokens is None else str(layer.tokens),
         "seconds": lambda layer: f"{layer.seconds:.2f}",
-        **{name: partial(summary.note_text, name=name) for name in notes if len(values[name]) > 1 or not alike},
+        **{name: partial(summary.note_text, name=name) for name in notes if name not in alike},
     }
     table = TextTable.of(title, layers, columns, stub=3).filled()
-    same = [f"The same in all: {', '.join(alike)}."] if alike else []
-    note = "\n".join([*same, meanings({*table.heading, *notes} - {"E_y", "E_w"})])
+    same = [f"The same in all that have it: {', '.join(map(' '.join, alike.items()))}."] if alike else []
+    note = "\n".join([*same, meanings({*table.heading, *alike})])
     return replace(table, note=note)
 
 
@@ -152,12 +158,10 @@ def _basis(report: RunReport, record: RotationRecord) -> TextTable:
     return TextTable("Stored and simulated", ["new basis", "value", "note"], rows, stub=3, note=note)
 
 
-def _generations(report: RunReport) -> TextTable:
+def _generations(report: RunReport, *, quoted: bool) -> TextTable:
+    """quoted: each text as a JSON string, in which nothing is markup."""
     note = "What each model writes after a prompt, by the most likely token each time"
-    columns = {
-        "prompt": lambda one: json.dumps(one.prompt, ensure_ascii=False),
-        "original": lambda one: json.dumps(one.original, ensure_ascii=False),
-        "quantised": lambda one: json.dumps(one.quantized, ensure_ascii=False),
-    }
     simulated = "; activations are not quantised" if report.simulation else ""
-    return TextTable.of("Generated text", report.generations, columns, stub=3, note=f"{note}{simulated}.")
+    texts = [[one.prompt, one.original, one.quantized] for one in report.generations]
+    rows = [[json.dumps(text, ensure_ascii=False) if quoted else text for text in row] for row in texts]
+    return TextTable("Generated text", ["prompt", "original", "quantised"], rows, stub=3, note=f"{note}{simulated}.")

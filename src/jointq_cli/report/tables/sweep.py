@@ -94,9 +94,9 @@ def _warnings(jobs: Sequence[SweepJob]) -> list[str]:
 
 
 def _named(chosen: Sequence[SweepJob], jobs: Sequence[SweepJob]) -> str:
-    """ "job 3", "jobs 1, 2", "all 8 jobs"."""
+    """ "job 3", "jobs 1, 2", "both jobs", "all 8 jobs"."""
     if len(chosen) == len(jobs) > 1:
-        return f"all {len(jobs)} jobs"
+        return "both jobs" if len(jobs) == 2 else f"all {len(jobs)} jobs"
     return f"{'job' if len(chosen) == 1 else 'jobs'} {listed([str(job.number) for job in chosen], MOST_NUMBERS)}"
 
 

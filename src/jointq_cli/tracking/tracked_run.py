@@ -1,0 +1,103 @@
+"""Passes on to a tracking service what a run reports: the recipe, each layer, the figures, the report, how it ended."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from jointq_cli.errors import ResourceError
+from jointq_cli.records import LayerRecord, RunReport
+from jointq_cli.report import Console
+from jointq_cli.report.console.displays import Display, State
+from jointq_cli.report.limits import figures
+from jointq_cli.tracking.base import Tracker, Tracking
+
+FILES = ("report.html", "report.md", "report.json", "layers.csv", "recipe.yaml", "manifest.json", "log.txt")
+
+
+class TrackedRun(Display):
+    """A display whose reader is the service. What the service refuses is a warning, and the run goes on without it."""
+
+    def __init__(self, tracker: Tracker, service: str, warn: Callable[[str], None]) -> None:
+        super().__init__(time.monotonic)
+        self._tracker = tracker
+        self._service = service
+        self._warn = warn
+        self._told: set[str] = set()  # layers
+
+    def begins(self, parameters: Mapping[str, str]) -> None:
+        self._tell(lambda tracker: tracker.parameters(parameters))
+
+    def layer(self, record: LayerRecord) -> None:
+        self._told.add(record.name)
+        self._points(_of_layer(record), record.block)
+
+    def stage_ends(self, name: str, state: State, seconds: float) -> None:
+        if state == "done":
+            self._tell(lambda tracker: tracker.figures({f"seconds/{name.replace(' ', '_')}": seconds}))
+
+    def has_report(self, report: RunReport) -> None:
+        """The layers that were not shown, since they come from the store, and what is known only now."""
+        for layer in report.layers:
+            if layer.name not in self._told:
+                self.layer(layer)
+        for block in report.blocks:
+            self._points({"block/output_error": block.output_error}, block.block)
+        self._tell(lambda tracker: tracker.figures(_of_run(report)))
+
+    def ends(self, directory: Path, problem: str) -> None:
+        paths = [directory / name for name in FILES if (directory / name).is_file()]
+        self._tell(lambda tracker: tracker.files(paths))
+        self._tell(lambda tracker: tracker.close(problem))
+
+    def _points(self, values: Mapping[str, float], step: int) -> None:
+        self._tell(lambda tracker: tracker.metrics(values, step))
+
+    def _tell(self, action: Callable[[Tracker], None]) -> None:
+        try:
+            action(self._tracker)
+        except Exception as error:
+            self._tracker = Tracker()
+            self._warn(f"tracking={self._service}: {_one_line(error)}; the run goes on without it")
+
+
+@contextmanager
+def tracked(
+    tracking: Tracking, directory: Path, parameters: Mapping[str, str], console: Console, *, in_sweep: bool
+) -> Iterator[TrackedRun]:
+    """Inside, what the console shows goes to the service too; failed and interrupted runs are marked as such there.
+
+    Raises ConfigError where its library is not installed, ResourceError where it cannot be reached at the start.
+    """
+    tracking.require_installed()
+    place = directory.absolute()
+    try:
+        tracker = tracking.open("/".join(place.parts[-2:]), place.parent.name if in_sweep else "", place)
+    except Exception as error:
+        raise ResourceError(f"tracking={tracking.name}: {_one_line(error)}") from error
+    run = TrackedRun(tracker, tracking.name, console.warn)
+    console.add(run)
+    run.begins(parameters)
+    try:
+        yield run
+    except BaseException as error:
+        run.ends(place, _one_line(error))
+        raise
+    run.ends(place, "")
+
+
+def _of_layer(record: LayerRecord) -> dict[str, float]:
+    """By the layer's name inside its block, so that a curve runs over the blocks."""
+    place = record.name.partition(f".{record.block}.")[2] or record.name
+    values = {"output_error": record.output_error, "weight_error": record.weight_error}
+    return {f"{name}/{place}": value for name, value in {**values, "bits_per_weight": record.bits_per_weight}.items()}
+
+
+def _of_run(report: RunReport) -> dict[str, float]:
+    scores = {f"{task.task}/{task.metric}": task.score.value for task in report.tasks}
+    return {**figures(report), "original_perplexity": report.original.value, **scores}
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, ResourceError) else f"{type(error).__name__}: {text}".rstrip(": ")
