@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from loop_cases import quantize
+from loop_cases import FULL, file_hashes, quantize
 from safetensors import safe_open
 from tiny_models import write_checkpoint
 from torch import Tensor
@@ -18,7 +18,7 @@ from jointq_cli.formats.audit import audit
 from jointq_cli.formats.base import TensorDifference
 from jointq_cli.formats.layer_file import load_layer, save_layer
 from jointq_cli.models.checkpoint import Checkpoint
-from jointq_cli.quantization.quantizers import RTN, Prepared, Quantizer, Solution
+from jointq_cli.quantization.quantizers import DBF, RTN, Binary, Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.system.tensor_files import save_tensors
 
@@ -121,6 +121,32 @@ def test_a_new_form_goes_through_the_loop_workspace_assembly_and_audit(tmp_path:
     assert isinstance(weight, LevelTable)
     stored = result.read([names[record.name]])[names[record.name]]
     assert torch.equal(weight.dequantize(stored.dtype), stored)
+
+
+@pytest.mark.parametrize("quantizer", [DBF(bits=4.0, start_rounds=4, rounds=1), Binary(None, column_scale=True)])
+def test_other_forms_of_the_package_are_kept_resumed_and_corrected_by_qep(quantizer: Quantizer, tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model")
+    stop = iter(range(2))  # layers
+
+    def kept_layers(name: str) -> bool:
+        return name.endswith("o_proj")
+
+    def pause() -> None:
+        if next(stop, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(directory, tmp_path / "stopped", quantizer, qep=FULL, keep=kept_layers, pause=pause)
+    model, workspace, records = quantize(directory, tmp_path / "stopped", quantizer, qep=FULL, keep=kept_layers)
+    quantize(directory, tmp_path / "whole", quantizer, qep=FULL, keep=kept_layers)
+    for part in ("layers", "checkpoint"):
+        assert file_hashes(tmp_path / "stopped" / part) == file_hashes(tmp_path / "whole" / part)
+    result = Checkpoint(tmp_path / "stopped" / "checkpoint")
+    assert audit(model, result, records, tmp_path / "stopped" / "layers").passed
+    kept = workspace.layer(records[-1].name)
+    assert kept is not None
+    assert kept[0].label == kept[1].label == quantizer.storage(*kept[0].shape, torch.float32).label
+    assert any("alpha" in record.notes for record in records)
 
 
 def test_the_audit_of_a_new_form_finds_a_weight_that_is_not_what_its_codes_say(tmp_path: Path) -> None:

@@ -40,8 +40,9 @@ def problem(out_features: int, in_features: int, rank: int, seed: int = 0) -> tu
 def test_no_step_raises_the_error(out_features: int, in_features: int, rank: int) -> None:
     given, first = problem(out_features, in_features, rank)
     costs = [given.cost(factors) for factors in (first, *descent(given, first, 4))]
-    assert all(later <= earlier * (1 + 1e-5) for earlier, later in itertools.pairwise(costs))
-    assert costs[-1] < 0.9 * costs[0]
+    slack = 1e-6 * given.signal
+    assert all(later <= earlier + slack for earlier, later in itertools.pairwise(costs))
+    assert costs[-1] < 0.9 * costs[0] + slack
 
 
 def test_scales_are_the_best_for_the_signs() -> None:

@@ -23,7 +23,7 @@ from jointq_cli.formats.column_scaled import ColumnScaledWeight
 from jointq_cli.formats.uniform import UniformWeight, check_group_size, grid_label, group_columns
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.jointq.descent import SearchResult
-from jointq_cli.quantization.quantizers.jointq.metric import Metric, measure, natural_order
+from jointq_cli.quantization.quantizers.jointq.metric import Metric, for_sweeps, measure, natural_order
 from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer
 from jointq_cli.quantization.quantizers.jointq.search import State
@@ -170,26 +170,27 @@ class Binary(Quantizer):
         correlation = weight.double() @ prepared.regularized
         for _ in range(self.rounds):
             columns = _best_columns(turn.grid_values(), correlation, prepared.regularized).to(scale_dtype).double()
-            following = self._turn(weight, prepared, columns, scale_dtype, turn.found.state)
+            following = self._turn(weight, prepared, columns, scale_dtype, turn)
             if not following.cost < turn.cost:  # c as it is stored is no better
                 return
             turn = following
             yield turn
 
     def _turn(
-        self, weight: Tensor, prepared: ColumnsPrepared, columns: Tensor, scale_dtype: torch.dtype, start: State | None
+        self, weight: Tensor, prepared: ColumnsPrepared, columns: Tensor, scale_dtype: torch.dtype, before: Turn | None
     ) -> Turn:
         """Rows solved for c = `columns`, from the codes and scales of another c or from JointQ's start."""
         jointq, scaled = self._jointq, prepared.regularized * columns * columns[:, None]
-        group = group_columns(self.group_size, len(columns))
-        metric = measure(scaled, prepared.order, group, torch.zeros_like(columns))
         exponent = math.frexp(float(weight.abs().max()))[1]
         divided = (weight.double() / columns).float()
         layer = UniformLayer(divided, exponent, self.batch_size, jointq.integer_grid, scale_dtype)
-        if start is None:
+        if before is None:
+            group = group_columns(self.group_size, len(columns))
+            metric = measure(scaled, prepared.order, group, torch.zeros_like(columns))
             found = jointq._from_starts(layer, metric, None)
         else:
-            found = layer.solve(metric, jointq._continue, start)
+            metric = for_sweeps(scaled, before.metric)
+            found = layer.solve(metric, jointq._continue, before.found.state)
         unit = math.ldexp(float(scaled.diagonal().mean()), 2 * exponent)
         return Turn(layer, metric, columns, found, float(found.cost.sum()) * unit)
 

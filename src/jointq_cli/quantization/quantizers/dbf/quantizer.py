@@ -3,7 +3,7 @@
     W ~ diag(a) S1 diag(d) S2 diag(b)    S1 (out, rank), S2 (rank, in) of 1 and -1
 
 The form is that of double binary factorisation (Boza, Macko, arXiv 2505.11076), who minimise the error in diag(H).
-Here `start` finds signs with H on one side, and `descent` improves all in H_l = H + lambda R. `bits` counts
+Here `start` does that too, and `descent` improves all in H_l = H + lambda R. `bits` counts
 everything: signs and scales.
 """
 
@@ -80,7 +80,7 @@ class DBF(Quantizer):
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
         p, m = out_features, in_features
         k = max(1, largest_rank(self.bits, p, m, torch.bfloat16))
-        turn = 2 * k * m**2 + 4 * k * p * m + 4 * k**2 * (p + m) + 8 * k**3  # inverses in float64
+        turn = 4 * k * p * m + 4 * k**2 * (p + m) + 8 * k**3  # inverses in float64
         steps = 11 * k * m**2 + 8 * k * p * m + 8 * k**2 * (p + m) + 2 * k**3 + m**3
         return float(self.start_rounds * turn + self.rounds * steps) + hessian_product(p, m)
 

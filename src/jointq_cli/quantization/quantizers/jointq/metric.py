@@ -3,7 +3,7 @@
 A row with error e costs e H_l e'.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,14 @@ def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metr
         damping_retries=factor.damping_retries,
         condition=factor.condition,
     )
+
+
+def for_sweeps(hessian: Tensor, like: Metric) -> Metric:
+    """The metric of `hessian` (in, in) float64, in the order of another one, whose `schur` it keeps: for sweeps, which
+    do not read that."""
+    zeros = torch.zeros_like(hessian.diagonal())
+    full = _ordered(hessian, like.order, zeros, float(hessian.diagonal().mean()), like.full.dtype)
+    return replace(like, full=full)
 
 
 def _ordered(hessian: Tensor, order: Tensor, extra: Tensor, mean: float, kind: torch.dtype) -> Tensor:
