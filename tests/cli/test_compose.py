@@ -18,6 +18,7 @@ from jointq_cli.cli import config_files
 from jointq_cli.cli.commands import completion, help
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.cli.config_errors import UsageError
+from jointq_cli.cli.early_check import check_early
 from jointq_cli.cli.hydra_main import complete
 from jointq_cli.cli.main import COMMANDS, COMPOSED, main
 from jointq_cli.errors import ConfigError, Interrupted, NumericsError
@@ -48,6 +49,12 @@ def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-m", "jointq_cli", "recipes"], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "processes"])
+def test_launchers_of_hydra_and_of_plugins_are_left_to_hydra(launcher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_early("quantize", ["quantizer.bits=3,4", f"hydra/launcher={launcher}"], ["-m"])
+    assert "loading PyTorch" in capsys.readouterr().out
 
 
 # --- help

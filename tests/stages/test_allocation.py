@@ -20,7 +20,8 @@ from jointq_cli.models.layer_selection import LayerSelection
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.allocation import Allocation, Budget
 from jointq_cli.quantization.quantizers import RTN
-from jointq_cli.stages.allocation import Problem, _tied, find_problem
+from jointq_cli.stages.allocation import Problem, _tied, allocation_stage, find_problem
+from jointq_cli.stages.base import Stage
 from jointq_cli.stages.loop_settings import selected_layers
 
 WORDS = [
@@ -146,6 +147,17 @@ def test_what_overrides_decide_stays_and_is_counted() -> None:
     weights = sum(layer.out_features * layer.in_features for name, layer in in_blocks(opened()).items() if name in bits)
     assert found.fixed == bits[decided]
     assert BITS - 0.1 < sum(bits.values()) / weights <= BITS
+
+
+def test_other_bits_of_decided_layers_are_another_result() -> None:
+    measured, budget = (
+        Stage(name="sensitivity", kind="sensitivity", spec={}, inputs=(), make=lambda scratch, context: None),
+        Budget(bits_per_weight=BITS, candidates=CANDIDATES),
+    )
+    found = [problem(budget, overrides={"v_proj": {"bits": bits}}) for bits in (2, 8)]
+    assert found[0].budget == found[1].budget
+    keys = [allocation_stage(each, measured).key for each in found]
+    assert keys[0] != keys[1]
 
 
 @pytest.mark.parametrize(

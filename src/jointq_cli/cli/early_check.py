@@ -21,7 +21,7 @@ def check_early(command: str, overrides: list[str], options: Sequence[str]) -> N
     try:
         chosen = _choices(overrides)
         for group, option in chosen.items() if plain else ():
-            known = list(config_files.options(group))
+            known = [] if group.startswith("hydra/") else list(config_files.options(group))  # Hydra's plugins add more
             if known and option not in known:
                 raise MissingConfigException("", f"{group}/{option}", known)
     except HydraException as error:

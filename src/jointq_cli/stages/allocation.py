@@ -86,7 +86,12 @@ def allocation_stage(problem: "Problem", measured: Stage) -> Stage:
     return Stage(
         name=ALLOCATION,
         kind=ALLOCATION,
-        spec={"allocation": problem.allocation, "budget": problem.budget, "layers": list(problem.layers)},
+        spec={
+            "allocation": problem.allocation,
+            "budget": problem.budget,
+            "layers": list(problem.layers),
+            "fixed": problem.fixed,
+        },
         inputs=(measured.key,),
         make=make,
         together=True,
