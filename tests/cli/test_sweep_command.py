@@ -34,7 +34,7 @@ def test_evaluations_show_warnings_and_progress_in_a_file_and_keep_warnings_in_r
     ]
     summary = Path("out/sweep/summary.md").read_text()
     assert summary.count(short) == 1
-    assert f"> **Warning:** all 2 jobs: {short}" in summary
+    assert f"> **Warning:** both jobs: {short}" in summary
     assert "> **Warning:** job 1: b: has both" in summary
     assert "Least KL divergence in job 1 (path=b)" in out[-2]
     assert "not ranked: job 0, the reference itself" in summary

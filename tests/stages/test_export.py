@@ -168,7 +168,7 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(capsys: pytest.Cap
     gptq = [word for word in WORDS if "quantizer" not in word and "export" not in word]
     for words, rule in (
         (["quantizer=gptq", "quantizer.act_order=true", "quantizer.static_groups=false", "export=mlx"], "act_order"),
-        (["quantizer=rtn", "quantizer.bits=1", "export=compressed-tensors"], "1 bit"),
+        (["quantizer=rtn", "quantizer.bits=1", "quantizer.zero_point=integer", "export=compressed-tensors"], "1 bit"),
         (["quantizer=rtn", "export=gguf"], "WordLevel"),
     ):
         for command in ("plan", "quantize"):
