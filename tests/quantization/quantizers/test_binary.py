@@ -126,3 +126,14 @@ def test_what_cannot_be_solved_is_an_error_or_rounded_as_asked() -> None:
         Binary(rounds=-1)
     with pytest.raises(ConfigError, match=r"quantizer.group_size=20: must divide in_features"):
         Binary(group_size=20).check({"layer": 64})
+
+
+@pytest.mark.parametrize("columns", [16, 64])
+@pytest.mark.parametrize("group_size", [16, None])
+@pytest.mark.parametrize("offset", [False, True])
+def test_groups_of_zeros_and_a_layer_of_zeros_are_solved(offset: bool, group_size: int | None, columns: int) -> None:
+    weight, hessian = layer(32, 64)
+    weight[:, :columns] = 0.0
+    solution = solve(Binary(group_size=group_size, offset=offset, column_scale=True), weight, hessian)
+    assert bool(solution.quantized.dequantize(torch.float32).isfinite().all())
+    assert error(solution, weight, hessian) <= 0.5 * float(((weight.double() @ hessian) * weight).sum()) + 1e-9

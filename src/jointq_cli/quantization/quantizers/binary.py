@@ -164,12 +164,15 @@ class Binary(Quantizer):
 
     def _turns(self, weight: Tensor, prepared: ColumnsPrepared, scale_dtype: torch.dtype) -> Iterator[Turn]:
         """From c = 1, each of less cost than the one before."""
-        columns = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
-        turn = self._turn(weight, prepared, columns, scale_dtype, None)
+        ones = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
+        turn = self._turn(weight, prepared, ones, scale_dtype, None)
         yield turn
         correlation = weight.double() @ prepared.regularized
         for _ in range(self.rounds):
-            columns = _best_columns(turn.grid_values(), correlation, prepared.regularized).to(scale_dtype).double()
+            columns = _best_columns(turn.grid_values(), correlation, prepared.regularized)
+            if columns is None:
+                return
+            columns = columns.to(scale_dtype).double()
             following = self._turn(weight, prepared, columns, scale_dtype, turn)
             if not following.cost < turn.cost:  # c as it is stored is no better
                 return
@@ -199,8 +202,11 @@ class Binary(Quantizer):
         return f"Binary {label} lambda={self.regularization_lambda:g}"
 
 
-def _best_columns(values: Tensor, correlation: Tensor, regularized: Tensor) -> Tensor:
-    """The c (in,) of least tr(E H_l E') for given Z (out, in); correlation: W H_l. All float64."""
-    found = torch.linalg.solve((values.T @ values) * regularized, (values * correlation).sum(dim=0))
+def _best_columns(values: Tensor, correlation: Tensor, regularized: Tensor) -> Tensor | None:
+    """The c (in,) of least tr(E H_l E') for given Z (out, in); correlation: W H_l. All float64. None where several are:
+    a column of Z is zero, or all of the weight."""
+    found, failed = torch.linalg.solve_ex((values.T @ values) * regularized, (values * correlation).sum(dim=0))
+    if int(failed) or not bool(found.any()):
+        return None
     least = _LEAST * float(found.abs().mean())
     return torch.where(found.abs() < least, least, found)
