@@ -13,6 +13,7 @@ from tiny_models import write_checkpoint
 from jointq_cli.cli.main import main
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.activation_settings import Activations
+from jointq_cli.formats.export import exporters_of
 from jointq_cli.formats.layer_file import load_form
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.layer_ref import LayerRef
@@ -23,6 +24,7 @@ from jointq_cli.quantization.quantizers import RTN
 from jointq_cli.stages.allocation import Problem, _tied, allocation_stage, find_problem
 from jointq_cli.stages.base import Stage
 from jointq_cli.stages.loop_settings import selected_layers
+from jointq_cli.transforms.settings import NoRotation
 
 WORDS = [
     "recipe=ci_smoke", "model.path=model", "quantizer=rtn", "quantizer.group_size=32", "qep=none",
@@ -122,10 +124,16 @@ def in_blocks(model: StreamedModel) -> dict[str, LayerRef]:
     return {name: layer for name, layer in model.linear_layers().items() if model.block_of(name) is not None}
 
 
-def problem(allocation: Allocation, **rules: Any) -> Problem:
+def problem(allocation: Allocation, export: str | None = None, **rules: Any) -> Problem:
     model, selection = opened(), LayerSelection(**rules)
     layers = selected_layers(model, selection, RTN32, Activations())
-    asked: Any = SimpleNamespace(allocation=allocation, layers=selection)
+    asked: Any = SimpleNamespace(
+        allocation=allocation,
+        layers=selection,
+        exporters=exporters_of(export),
+        rotation=NoRotation(),
+        activations=Activations(),
+    )
     found = find_problem(model, layers, asked)
     assert found is not None
     return found
@@ -177,6 +185,11 @@ def test_other_bits_of_decided_layers_are_another_result() -> None:
             r"allocation.candidates\[1\].group_size=48: must divide in_features",
         ),
         ({"bits_per_weight": 3}, {"overrides": {"*": {"bits": 4}}}, "layers.overrides decides all layers"),
+        (
+            {"bits_per_weight": 8.5, "candidates": [{"bits": 2, "zero_point": "half"}, {"bits": 8}]},
+            {"export": "compressed-tensors"},
+            r"is stored as W2 g32 half, .* or allocation.candidates\[0\].zero_point=integer",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], rules: dict[str, Any], message: str) -> None:

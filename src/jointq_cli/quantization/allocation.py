@@ -67,7 +67,7 @@ class Budget(Allocation):
     def check(self, quantizer: Quantizer) -> None:
         given = [name for name in ("bits_per_weight", "size_gb") if getattr(self, name) is not None]
         if len(given) != 1:
-            found = "both are given" if given else "none is given"
+            found = "both are given; null takes one away" if given else "none is given"
             raise ConfigError(
                 f"allocation=budget: needs one of allocation.bits_per_weight and allocation.size_gb, and {found}"
             )

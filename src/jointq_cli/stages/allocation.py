@@ -25,6 +25,7 @@ from jointq_cli.recipe import Recipe
 from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.loop_settings import loop_settings, overridden_layers
+from jointq_cli.stages.plan.preflight import export_warnings
 from jointq_cli.stages.sensitivity import measure
 from jointq_cli.system.files import write_text_atomically
 from jointq_cli.system.record_json import encode, load_record
@@ -54,6 +55,7 @@ def allocate(
         return Allocated(layers)
     measured = measure(context, model, tokens, problem.loop(recipe, tokens), problem.candidates)
     allocated = open_allocation(problem, context.run(allocation_stage(problem, measured)).path)
+    context.console.note(problem.outlook())
     context.console.note(describe(allocated))
     return allocated
 
@@ -198,7 +200,9 @@ class Problem:
             taken = self.fixed + sum(bits[number] for bits in self.bits.values())
             texts.append(f"{in_words(settings)} {taken / self.weights:.4g} ({self._gigabytes(taken):.3g})")
         size = f"{self.budget / self.weights:.4g} bits per weight ({self._gigabytes(self.budget):.3g} GB in all)"
-        return f"allocation: the budget is {size}; in all layers alike would take {', '.join(texts)}"
+        largest = self.fixed + sum(map(max, self.bits.values()))
+        unused = "; the largest leave a part of it unused" if largest < self.budget else ""
+        return f"allocation: the budget is {size}; in all layers alike would take {', '.join(texts)}{unused}"
 
     def _gigabytes(self, bits: int) -> float:
         """Of all weights, where those to quantise take so many bits."""
@@ -207,8 +211,10 @@ class Problem:
     def _too_small(self, least: int) -> str:
         if self.allocation.size_gb is not None:
             size, plain = self._gigabytes(least), self._gigabytes(0)
-            return f"the smallest candidates take {size:.4g} GB, of which {plain:.4g} are of weights not quantised"
-        return f"the smallest candidates take {least / self.weights:.4g}"
+            taken = f"{size:.4g} GB, of which {plain:.4g} are of weights not quantised"
+        else:
+            taken = f"{least / self.weights:.4g}"
+        return f"the smallest candidates take {taken}; a larger budget, or smaller allocation.candidates"
 
     def _units(self, tie: str) -> list[list[str]]:
         """The layers that get the same candidate, in the order of the model."""
@@ -263,7 +269,7 @@ def find_problem(model: StreamedModel, layers: dict[str, Quantizer], recipe: Rec
         assert allocation.size_gb is not None
         budget = int(8 * (allocation.size_gb * 1e9 - plain))
     kernels, experts = _tied(model, list(candidates))
-    return Problem(
+    problem = Problem(
         allocation=allocation,
         layers=layers,
         candidates=candidates,
@@ -275,6 +281,17 @@ def find_problem(model: StreamedModel, layers: dict[str, Quantizer], recipe: Rec
         budget=budget,
         plain=plain,
     )
+    _check_exports(problem, model, recipe)
+    return problem
+
+
+def _check_exports(problem: Problem, model: StreamedModel, recipe: Recipe) -> None:
+    """Raises ConfigError where a format of the recipe cannot hold one of the candidates: any may be chosen."""
+    for number, settings in enumerate(problem.allocation.candidates):
+        try:
+            export_warnings(recipe, model, problem.with_choice(dict.fromkeys(problem.candidates, number)))
+        except ConfigError as error:
+            raise ConfigError(renamed(str(error), settings, f"allocation.candidates[{number}]")) from error
 
 
 def _check(allocation: Budget, candidates: Mapping[str, Sequence[Quantizer]], in_features: Mapping[str, int]) -> None:
