@@ -33,7 +33,7 @@ from jointq_cli.stages.export import export_all, link_exports
 from jointq_cli.stages.finished_run import export_finished, export_imatrix, open_finished, refuse_existing
 from jointq_cli.stages.generation import generate_texts
 from jointq_cli.stages.hidden import hidden_stage
-from jointq_cli.stages.loop_settings import loop_settings, selected_layers
+from jointq_cli.stages.loop_settings import loop_settings, refuse_turned_twice, selected_layers
 from jointq_cli.stages.model import fetch_model
 from jointq_cli.stages.plan.dry_run import find_inputs
 from jointq_cli.stages.plan.estimate import estimate_run
@@ -75,16 +75,18 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         loaded = fetch_tasks(context, recipe.evaluation)
         original = _open_model(context, recipe.model)
         tokenizer = load_tokenizer(original.checkpoint.directory, recipe.model.trust_remote_code)
+        asked = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
+        layers = expected_layers(original, asked, recipe)
+        refuse_turned_twice(layers, recipe.rotation)
+        of_exports = export_warnings(recipe, original, layers)  # before tokens, which the model may have to write
         tokens = load_calibration(context, recipe.calibration, original, tokenizer)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
-        layers = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
-        console.header(header(recipe, original, tokens, quantization_lines(recipe, layers, original, windows), team))
-        asked, layers = layers, expected_layers(original, layers, recipe)
+        console.header(header(recipe, original, tokens, quantization_lines(recipe, asked, original, windows), team))
 
         check_refinable(original, layers, recipe.refinement, len(tokens.windows))
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
         warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
-        warnings += export_warnings(recipe, original, layers)
+        warnings += of_exports
         tasks = size_tasks(loaded, original, tokenizer, recipe.runtime)
         warnings += task_warnings(tasks, recipe.activations)
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:

@@ -24,7 +24,7 @@ LLAMAS = ("llama", "mistral")  # model types that are llama.cpp's architecture o
 def loop_settings(layers: Mapping[str, Quantizer], recipe: Recipe, tokens: Tokens) -> LoopSettings:
     """What the loop does to these layers, each with its quantizer. Raises ConfigError where the settings do not go
     together."""
-    _refuse_turned_twice(layers, recipe.rotation)
+    refuse_turned_twice(layers, recipe.rotation)
     usual = most_common(list(layers.values()))
     return LoopSettings(
         quantizer=usual,
@@ -42,8 +42,9 @@ def loop_settings(layers: Mapping[str, Quantizer], recipe: Recipe, tokens: Token
     )
 
 
-def _refuse_turned_twice(layers: Mapping[str, Quantizer], rotation: Rotation) -> None:
-    """R2 mixes the inputs of o_proj inside of heads only."""
+def refuse_turned_twice(layers: Mapping[str, Quantizer], rotation: Rotation) -> None:
+    """Raises ConfigError for incoherence where a rotation turns the input too. R2 mixes the inputs of o_proj inside of
+    heads only."""
     readers = {name for family in FAMILIES.values() for names in family.readers.values() for name in names}
     turned = {
         *(readers if "R1" in rotation.parts else ()),

@@ -36,6 +36,9 @@ class _SweptSetting:
         return min(values) > 0 and max(values) >= WIDE_RANGE * min(values)
 
 
+UNJOINED = "neighbours that their errors do not distinguish are not joined"
+
+
 def sweep_figures(jobs: Sequence[SweepJob]) -> list[SvgFigure]:
     """Nothing if no setting has enough numeric values for a curve, or if nothing was measured."""
     measured = finite(jobs)
@@ -112,12 +115,13 @@ def _curves(
 def _caption(metric: Metric, jobs: Sequence[SweepJob], ranked: Ranking) -> str:
     circle = f"; in the circle: the job with the least {ranked.measure}" if ranked.best in jobs else ""
     if metric is _divergence:
-        return f"KL(original || quantised), ± one standard error over windows{circle}"
+        return f"KL(original || quantised), ± one standard error over windows; {UNJOINED}{circle}"
     found = {job.measured.original_perplexity for job in jobs if job.measured and job.measured.original_perplexity}
     if not found:
         return circle.removeprefix("; ")
     originals = map(significant, sorted(found))
-    return f"± the standard error of the difference to the original, whose perplexity is {', '.join(originals)}{circle}"
+    original = f"the original, whose perplexity is {', '.join(originals)}"
+    return f"± the standard error of the difference to {original}; {UNJOINED}{circle}"
 
 
 def _lines(jobs: Sequence[SweepJob], swept: _SweptSetting) -> dict[str, list[SweepJob]]:
