@@ -460,3 +460,16 @@ def test_a_run_after_html_is_a_run_and_not_the_file(sweep, arguments, file, caps
     assert "2 runs of" in Path(file).read_text(encoding="utf-8")
     assert [run.name for run in drawn[0].runs] == ["0", "2"]
     assert not list(Path().glob(".*partial"))
+
+
+def test_runs_within_the_errors_of_the_best_one_are_named(report: RunReport) -> None:
+    error = report.comparison.kl_divergence_standard_error
+
+    def shifted(errors: float) -> RunReport:
+        value = report.comparison.kl_divergence + errors * error
+        return replace(report, comparison=replace(report.comparison, kl_divergence=value))
+
+    runs = [run_of(report, "0"), run_of(shifted(1.9), "1", a="1"), run_of(shifted(2.1), "2", a="2")]
+    headline = document_of(runs).headline
+    labels = RunComparison(runs).labels()
+    assert f"Not distinguishable from it: run {labels[1]}. Least perplexity" in headline

@@ -19,6 +19,10 @@ RANKED: dict[str, tuple[Callable[[RunReport], float], Callable[[RunReport], str]
     ),
     "perplexity": (lambda report: report.quantized.value, lambda report: summary.perplexity_text(report.quantized)),
 }  # value and text; the least is best
+ERRORS: dict[str, Callable[[RunReport], float]] = {
+    "KL divergence": lambda report: report.comparison.kl_divergence_standard_error,
+    "perplexity": lambda report: report.quantized.value * report.comparison.nll_increase_standard_error,
+}  # of the values of RANKED, the perplexity's as the difference to the original
 RATIO_WIDTH = 9  # with the gap before it
 
 
@@ -44,11 +48,26 @@ def _headline(comparison: RunComparison) -> str:
     labels = comparison.labels()
     sentences = [
         f"Least {name} in {' and '.join(f'run {labels[index]}' for index in sorted(best))}: "
-        f"{text(comparison.runs[min(best)].report)}."
+        f"{text(comparison.runs[min(best)].report)}.{_near(comparison, name, min(best))}"
         for name, (metric, text) in RANKED.items()
         if (best := comparison.best(metric))
     ]
     return " ".join(sentences) or f"{plural(len(labels), 'run')}, of which none is best."
+
+
+def _near(comparison: RunComparison, name: str, best: int) -> str:
+    """The runs whose value is within the sum of both standard errors of the best one's."""
+    (metric, _), error = RANKED[name], ERRORS[name]
+    least, labels = comparison.runs[best].report, comparison.labels()
+    alike = (least.protocol, least.model_hash)
+    found = [
+        labels[index]
+        for index, report in enumerate(run.report for run in comparison.runs)
+        if index != best
+        and (report.protocol, report.model_hash) == alike
+        and metric(report) - metric(least) <= error(report) + error(least)
+    ]
+    return f" Not distinguishable from it: run{'s' * (len(found) > 1)} {', '.join(found)}." if found else ""
 
 
 def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
