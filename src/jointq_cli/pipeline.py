@@ -1,6 +1,6 @@
 """Each command's data path from top to bottom, one stage per line.
 
-    tokens -> (rotate) -> quantize -> (refine) -> checkpoint -> (export) -> evaluate -> report
+    tokens -> (rotate) -> (allocate) -> quantize -> (refine) -> checkpoint -> (export) -> evaluate -> report
 
 Each stage reads artifacts and writes one through the store. Nothing here computes, and nothing here knows Hydra. Where
 several processes share a run, all of them take every line, and rank 0 alone writes.
@@ -78,15 +78,14 @@ def quantize(recipe: Recipe, run: RunDirectory, console: Console, team: Team = S
         asked = selected_layers(original, recipe.layers, recipe.quantizer, recipe.activations)
         layers = expected_layers(original, asked, recipe)
         refuse_turned_twice(layers, recipe.rotation)
-        of_exports = export_warnings(recipe, original, layers)  # before tokens, which the model may have to write
+        warnings = export_warnings(recipe, original, layers)  # before tokens, which the model may have to write
         tokens = load_calibration(context, recipe.calibration, original, tokenizer)
         windows = load_evaluation(context, recipe.evaluation, tokenizer)
         console.header(header(recipe, original, tokens, quantization_lines(recipe, asked, original, windows), team))
 
         check_refinable(original, layers, recipe.refinement, len(tokens.windows))
         shapes, scored = shapes_of(original, layers), int(windows.scored.sum())
-        warnings = preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
-        warnings += of_exports
+        warnings += preflight_warnings(recipe, original, shapes, tokens.windows.numel(), scored)
         tasks = size_tasks(loaded, original, tokenizer, recipe.runtime)
         warnings += task_warnings(tasks, recipe.activations)
         for warning in [*shared_text(recipe, tokens, windows), *warnings]:

@@ -29,7 +29,7 @@ Here rather than at the fields, since reports of old runs need it and should not
 """
 
 UNRECORDED: Final = ("tracking",)
-"""Groups that recipe.yaml leaves out: where a run is told of is no part of what it does."""
+"""Groups that recipe.yaml leaves out: where a run is logged is no part of what it does."""
 
 _KINDS: dict[Any, str] = {
     int: "an integer",

@@ -75,7 +75,7 @@ class RenamingConfigLoader(ConfigLoaderImpl):
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         words = OverridesParser.create().parse_overrides(sweep_overrides)
-        values = [  # as Hydra tells them from options of groups
+        values = [  # not options of groups, by Hydra's own rule
             word
             for word in words
             if isinstance(word.value(), dict) or not self.repository.group_exists(word.key_or_group)

@@ -51,17 +51,7 @@ def hessians_stage(
     return Stage(
         name="hessians",
         kind="hessians",
-        spec={
-            "layers": layers_in(model, loop),
-            "weights": loop.weights.canonical,
-            "heldout_from": loop.heldout_from,
-            "batch": loop.batch,
-            "dtype": str(model.dtype),
-            "device": model.device.type,
-            **expert_spec(model, loop),
-            **_energy_spec(loop),
-            **loop.precision_spec,
-        },
+        spec={**statistics_spec(model, loop), **_energy_spec(loop)},
         inputs=(*model.identity, tokens.hash),
         make=make,
         cost=Workload.hessians,
@@ -69,6 +59,20 @@ def hessians_stage(
         together=True,
         finished_blocks=lambda scratch: HiddenStateFile(scratch).finished_blocks(),
     )
+
+
+def statistics_spec(model: StreamedModel, loop: LoopSettings) -> dict[str, object]:
+    """What decides the statistics of layer inputs in the original model, besides model and tokens."""
+    return {
+        "layers": layers_in(model, loop),
+        "weights": loop.weights.canonical,
+        "heldout_from": loop.heldout_from,
+        "batch": loop.batch,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        **expert_spec(model, loop),
+        **loop.precision_spec,
+    }
 
 
 def expert_spec(model: StreamedModel, loop: LoopSettings) -> dict[str, str]:

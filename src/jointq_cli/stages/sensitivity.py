@@ -13,7 +13,7 @@ from jointq_cli.quantization.sensitivity import LossFiles, measure_losses
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.gradients import find_gradients
-from jointq_cli.stages.hessians import expert_spec, layers_in, share_hessians
+from jointq_cli.stages.hessians import share_hessians, statistics_spec
 from jointq_cli.stages.plan.allocation_cost import sensitivity_cost
 
 SENSITIVITY = "sensitivity"
@@ -72,14 +72,7 @@ def sensitivity_stage(
         spec={
             "candidates": {name: list(each) for name, each in candidates.items()},
             "curvature": loop.curvature,
-            "layers": layers_in(model, loop),
-            "weights": loop.weights,
-            "heldout_from": loop.heldout_from,
-            "batch": loop.batch,
-            "dtype": str(model.dtype),
-            "device": model.device.type,
-            **expert_spec(model, loop),
-            **loop.precision_spec,
+            **statistics_spec(model, loop),
         },
         inputs=(*model.identity, tokens.hash),
         make=make,

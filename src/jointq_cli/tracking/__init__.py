@@ -1,4 +1,4 @@
-"""Where a run is told of besides its directory: MLflow, Weights & Biases, TensorBoard.
+"""Where a run is logged besides its directory: MLflow, Weights & Biases, TensorBoard.
 
 `base` has the interface, a module for each service implements it, `tracked_run` passes on what a run reports.
 """

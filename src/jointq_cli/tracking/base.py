@@ -11,7 +11,7 @@ from jointq_cli.setting_rules import check_settings
 
 
 class Tracker:
-    """One open run. This base class tells nobody. Methods raise whatever the service's library raises."""
+    """One open run. This base class logs nowhere. Methods raise whatever the service's library raises."""
 
     def parameters(self, values: Mapping[str, str]) -> None:
         """By dotted key of the recipe, at the start."""
@@ -54,7 +54,7 @@ class Tracking(ABC):
 
 @dataclass(frozen=True)
 class NoTracking(Tracking):
-    """Runs are told of nowhere but in their directories."""
+    """Runs are logged in their directories alone."""
 
     name = "none"
 

@@ -23,37 +23,37 @@ class TrackedRun(Display):
         self._tracker = tracker
         self._service = service
         self._warn = warn
-        self._told: set[str] = set()  # layers
+        self._logged: set[str] = set()  # layers
 
     def begins(self, parameters: Mapping[str, str]) -> None:
-        self._tell(lambda tracker: tracker.parameters(parameters))
+        self._send(lambda tracker: tracker.parameters(parameters))
 
     def layer(self, record: LayerRecord) -> None:
-        self._told.add(record.name)
+        self._logged.add(record.name)
         self._points(_of_layer(record), record.block)
 
     def stage_ends(self, name: str, state: State, seconds: float) -> None:
         if state == "done":
-            self._tell(lambda tracker: tracker.figures({f"seconds/{name.replace(' ', '_')}": seconds}))
+            self._send(lambda tracker: tracker.figures({f"seconds/{name.replace(' ', '_')}": seconds}))
 
     def has_report(self, report: RunReport) -> None:
         """The layers that were not shown, since they come from the store, and what is known only now."""
         for layer in report.layers:
-            if layer.name not in self._told:
+            if layer.name not in self._logged:
                 self.layer(layer)
         for block in report.blocks:
             self._points({"block/output_error": block.output_error}, block.block)
-        self._tell(lambda tracker: tracker.figures(_of_run(report)))
+        self._send(lambda tracker: tracker.figures(_of_run(report)))
 
     def ends(self, directory: Path, problem: str) -> None:
         paths = [directory / name for name in FILES if (directory / name).is_file()]
-        self._tell(lambda tracker: tracker.files(paths))
-        self._tell(lambda tracker: tracker.close(problem))
+        self._send(lambda tracker: tracker.files(paths))
+        self._send(lambda tracker: tracker.close(problem))
 
     def _points(self, values: Mapping[str, float], step: int) -> None:
-        self._tell(lambda tracker: tracker.metrics(values, step))
+        self._send(lambda tracker: tracker.metrics(values, step))
 
-    def _tell(self, action: Callable[[Tracker], None]) -> None:
+    def _send(self, action: Callable[[Tracker], None]) -> None:
         try:
             action(self._tracker)
         except Exception as error:

@@ -12,17 +12,18 @@ from jointq_cli.report.tables.table import BEST_MARK, TableDocument, TextTable
 
 QUANTIZE = "quantize"  # the stage that quantises the layers
 CHANGED_LAYERS = 10
-RANKED: dict[str, tuple[Callable[[RunReport], float], Callable[[RunReport], str]]] = {
+RANKED: dict[str, tuple[Callable[[RunReport], float], Callable[[RunReport], float], Callable[[RunReport], str]]] = {
     "KL divergence": (
         lambda report: report.comparison.kl_divergence,
+        lambda report: report.comparison.kl_divergence_standard_error,
         lambda report: summary.kl_text(report.comparison),
     ),
-    "perplexity": (lambda report: report.quantized.value, lambda report: summary.perplexity_text(report.quantized)),
-}  # value and text; the least is best
-ERRORS: dict[str, Callable[[RunReport], float]] = {
-    "KL divergence": lambda report: report.comparison.kl_divergence_standard_error,
-    "perplexity": lambda report: report.quantized.value * report.comparison.nll_increase_standard_error,
-}  # of the values of RANKED, the perplexity's as the difference to the original
+    "perplexity": (
+        lambda report: report.quantized.value,
+        lambda report: report.quantized.value * report.comparison.nll_increase_standard_error,
+        lambda report: summary.perplexity_text(report.quantized),
+    ),
+}  # value, its standard error (of a perplexity that of the difference to the original) and text; the least is best
 RATIO_WIDTH = 9  # with the gap before it
 
 
@@ -49,7 +50,7 @@ def _headline(comparison: RunComparison) -> str:
     sentences = [
         f"Least {name} in {' and '.join(f'run {labels[index]}' for index in sorted(best))}: "
         f"{text(comparison.runs[min(best)].report)}.{_near(comparison, name, min(best))}"
-        for name, (metric, text) in RANKED.items()
+        for name, (metric, _, text) in RANKED.items()
         if (best := comparison.best(metric))
     ]
     return " ".join(sentences) or f"{plural(len(labels), 'run')}, of which none is best."
@@ -57,7 +58,7 @@ def _headline(comparison: RunComparison) -> str:
 
 def _near(comparison: RunComparison, name: str, best: int) -> str:
     """The runs whose value is within the sum of both standard errors of the best one's."""
-    (metric, _), error = RANKED[name], ERRORS[name]
+    metric, error, _ = RANKED[name]
     least, labels = comparison.runs[best].report, comparison.labels()
     alike = (least.protocol, least.model_hash)
     found = [
@@ -77,7 +78,7 @@ def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
     notes = [f"settings that differ: {keys or 'none'}"]
     originals = sorted({summary.perplexity_text(report.original) for report in reports})
     notes.append(f"perplexity of the original: {', '.join(originals)}")
-    if any(comparison.best(metric) for metric, _ in RANKED.values()):
+    if any(comparison.best(metric) for metric, _, _ in RANKED.values()):
         notes.append("* the least of the runs that were measured alike")
     if unfinished:
         notes.append(f"not finished and left out: {', '.join(unfinished)}")
@@ -163,7 +164,7 @@ def _table_of_runs(title: str, comparison: RunComparison, columns: dict[str, lis
 
 def _marked(comparison: RunComparison, name: str) -> list[str]:
     """name: of RANKED."""
-    metric, text = RANKED[name]
+    metric, _, text = RANKED[name]
     best = comparison.best(metric)
     blank = " " * len(BEST_MARK) if best else ""  # keeps the digits aligned
     return [text(run.report) + (BEST_MARK if at in best else blank) for at, run in enumerate(comparison.runs)]
