@@ -7,10 +7,10 @@ REPORT = Path(__file__).parents[2] / "src" / "jointq_cli" / "report"
 PREFIX = "jointq_cli.report."
 # A part imports parts of later rows only, and its own modules.
 ORDER = [
-    {"console", "pages"},
+    {"console", "pages", "reproduction"},
     {"figures"},
     {"tables"},
-    {"reproduction"},
+    {"finished_run"},
     {"compare"},
     {"summary"},
     {"rotation_summary"},

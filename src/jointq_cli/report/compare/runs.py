@@ -13,9 +13,9 @@ from jointq_cli.records import Protocol, RunReport
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.number_format import listed, shortest_suffixes
 from jointq_cli.report.summary import layers_by_kind
+from jointq_cli.setting_rules import UNSET
 
 HOUSEKEEPING = ("name", "description", "output_dir", "store")  # the name of a run and where its files are
-UNSET = (None, "null", "none", "[]", "{}", "0")  # of a setting that older runs do not have
 MOST_SETTINGS = 4  # in the label of a run
 
 
