@@ -10,11 +10,11 @@ ORDER = [
     {"console", "pages", "reproduction"},
     {"figures"},
     {"tables"},
-    {"finished_run"},
-    {"compare"},
-    {"summary"},
-    {"rotation_summary"},
-    {"number_format", "grouping", "limits"},
+    {"summary", "finished_run"},
+    {"run_files", "rotation_summary"},
+    {"comparison", "limits"},
+    {"measured"},
+    {"number_format", "grouping"},
 ]
 
 

@@ -44,11 +44,11 @@ from jointq_cli.records import (
     TaskScore,
 )
 from jointq_cli.report import encode, load_record, reproduction
-from jointq_cli.report.compare.run_files import parse_settings
 from jointq_cli.report.finished_run import FinishedRun, codes_file, read_finished_run
 from jointq_cli.report.limits import Limits
 from jointq_cli.report.pages.markdown import document_markdown
 from jointq_cli.report.reproduction import ROUNDING, reproduction_document
+from jointq_cli.report.run_files import parse_settings
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import save_tensors
 

@@ -8,7 +8,7 @@ from typing import cast
 from jointq_cli.errors import JointqError
 from jointq_cli.models.identity import result_hashes
 from jointq_cli.records import RunReport
-from jointq_cli.report.compare.run_files import load_settings
+from jointq_cli.report.run_files import load_settings
 from jointq_cli.system.files import file_hash
 from jointq_cli.system.record_json import load_record, load_report
 from jointq_cli.system.run_directory import Manifest, result_files

@@ -58,8 +58,8 @@ def compare(
     ours, theirs = map(_facts, runs)
     steps = [_step(name, ours[name], theirs[name], runs) for name in ours]
     identical = all(step.same for step in steps)
-    settings = (_config(*runs, roles, identical), _config(*reversed(runs), roles, identical))
-    steps.insert(0, _step("config", *settings, runs))
+    settings = [_config(one, other, roles, identical) for one, other in (runs, (replay, original))]
+    steps.insert(0, _step("config", settings[0], settings[1], runs))
     pairs = {name: (value, _metrics(replay.report)[name]) for name, value in _metrics(original.report).items()}
     metrics = [ReplayedMetric(name, *pair, _change(*pair)) for name, pair in pairs.items()]
     changes = _changes(*map(_surroundings, runs))
