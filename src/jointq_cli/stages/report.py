@@ -24,7 +24,8 @@ from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 from jointq_cli.recipe import Recipe, RotateRecipe
 from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
-from jointq_cli.report.limits import beyond, figures
+from jointq_cli.report.limits import beyond
+from jointq_cli.report.measured import figures
 from jointq_cli.report.pages.model_card import checkpoint_card, export_card, identity, rotation_identity
 from jointq_cli.stages.allocation import Allocated
 from jointq_cli.stages.base import Context
@@ -135,7 +136,7 @@ def finish_run(
         refinement=refined.record,
         allocation=results.allocated.record,
     )
-    report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
+    report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.given))
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run, page=not context.console.is_brief)  # of a sweep, jointq report --html draws what is read
     label_checkpoint(run.checkpoint, report)
