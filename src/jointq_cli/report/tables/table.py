@@ -90,16 +90,10 @@ class TableDocument:
         return [table for table in [*self.first_tables, *self.tables] if table.rows]
 
 
-def aligned(pairs: list[tuple[str, str]]) -> list[str]:
-    """One line per (label, value): labels in one column, values in the next."""
-    width = max((len(label) for label, _ in pairs), default=0)
-    return [f"{label:<{width}}  {value}".rstrip() for label, value in pairs]
-
-
-def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    """At full precision."""
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A column for each name that a row has, at full precision."""
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
