@@ -246,7 +246,7 @@ def test_a_folded_table_fits_where_its_cells_do_and_loses_no_column(texts, stub,
 def test_a_terminal_shows_every_figure_within_its_width(three, width):
     terminal = FakeTerminal()
     with Console(stream=terminal, width=width) as console:
-        console.show_tables(document_of(three))
+        console.show(document_of(three))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -257,7 +257,7 @@ def test_a_terminal_shows_every_figure_within_its_width(three, width):
 def test_a_pipe_gets_a_row_per_run_and_no_control_codes(three):
     stream = io.StringIO()
     with Console(stream=stream) as console:
-        console.show_tables(document_of(three))
+        console.show(document_of(three))
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", stream.getvalue())
     assert len(re.findall(r"^2 +2 .*0\.8203 ± .*871 MB$", stream.getvalue(), re.MULTILINE)) == 1
 
