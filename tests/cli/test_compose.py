@@ -836,6 +836,7 @@ QUESTIONS = {
         f"quantizer.{key}="
         for key in (
             *("bits", "group_size", "symmetric", "zero_point", "incoherence", "incoherence_seed"),
+            "incoherence_block",
             *("grid", "mse", "importance"),
         )
     },

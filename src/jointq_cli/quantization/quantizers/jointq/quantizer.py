@@ -410,6 +410,7 @@ class JointQ(UniformQuantizer):
             "symmetric",
             "zero_point",
             "incoherence",
+            "incoherence_block",
             "grid",
             "regularization_lambda",
             "lambda_mode",
