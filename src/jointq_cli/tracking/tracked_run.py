@@ -9,7 +9,7 @@ from jointq_cli.errors import ResourceError
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import Console
 from jointq_cli.report.console.displays import Display, State
-from jointq_cli.report.limits import figures
+from jointq_cli.report.measured import figures
 from jointq_cli.tracking.base import Tracker, Tracking
 
 FILES = ("report.html", "report.md", "report.json", "layers.csv", "recipe.yaml", "manifest.json", "log.txt")
@@ -94,8 +94,7 @@ def _of_layer(record: LayerRecord) -> dict[str, float]:
 
 
 def _of_run(report: RunReport) -> dict[str, float]:
-    scores = {f"{task.task}/{task.metric}": task.score.value for task in report.tasks}
-    return {**figures(report), "original_perplexity": report.original.value, **scores}
+    return {name: figure.value for name, figure in figures(report).items()}
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,11 +7,9 @@ from typing import cast
 from jointq_cli.errors import JointqError
 from jointq_cli.records import EvaluationReport, RunReport
 from jointq_cli.report import Console, load_record, load_report
-from jointq_cli.report.compare.run_files import EVALUATION, RECIPE, REPORT, load_settings
-from jointq_cli.report.compare.sweep import load_jobs
 from jointq_cli.report.pages.markdown import document_markdown, run_markdown
 from jointq_cli.report.pages.sweep import write_summary
-from jointq_cli.report.tables.sweep import sweep_document
+from jointq_cli.report.run_files import EVALUATION, RECIPE, REPORT, load_settings
 from jointq_cli.system.run_directory import RunDirectory
 from jointq_cli.system.sweep_directory import SweepDirectory
 
@@ -67,8 +65,7 @@ def _report_without(parsed: argparse.Namespace) -> int:
 
 
 def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:
-    write_summary(sweep, page=parsed.html or (sweep.path / "summary.html").is_file())
-    document = sweep_document(sweep.plan().name, load_jobs(sweep))
+    document = write_summary(sweep, page=parsed.html or (sweep.path / "summary.html").is_file())
     if parsed.markdown:
         print(document_markdown(document), end="")
     elif parsed.html:

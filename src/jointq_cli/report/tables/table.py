@@ -112,10 +112,10 @@ def aligned(pairs: list[tuple[str, str]]) -> list[str]:
     return [f"{label:<{width}}  {value}".rstrip() for label, value in pairs]
 
 
-def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    """At full precision."""
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A column for each name that a row has, at full precision."""
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
