@@ -6,6 +6,7 @@ The published run serves as evidence: what is compared here is what lies in test
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
@@ -43,7 +44,7 @@ from jointq_cli.records import (
     TaskRecord,
     TaskScore,
 )
-from jointq_cli.report import encode, load_record, reproduction
+from jointq_cli.report import Console, encode, load_record, reproduction
 from jointq_cli.report.finished_run import FinishedRun, codes_file, read_finished_run
 from jointq_cli.report.limits import Limits
 from jointq_cli.report.pages.markdown import document_markdown
@@ -536,7 +537,9 @@ def test_pydoc_of_another_python_is_named_as_such(run: FinishedRun) -> None:
 def test_lines_and_markdown_have_every_step_and_the_json_comes_back(run: FinishedRun, tmp_path: Path) -> None:
     found = compare(run, elsewhere(CHANGES["codes"](run)), 0.05)
     document = reproduction_document(found)
-    for text in ("\n".join(document.as_text()), document_markdown(document)):
+    with Console(stream=(stream := io.StringIO())) as console:
+        console.show(document)
+    for text in (stream.getvalue(), document_markdown(document)):
         assert all(step.name in text for step in found.steps)
         assert "it begins with: codes: 1 of 28, model.layers.2.mlp.up_proj first: " in text
         assert "; everything before it is identical" in text

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print(_write_page(comparison, document, parsed.html))
     else:
         with Console() as console:
-            console.show_tables(document)
+            console.show(document)
     return 0
 
 

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         write_text_atomically(place / JSON, encode(found))
         write_text_atomically(place / MARKDOWN, document_markdown(document))
     with Console() as console:
-        console.show_tables(document)
+        console.show(document)
     return 1 if found.verdict == DIFFERENT else 0
 
 
