@@ -173,10 +173,10 @@ def test_training_ends_where_held_out_windows_do_not_gain(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("factor", "returns"), [(0.3, True), (1.0, False)])
-def test_after_a_higher_loss_training_goes_on_from_the_best_state_with_smaller_rates(
+def test_after_a_higher_loss_than_at_the_start_training_begins_again_with_smaller_rates(
     tmp_path: Path, factor: float, returns: bool
 ) -> None:
-    settings = replace(MODEL, steps=24, validate_every=2, patience=24, norm_lr=0.9, plateau_factor=factor)
+    settings = replace(MODEL, steps=24, validate_every=2, patience=24, norm_lr=0.9, backoff=factor)
     refined, norm = gain(settings)
     moved: list[float] = []
 

@@ -31,7 +31,7 @@ RECIPE = "replayed"
 BEFORE = {
     ("quantizer.symmetric", "quantizer.zero_point"): "null",
     ("quantizer.symmetric", "quantizer.incoherence"): "none",
-    ("refinement.patience", "refinement.plateau_factor"): "1",
+    ("refinement.patience", "refinement.backoff"): "1",
 }
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 
