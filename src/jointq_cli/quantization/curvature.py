@@ -25,6 +25,9 @@ from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.setting_rules import check_settings, setting
 
 
+Solve = Callable[[Tensor], Solution]  # of some rows (rows, in) float32
+
+
 @dataclass(frozen=True)
 class Coupling:
     """The outputs of one layer weighed against each other. outputs: G (rows, rows) float64 of consecutive rows, which
@@ -34,24 +37,69 @@ class Coupling:
     strength: float
     damping: float
     row_blocks: int
+    rounds: int = 0
 
-    def solve(self, weight: Tensor, solve: Callable[[Tensor], Solution], dtype: torch.dtype) -> Iterator[Solution]:
-        """The solutions of consecutive rows. weight: (out, in) float32. solve: of some rows (rows, in) float32, whose
-        scales are stored as `dtype`. Raises NumericsError where G cannot be factorised."""
-        for outputs, target in zip(self.outputs, weight.double().split([*map(len, self.outputs)]), strict=True):
-            order = torch.arange(len(outputs), device=weight.device)
-            upper = factorize(outputs, order, self.damping, None, torch.float64, key="curvature.damping").upper
-            for rows in order.chunk(self.row_blocks):
-                start, stop = int(rows[0]), int(rows[-1]) + 1
-                solution = solve(target[start:stop].float())
-                error = target[start:stop] - solution.quantized.dequantize(dtype).double()
-                square, later = upper[start:stop, start:stop], upper[start:stop, stop:]
-                target[stop:] -= self.strength * torch.linalg.solve_triangular(square, later, upper=True).T @ error
-                yield solution
+    def solve(self, weight: Tensor, hessian: Tensor, solve: Solve, dtype: torch.dtype) -> Iterator[Solution]:
+        """The solutions of consecutive rows. weight: (out, in) float32. hessian: (in, in) float64, in which `solve`
+        minimises the errors of rows, with scales stored as `dtype`. Raises NumericsError where G cannot be
+        factorised."""
+        for outputs, rows in zip(self.outputs, weight.double().split([*map(len, self.outputs)]), strict=True):
+            coupled = _CoupledRows(self, outputs, rows, solve, dtype)
+            for _ in range(self.rounds):
+                coupled.solve_again(hessian)
+            yield from coupled.solutions
 
     def error(self, error: Tensor, hessian: Tensor) -> float:
         """As `loss_error`."""
         return loss_error(self.outputs, error, hessian)
+
+
+class _CoupledRows:
+    """The rows (rows, in) float64 of one G, solved block after block."""
+
+    def __init__(self, coupling: Coupling, outputs: Tensor, weight: Tensor, solve: Solve, dtype: torch.dtype) -> None:
+        self.coupling, self.weight, self.dtype = coupling, weight, dtype
+        self._solve = solve
+        order = torch.arange(len(weight), device=weight.device)
+        self.blocks = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in order.chunk(coupling.row_blocks)]
+        factor = factorize(outputs, order, coupling.damping, None, torch.float64, key="curvature.damping")
+        self.outputs = _damped(outputs, factor.damping)
+        self.error = torch.empty_like(weight)
+        self.solutions = list(self._in_turn(factor.upper))
+
+    def _in_turn(self, upper: Tensor) -> Iterator[Solution]:
+        """Each block for what it and the later ones can do about the errors of those before."""
+        target = self.weight.clone()
+        for rows in self.blocks:
+            solution, represented = self._solved(target[rows])
+            square, later = upper[rows, rows], upper[rows, rows.stop :]
+            left = torch.linalg.solve_triangular(square, later, upper=True).T @ (target[rows] - represented)
+            target[rows.stop :] -= self.coupling.strength * left
+            self.error[rows] = self.weight[rows] - represented
+            yield solution
+
+    def solve_again(self, hessian: Tensor) -> None:
+        """Each block for the errors that all others have now; what does not lower tr(G E H E^T) is not kept."""
+        for number, rows in enumerate(self.blocks):
+            square, error = self.outputs[rows, rows], self.error[rows]
+            others = self.outputs[rows] @ self.error - square @ error
+            best = -torch.linalg.solve(square, others)  # where the loss is least, given the other errors
+            solution, represented = self._solved(self.weight[rows] - self.coupling.strength * best)
+            found = self.weight[rows] - represented
+            if loss_error([square], found - best, hessian) < loss_error([square], error - best, hessian):
+                self.error[rows], self.solutions[number] = found, solution
+
+    def _solved(self, target: Tensor) -> tuple[Solution, Tensor]:
+        """With the weights that the solution represents."""
+        solution = self._solve(target.float())
+        return solution, solution.quantized.dequantize(self.dtype).double()
+
+
+def _damped(outputs: Tensor, damping: float) -> Tensor:
+    """What `factorize` has factorised."""
+    diagonal = outputs.diagonal()
+    mean = diagonal[diagonal > 0].mean()
+    return outputs + torch.diag(torch.where(diagonal == 0, mean, 0.0) + damping * mean)
 
 
 def loss_error(outputs: Sequence[Tensor], error: Tensor, hessian: Tensor) -> float:
@@ -97,6 +145,7 @@ class Kfac(Curvature):
     strength: float = setting(1.0, least=0, most=1)
     damping: float = setting(1.0, least=0)
     row_blocks: int = setting(48, least=1)
+    rounds: int = setting(1, least=0)
 
     def __post_init__(self) -> None:
         check_settings(self, "curvature")
@@ -126,7 +175,7 @@ class Kfac(Curvature):
         """None where the outputs are not coupled: by `strength`, or because the loss depends on none of them."""
         if not self.strength or not outputs or not all(bool(each.diagonal().any()) for each in outputs):
             return None
-        return Coupling(outputs, self.strength, self.damping, self.row_blocks)
+        return Coupling(outputs, self.strength, self.damping, self.row_blocks, self.rounds)
 
 
 NO_CURVATURE = NoCurvature()
