@@ -238,8 +238,8 @@ def kill_at(module, name, number=1, only=lambda arguments: True):
     setattr(module, name, counted)
 """
 AT_BAR = """
-from jointq_cli.report.console.displays import PlainPhaseBar
-kill_at(PlainPhaseBar, "draw", {number}, lambda arguments: arguments[0].description == "{bar}")
+from jointq_cli.report.console.progress import Phase
+kill_at(Phase, "advance", {number}, lambda arguments: arguments[0].name == "{bar}")
 """
 AT = """
 import importlib; module = importlib.import_module("jointq_cli.{module}")

@@ -190,6 +190,16 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
+UNSET = (
+    None,
+    "null",
+    "none",
+    "[]",
+    "{}",
+    "0",
+)  # values, as text, of settings that ask for nothing: older runs lack them
+
+
 @dataclass(frozen=True)
 class SettingRoles:
     """The keys of a recipe, dotted, by what they are to a run's result."""

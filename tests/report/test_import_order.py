@@ -7,14 +7,14 @@ REPORT = Path(__file__).parents[2] / "src" / "jointq_cli" / "report"
 PREFIX = "jointq_cli.report."
 # A part imports parts of later rows only, and its own modules.
 ORDER = [
-    {"console", "pages"},
+    {"console", "pages", "reproduction"},
     {"figures"},
     {"tables"},
-    {"reproduction"},
-    {"compare"},
-    {"summary"},
-    {"rotation_summary"},
-    {"number_format", "grouping", "limits"},
+    {"summary", "finished_run"},
+    {"run_files", "rotation_summary"},
+    {"comparison", "limits"},
+    {"measured"},
+    {"number_format", "grouping"},
 ]
 
 

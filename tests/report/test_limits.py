@@ -11,7 +11,8 @@ from jointq_cli.cli.main import main
 from jointq_cli.errors import ConfigError, JointqError
 from jointq_cli.records import Coverage, EvaluationReport, RunReport
 from jointq_cli.report import encode
-from jointq_cli.report.limits import Limits, beyond, figures
+from jointq_cli.report.limits import Limits, beyond
+from jointq_cli.report.measured import figures
 from jointq_cli.report.summary import problems
 
 
@@ -27,13 +28,13 @@ def check(*words: str | Path) -> int:
 
 def test_every_setting_is_a_figure_of_a_run(report: RunReport) -> None:
     complete = replace(report, coverage=Coverage(1.0, {}, 4.3, 6.0))
-    assert [field.name for field in dataclasses.fields(Limits)] == list(figures(complete))
+    assert {field.name for field in dataclasses.fields(Limits)} <= figures(complete).keys()
 
 
 def test_more_is_better_only_for_agreement_and_coverage(report: RunReport) -> None:
     found = figures(report)  # kl 0.05127, top1_agreement 0.8871
-    assert beyond(found, Limits(kl=0.052, top1_agreement=0.88).as_list()) == []
-    assert beyond(found, Limits(kl=0.051, top1_agreement=0.9, perplexity_increase=0.05).as_list()) == [
+    assert beyond(found, Limits(kl=0.052, top1_agreement=0.88).given) == []
+    assert beyond(found, Limits(kl=0.051, top1_agreement=0.9, perplexity_increase=0.05).given) == [
         "perplexity_increase 5.838 %: above its limit of 5 %",
         "kl 0.05127: above its limit of 0.051",
         "top1_agreement 88.71 %: below its limit of 90 %",
@@ -42,7 +43,7 @@ def test_more_is_better_only_for_agreement_and_coverage(report: RunReport) -> No
 
 def test_a_figure_that_is_no_number_is_beyond_every_limit(report: RunReport) -> None:
     broken = replace(report, comparison=replace(report.comparison, kl_divergence=math.nan, nll_increase=1e4))
-    assert len(beyond(figures(broken), Limits(kl=1e9, perplexity_increase=1e9).as_list())) == 2
+    assert len(beyond(figures(broken), Limits(kl=1e9, perplexity_increase=1e9).given)) == 2
 
 
 def test_a_limit_breaks_its_rule_in_one_line() -> None:
@@ -104,7 +105,7 @@ def test_an_evaluation_has_the_figures_of_its_reference(report: RunReport, tmp_p
     assert check(tmp_path, "--max", "kl=0.06") == 0
     assert check(tmp_path, "--max", "kl=0.05") == 1
     with pytest.raises(JointqError, match=r"it has perplexity$"):
-        beyond(figures(replace(evaluation, comparison=None)), Limits(kl=1.0).as_list())
+        beyond(figures(replace(evaluation, comparison=None)), Limits(kl=1.0).given)
 
 
 def test_a_directory_without_a_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,3 +118,5 @@ def test_an_upper_limit_of_what_cannot_be_too_much_is_refused(
 ) -> None:
     assert check(write_run(tmp_path, report), "--max", "top1_agreement=99%") == 1
     assert "of this figure more is better; --min top1_agreement=" in capsys.readouterr().err
+    assert check(write_run(tmp_path, report), "--min", "kl=1") == 1
+    assert "of this figure less is better; --max kl=" in capsys.readouterr().err

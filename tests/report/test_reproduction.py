@@ -6,6 +6,7 @@ The published run serves as evidence: what is compared here is what lies in test
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
@@ -43,13 +44,12 @@ from jointq_cli.records import (
     TaskRecord,
     TaskScore,
 )
-from jointq_cli.report import encode, load_record, reproduction
-from jointq_cli.report.compare.run_files import parse_settings
+from jointq_cli.report import Console, encode, load_record, reproduction
+from jointq_cli.report.finished_run import FinishedRun, codes_file, read_finished_run
 from jointq_cli.report.limits import Limits
-from jointq_cli.report.reproduction import inputs
-from jointq_cli.report.reproduction.finished_run import FinishedRun, codes_file, read_finished_run
-from jointq_cli.report.reproduction.metrics import ROUNDING
-from jointq_cli.report.tables.reproduction import conclusion, render_markdown, render_text
+from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.reproduction import ROUNDING, reproduction_document
+from jointq_cli.report.run_files import parse_settings
 from jointq_cli.system.store import Store
 from jointq_cli.system.tensor_files import save_tensors
 
@@ -61,6 +61,12 @@ INVARIANCE = Invariance(merge=0.0, stored=0.0, rounding=0.0, dtype="float32", to
 
 def compare(original: FinishedRun, replay: FinishedRun, tolerance: float | None = None) -> Reproduction:
     return reproduction.compare(original, replay, ROLES, tolerance)
+
+
+def conclusion(found: Reproduction) -> list[str]:
+    """The verdict, problems of the replay, and the reasons."""
+    document = reproduction_document(found)
+    return [document.headline, *document.warnings, *document.notes]
 
 
 def deciding_differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
@@ -172,7 +178,7 @@ def test_layers_come_in_the_order_of_the_model_and_not_of_their_names(run: Finis
     changed = with_file(codes_file("model.layers.0.mlp.down_proj"))(run)
     changed = with_file(codes_file("model.layers.0.self_attn.v_proj"))(changed)
     [_, _, _, _, _, codes, *_] = compare(run, changed).steps
-    assert codes.detail == "first in model.layers.0.self_attn.v_proj (block 0 of 4), and in 2 of 28 layers"
+    assert codes.detail.startswith("2 of 28, model.layers.0.self_attn.v_proj first: ")
 
 
 def test_codes_that_one_run_lacks_differ(run: FinishedRun) -> None:
@@ -183,36 +189,10 @@ def test_codes_that_one_run_lacks_differ(run: FinishedRun) -> None:
     assert first.name == "codes"
 
 
-def without(kind: str, run: FinishedRun) -> FinishedRun:
-    return replace(run, files={name: digest for name, digest in run.files.items() if not name.startswith(kind)})
-
-
-def test_what_has_no_hash_on_either_side_is_not_identical(run: FinishedRun) -> None:
-    for kind, name, said in (
-        ("codes/model.layers.2.mlp.up_proj", "codes", "(no hash)"),
-        ("codes/", "codes", "(no hash)"),
-        ("checkpoint/model-", "checkpoint", "no hash of any weights"),
-    ):
-        first = compare(without(kind, run), without(kind, run)).first_difference
-        assert first is not None
-        assert (first.name, said in first.detail) == (name, True)
-    lines = conclusion(compare(without("codes/", run), without("codes/", run)))
-    assert lines[-1] == "not known to be the same: the codes (hashes are missing)"
-
-
-def test_codes_that_no_report_names_are_compared_all_the_same(run: FinishedRun) -> None:
-    silent = with_report(run, layers=[], blocks=[])
-    first = compare(silent, CHANGES["codes"](silent)).first_difference
-    assert first is not None
-    assert first.detail == "first in model.layers.2.mlp.up_proj"
-    nothing = without("codes/", silent)
-    assert compare(nothing, nothing).verdict == DIFFERENT
-
-
 def test_hashes_that_nothing_was_read_for_are_told_as_the_manifests(run: FinishedRun) -> None:
     told = {step.name: step.detail for step in compare(run, run).steps}
-    assert told["codes"] == "28 layers (by the manifest; files not there)"
-    assert told["checkpoint"] == "10 files (by the manifest; files not there)"
+    assert told["codes"] == "all 28 (by the manifest; files not there)"
+    assert told["checkpoint"] == "all 10 (by the manifest; files not there)"
 
 
 def test_the_last_digits_of_sums_are_no_difference_and_the_others_are(run: FinishedRun) -> None:
@@ -261,9 +241,7 @@ def test_settings_of_other_versions_decide_unless_they_are_the_machines() -> Non
 
 def test_a_setting_that_one_side_alone_knows_is_no_difference_where_nothing_else_is(run: FinishedRun) -> None:
     later = with_setting("quantizer.invented", "7")(run)
-    for found, whose in ((compare(run, later), "the replay"), (compare(later, run), "the original")):
-        assert found.verdict == IDENTICAL
-        assert found.steps[0].detail == f"only {whose} has quantizer.invented=7"
+    assert compare(run, later).verdict == compare(later, run).verdict == IDENTICAL
 
 
 def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_else_differs(run: FinishedRun) -> None:
@@ -272,7 +250,14 @@ def test_a_setting_that_one_side_alone_knows_is_under_suspicion_where_anything_e
         for found in (compare(run, CHANGES[name](later), 0.99), compare(CHANGES[name](later), run, 0.99)):
             assert found.verdict == DIFFERENT
             assert not found.steps[0].same
-            assert found.steps[0].detail.startswith("not known to be the same: only the")
+            assert "quantizer.invented first: not there → 7" in found.steps[0].detail.replace(
+                "7 → not there", "not there → 7"
+            )
+
+
+def test_a_setting_that_asks_for_nothing_is_none_that_older_runs_lack(run: FinishedRun) -> None:
+    later = elsewhere(with_setting("quantizer.invented", "null")(run))
+    assert compare(run, CHANGES["codes"](later), 0.99).verdict == WITHIN_TOLERANCE
 
 
 def test_an_entry_of_a_dictionary_is_no_setting_that_came_with_later_code(run: FinishedRun) -> None:
@@ -292,12 +277,11 @@ def test_settings_of_experts_are_not_missed_in_an_older_run_of_a_model_without_a
     def lacks(name: str, one: FinishedRun) -> FinishedRun:
         return replace(one, settings={key: value for key, value in one.settings.items() if key.split(".")[0] != name})
 
-    later = with_setting("quantizer.grid", "null")(with_setting("experts.calibration", "blend")(run))
-    older = lacks("experts", replace(run, settings={k: v for k, v in run.settings.items() if k != "quantizer.grid"}))
-    assert inputs.config(older, later, ROLES, results_are_identical=False).same
-    layers = [replace(layer, tokens=10) for layer in run.report.layers]
-    mixture = replace(later, report=replace(later.report, layers=layers))
-    assert not inputs.config(older, mixture, ROLES, results_are_identical=False).same
+    later = elsewhere(CHANGES["codes"](with_setting("experts.calibration", "blend")(run)))
+    older = lacks("experts", run)
+    assert compare(older, later).steps[0].same
+    mixture = with_report(later, layers=[replace(layer, tokens=10) for layer in run.report.layers])
+    assert not compare(older, mixture).steps[0].same
 
 
 def test_the_order_of_overrides_counts() -> None:
@@ -369,10 +353,13 @@ def test_a_difference_begins_where_it_is_first_in_the_model_be_it_measured_or_ma
     late = with_file(codes_file("model.layers.3.mlp.down_proj"))(run)
     names = [layer.name for layer in run.report.layers]
     for changed, said in (
-        (with_layer(late, 0, output_error=0.5), f"layers: 1 of 28, {names[0]} first"),
+        (with_layer(late, 0, output_error=0.5), f"layers: 1 of 28, {names[0]} first: output_error"),
         (with_report(late, blocks=[BlockRecord(0, 0.5), *run.report.blocks[1:]]), "blocks: 1 of 4, block 0 first"),
-        (with_layer(late, names.index("model.layers.3.mlp.down_proj"), output_error=0.5), "codes: first in"),
-        (with_file("checkpoint/config.json")(late), "codes: first in"),
+        (
+            with_layer(late, names.index("model.layers.3.mlp.down_proj"), output_error=0.5),
+            "codes: 1 of 28, model.layers.3.mlp.down_proj first",
+        ),
+        (with_file("checkpoint/config.json")(late), "codes: 1 of 28"),
     ):
         [told] = [line for line in conclusion(compare(run, changed)) if line.startswith("it begins with: ")]
         assert told.startswith(f"it begins with: {said}")
@@ -404,11 +391,11 @@ def test_codes_are_counted_where_both_files_are_there(run: FinishedRun, tmp_path
     runs[1] = replace(runs[1], files=runs[1].files | {codes_file(layer): "1" * 64})
     first = compare(*runs).first_difference
     assert first is not None
-    assert first.detail.endswith(": 2 of 6 codes, 1 of 2 scales by up to 5.00 %, 1 of 2 zero-points")
+    assert first.detail.endswith("; 2 of 6 codes, 1 of 2 scales by up to 5.00 %, 1 of 2 zero-points")
     (tmp_path / "ours" / codes_file(layer)).unlink()
     first = compare(*runs).first_difference
     assert first is not None
-    assert first.detail.endswith(f"first in {layer} (block 0 of 4)")
+    assert first.detail.endswith(f"{layer} first: 0000000000000000 → 1111111111111111")
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", b"\xff" * 500])
@@ -424,7 +411,7 @@ def test_a_file_that_cannot_be_read_costs_its_own_detail_alone(
     theirs = with_report(theirs, rotation=replace(turned, hash="theirs"))
     told = {step.name: step.detail for step in compare(ours, theirs).steps}
     assert told["rotation"] == "sha256 ours → theirs; (file cannot be read)"
-    assert told["codes"].endswith("(block 0 of 4): (file cannot be read)")
+    assert told["codes"].endswith("; (file cannot be read)")
 
 
 # --- tolerance
@@ -521,7 +508,7 @@ def test_the_surroundings_are_the_probable_reason_of_other_bits_but_not_of_anoth
 def test_code_that_no_commit_tells_is_not_known_to_be_the_same(commit: str | None, run: FinishedRun) -> None:
     ours = with_manifest(run, commit=commit)
     theirs = CHANGES["codes"](ours)
-    assert conclusion(compare(ours, ours))[1:] == []
+    assert len(conclusion(compare(ours, ours))) == 1
     assert conclusion(compare(ours, theirs))[-1].startswith("not known to be the same: the code (")
     assert not any("not deterministic" in line for line in conclusion(compare(ours, theirs)))
     other = with_manifest(theirs, threads=3)
@@ -535,7 +522,7 @@ def test_what_is_wrong_with_the_replay_is_told_beside_the_verdict(run: FinishedR
     broken = CHANGES["reload check"](run)
     found = compare(broken, broken)
     assert found.verdict == IDENTICAL
-    assert conclusion(found)[-1].startswith("the replay itself: the checkpoint reloaded from disk differs")
+    assert conclusion(found)[1].startswith("the replay itself: the checkpoint reloaded from disk differs")
 
 
 def test_pydoc_of_another_python_is_named_as_such(run: FinishedRun) -> None:
@@ -549,9 +536,13 @@ def test_pydoc_of_another_python_is_named_as_such(run: FinishedRun) -> None:
 
 def test_lines_and_markdown_have_every_step_and_the_json_comes_back(run: FinishedRun, tmp_path: Path) -> None:
     found = compare(run, elsewhere(CHANGES["codes"](run)), 0.05)
-    for text in (render_text(found), render_markdown(found)):
+    document = reproduction_document(found)
+    with Console(stream=(stream := io.StringIO())) as console:
+        console.show(document)
+    for text in (stream.getvalue(), document_markdown(document)):
         assert all(step.name in text for step in found.steps)
-        assert "first in model.layers.2.mlp.up_proj (block 2 of 4); everything before it is identical" in text
+        assert "it begins with: codes: 1 of 28, model.layers.2.mlp.up_proj first: " in text
+        assert "; everything before it is identical" in text
         assert all(line in text for line in found.surroundings)
     (tmp_path / "reproduction.json").write_text(encode(found), encoding="utf-8")
     assert load_record(Reproduction, tmp_path / "reproduction.json") == found
@@ -595,11 +586,11 @@ def test_a_manifest_of_before_hashes_were_kept_needs_the_files(run: FinishedRun,
         with pytest.raises(JointqError, match=said):
             read_finished_run(directory)
 
-    refused(r"has no hashes of files, and checkpoint/config\.json is not there")
+    refused(r"has no hash of codes/model\.layers\.0\.self_attn\.q_proj\.safetensors, and the file is not there")
     for name in ["checkpoint/config.json", *(codes_file(layer.name) for layer in run.report.layers)]:
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text('{"model_type": "llama"}')
-    refused("has neither model.safetensors nor")
+    refused(r"has no hash of checkpoint/\*\.safetensors")
     save_tensors(directory / "checkpoint" / "model.safetensors", {"x": torch.ones(2)})
     found = read_finished_run(directory)
     assert len(found.files) == 30
@@ -946,7 +937,7 @@ def test_two_runs_are_compared_without_running_anything(
     files = read_finished_run(PUBLISHED).files
     change_manifest(other, files={**files, codes_file("model.layers.1.mlp.up_proj"): "0"})
     assert main(["reproduce", str(PUBLISHED), "--against", str(other)]) == 1
-    assert "it begins with: codes: first in model.layers.1.mlp.up_proj" in capsys.readouterr().out
+    assert "it begins with: codes: 1 of 28, model.layers.1.mlp.up_proj first" in capsys.readouterr().out
     words = ["reproduce", str(PUBLISHED), "--against", str(other), "--tolerance", "0.01"]
     assert main(words) == 1
     assert "is for other hardware or libraries, and none are recorded" in capsys.readouterr().out

@@ -15,11 +15,12 @@ from jointq_cli.cli.main import main
 from jointq_cli.errors import Interrupted, JointqError, NumericsError
 from jointq_cli.records import Comparison, Coverage, EvaluationReport, RunReport, TaskRecord
 from jointq_cli.report import Console, encode
-from jointq_cli.report.compare.run_files import find_runs
-from jointq_cli.report.compare.sweep import load_jobs, ranking
+from jointq_cli.report.comparison import ComparedRun, RunComparison
 from jointq_cli.report.figures.sweep import sweep_figures
 from jointq_cli.report.pages.sweep import write_summary
-from jointq_cli.report.tables.sweep import SweepRows, sweep_document
+from jointq_cli.report.run_files import load_jobs, load_runs
+from jointq_cli.report.tables.comparison import comparison_document, job_line
+from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.sweep_directory import (
     DONE,
     FAILED,
@@ -40,11 +41,25 @@ LAMBDAS = ("0.01", "0.1", "1.0", "10.0")
 def measured(report: RunReport, perplexity: float, divergence: float | None = None) -> RunReport:
     """divergence: if None, it rises with the perplexity."""
     divergence = perplexity / 100 if divergence is None else divergence
+    increase = math.log(perplexity / report.original.value)
+    compared = replace(report.comparison, kl_divergence=divergence, kl_divergence_standard_error=0.001)
     return replace(
         report,
         quantized=replace(report.quantized, value=perplexity),
-        comparison=replace(report.comparison, kl_divergence=divergence, kl_divergence_standard_error=0.001),
+        comparison=replace(compared, nll_increase=increase),
     )
+
+
+def jobs_of(directory: SweepDirectory) -> RunComparison:
+    return RunComparison(load_jobs(directory), "job")
+
+
+def document_of(directory: SweepDirectory) -> TableDocument:
+    return comparison_document(jobs_of(directory))
+
+
+def best_of(directory: SweepDirectory) -> ComparedRun | None:
+    return jobs_of(directory).ranking.best
 
 
 def write_job(directory: SweepDirectory, number: int, report: RunReport) -> None:
@@ -78,48 +93,45 @@ def half_done(tmp_path: Path, report: RunReport) -> SweepDirectory:
 def test_the_report_of_a_failed_job_is_that_of_an_earlier_attempt_and_does_not_count(half_done: SweepDirectory) -> None:
     jobs = load_jobs(half_done)
     assert [job.record.state for job in jobs] == [DONE, DONE, FAILED, WAITING]
-    assert jobs[2].measured is None
-    chosen = ranking(jobs).best
+    assert jobs[2].report is None
+    chosen = best_of(half_done)
     assert chosen is not None
-    assert chosen.number == 1
+    assert chosen.name == "1"
 
 
 def test_rows_have_the_bits_of_the_complete_checkpoint(tmp_path: Path, report: RunReport) -> None:
     partly = replace(report, coverage=Coverage(0.4, {"mlp.experts": 0.6}, 11.2, 12.1))
     directory = sweep_of(tmp_path, partly, [14.0], [{KEY: "1"}])
-    [table, *_] = sweep_document("mine", load_jobs(directory)).tables
+    [table, *_] = document_of(directory).shown
     assert table.rows[0][table.heading.index("bits/model")] == "12.1"
     write_summary(directory, page=False)
     [row] = json.loads((tmp_path / "summary.json").read_text())
-    assert (row["block_bits_per_weight"], row["checkpoint_bits_per_parameter"]) == (11.2, 12.1)
+    assert (row["bits_per_block_weight"], row["bits_per_parameter"]) == (11.2, 12.1)
 
 
 def test_tasks_have_their_columns(tmp_path: Path, report: RunReport, task: TaskRecord) -> None:
     directory = sweep_of(tmp_path, replace(report, tasks=[task]), [14.0, None], [{KEY: "1"}, {KEY: "2"}])
-    [table, *_] = sweep_document("mine", load_jobs(directory)).tables
+    [table, *_] = document_of(directory).shown
     assert [row[table.heading.index("arc_easy acc")] for row in table.rows] == ["0.620 ± 0.010", "-"]
     write_summary(directory, page=False)
     [first, second] = json.loads((tmp_path / "summary.json").read_text())
-    assert (first["arc_easy acc"], first["arc_easy acc_standard_error"]) == (0.62, 0.01)
-    assert "arc_easy acc" not in second
+    assert (first["arc_easy/acc"], first["arc_easy/acc_standard_error"]) == (0.62, 0.01)
+    assert "arc_easy/acc" not in second
 
 
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
-    jobs = load_jobs(sweep_of(tmp_path, report, [None, math.inf], [{}, {}]))
-    assert ranking(jobs).best is None
-    assert "No perplexity to compare" in sweep_document("mine", jobs).headline
-    assert sweep_figures(jobs) == []
+    sweep = sweep_of(tmp_path, report, [None, math.inf], [{}, {}])
+    assert best_of(sweep) is None
+    assert "No perplexity to compare" in document_of(sweep).headline
+    assert sweep_figures(jobs_of(sweep)) == []
 
 
 def test_no_job_is_best_among_jobs_measured_otherwise(tmp_path: Path, report: RunReport) -> None:
     directory = sweep_of(tmp_path, report, [14.0, 1.0], [{KEY: "1"}, {KEY: "2"}])
     other = replace(measured(report, 1.0), protocol=replace(report.protocol, window=7))
     write_job(directory, 1, other)
-    jobs = load_jobs(directory)
-    assert ranking(jobs).best is None
-    assert (
-        "No best job: results do not compare, since the jobs differ in window." in sweep_document("mine", jobs).headline
-    )
+    assert best_of(directory) is None
+    assert "These jobs do not compare: they differ in window." in document_of(directory).headline
     write_summary(directory, page=False)
     assert not (tmp_path / "recipe" / "best.yaml").exists()
 
@@ -128,10 +140,9 @@ def test_no_job_is_best_among_several_models(tmp_path: Path, report: RunReport) 
     directory = sweep_of(tmp_path, report, [14.0, 13.0, 12.0], [{KEY: value} for value in "123"])
     other = replace(measured(report, 12.0), model_hash="another")
     write_job(directory, 2, other)
-    jobs = load_jobs(directory)
-    assert ranking(jobs).best is None
-    assert "the jobs differ in model." in sweep_document("mine", jobs).headline
-    assert not any("circle" in figure.caption for figure in sweep_figures(jobs))
+    assert best_of(directory) is None
+    assert "they differ in model." in document_of(directory).headline
+    assert not any("circle" in figure.caption for figure in sweep_figures(jobs_of(directory)))
 
 
 def test_the_best_job_has_the_least_kl_divergence_and_names_those_within_the_standard_errors(
@@ -140,36 +151,38 @@ def test_the_best_job_has_the_least_kl_divergence_and_names_those_within_the_sta
     directory = sweep_of(tmp_path, report, [13.0, 14.0, 14.5, 12.0], [{KEY: value} for value in LAMBDAS])
     for number, divergence in enumerate((0.0219, 0.0200, 0.0221, 0.0301)):
         write_job(directory, number, measured(report, 14 - number, divergence))
-    jobs = load_jobs(directory)
-    document = sweep_document("mine", jobs)
+    document = document_of(directory)
     assert (
         "Least KL divergence in job 1 (regularization_lambda=0.1): 0.0200 ± 0.0010, perplexity 13" in document.headline
     )
     assert document.headline.endswith(
         "it: job 0 (within the sum of both standard errors, an upper bound of the paired one)."
     )
-    marks = {row[0]: [cell[-1] for cell in row if cell[-1] in "*~"] for row in document.tables[0].rows}
+    marks = {row[0]: [cell[-1] for cell in row if cell[-1] in "*~"] for row in document.shown[0].rows}
     assert marks == {"0": ["~"], "1": ["*"], "2": [], "3": []}
-    assert all(figure.caption.endswith("the job with the least KL divergence") for figure in sweep_figures(jobs))
+    assert all(
+        figure.caption.endswith("the job with the least KL divergence") for figure in sweep_figures(jobs_of(directory))
+    )
     write_summary(directory, page=False)
     rows = json.loads((tmp_path / "summary.json").read_text())
     assert [row["best"] for row in rows] == [False, True, False, False]
     assert [row["not_distinguishable_from_best"] for row in rows] == [True, False, False, False]
-    assert {row["ranked_by"] for row in rows} == {"KL divergence"}
+    assert {row["ranked_by"] for row in rows} == {"kl"}
     assert "job 1" in (tmp_path / "recipe" / "best.yaml").read_text()
 
 
 def test_a_single_window_distinguishes_no_jobs(tmp_path: Path, report: RunReport) -> None:
     once = replace(report, protocol=replace(report.protocol, windows=1))
-    jobs = load_jobs(sweep_of(tmp_path, once, [14.0, 99.0], [{KEY: "1"}, {KEY: "2"}]))
-    assert "from it: job 1 (a single window gives no standard error)." in sweep_document("mine", jobs).headline
+    sweep = sweep_of(tmp_path, once, [14.0, 99.0], [{KEY: "1"}, {KEY: "2"}])
+    assert "from it: job 1 (a single window gives no standard error)." in document_of(sweep).headline
 
 
-def test_every_row_has_its_settings_under_their_heading(half_done: SweepDirectory) -> None:
-    rows = SweepRows(half_done.plan().settings)
-    lines = [rows.row(job) for job in load_jobs(half_done)]
-    at = rows.heading.index("regularization_lambda")
-    assert [line[at:].split()[0] for line in lines] == list(LAMBDAS)
+def test_a_job_that_has_ended_is_a_line_with_its_settings_and_figures_or_its_error(half_done: SweepDirectory) -> None:
+    lines = [job_line(job, "bits=4", 8) for job in load_jobs(half_done)]
+    assert lines[0].startswith(
+        "  0  bits=4    perplexity 14.00 ± 0.55  increase -23.38 ± 0.22 %  KL divergence 0.1400 ± "
+    )
+    assert lines[0].endswith("time 12.0 s")
     assert lines[2].endswith("failed: layer x: NaN")
     assert lines[3].endswith(WAITING)
 
@@ -178,7 +191,7 @@ def test_the_summary_has_every_job_and_full_precision(half_done: SweepDirectory)
     write_summary(half_done, page=True)
     table = json.loads((half_done.path / "summary.json").read_text())
     assert [row[KEY] for row in table] == list(LAMBDAS)
-    assert [row["perplexity"] for row in table] == [14.0, 13.5, None, None]
+    assert [row.get("perplexity") for row in table] == [14.0, 13.5, None, None]
     with (half_done.path / "summary.csv").open() as file:
         assert [row["state"] for row in csv.DictReader(file)] == [DONE, DONE, FAILED, WAITING]
     assert "2 of 4 jobs done. Least KL divergence in job 1" in (half_done.path / "summary.md").read_text()
@@ -197,7 +210,7 @@ def test_a_curve_has_the_swept_values_below_and_a_line_for_every_mix_of_the_othe
     tmp_path: Path, report: RunReport
 ) -> None:
     settings = [{"quantizer.bits": bits, KEY: value} for bits in "43" for value in LAMBDAS]
-    figures = sweep_figures(load_jobs(sweep_of(tmp_path, report, [14, 13, 12, 13, 24, 23, 22, 23], settings)))
+    figures = sweep_figures(jobs_of(sweep_of(tmp_path, report, [14, 13, 12, 13, 24, 23, 22, 23], settings)))
     assert [figure.title for figure in figures] == [
         "Perplexity over regularization_lambda",
         "KL divergence over regularization_lambda",
@@ -246,41 +259,40 @@ def test_a_sweep_of_evaluations_does_not_rank_the_reference_itself(tmp_path: Pat
     write_summary(directory, page=True)
     table = json.loads((tmp_path / "summary.json").read_text())
     assert [row["perplexity"] for row in table] == [12.0, 18.0, 17.0]
-    assert table[1]["original_perplexity"] == pytest.approx(12)
-    document = sweep_document("mine", load_jobs(directory))
+    assert table[1]["perplexity_increase"] == pytest.approx(0.5)
+    document = document_of(directory)
     assert "Least KL divergence in job 1 (path=1)" in document.headline
     assert "+50.0" in document.headline
     assert "not ranked: job 0, the reference itself" in document.notes
     assert document.warnings == ["all 3 jobs: few tokens"]
-    assert len(sweep_figures(load_jobs(directory))) == 2
+    assert len(sweep_figures(jobs_of(directory))) == 2
     assert not (tmp_path / "recipe" / "best.yaml").exists()
 
 
 def test_evaluations_without_a_reference_rank_by_perplexity(tmp_path: Path, report: RunReport) -> None:
-    jobs = load_jobs(evaluations(tmp_path, report, [18.0, 12.0, 12.5], [None] * 3))
-    document = sweep_document("mine", jobs)
+    sweep = evaluations(tmp_path, report, [18.0, 12.0, 12.5], [None] * 3)
+    document = document_of(sweep)
     assert document.headline.startswith(
         "Least perplexity in job 1 (path=1): 12.00 ± 0.55. Not distinguishable from it: job 2 "
     )
-    [figure] = sweep_figures(jobs)
+    [figure] = sweep_figures(jobs_of(sweep))
     assert figure.caption == "in the circle: the job with the least perplexity"
 
 
 def test_an_engine_without_logits_leaves_perplexity_to_rank_by(tmp_path: Path, report: RunReport) -> None:
-    jobs = load_jobs(evaluations(tmp_path, report, [18.0, 12.0, 15.0], [0.1, math.nan, 0.2]))
-    document = sweep_document("mine", jobs)
+    sweep = evaluations(tmp_path, report, [18.0, 12.0, 15.0], [0.1, math.nan, 0.2])
+    document = document_of(sweep)
     assert "Least perplexity in job 1 (path=1): 12.00 ± 0.55 (-33" in document.headline
-    assert not [cell for row in document.tables[0].rows for cell in row if "nan" in cell]
-    assert len(sweep_figures(jobs)) == 1
+    assert not [cell for row in document.shown[0].rows for cell in row if "nan" in cell]
+    assert len(sweep_figures(jobs_of(sweep))) == 1
 
 
 def test_only_the_reference_itself_is_nothing_to_rank(tmp_path: Path, report: RunReport) -> None:
-    jobs = load_jobs(evaluations(tmp_path, report, [12.0], [0.0]))
-    assert sweep_document("mine", jobs).headline == "No KL divergence to compare."
+    assert document_of(evaluations(tmp_path, report, [12.0], [0.0])).headline == "No KL divergence to compare."
 
 
 def test_two_values_make_no_curve(tmp_path: Path, report: RunReport) -> None:
-    assert sweep_figures(load_jobs(sweep_of(tmp_path, report, [14, 13], [{KEY: "1"}, {KEY: "2"}]))) == []
+    assert sweep_figures(jobs_of(sweep_of(tmp_path, report, [14, 13], [{KEY: "1"}, {KEY: "2"}]))) == []
 
 
 def test_a_half_done_sweep_can_be_reported(half_done: SweepDirectory, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,9 +370,8 @@ def test_a_best_recipe_does_not_outlive_its_job(half_done: SweepDirectory) -> No
 
 
 def test_compare_leaves_out_what_the_sweep_does_not_call_done(half_done: SweepDirectory) -> None:
-    found = find_runs([half_done.path])
-    assert [path.name for path in found.finished] == ["0", "1"]
-    assert [path.name for path in found.unfinished] == ["2", "3"]
+    found = load_runs([half_done.path])
+    assert [run.name for run in found if run.report] == ["0", "1"]
 
 
 @pytest.mark.parametrize("quiet", [False, True])  # True: in another process, whose output is a log of its own
@@ -373,10 +384,9 @@ def test_without_a_terminal_a_job_shows_its_warnings_and_progress(quiet: bool) -
         console.warn("few tokens")
         console.note("waiting for another process")
     shown = stream.getvalue()
-    assert "[progress] job 3: block 0 2/2" in shown
-    assert "[progress] job 3: quantize" in shown
-    assert "[warning] job 3: few tokens" in shown
-    assert "[progress] job 3: waiting for another process" in shown
+    assert "job 3: block 0 2/2" in shown
+    assert "warning: job 3: few tokens" in shown
+    assert "job 3: waiting for another process" in shown
     assert "recipe" not in shown
 
 
@@ -391,7 +401,7 @@ def test_the_summary_lists_each_warning_and_error_once_with_its_jobs(
     for number in (3, 4):
         failed = asdict(JobRecord(FAILED, "key", 2.0, "disk full"))
         (directory.run(number) / "job.json").write_text(json.dumps(failed))
-    assert sweep_document("mine", load_jobs(directory)).warnings == [
+    assert document_of(directory).warnings == [
         "jobs 3, 4 failed: disk full",
         f"jobs 0, 2: {troubled.warnings[0]}",
         "job 0: only 0",

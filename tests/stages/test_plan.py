@@ -752,7 +752,7 @@ def test_a_pipe_gets_plain_lines_with_everything_in_them(words: list[str], capsy
     assert lines[0].startswith("recipe ")
     assert any(line.startswith("About ") for line in lines)
     assert any(line.split()[:3] == ["quantize", "to", "make"] for line in lines)
-    assert "[warning] calibration.num_samples: " in out
+    assert "! calibration.num_samples: " in out
 
 
 @pytest.mark.slow

@@ -19,16 +19,19 @@ from jointq_cli.cli.renamed_keys import KeyRenamer
 from jointq_cli.errors import ConfigError, Interrupted, JointqError, ModelError, TextError, UntrustedResult
 from jointq_cli.models.sources import looks_local
 from jointq_cli.recipe import Recipe, setting_roles
-from jointq_cli.report.compare.run_files import parse_settings
+from jointq_cli.report.finished_run import FinishedRun
 from jointq_cli.report.reproduction import deciding_differences
-from jointq_cli.report.reproduction.finished_run import FinishedRun
+from jointq_cli.report.run_files import parse_settings
 from jointq_cli.setting_rules import RENAMED, places
 from jointq_cli.system.files import translated_disk_errors
 from jointq_cli.system.inventory import entries
 
 RECIPE = "replayed"
 # What versions without a setting did, where today's default is something else: for runs that have the first key alone.
-BEFORE = {("quantizer.symmetric", "quantizer.zero_point"): "null"}
+BEFORE = {
+    ("quantizer.symmetric", "quantizer.zero_point"): "null",
+    ("quantizer.symmetric", "quantizer.incoherence"): "none",
+}
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 
 

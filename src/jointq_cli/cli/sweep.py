@@ -5,7 +5,7 @@ ran in this process, in another one or on another machine. `compose` runs the jo
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from jointq_cli.errors import ConfigError, JointqError
-from jointq_cli.report.compare.sweep import load_jobs
+from jointq_cli.report.number_format import shortest_suffixes
 from jointq_cli.report.pages.sweep import best_command, best_recipe, write_summary
-from jointq_cli.report.tables.sweep import SweepRows, sweep_document
+from jointq_cli.report.run_files import load_jobs
+from jointq_cli.report.tables.comparison import job_line
 from jointq_cli.system.sweep_directory import DONE, ENDED, JobRecord, SweepDirectory, SweepPlan
 
 VALIDATE = "validate_batch_is_legal"  # of Hydra's sweepers: composes every job once more
@@ -75,9 +76,8 @@ class Sweep:
         except Exception as error:  # Hydra would print a warning, and go on
             raise SweepRefused(self._format_error(error)) from error
         self._before = {number: directory.record(number) for number in range(len(jobs))}
-        self._rows = SweepRows(plan.settings)
+        self._width = max(map(len, map(_text, plan.settings)))
         self._show(f"{len(jobs)} jobs -> {short_path(directory.path)}")
-        self._show(self._rows.heading)
         self.directory = directory
 
     def poll(self) -> None:
@@ -103,20 +103,18 @@ class Sweep:
             return 1
         if not stopped:
             self._show_rows(list(self._before))
-        write_summary(self.directory, page=True)
-        jobs = load_jobs(self.directory)
-        document = sweep_document(self.directory.plan().name, jobs)
+        document = write_summary(self.directory, page=True)
         place = short_path(self.directory.path)
         self._show(f"\n{document.headline}\nsummary   {place}/summary.html, .md, .csv, .json")
         if best_recipe(self.directory).is_file():
             self._show(f"the best  {best_command(place)}")
-        return 0 if all(job.record.state == DONE for job in jobs) else 1
+        return 0 if all(job.record.state == DONE for job in load_jobs(self.directory)) else 1
 
     def _show_rows(self, numbers: Sequence[int]) -> None:
         assert self.directory is not None
         for job in load_jobs(self.directory, numbers):
-            del self._before[job.number]
-            self._show(self._rows.row(job))
+            del self._before[int(job.name)]
+            self._show(job_line(job, _text(job.settings), self._width))
         if numbers:
             write_summary(self.directory, page=False)
 
@@ -153,6 +151,11 @@ class Sweep:
         except Exception as error:
             known = self._format_error(error)
             raise type(known)(f"job {number} ({' '.join(overrides)}): {known}; no job has begun") from error
+
+
+def _text(settings: Mapping[str, str]) -> str:
+    names = shortest_suffixes(list(settings))
+    return " ".join(f"{name}={value}" for name, value in zip(names, settings.values(), strict=True))
 
 
 def _pin(config: DictConfig, directory: Path) -> None:

@@ -430,6 +430,7 @@ class Reproduction:
     rounding: list[str] = field(default_factory=list)  # those of `surroundings` that can change rounding
     unknown: list[str] = field(default_factory=list)  # what may differ unnoticed, because it is not recorded
     problems: list[str] = field(default_factory=list)  # of the replay itself, whatever the original
+    sentence: str = ""  # the verdict and its reason
 
     @property
     def first_difference(self) -> ComparedStep | None:

@@ -2,14 +2,15 @@
 
 Imports inside the room point one way, from left to right:
 
-    console, pages > figures > tables > compare > summary, rotation_summary > number_format, grouping, limits
+    console, pages, reproduction > figures > tables > summary, finished_run > run_files > comparison > measured
 
-    reproduction   compares a run with its replay; imports compare and summary, and is imported by no other part
     console        display and log file of a running command
     pages          report files: one template for HTML, one for Markdown, and CSV and JSON
+    reproduction   whether two runs are the same
     figures        figures as inline SVG
     tables         documents of tables and texts, from which console and pages render; what their words mean
-    compare        what differs between runs, and what the jobs of a sweep measured
+    comparison     what differs between runs, or the jobs of a sweep, and which is best; run_files reads them
+    measured       the figures of a report by name, and how they are shown; limits are set by these names
 
 The only room that imports rich, jinja2 and matplotlib, the latter two only when a page is rendered.
 """

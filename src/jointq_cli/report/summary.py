@@ -1,7 +1,7 @@
 """What the report of one run says, in sentences and key metrics: the one source for the terminal, Markdown and HTML."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jointq_cli.records import (
@@ -19,6 +19,7 @@ from jointq_cli.records import (
 )  # fmt: skip
 from jointq_cli.report import rotation_summary
 from jointq_cli.report.grouping import grouped
+from jointq_cli.report.measured import KINDS, Figure, costs, figures
 from jointq_cli.report.number_format import (
     MISSING,
     KeyMetric,
@@ -48,11 +49,11 @@ def title(report: RunReport) -> str:
 def headline(report: RunReport) -> str:
     """The result in one line."""
     before, after = significant(report.original.value), significant(report.quantized.value)
+    increase = relative_change(figures(report)["perplexity_increase"].value)
     simulated = f" stored, {report.simulation.activations.split()[0]} simulated" if report.simulation else ""
     return (
         f"{significant(report.bits_per_weight, 3)} bits per weight{partly(report)}{simulated}; "
-        f"perplexity {before} → {after} ({relative_change(perplexity_increase(report)[0])}), "
-        f"KL {significant(report.comparison.kl_divergence, 3)} nats"
+        f"perplexity {before} → {after} ({increase}), KL {significant(report.comparison.kl_divergence, 3)} nats"
     )
 
 
@@ -62,13 +63,6 @@ def partly(report: RunReport) -> str:
     if found is None or found.is_complete:
         return ""
     return f" in {percent(found.share)} of the blocks' weights ({significant(found.block_bits, 3)} in all of them)"
-
-
-def perplexity_increase(report: RunReport) -> tuple[float, float]:
-    """Relative increase over the original (0.05 is five percent more), and its standard error, which is that of the
-    increase in negative log-likelihood, paired over windows."""
-    ratio = report.quantized.value / report.original.value if report.original.value else math.nan
-    return ratio - 1, ratio * report.comparison.nll_increase_standard_error
 
 
 def perplexity_text(perplexity: Perplexity) -> str:
@@ -228,32 +222,37 @@ def export_line(record: ExportRecord) -> str:
 
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
-    return [
-        *quality_metrics(report),
-        KeyMetric("time", duration(total_seconds(report)), f"on {report.device}"),
-        KeyMetric("peak memory", byte_size(report.peak_memory), "resident set of the process"),
-    ]
+    details = {"seconds": f"on {report.device}"}
+    return [*quality_metrics(report), *_metrics(costs(report), details)]
 
 
 def quality_metrics(report: RunReport) -> list[KeyMetric]:
     """How good and how large the quantised model is."""
-    audit, found = report.audit, report.coverage
-    stored = "of the quantised layers: packed codes and all that they need"
-    metrics = [
-        KeyMetric("perplexity", perplexity_text(report.quantized), f"original {perplexity_text(report.original)}"),
-        *comparison_metrics(report.comparison),
-        *task_metrics(report.tasks),
-        KeyMetric("bits per weight", significant(report.bits_per_weight, 3), stored),
-    ]
-    if found:
-        share = f"of all weights of the blocks; {percent(found.share)} of them are quantised"
-        metrics += [
-            KeyMetric("bits per block weight", significant(found.block_bits, 3), share),
-            KeyMetric("bits per parameter", significant(found.checkpoint_bits, 3), "of the complete checkpoint"),
-        ]
+    share = f", of which {percent(report.coverage.share)} are quantised" if report.coverage else ""
+    details = {
+        "perplexity": f"original {perplexity_text(report.original)}",
+        "bits_per_block_weight": f"per weight of the blocks{share}",
+        "packed_bytes": f"original {byte_size(report.audit.source_bytes)}",
+    }
+    return [*_metrics(figures(report), details), *task_metrics(report.tasks)]
+
+
+def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
+    """The perplexity of one checkpoint and, if a reference was evaluated, its distance from that."""
+    nll = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
+    details = {
+        "perplexity": f"negative log-likelihood {nll} nats per token",
+        "kl": "nats per token, reference || model",
+    }
+    return [*_metrics(figures(report), details), *task_metrics(report.tasks)]
+
+
+def _metrics(found: Mapping[str, Figure], details: Mapping[str, str]) -> list[KeyMetric]:
+    """details: where they say more than what kind of figure it is."""
     return [
-        *metrics,
-        KeyMetric("packed size", byte_size(audit.packed_bytes), f"original {byte_size(audit.source_bytes)}"),
+        KeyMetric(kind.label, kind.text(found[name]), details.get(name, kind.detail))
+        for name, kind in KINDS.items()
+        if name in found
     ]
 
 
@@ -281,39 +280,12 @@ def _task_detail(task: TaskRecord) -> str:
     return f"{before}{plural(task.samples, 'sample')}{examples}"
 
 
-def comparison_metrics(comparison: Comparison, models: str = "original || quantised") -> list[KeyMetric]:
-    """How far the quantised model's predictions are from the original's. models: the two, for the divergence."""
-    ratio = math.exp(comparison.nll_increase)
-    increase = relative_change(ratio - 1, ratio * comparison.nll_increase_standard_error)
-    change = KeyMetric("perplexity increase", increase, "standard error of the paired difference")
-    if math.isnan(comparison.kl_divergence):  # an engine that gives no logits
-        return [change]
-    return [
-        change,
-        KeyMetric("KL divergence", kl_text(comparison), f"nats per token, {models}"),
-        KeyMetric("top-1 agreement", percent(comparison.top1_agreement), "both put the same token first"),
-    ]
-
-
 def evaluation_problems(report: EvaluationReport) -> list[str]:
     """Reasons not to use the result of `jointq evaluate`."""
     found = report.problems + perplexity_problems("the perplexity", report.perplexity, report.protocol)
     if report.comparison is not None and not math.isfinite(report.comparison.nll_increase):
         found += [f"the difference from the reference is {report.comparison.nll_increase}"] if not found else []
     return found
-
-
-def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
-    """The perplexity of one checkpoint and, if a reference was evaluated, its distance from that."""
-    nll = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
-    detail = f"negative log-likelihood {nll} nats per token"
-    compared = comparison_metrics(report.comparison, "reference || model") if report.comparison else []
-    return [KeyMetric("perplexity", perplexity_text(report.perplexity), detail), *compared, *task_metrics(report.tasks)]
-
-
-def total_seconds(report: RunReport | EvaluationReport) -> float:
-    """The time of this run, without the stages whose results were reused."""
-    return sum(stage.seconds for stage in report.stages if not stage.reused)
 
 
 def layers_by_kind(layers: Iterable[LayerRecord]) -> dict[str, list[LayerRecord]]:

@@ -19,7 +19,7 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.importance import load_importance
 from jointq_cli.records import EngineCheck, ExportRecord, RunReport
 from jointq_cli.report import Console, load_report, write_report
-from jointq_cli.report.reproduction.finished_run import read_finished_run
+from jointq_cli.report.finished_run import read_finished_run
 from jointq_cli.stages.engine_check import WINDOWS, check_in_engine, failed_check, is_checked
 from jointq_cli.stages.export import check_exports, own_tensor, quantized_model, write_export
 from jointq_cli.stages.report import label_export

@@ -20,10 +20,13 @@ from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.overrides import describe
 from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 from jointq_cli.recipe import Recipe, RotateRecipe
 from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
-from jointq_cli.report.limits import beyond, figures
+from jointq_cli.report.console.final_summary import quantize_summary
+from jointq_cli.report.limits import beyond
+from jointq_cli.report.measured import figures
 from jointq_cli.report.pages.model_card import checkpoint_card, export_card, identity, rotation_identity
 from jointq_cli.stages.allocation import Allocated
 from jointq_cli.stages.base import Context
@@ -64,6 +67,7 @@ def quantization_lines(
     """How the model is quantised and evaluated, for `header`."""
     return [
         ("quantizer", _quantizer(recipe, layers)),
+        ("basis", _basis(recipe, layers)),
         ("allocation", recipe.allocation.describe()),
         ("refinement", recipe.refinement.describe()),
         ("simulated", recipe.activations.describe()),
@@ -133,13 +137,13 @@ def finish_run(
         refinement=refined.record,
         allocation=results.allocated.record,
     )
-    report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.as_list()))
+    report = replace(report, beyond_limits=beyond(figures(report), recipe.limits.given))
     write_manifest(context, run, recipe, original, tokens, files, windows)
     write_report(report, run, page=not context.console.is_brief)  # of a sweep, jointq report --html draws what is read
     label_checkpoint(run.checkpoint, report)
     for record in results.exports:
         label_export(run.exports / record.format, report, record)
-    context.console.show_run(report, run.path)
+    context.console.show(quantize_summary(report, run.path))
     return report
 
 
@@ -242,6 +246,13 @@ def _bits_per_weight(quantized: Quantized) -> float:
 
 def _calibration(recipe: Recipe, tokens: Tokens | None) -> str:
     return f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_statistics()}"
+
+
+def _basis(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:
+    """What to do now for a packed checkpoint, where the layers are turned and none is asked for; "" otherwise."""
+    if recipe.exporters or not any(isinstance(each, UniformQuantizer) and each.is_turned for each in layers.values()):
+        return ""
+    return "of the inputs turned: less error, and for a packed checkpoint add export=FORMAT now"
 
 
 def _quantizer(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:

@@ -2,27 +2,23 @@
 
 import argparse
 import math
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from jointq_cli.errors import JointqError
-from jointq_cli.records import EvaluationReport, RunReport
-from jointq_cli.report import load_record, load_report
-from jointq_cli.report.compare.run_files import EVALUATION, RECIPE, REPORT, load_settings
-from jointq_cli.report.limits import AT_LEAST, Limit, beyond, figures
-from jointq_cli.system.sweep_directory import SweepDirectory
+from jointq_cli.report.limits import AT_LEAST, checked
+from jointq_cli.report.measured import figures
+from jointq_cli.report.run_files import RECIPE, load_settings, read_report
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 if all figures are within their limits, else 1."""
     parsed = _parser().parse_args(arguments)
-    found = figures(_load(parsed.run_directory))
-    limits = [*_typed(parsed.most, at_least=False), *_typed(parsed.least, at_least=True)]
-    limits = limits or _of_recipe(parsed.run_directory / RECIPE)
-    exceeded = beyond(found, limits)
-    for line in exceeded or [limit.line(found[limit.figure]) for limit in limits]:
-        print(line)
+    found = figures(read_report(parsed.run_directory))
+    limits = dict([*map(_most, parsed.most), *map(_least, parsed.least)]) or _of_recipe(parsed.run_directory / RECIPE)
+    lines = checked(found, limits)
+    exceeded = [line for line, holds in lines.items() if not holds]
+    print("\n".join(exceeded or lines))
     return 1 if exceeded else 0
 
 
@@ -48,23 +44,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(directory: Path) -> RunReport | EvaluationReport:
-    if (directory / REPORT).is_file():
-        return load_report(directory / REPORT)
-    if (directory / EVALUATION).is_file():
-        report: EvaluationReport = load_record(EvaluationReport, directory / EVALUATION)
-        return report
-    if SweepDirectory(directory).exists:
-        raise JointqError(f"{directory}: a sweep; name one of its runs, such as {directory / '0'}")
-    raise JointqError(f"{directory}: has neither {REPORT} nor {EVALUATION}, so it is no finished run")
-
-
-def _typed(words: Iterable[str], *, at_least: bool) -> list[Limit]:
+def _most(word: str) -> tuple[str, float]:
     """Raises JointqError for an upper limit of a figure that cannot be too large."""
-    found = [Limit(*_figure(word), at_least) for word in words]
-    if turned := next((limit for limit in found if not at_least and limit.figure in AT_LEAST), None):
-        raise JointqError(f"--max {turned.figure}: of this figure more is better; --min {turned.figure}=...")
-    return found
+    name, value = _figure(word)
+    if name in AT_LEAST:
+        raise JointqError(f"--max {name}: of this figure more is better; --min {name}=...")
+    return name, value
+
+
+def _least(word: str) -> tuple[str, float]:
+    """Raises JointqError for a lower limit of a figure that cannot be too small."""
+    name, value = _figure(word)
+    if name not in AT_LEAST:
+        raise JointqError(f"--min {name}: of this figure less is better; --max {name}=...")
+    return name, value
 
 
 def _figure(word: str) -> tuple[str, float]:
@@ -76,11 +69,11 @@ def _figure(word: str) -> tuple[str, float]:
     raise JointqError(f"{word}: must be FIGURE=NUMBER, such as kl=0.02 or perplexity_increase=1%")
 
 
-def _of_recipe(file: Path) -> list[Limit]:
+def _of_recipe(file: Path) -> dict[str, float]:
     """Raises JointqError where the recipe sets none."""
     settings = load_settings(file)
     words = {key.removeprefix("limits."): value for key, value in settings.items() if key.startswith("limits.")}
-    found = [_figure(f"{name}={value}") for name, value in words.items() if value != "null"]
+    found = dict(_figure(f"{name}={value}") for name, value in words.items() if value != "null")
     if not found:
         raise JointqError(f"{file}: sets no limits; name some: --max kl=0.02")
-    return [Limit(name, value, name in AT_LEAST) for name, value in found]
+    return found

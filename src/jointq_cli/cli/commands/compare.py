@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jointq_cli.errors import JointqError
 from jointq_cli.report import Console
-from jointq_cli.report.compare.run_files import find_runs, load_runs
-from jointq_cli.report.compare.runs import RunComparison
+from jointq_cli.report.comparison import RunComparison
 from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.run_files import load_runs
 from jointq_cli.report.tables.comparison import comparison_document
 from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.files import write_text_atomically
@@ -21,17 +21,15 @@ def main(arguments: list[str]) -> int:
     parsed = _parser().parse_intermixed_args(_with_a_file_for_html(arguments))
     if parsed.html is not None:
         _check_place(parsed.html)
-    found = find_runs(parsed.runs)
-    runs, unreadable = load_runs(found.finished)
-    comparison = RunComparison(runs)
-    document = comparison_document(comparison, [str(path) for path in found.unfinished], unreadable)
+    comparison = RunComparison(load_runs(parsed.runs))
+    document = comparison_document(comparison)
     if parsed.markdown:
         print(document_markdown(document), end="")
     elif parsed.html is not None:
         print(_write_page(comparison, document, parsed.html))
     else:
         with Console() as console:
-            console.show_tables(document)
+            console.show(document)
     return 0
 
 

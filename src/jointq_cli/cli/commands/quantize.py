@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from jointq_cli.cli.compose import Job, launch
 from jointq_cli.errors import UntrustedResult
 from jointq_cli.report import Console
-from jointq_cli.report.compare.run_files import parse_settings
+from jointq_cli.report.run_files import parse_settings
 from jointq_cli.report.summary import problems
 from jointq_cli.system.run_directory import claimed
 from jointq_cli.tracking import NoTracking, tracked

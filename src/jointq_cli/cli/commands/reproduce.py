@@ -24,10 +24,10 @@ def main(arguments: list[str]) -> int:
     from jointq_cli.cli.replay import replay
     from jointq_cli.recipe import setting_roles
     from jointq_cli.records import DIFFERENT
-    from jointq_cli.report import encode
-    from jointq_cli.report.reproduction import compare
-    from jointq_cli.report.reproduction.finished_run import read_finished_run
-    from jointq_cli.report.tables.reproduction import render_markdown, render_text
+    from jointq_cli.report import Console, encode
+    from jointq_cli.report.finished_run import read_finished_run
+    from jointq_cli.report.pages.markdown import document_markdown
+    from jointq_cli.report.reproduction import compare, reproduction_document
 
     original = read_finished_run(parsed.run_directory)
     place = parsed.against or parsed.directory or fresh_beside(parsed.run_directory)
@@ -39,10 +39,12 @@ def main(arguments: list[str]) -> int:
                 with suppress(OSError):
                     place.rmdir()  # if the replay has left nothing
     found = compare(original, read_finished_run(place), setting_roles(), parsed.tolerance)
+    document = reproduction_document(found)
     if parsed.against is None:
         write_text_atomically(place / JSON, encode(found))
-        write_text_atomically(place / MARKDOWN, render_markdown(found))
-    print(f"\n{parsed.run_directory} and {place}\n\n{render_text(found)}")
+        write_text_atomically(place / MARKDOWN, document_markdown(document))
+    with Console() as console:
+        console.show(document)
     return 1 if found.verdict == DIFFERENT else 0
 
 

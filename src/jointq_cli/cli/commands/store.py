@@ -102,7 +102,7 @@ def _state(root: Path, entry: Entry, damages: dict[Path, str]) -> str:
 
 def _show(document: TableDocument) -> None:
     with Console() as console:
-        console.show_tables(document)
+        console.show(document)
 
 
 def _amount(text: str) -> float:

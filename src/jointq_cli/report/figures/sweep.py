@@ -4,27 +4,27 @@ Knows the jobs of a sweep.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jointq_cli.report.compare.sweep import Ranking, SweepJob, SweepMeasurement, finite, ranking
+from jointq_cli.report.comparison import ComparedRun, Ranking, RunComparison
 from jointq_cli.report.figures.plots import Series, point_plot
 from jointq_cli.report.figures.style import SvgFigure, fits_log_axis
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.number_format import shortest_suffixes, significant
+from jointq_cli.report.measured import KINDS
+from jointq_cli.report.number_format import shortest_suffixes
 
 LEAST_POINTS = 3  # different values of the swept setting
 MOST_TICKS = 12
 WIDE_RANGE = 8  # ratio of the largest to the smallest value above which an axis is logarithmic
-Metric = Callable[[SweepMeasurement], tuple[float, float]]  # value and standard error
 
 
 @dataclass(frozen=True)
 class _SweptSetting:
-    """Its key and, by the number of the job, its value."""
+    """Its key and, by the name of the job, its value."""
 
     key: str
-    values: dict[int, float]
+    values: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -39,31 +39,28 @@ class _SweptSetting:
 UNJOINED = "neighbours that their errors do not distinguish are not joined"
 
 
-def sweep_figures(jobs: Sequence[SweepJob]) -> list[SvgFigure]:
+def sweep_figures(sweep: RunComparison) -> list[SvgFigure]:
     """Nothing if no setting has enough numeric values for a curve, or if nothing was measured."""
-    measured = finite(jobs)
+    measured = [job for job in sweep.finished if math.isfinite(job.figures["perplexity"].value)]
     swept = _swept_setting(measured)
     if swept is None:
         return []
-    ranked = ranking(jobs)
-    figures = [*_curves(f"Perplexity over {swept.name}", "perplexity", _perplexity, swept, measured, ranked)]
-    if all(job.measured and math.isfinite(_divergence(job.measured)[0]) for job in measured):
+    figures = _curves(f"Perplexity over {swept.name}", "perplexity", "perplexity", swept, measured, sweep.ranking)
+    if all(math.isfinite(job.figures["kl"].value) if "kl" in job.figures else False for job in measured):
         title = f"KL divergence over {swept.name}"
-        figures += _curves(title, "nats per token", _divergence, swept, measured, ranked)
+        figures += _curves(title, "kl", "nats per token", swept, measured, sweep.ranking)
     return figures
 
 
-def _perplexity(measured: SweepMeasurement) -> tuple[float, float]:
-    value, comparison = measured.perplexity.value, measured.comparison
-    return value, value * (comparison.nll_increase_standard_error if comparison else math.nan)
+def _error(job: ComparedRun, figure: str) -> float:
+    """That of a perplexity is the one of the difference from the original's."""
+    if figure == "perplexity":
+        increase = job.figures.get("nll_increase")
+        return job.figures[figure].value * increase.error if increase else math.nan
+    return job.figures[figure].error
 
 
-def _divergence(measured: SweepMeasurement) -> tuple[float, float]:
-    found = measured.comparison
-    return (found.kl_divergence, found.kl_divergence_standard_error) if found else (math.nan, math.nan)
-
-
-def _swept_setting(jobs: Sequence[SweepJob]) -> _SweptSetting | None:
+def _swept_setting(jobs: Sequence[ComparedRun]) -> _SweptSetting | None:
     """The setting with the most different numeric values."""
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
     settings = [_SweptSetting(key, _numbers(jobs, key)) for key in keys]
@@ -71,7 +68,7 @@ def _swept_setting(jobs: Sequence[SweepJob]) -> _SweptSetting | None:
     return max(settings, key=lambda setting: len(set(setting.values.values())), default=None)
 
 
-def _numbers(jobs: Sequence[SweepJob], key: str) -> dict[int, float]:
+def _numbers(jobs: Sequence[ComparedRun], key: str) -> dict[str, float]:
     found = {}
     for job in jobs:
         try:
@@ -79,29 +76,30 @@ def _numbers(jobs: Sequence[SweepJob], key: str) -> dict[int, float]:
         except (KeyError, ValueError):
             continue
         if math.isfinite(value):
-            found[job.number] = value
+            found[job.name] = value
     return found
 
 
 def _curves(
-    title: str, unit: str, metric: Metric, swept: _SweptSetting, jobs: Sequence[SweepJob], ranked: Ranking
+    title: str, figure: str, unit: str, swept: _SweptSetting, jobs: Sequence[ComparedRun], ranked: Ranking
 ) -> list[SvgFigure]:
     lines = _lines(jobs, swept)
-    series = []
-    for label, members in lines.items():
-        measured = [metric(job.measured) for job in members if job.measured]
-        values, errors = [value for value, _ in measured], [error for _, error in measured]
-        series.append(Series(label or None, [swept.values[job.number] for job in members], values, errors))
-    values = [value for one in series for value in one.y]
-    rings = [
-        (swept.values[best.number], metric(best.measured)[0])
-        for best in [ranked.best]
-        if best is not None and best.measured is not None and best.number in swept.values
+    series = [
+        Series(
+            label or None,
+            [swept.values[job.name] for job in members],
+            [job.figures[figure].value for job in members],
+            [_error(job, figure) for job in members],
+        )
+        for label, members in lines.items()
     ]
+    values = [value for one in series for value in one.y]
+    best = ranked.best
+    rings = [(swept.values[best.name], best.figures[figure].value)] if best and best.name in swept.values else []
     ticks = sorted(set(swept.values.values()))
     return point_plot(
         title,
-        _caption(metric, [job for members in lines.values() for job in members], ranked),
+        _caption(figure, [job for members in lines.values() for job in members], ranked),
         series,
         x=swept.name,
         y=unit,
@@ -112,26 +110,24 @@ def _curves(
     )
 
 
-def _caption(metric: Metric, jobs: Sequence[SweepJob], ranked: Ranking) -> str:
-    circle = f"; in the circle: the job with the least {ranked.measure}" if ranked.best in jobs else ""
-    if metric is _divergence:
-        return f"KL(original || quantised), ± one standard error over windows; {UNJOINED}{circle}"
-    found = {job.measured.original_perplexity for job in jobs if job.measured and job.measured.original_perplexity}
-    if not found:
-        return circle.removeprefix("; ")
-    originals = map(significant, sorted(found))
-    original = f"the original, whose perplexity is {', '.join(originals)}"
-    return f"± the standard error of the difference to {original}; {UNJOINED}{circle}"
+def _caption(figure: str, jobs: Sequence[ComparedRun], ranked: Ranking) -> str:
+    circle = f"in the circle: the job with the least {KINDS[ranked.figure].label}" if ranked.best in jobs else ""
+    about = ""
+    if figure == "kl":
+        about = f"KL(original || quantised), ± one standard error over windows; {UNJOINED}"
+    elif any("nll_increase" in job.figures for job in jobs):
+        about = f"± the standard error of the difference to the original; {UNJOINED}"
+    return "; ".join(filter(None, [about, circle]))
 
 
-def _lines(jobs: Sequence[SweepJob], swept: _SweptSetting) -> dict[str, list[SweepJob]]:
+def _lines(jobs: Sequence[ComparedRun], swept: _SweptSetting) -> dict[str, list[ComparedRun]]:
     """The jobs that differ in the swept setting only, ordered by it, under the settings that they share."""
 
-    def label(job: SweepJob) -> str:
+    def label(job: ComparedRun) -> str:
         others = [key for key in job.settings if key != swept.key]
         names = shortest_suffixes(others)
         return ", ".join(f"{name}={job.settings[key]}" for name, key in zip(names, others, strict=True))
 
-    shown = [job for job in jobs if job.number in swept.values]
-    lines = grouped(sorted(shown, key=lambda job: (swept.values[job.number], job.number)), label)
-    return dict(sorted(lines.items(), key=lambda line: line[1][0].number))
+    shown = [job for job in jobs if job.name in swept.values]
+    lines = grouped(sorted(shown, key=lambda job: (swept.values[job.name], int(job.name))), label)
+    return dict(sorted(lines.items(), key=lambda line: int(line[1][0].name)))

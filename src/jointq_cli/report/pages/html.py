@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from jointq_cli.records import RunReport
-from jointq_cli.report.compare.runs import RunComparison
+from jointq_cli.report.comparison import RunComparison
 from jointq_cli.report.figures.comparison import comparison_figures
 from jointq_cli.report.figures.run import run_figures
 from jointq_cli.report.figures.style import SvgFigure

@@ -7,7 +7,7 @@ import yaml
 from jointq_cli.models.identity import base_model
 from jointq_cli.records import ExportRecord, RotationRecord, RunReport
 from jointq_cli.report import summary
-from jointq_cli.report.limits import figures
+from jointq_cli.report.measured import figures
 from jointq_cli.report.pages.markdown import environment, inline
 
 PROJECT = "jointq"
@@ -67,7 +67,7 @@ def model_card(report: RunReport, usage: Sequence[str], library: str = "transfor
     """usage: paragraphs in Markdown on how the files are loaded. library: the hub's name for what loads them."""
     origin = identity(report)
     bits = sorted({layer.bits for layer in report.layers if layer.bits})
-    measured = {name: value for name, value in figures(report).items() if not name.endswith("_bytes")}
+    measured = {name: figure.value for name, figure in figures(report).items() if not name.endswith("_bytes")}
     head = {
         "base_model": origin["base_model"],
         "base_model_relation": "quantized",

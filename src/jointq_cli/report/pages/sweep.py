@@ -6,32 +6,33 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jointq_cli.report.compare.run_files import RECIPE, REPORT
-from jointq_cli.report.compare.sweep import Ranking, SweepJob, load_jobs, ranking
+from jointq_cli.report.comparison import ComparedRun, RunComparison
+from jointq_cli.report.number_format import plural
 from jointq_cli.report.pages.markdown import document_markdown
-from jointq_cli.report.tables.sweep import sweep_document
-from jointq_cli.report.tables.table import csv_text
+from jointq_cli.report.run_files import RECIPE, REPORT, load_jobs
+from jointq_cli.report.tables.comparison import comparison_document
+from jointq_cli.report.tables.table import TableDocument, csv_text
 from jointq_cli.system.files import translated_disk_errors, write_text_atomically
 from jointq_cli.system.sweep_directory import SweepDirectory
 
 BEST = "best"  # the name of the recipe
 
 
-def write_summary(directory: SweepDirectory, *, page: bool) -> None:
-    """page: write summary.html too, whose figures take a second or two. Raises ResourceError."""
-    name, jobs = directory.plan().name, load_jobs(directory)
-    document, ranked = sweep_document(name, jobs), ranking(jobs)
-    rows = [_row(job, ranked) for job in jobs]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def write_summary(directory: SweepDirectory, *, page: bool) -> TableDocument:
+    """page: write summary.html too, whose figures take a second or two. Returns its content. Raises ResourceError."""
+    jobs = RunComparison(load_jobs(directory), "job")
+    document = comparison_document(jobs, f"{directory.plan().name}: sweep of {plural(len(jobs.runs), 'job')}")
+    rows = [_row(job, jobs) for job in jobs.runs]
     write_text_atomically(directory.path / "summary.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    write_text_atomically(directory.path / "summary.csv", csv_text(names, rows))
+    write_text_atomically(directory.path / "summary.csv", csv_text(rows))
     write_text_atomically(directory.path / "summary.md", document_markdown(document))
-    _write_best(directory, ranked.best)
+    _write_best(directory, jobs.ranking.best)
     if page:
         from jointq_cli.report.figures.sweep import sweep_figures  # imports matplotlib
         from jointq_cli.report.pages.html import document_html
 
         write_text_atomically(directory.path / "summary.html", document_html(document, sweep_figures(jobs)))
+    return document
 
 
 def best_recipe(directory: SweepDirectory) -> Path:
@@ -44,48 +45,28 @@ def best_command(directory: Path) -> str:
     return f"jointq quantize --config-dir {shlex.quote(str(directory))} recipe={BEST}"
 
 
-def _row(job: SweepJob, ranked: Ranking) -> dict[str, Any]:
-    """All measurements at full precision, and the place in the ranking; None where there is none."""
-    measured, comparison = job.measured, job.measured and job.measured.comparison
-    metrics: dict[str, Any] = {
-        "perplexity": measured and measured.perplexity.value,
-        "perplexity_standard_error": measured and measured.perplexity.standard_error,
-        "original_perplexity": measured and measured.original_perplexity,
-        "nll_increase": comparison and comparison.nll_increase,
-        "nll_increase_standard_error": comparison and comparison.nll_increase_standard_error,
-        "kl_divergence": comparison and comparison.kl_divergence,
-        "kl_divergence_standard_error": comparison and comparison.kl_divergence_standard_error,
-        "top1_agreement": comparison and comparison.top1_agreement,
-        "bits_per_weight": measured and measured.bits_per_weight,
-        "block_bits_per_weight": measured and measured.coverage and measured.coverage.block_bits,
-        "checkpoint_bits_per_parameter": measured and measured.coverage and measured.coverage.checkpoint_bits,
-        "peak_memory": measured and measured.peak_memory,
-    }
-    for task in measured.tasks if measured else []:
-        metrics[task.name] = task.score.value
-        metrics[f"{task.name}_standard_error"] = task.score.standard_error
+def _row(job: ComparedRun, jobs: RunComparison) -> dict[str, Any]:
+    """All figures at full precision, with standard errors where they have one, and the place in the ranking."""
+    figures: dict[str, float] = {}
+    for name, (value, error) in job.figures.items():
+        figures |= {name: value} if math.isnan(error) else {name: value, f"{name}_standard_error": error}
+    ranked = jobs.ranking
     return {
-        "job": job.number,
+        "job": int(job.name),
         **job.settings,
         "state": job.record.state,
         "error": job.record.error,
-        "seconds": round(job.record.seconds, 3),
-        **{name: _jsonable(value) for name, value in metrics.items()},
-        "ranked_by": ranked.best and ranked.measure,
+        **{name: value if math.isfinite(value) else str(value) for name, value in figures.items()},
+        "ranked_by": ranked.best and ranked.figure,
         "best": job is ranked.best,
         "not_distinguishable_from_best": job in ranked.near,
     }
 
 
-def _jsonable(value: float | None) -> float | str | None:
-    """JSON has neither NaN nor infinity."""
-    return value if value is None or math.isfinite(value) else str(value)
-
-
-def _write_best(directory: SweepDirectory, job: SweepJob | None) -> None:
+def _write_best(directory: SweepDirectory, job: ComparedRun | None) -> None:
     """Writes the best job's recipe to where --config-dir finds it. A job of `jointq evaluate` has none."""
     file = best_recipe(directory)
-    run = None if job is None else directory.run(job.number)
+    run = None if job is None else directory.path / job.name
     if run is None or not (run / REPORT).is_file() or not (run / RECIPE).is_file():
         file.unlink(missing_ok=True)
         return

@@ -27,6 +27,6 @@ def write_report(report: RunReport, directory: RunDirectory, *, page: bool = Tru
 
 def layers_csv(layers: Sequence[LayerRecord]) -> str:
     """One row per layer at full precision. Columns are the fields of LayerRecord; the notes are JSON."""
-    names = [field.name for field in dataclasses.fields(LayerRecord)]
-    rows = (dataclasses.asdict(layer) | {"notes": json.dumps(layer.notes, sort_keys=True)} for layer in layers)
-    return csv_text(names, rows)
+    return csv_text(
+        [dataclasses.asdict(layer) | {"notes": json.dumps(layer.notes, sort_keys=True)} for layer in layers]
+    )

@@ -1,193 +1,168 @@
-"""The tables of `jointq compare`: several runs, one per row, and the layers in which they differ."""
+"""Several runs side by side: those of `jointq compare`, or the jobs of a sweep."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
-from jointq_cli.records import RunReport
-from jointq_cli.report import number_format, summary
-from jointq_cli.report.compare.runs import LayerErrors, RunComparison, RunDifference, accumulated_error
+from jointq_cli.records import TaskRecord
+from jointq_cli.report import summary
+from jointq_cli.report.comparison import MOST_DETAILED, ComparedRun, RunComparison
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.number_format import MISSING, plural, scientific, shortest_suffixes, significant, text_or_missing
-from jointq_cli.report.tables.glossary import meanings
+from jointq_cli.report.measured import KINDS, TASK
+from jointq_cli.report.number_format import MISSING, listed, plural, scientific, shortest_suffixes, significant
 from jointq_cli.report.tables.table import BEST_MARK, TableDocument, TextTable
+from jointq_cli.system.sweep_directory import DONE
 
-QUANTIZE = "quantize"  # the stage that quantises the layers
+NEAR_MARK = " ~"
+MOST_NAMED = 8  # runs in one sentence
 CHANGED_LAYERS = 10
-RANKED: dict[str, tuple[Callable[[RunReport], float], Callable[[RunReport], float], Callable[[RunReport], str]]] = {
-    "KL divergence": (
-        lambda report: report.comparison.kl_divergence,
-        lambda report: report.comparison.kl_divergence_standard_error,
-        lambda report: summary.kl_text(report.comparison),
-    ),
-    "perplexity": (
-        lambda report: report.quantized.value,
-        lambda report: report.quantized.value * report.comparison.nll_increase_standard_error,
-        lambda report: summary.perplexity_text(report.quantized),
-    ),
-}  # value, its standard error (of a perplexity that of the difference to the original) and text; the least is best
-RATIO_WIDTH = 9  # with the gap before it
+LIVE = ("perplexity", "perplexity_increase", "kl", "seconds")  # in the line of a job, while a sweep runs
 
 
-def comparison_document(
-    comparison: RunComparison, unfinished: Sequence[str], unreadable: Sequence[str] = ()
-) -> TableDocument:
-    """unfinished: paths of runs that were left out. unreadable: why others were, a line each."""
-    runs, incomparable = comparison.runs, comparison.protocol_differences()
+def comparison_document(comparison: RunComparison, title: str = "") -> TableDocument:
+    """title: by default how many runs of which models."""
+    models = dict.fromkeys(run.report.model for run in comparison.finished if run.report)
+    detailed = len(comparison.finished) <= MOST_DETAILED and comparison.common_layers
     return TableDocument(
-        title=f"{plural(len(runs), 'run')} of {' and '.join(dict.fromkeys(run.report.model for run in runs))}",
-        headline="These runs do not compare: they were not measured alike." if incomparable else _headline(comparison),
-        warnings=[
-            *(f"left out: {reason}" for reason in unreadable),
-            *(_in_words(difference, comparison) for difference in incomparable),
-        ],
-        notes=_notes(comparison, unfinished),
-        first_tables=[_metrics(comparison)],
-        tables=[_tasks(comparison), _errors(comparison), _changed(comparison)],
+        title=title or f"{plural(len(comparison.runs), comparison.noun)} of {' and '.join(models)}",
+        headline=_headline(comparison),
+        warnings=_warnings(comparison),
+        notes=_notes(comparison),
+        first_tables=[_runs(comparison)],
+        tables=[_errors(comparison), _changed(comparison)] if detailed else [],
     )
+
+
+def job_line(job: ComparedRun, settings: str, width: int) -> str:
+    """What a sweep prints when a job ends. settings: as text, in a column of this width."""
+    shown = [f"{KINDS[name].label} {_text(job, name)}" for name in LIVE if name in job.figures]
+    state = [] if job.record.state == DONE else [job.state]
+    return "  ".join([f"{job.name:>3}", f"{settings:<{width}}", *shown, *state])
+
+
+def _named(comparison: RunComparison, chosen: Sequence[ComparedRun]) -> str:
+    """ "job 3", "jobs 1, 2", "both jobs", "all 8 jobs"."""
+    noun = comparison.noun if len(chosen) == 1 else f"{comparison.noun}s"
+    if len(chosen) == len(comparison.runs) > 1:
+        return f"both {noun}" if len(chosen) == 2 else f"all {len(chosen)} {noun}"
+    return f"{noun} {listed([run.name for run in chosen], MOST_NAMED)}"
 
 
 def _headline(comparison: RunComparison) -> str:
-    labels = comparison.labels()
-    sentences = [
-        f"Least {name} in {' and '.join(f'run {labels[index]}' for index in sorted(best))}: "
-        f"{text(comparison.runs[min(best)].report)}.{_near(comparison, name, min(best))}"
-        for name, (metric, _, text) in RANKED.items()
-        if (best := comparison.best(metric))
-    ]
-    return " ".join(sentences) or f"{plural(len(labels), 'run')}, of which none is best."
+    noun, done, ranked = comparison.noun, len(comparison.finished), comparison.ranking
+    so_far = "" if done == len(comparison.runs) else f"{done} of {plural(len(comparison.runs), noun)} done. "
+    label, best = KINDS[ranked.figure].label, ranked.best
+    if comparison.unlike:
+        return f"{so_far}These {noun}s do not compare: they differ in {', '.join(comparison.unlike)}."
+    if best is None:
+        return f"{so_far}No {label} to compare."
+    result = _text(best, ranked.figure)
+    if ranked.figure != "perplexity":
+        result += f", perplexity {_text(best, 'perplexity')}"
+    if "perplexity_increase" in best.figures:
+        result += f" ({_text(best, 'perplexity_increase')})"
+    near = f" Not distinguishable from it: {_named(comparison, ranked.near)} ({_reason(ranked.near)})."
+    return f"{so_far}Least {label} in {noun} {comparison.label(best)}: {result}.{near if ranked.near else ''}"
 
 
-def _near(comparison: RunComparison, name: str, best: int) -> str:
-    """The runs whose value is within the sum of both standard errors of the best one's."""
-    metric, error, _ = RANKED[name]
-    least, labels = comparison.runs[best].report, comparison.labels()
-    alike = (least.protocol, least.model_hash)
-    found = [
-        labels[index]
-        for index, report in enumerate(run.report for run in comparison.runs)
-        if index != best
-        and (report.protocol, report.model_hash) == alike
-        and metric(report) - metric(least) <= error(report) + error(least)
-    ]
-    return f" Not distinguishable from it: run{'s' * (len(found) > 1)} {', '.join(found)}." if found else ""
+def _reason(near: Sequence[ComparedRun]) -> str:
+    """Why runs are not distinguishable from the best one."""
+    if any(run.report is not None and run.report.protocol.windows == 1 for run in near):
+        return "a single window gives no standard error"
+    return "within the sum of both standard errors, an upper bound of the paired one"
 
 
-def _notes(comparison: RunComparison, unfinished: Sequence[str]) -> list[str]:
-    keys = ", ".join(difference.key for difference in comparison.setting_differences())
-    reports = [run.report for run in comparison.runs]
-    last_blocks = [str(report.blocks[-1].block) if report.blocks else None for report in reports]
-    notes = [f"settings that differ: {keys or 'none'}"]
-    originals = sorted({summary.perplexity_text(report.original) for report in reports})
-    notes.append(f"perplexity of the original: {', '.join(originals)}")
-    if any(comparison.best(metric) for metric, _, _ in RANKED.values()):
-        notes.append("* the least of the runs that were measured alike")
-    if unfinished:
-        notes.append(f"not finished and left out: {', '.join(unfinished)}")
-    if len({report.calibration for report in reports}) > 1:
+def _warnings(comparison: RunComparison) -> list[str]:
+    """What was not measured alike; then errors and warnings, each text once with the runs that have it."""
+    warnings = []
+    for key, values in comparison.unlike.items():
+        members = grouped(zip(values, comparison.finished, strict=True), lambda pair: pair[0] or "none")
+        parts = [f"{value} in {_named(comparison, [run for _, run in pairs])}" for value, pairs in members.items()]
+        warnings.append(f"{key}: {'; '.join(parts)}")
+    said = [(f" {run.state}", run) for run in comparison.runs if run.record.error]
+    for run in comparison.finished:
+        said += [(f": {text}", run) for text in dict.fromkeys(run.report.warnings if run.report else [])]
+    by_text = grouped(said, lambda each: each[0])
+    return warnings + [f"{_named(comparison, [run for _, run in each])}{text}" for text, each in by_text.items()]
+
+
+def _notes(comparison: RunComparison) -> list[str]:
+    finished, ranked = comparison.finished, comparison.ranking
+    reports = [run.report for run in finished if run.report is not None]
+    notes = [f"protocol: {line}" for line in sorted({report.protocol.line() for report in reports})]
+    originals = sorted({_text(run, "original_perplexity") for run in finished if "original_perplexity" in run.figures})
+    notes += [f"perplexity of the original: {', '.join(originals)}"] if originals else []
+    if ranked.best is not None:
+        label = KINDS[ranked.figure].label
+        notes.append(f"* the least {label}; chosen on this text, it is a little too good for any other")
+    if ranked.near:
+        notes.append(f"~ not distinguishable from it: {_reason(ranked.near)}")
+    if references := [run for run in finished if run.is_reference]:
+        notes.append(f"not ranked: {_named(comparison, references)}, the reference itself")
+    if any("perplexity_increase" in run.figures for run in finished):
+        notes.append("increase: of the perplexity, ± the standard error of the paired difference to the original")
+    if unfinished := [run for run in comparison.runs if run.report is None and not run.record.error]:
+        notes.append(f"without a result: {_named(comparison, unfinished)}")
+    if len({report.calibration for report in reports if hasattr(report, "calibration")}) > 1:
         notes.append("calibration differs: the errors of layers and blocks were measured on different inputs")
-    if len(set(last_blocks)) > 1:
-        notes.append(_in_words(RunDifference("last block", last_blocks), comparison))
-    return notes + [
-        f"only {_names(comparison, indices)}: {plural(len(layers), 'layer')}, {number_format.listed(layers)}"
-        for indices, layers in comparison.partial_layers().items()
-    ]
+    return notes
 
 
-def _metrics(comparison: RunComparison) -> TextTable:
-    def column(text: Callable[[RunReport], str]) -> list[str]:
-        return [text(run.report) for run in comparison.runs]
+def _runs(comparison: RunComparison) -> TextTable:
+    """A row per run: its settings, figures, scores of tasks with their changes, and its state."""
+    ranked = comparison.ranking
+    reports = [run.report for run in comparison.finished if run.report is not None]
+    tasks = {f"{task.task}/{task.metric}": task.name for report in reports for task in report.tasks}
 
-    columns = {
-        "perplexity": _marked(comparison, "perplexity"),
-        "increase": column(lambda report: number_format.relative_change(*summary.perplexity_increase(report))),
-        "KL divergence": _marked(comparison, "KL divergence"),
-        "top-1": column(lambda report: number_format.percent(report.comparison.top1_agreement)),
-        "bits/weight": column(lambda report: significant(report.bits_per_weight, 3)),
-        "bits/block": column(_block_bits),
-        "bits/model": column(
-            lambda report: significant(report.coverage.checkpoint_bits, 3) if report.coverage else MISSING
-        ),
-        QUANTIZE: column(_quantize_cost),
-        "total time": column(lambda report: number_format.duration(summary.total_seconds(report))),
-        "peak memory": column(lambda report: number_format.byte_size(report.peak_memory)),
-    }
-    return _table_of_runs("Perplexity, KL divergence and costs", comparison, columns)
+    def cell(run: ComparedRun, name: str) -> str:
+        mark = BEST_MARK if run is ranked.best else NEAR_MARK if run in ranked.near else " " * len(BEST_MARK)
+        return _text(run, name) + (mark if name == ranked.figure and ranked.best else "")
 
-
-def _tasks(comparison: RunComparison) -> TextTable:
-    """Two columns per figure of lm-eval's tasks."""
-    figures = [{task.name: task for task in run.report.tasks} for run in comparison.runs]
-    names = list(dict.fromkeys(name for run in figures for name in run))
-    scores = {
-        name: [summary.task_score_text(run[name].score if name in run else None) for run in figures] for name in names
-    }
-    changes = {f"change of {name}": [summary.task_change_text(run.get(name)) for run in figures] for name in names}
-    table = _table_of_runs("Tasks, and the change against the original model", comparison, scores | changes)
-    return table if names else TextTable("", [], [])
+    columns = {KINDS[name].label: [cell(run, name) for run in comparison.runs] for name in KINDS}
+    for name, heading in tasks.items():
+        columns[heading] = [_text(run, name) for run in comparison.runs]
+        columns[f"change of {heading}"] = [_change_of(run, heading) for run in comparison.runs]
+    columns["state"] = [run.record.state for run in comparison.runs]
+    if all(run.record.state == DONE for run in comparison.runs):
+        del columns["state"]
+    return _table_of_runs(f"{comparison.noun}s".capitalize(), comparison, comparison.runs, columns)
 
 
 def _errors(comparison: RunComparison) -> TextTable:
-    accumulated = LayerErrors("last block", [accumulated_error(run.report) for run in comparison.runs])
-    columns = {
-        row.name: [
-            f"{scientific(error)}{ratio:>{RATIO_WIDTH}}"
-            for error, ratio in zip(row.errors, ["", *map(number_format.multiple, row.ratios)], strict=True)
-        ]
-        for row in [*comparison.kind_errors(), accumulated]
-    }
-    title = (
-        "E_y by kind of layer and accumulated error of the last block, and how many times that of run "
-        f"{comparison.runs[0].name}"
-    )
-    medians = f"Medians over {plural(len(comparison.common_layers()), 'layer')} that all runs have. "
-    return _table_of_runs(title, comparison, columns, medians + meanings(["E_y", "accumulated"]))
+    columns = {kind: list(map(scientific, errors)) for kind, errors in comparison.kind_errors().items()}
+    last = [run.blocks[-1:] for run in comparison.finished]
+    columns["accumulated"] = [scientific(block[0].output_error) if block else MISSING for block in last]
+    common = plural(len(comparison.common_layers), "layer")
+    title = f"E_y by kind: medians over {common} that all {comparison.noun}s have"
+    return _table_of_runs(title, comparison, comparison.finished, columns)
 
 
 def _changed(comparison: RunComparison) -> TextTable:
-    reference, *others = [run.name for run in comparison.runs]
-    title = f"Layers whose E_y changed most against run {reference}, and how many times as large it is elsewhere"
+    reference, *others = [run.name for run in comparison.finished]
     rows = [
-        [row.name, scientific(row.errors[0]), *map(number_format.multiple, row.ratios)]
-        for row in comparison.changed_layers(CHANGED_LAYERS)
+        [name, scientific(first), *(f"{significant(error / first if first else math.inf, 3)} x" for error in errors)]
+        for name, (first, *errors) in comparison.changed_layers(CHANGED_LAYERS).items()
     ]
+    title = f"Layers whose E_y changed most: how many times that of {comparison.noun} {reference}"
     return TextTable(title, ["layer", f"E_y of {reference}", *others], rows)
 
 
-def _table_of_runs(title: str, comparison: RunComparison, columns: dict[str, list[str]], note: str = "") -> TextTable:
+def _table_of_runs(
+    title: str, comparison: RunComparison, runs: Sequence[ComparedRun], columns: dict[str, list[str]]
+) -> TextTable:
     """A row per run: its name, the settings in which it differs, and `columns`, the cells by heading."""
-    differences = comparison.setting_differences()
-    keys = shortest_suffixes([difference.key for difference in differences])
-    settings = [[text_or_missing(value) for value in difference.values] for difference in differences]
-    names = [run.name for run in comparison.runs]
-    rows = [list(row) for row in zip(names, *settings, *columns.values(), strict=True)]
-    return TextTable(title, ["run", *keys, *columns], rows, 1 + len(keys), note).filled()
+    settings = [[run.settings.get(key, MISSING) for key in comparison.keys] for run in runs]
+    cells = [[column[at] for column in columns.values()] for at in range(len(runs))]
+    rows = [[run.name, *left, *right] for run, left, right in zip(runs, settings, cells, strict=True)]
+    heading = [comparison.noun, *shortest_suffixes(comparison.keys), *columns]
+    return TextTable(title, heading, rows, 1 + len(comparison.keys)).filled()
 
 
-def _marked(comparison: RunComparison, name: str) -> list[str]:
-    """name: of RANKED."""
-    metric, _, text = RANKED[name]
-    best = comparison.best(metric)
-    blank = " " * len(BEST_MARK) if best else ""  # keeps the digits aligned
-    return [text(run.report) + (BEST_MARK if at in best else blank) for at, run in enumerate(comparison.runs)]
+def _text(run: ComparedRun, name: str) -> str:
+    figure = run.figures.get(name)
+    return MISSING if figure is None else KINDS.get(name, TASK).text(figure)
 
 
-def _block_bits(report: RunReport) -> str:
-    """Of all weights of the blocks, where these are not all quantised."""
-    found = report.coverage
-    return MISSING if found is None or found.block_bits == report.bits_per_weight else significant(found.block_bits, 3)
-
-
-def _quantize_cost(report: RunReport) -> str:
-    return next((summary.stage_cost(stage) for stage in report.stages if stage.name == QUANTIZE), MISSING)
-
-
-def _in_words(difference: RunDifference, comparison: RunComparison) -> str:
-    """ "protocol.window: 256 in 2; 512 in the others": by value, the most frequent one last."""
-    by_value = grouped(range(len(difference.values)), lambda index: text_or_missing(difference.values[index]))
-    *rare, (common, indices) = sorted(by_value.items(), key=lambda entry: len(entry[1]))
-    others = "the others" if len(indices) > 1 else _names(comparison, indices)
-    parts = [*(f"{value} in {_names(comparison, few)}" for value, few in rare), f"{common} in {others}"]
-    return f"{difference.key}: {'; '.join(parts)}"
-
-
-def _names(comparison: RunComparison, indices: Sequence[int]) -> str:
-    return ", ".join(comparison.runs[index].name for index in indices)
+def _change_of(run: ComparedRun, heading: str) -> str:
+    """Of a task, against the original, with the standard error of the paired difference."""
+    tasks: dict[str, TaskRecord] = {task.name: task for task in run.report.tasks} if run.report else {}
+    return summary.task_change_text(tasks.get(heading))

@@ -61,17 +61,6 @@ class TextTable:
         last = len(parts) - 1
         return [replace(self._part(part), note=self.note * (at == last)) for at, part in enumerate(parts)]
 
-    def as_text(self) -> list[str]:
-        """Lines: title, heading, rows and note."""
-        widths = self.widths()
-        lines = [
-            (" " * GAP)
-            .join(f"{text:{'<' if c < self.stub else '>'}{widths[c]}}" for c, text in enumerate(row))
-            .rstrip()
-            for row in [self.heading, *self.rows]
-        ]
-        return [self.title, *lines, *filter(None, [self.note])]
-
     def _part(self, columns: Sequence[int]) -> "TextTable":
         rows = [[row[c] for c in columns] for row in self.rows]
         stub = sum(c < self.stub for c in columns)
@@ -84,38 +73,27 @@ class TableDocument:
 
     title: str
     headline: str
-    warnings: list[str]
-    notes: list[str]
-    tables: list[TextTable]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tables: list[TextTable] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # reasons not to use the result, worse than warnings
     sound: str = ""  # said where there are none
     explanation: list[str] = field(default_factory=list)  # paragraphs
     metrics: list[KeyMetric] = field(default_factory=list)
     first_tables: list[TextTable] = field(default_factory=list)  # before the figures of a page
     origin: list[tuple[str, str]] = field(default_factory=list)  # (label, value) of what the result was made from
+    next_steps: list[tuple[str, str]] = field(default_factory=list)  # (label, path or command), for a terminal
 
     @property
     def shown(self) -> list[TextTable]:
         """All tables that have rows."""
         return [table for table in [*self.first_tables, *self.tables] if table.rows]
 
-    def as_text(self) -> list[str]:
-        """Lines for a pipe: rows are not folded, so that `grep` and `cut` work on them."""
-        warnings = [f"[warning] {warning}" for warning in [*self.problems, *self.warnings]]
-        tables = [line for table in self.shown for line in ["", *table.as_text()]]
-        return [self.headline, *warnings, *tables, *([""] if self.notes else []), *self.notes]
 
-
-def aligned(pairs: list[tuple[str, str]]) -> list[str]:
-    """One line per (label, value): labels in one column, values in the next."""
-    width = max((len(label) for label, _ in pairs), default=0)
-    return [f"{label:<{width}}  {value}".rstrip() for label, value in pairs]
-
-
-def csv_text(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    """At full precision."""
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A column for each name that a row has, at full precision."""
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -1,1 +1,0 @@
-"""Reads finished runs and sweep jobs and finds what differs between them. Renders nothing."""
