@@ -117,8 +117,8 @@ class RunComparison:
         if self.unlike or not ranked:
             return Ranking(name)
         best = min(ranked, key=lambda run: run.figures[name].value)
-        least, error = best.figures[name].value, _error(best, name)
-        near = [run for run in ranked if not run.figures[name].value - least > _error(run, name) + error]
+        least, error = best.figures[name].value, ranked_error(best, name)
+        near = [run for run in ranked if not run.figures[name].value - least > ranked_error(run, name) + error]
         return Ranking(name, best, tuple(run for run in near if run is not best))
 
     def setting_texts(self, run: ComparedRun) -> list[str]:
@@ -178,8 +178,8 @@ class RunComparison:
         return any(key not in run.settings for run in self.runs) and not another_option
 
 
-def _error(run: ComparedRun, name: str) -> float:
-    """A single window leaves it unknown: infinite."""
+def ranked_error(run: ComparedRun, name: str) -> float:
+    """The standard error that runs are ranked by. A single window leaves it unknown: infinite."""
     assert run.report is not None
     figure = run.figures[name]
     if run.report.protocol.windows == 1:

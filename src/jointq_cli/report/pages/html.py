@@ -8,8 +8,8 @@ from contextlib import suppress
 from jointq_cli.records import RunReport
 from jointq_cli.report.comparison import RunComparison
 from jointq_cli.report.figures.comparison import comparison_figures
+from jointq_cli.report.figures.plots import SvgFigure
 from jointq_cli.report.figures.run import run_figures
-from jointq_cli.report.figures.style import SvgFigure
 from jointq_cli.report.pages.markdown import environment
 from jointq_cli.report.tables.run import run_document
 from jointq_cli.report.tables.table import TableDocument, TextTable
