@@ -111,6 +111,10 @@ def test_no_round_raises_the_loss(dead: bool) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_plans_count_every_solve() -> None:
+    assert (NO_CURVATURE.solves, Kfac(rounds=2).solves, Kfac(strength=0.0, rounds=2).solves) == (1, 3, 1)
+
+
 def test_tokens_are_weighted_by_a_geometric_mean() -> None:
     weights, energies = torch.tensor([[1.0, 4.0]]), torch.tensor([[16.0, 0.0]])
     assert torch.equal(weighted_by_energy(weights, energies, 0.5), torch.tensor([[4.0, 0.0]]))

@@ -8,8 +8,12 @@ columns do in GPTQ: the target of the rows s is
 
     W_s - strength P_sd P_dd^-1 E_d,     P = (G + damping mean diag(G) I)^-1,
 
-with d the rows before (Tseng et al., "Model-preserving adaptive rounding", 2025, factorise both sides so). G is of few
-tokens and one sampled label each, which the damping makes up for: docs/curvature.md has what was measured.
+with d the rows before (Tseng et al., "Model-preserving adaptive rounding", 2025, factorise both sides so). In each of
+the `rounds` that follow every block is solved once more, against the errors of all others,
+
+    W_s + strength G_ss^-1 G_sr E_r      with G damped and r all rows but s,
+
+and replaces the block where tr(G E H E^T) falls. docs/curvature.md has what was measured.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +27,6 @@ from jointq_cli.errors import ConfigError
 from jointq_cli.quantization.quantizers.base import Quantizer, Solution
 from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.setting_rules import check_settings, setting
-
 
 Solve = Callable[[Tensor], Solution]  # of some rows (rows, in) float32
 
@@ -119,6 +122,11 @@ class Curvature(ABC):
         return 0.0
 
     @property
+    def solves(self) -> int:
+        """How often each row is solved."""
+        return 1
+
+    @property
     def seeds(self) -> Mapping[str, int]:
         """The seeds of all random choices, by the key of the recipe."""
         return {}
@@ -145,7 +153,7 @@ class Kfac(Curvature):
     strength: float = setting(1.0, least=0, most=1)
     damping: float = setting(1.0, least=0)
     row_blocks: int = setting(48, least=1)
-    rounds: int = setting(1, least=0)
+    rounds: int = setting(2, least=0)
 
     def __post_init__(self) -> None:
         check_settings(self, "curvature")
@@ -153,6 +161,10 @@ class Kfac(Curvature):
     @property
     def tokens_by_energy(self) -> float:
         return self.token_mix
+
+    @property
+    def solves(self) -> int:
+        return 1 + self.rounds if self.strength else 1
 
     @property
     def seeds(self) -> Mapping[str, int]:
@@ -171,11 +183,12 @@ class Kfac(Curvature):
                 "once, while curvature=kfac solves them in turn"
             )
 
-    def coupling(self, outputs: Sequence[Tensor]) -> Coupling | None:
-        """None where the outputs are not coupled: by `strength`, or because the loss depends on none of them."""
+    def coupling(self, outputs: Sequence[Tensor], rounds: int = 0) -> Coupling | None:
+        """None where the outputs are not coupled: by `strength`, or because the loss depends on none of them. rounds:
+        none where solutions are only compared."""
         if not self.strength or not outputs or not all(bool(each.diagonal().any()) for each in outputs):
             return None
-        return Coupling(outputs, self.strength, self.damping, self.row_blocks, self.rounds)
+        return Coupling(outputs, self.strength, self.damping, self.row_blocks, rounds)
 
 
 NO_CURVATURE = NoCurvature()
