@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 AGES = (("d", 86400), ("h", 3600), ("min", 60))  # a unit is used from two of it upwards
@@ -10,8 +10,7 @@ COUNTS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
 MISSING = "-"  # the text of a value that a table has no number for
 
 
-@dataclass(frozen=True)
-class KeyMetric:
+class KeyMetric(NamedTuple):
     """A measured value as text, with a detail that puts it in proportion, such as the original model's value."""
 
     label: str

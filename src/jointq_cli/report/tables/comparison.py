@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 
 from jointq_cli.records import TaskRecord
-from jointq_cli.report import summary
 from jointq_cli.report.comparison import MOST_DETAILED, ComparedRun, RunComparison
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.measured import KINDS, TASK
 from jointq_cli.report.number_format import MISSING, listed, plural, scientific, shortest_suffixes, significant
+from jointq_cli.report.summary import task_change
+from jointq_cli.report.tables.glossary import explained
 from jointq_cli.report.tables.table import BEST_MARK, TableDocument, TextTable
 from jointq_cli.system.sweep_directory import DONE
 
@@ -22,7 +23,7 @@ def comparison_document(comparison: RunComparison, title: str = "") -> TableDocu
     """title: by default how many runs of which models."""
     models = dict.fromkeys(run.report.model for run in comparison.finished if run.report)
     detailed = len(comparison.finished) <= MOST_DETAILED and comparison.common_layers
-    return TableDocument(
+    document = TableDocument(
         title=title or f"{plural(len(comparison.runs), comparison.noun)} of {' and '.join(models)}",
         headline=_headline(comparison),
         warnings=_warnings(comparison),
@@ -30,6 +31,7 @@ def comparison_document(comparison: RunComparison, title: str = "") -> TableDocu
         first_tables=[_runs(comparison)],
         tables=[_errors(comparison), _changed(comparison)] if detailed else [],
     )
+    return explained(document)
 
 
 def job_line(job: ComparedRun, settings: str, width: int) -> str:
@@ -165,4 +167,4 @@ def _text(run: ComparedRun, name: str) -> str:
 def _change_of(run: ComparedRun, heading: str) -> str:
     """Of a task, against the original, with the standard error of the paired difference."""
     tasks: dict[str, TaskRecord] = {task.name: task for task in run.report.tasks} if run.report else {}
-    return summary.task_change_text(tasks.get(heading))
+    return task_change(tasks[heading]) if heading in tasks else ""

@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 class TextTable:
     """The first `stub` columns are text, the others numbers; a cell that ends in BEST_MARK is the best of its column.
 
-    shaded: how many columns of numbers pages shade by size, as a heat map.
+    shades: of a heat map, how strongly pages colour each cell, in percent.
     """
 
     title: str
@@ -28,7 +28,7 @@ class TextTable:
     rows: list[list[str]]
     stub: int = 1
     note: str = ""
-    shaded: int = 0
+    shades: Sequence[Sequence[int]] = ()
 
     @classmethod
     def of(
