@@ -33,8 +33,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from jointq_cli.formats.layer_file import load_layer
+from jointq_cli.formats.turned import TurnedWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -98,6 +102,7 @@ WAYS = {
 SLOW = ("onecomp-gptq-qep-mse", "autoround-200x8", "autoround-best")  # an hour and more on a CPU, on a real model
 DEFAULT = [name for name in WAYS if name not in SLOW]
 GROUPS = "group_index.safetensors"  # beside a checkpoint: the group of each column, by the name of the weight
+CODES = "codes"  # beside a checkpoint of jointq: what each layer stores
 
 
 class CannotRun(Exception):
@@ -189,6 +194,8 @@ def quantise(way: Way, bits: int, place: Path, given: argparse.Namespace) -> dic
     command += [f"quantizer.bits={bits}", "evaluation.max_windows=1", "generate_tokens=0", *way.words]
     measured = run_measured(command, place / "log.txt", given.timeout, threads(given))
     (written,) = runs.glob("run/*/checkpoint")
+    shutil.rmtree(place / CODES, ignore_errors=True)
+    (written.parent / CODES).rename(place / CODES)
     written.rename(checkpoint)
     shutil.rmtree(runs)
     return measured
@@ -203,8 +210,11 @@ def most_levels(weight: Tensor, group_size: int) -> int:
 def count_levels(checkpoint: Path, group_size: int) -> list[int]:
     """The most levels in a group, of each weight matrix of the decoder blocks, as the checkpoint lies on the disk.
 
-    GROUPS beside it says which columns belong together, where these are not neighbours.
+    GROUPS beside it says which columns belong together, where these are not neighbours. Of jointq they are counted in
+    the basis in which its codes are, and the checkpoint must be what these give.
     """
+    if (checkpoint.parent / CODES).is_dir():
+        return levels_of_codes(checkpoint, group_size)
     order = load_file(checkpoint / GROUPS) if (checkpoint / GROUPS).exists() else {}
     found = []
     for file in sorted(checkpoint.glob("model*.safetensors")):
@@ -212,6 +222,21 @@ def count_levels(checkpoint: Path, group_size: int) -> list[int]:
             if weight.dim() == 2 and re.search(r"\.\d+\.", name):
                 together = order[name].argsort(stable=True) if name in order else slice(None)
                 found.append(most_levels(weight[:, together], group_size))
+    return found
+
+
+def levels_of_codes(checkpoint: Path, group_size: int) -> list[int]:
+    """As `count_levels`, of a run of jointq. Raises CannotRun where the checkpoint is something else than its codes."""
+    weights = {
+        name: weight for file in checkpoint.glob("model*.safetensors") for name, weight in load_file(file).items()
+    }
+    found = []
+    for file in sorted((checkpoint.parent / CODES).glob("*.safetensors")):
+        stored, weight = load_layer(file), weights[f"{file.stem}.weight"]
+        if not torch.equal(stored.dequantize(weight.dtype), weight):
+            raise CannotRun(f"{file.stem}: the checkpoint does not have what its codes give")
+        inner = stored.inner if isinstance(stored, TurnedWeight) else stored
+        found.append(most_levels(inner.dequantize(torch.float32), group_size))
     return found
 
 
@@ -258,7 +283,8 @@ def measure(name: str, way: Way, bits: int, given: argparse.Namespace) -> dict[s
         return row | {"reason": str(error)}
     result.write_text(json.dumps(row, indent=1) + "\n")
     if not given.keep:
-        shutil.rmtree(place / "checkpoint", ignore_errors=True)
+        for written in ("checkpoint", CODES):
+            shutil.rmtree(place / written, ignore_errors=True)
     return row
 
 

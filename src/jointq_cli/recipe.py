@@ -27,6 +27,7 @@ from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSetti
 from jointq_cli.quantization.overrides import quantizers_of_patterns
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import Quantizer
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, with_incoherence
 from jointq_cli.quantization.refinement.settings import NoRefinement, Refinement
 from jointq_cli.report.limits import Limits
 from jointq_cli.setting_rules import SettingRoles, check_settings, rule_of, setting
@@ -75,7 +76,7 @@ class Recipe:
         self.allocation.check(self.quantizer)
         if self.layers.mix and self.allocation.describe():
             raise ConfigError(f"layers.mix={self.layers.mix}: decides all layers, and so does allocation=budget; null")
-        exporters_of(self.export)
+        object.__setattr__(self, "quantizer", with_incoherence(self.quantizer, self._may_turn()))
         if self.evaluation.tasks and "R4" in self.rotation.parts:
             tasks = ",".join(self.evaluation.tasks)
             raise ConfigError(
@@ -85,6 +86,14 @@ class Recipe:
     @property
     def exporters(self) -> list[Exporter]:
         return exporters_of(self.export)
+
+    def _may_turn(self) -> bool:
+        """Whether quantizer.incoherence=auto turns the layers: not for a packed export, which its reader would have to
+        turn back, and not where a rotation turns inputs or a layer is on a K grid."""
+        if self.exporters or self.rotation.parts or self.layers.mix:
+            return False
+        chosen = [*quantizers_of_patterns(self.layers, self.quantizer).values(), *self.allocation.of(self.quantizer)]
+        return all(each.turnable for each in chosen if isinstance(each, UniformQuantizer))
 
 
 @dataclass(frozen=True, kw_only=True)

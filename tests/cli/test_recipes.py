@@ -16,6 +16,7 @@ from jointq_cli.cli.main import main
 from jointq_cli.errors import ConfigError
 from jointq_cli.quantization.quantizers import GPTQ, JointQ, Quantizer
 from jointq_cli.quantization.quantizers.jointq import GptqStart
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 from jointq_cli.recipe import RECIPES, Recipe, concrete, schemas
 
 NAMES = list(config_files.options("recipe"))
@@ -195,6 +196,30 @@ def test_a_quality_chooses_options_of_other_groups_and_the_command_line_has_the_
     assert best.refinement.describe()
     assert best.calibration.add_generated
     assert best.quantizer == compose_recipe("pocket_w3g128", "quantizer.incoherence=input").quantizer
+
+
+@pytest.mark.parametrize(
+    ("overrides", "incoherence"),
+    [
+        ([], "input"),
+        (["quantizer.bits=2", "layers.overrides={v_proj:{bits:4}}"], "input"),
+        (["allocation=budget", "allocation.bits_per_weight=3"], "input"),
+        (["export=mlx"], "none"),
+        (["export=mlx", "quantizer.incoherence=input"], "input"),  # and refused later
+        (["export=[]"], "input"),
+        (["rotation=hadamard"], "none"),
+        (["layers.mix=q4_k_m"], "none"),
+        (["quantizer.grid=q4_k"], "none"),
+        (["layers.overrides={v_proj:{grid:q4_k}}"], "none"),
+        (["quantizer.lambda_mode=heldout"], "none"),
+        (["quantizer=gptq"], "none"),
+        (["quantizer=gptq", "quantizer.incoherence=auto"], "input"),
+    ],
+)
+def test_the_basis_is_turned_unless_something_else_needs_it_as_it_is(overrides: list[str], incoherence: str) -> None:
+    quantizer = compose_recipe("pocket_w4g128", *overrides).quantizer
+    assert isinstance(quantizer, UniformQuantizer)
+    assert quantizer.incoherence == incoherence
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +58,12 @@ def test_a_rotated_run_reproduces_and_a_replay_may_be_replayed(tmp_path: Path) -
     assert [path.name for path in tmp_path.glob("reproduced_*/rotation/rotation.safetensors")]
 
 
-def test_a_run_from_before_half_integer_levels_keeps_its_integer_zero_points(tmp_path: Path) -> None:
-    first = finished(tmp_path, "quantizer.bits=1", "quantizer.zero_point=integer")
+def test_a_run_from_before_other_levels_and_bases_keeps_its_own(tmp_path: Path) -> None:
+    first = finished(tmp_path, "quantizer.bits=1", "quantizer.zero_point=integer", "quantizer.incoherence=none")
     recipe, manifest = first / "recipe.yaml", first / "manifest.json"
     lines = recipe.read_text(encoding="utf-8").splitlines(keepends=True)
-    recipe.write_text("".join(line for line in lines if "zero_point" not in line), encoding="utf-8")
+    kept = [line for line in lines if not re.search("zero_point|incoherence", line)]
+    recipe.write_text("".join(kept), encoding="utf-8")
     recorded = json.loads(manifest.read_text(encoding="utf-8"))
     del recorded["recipe_sha256"]  # as then
     manifest.write_text(json.dumps(recorded), encoding="utf-8")

@@ -28,7 +28,10 @@ from jointq_cli.system.inventory import entries
 
 RECIPE = "replayed"
 # What versions without a setting did, where today's default is something else: for runs that have the first key alone.
-BEFORE = {("quantizer.symmetric", "quantizer.zero_point"): "null"}
+BEFORE = {
+    ("quantizer.symmetric", "quantizer.zero_point"): "null",
+    ("quantizer.symmetric", "quantizer.incoherence"): "none",
+}
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 
 

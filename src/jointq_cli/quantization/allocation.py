@@ -18,6 +18,11 @@ class Allocation(ABC):
     """Base of the settings under `allocation`."""
 
     @abstractmethod
+    def of(self, quantizer: Quantizer) -> list[Quantizer]:
+        """The candidates of a layer that has this quantizer, none where nothing is allocated. Raises ConfigError, as
+        `overridden` does."""
+
+    @abstractmethod
     def check(self, quantizer: Quantizer) -> None:
         """Raises ConfigError where the settings do not fit the recipe's quantizer."""
 
@@ -29,6 +34,9 @@ class Allocation(ABC):
 @dataclass(frozen=True)
 class NoAllocation(Allocation):
     """The settings under `quantizer` and `layers` say how each layer is stored."""
+
+    def of(self, quantizer: Quantizer) -> list[Quantizer]:
+        return []
 
     def check(self, quantizer: Quantizer) -> None:
         return None
@@ -58,7 +66,6 @@ class Budget(Allocation):
                 raise ConfigError(f"allocation.candidates[{number}]={in_words(settings)}: is there already")
 
     def of(self, quantizer: Quantizer) -> list[Quantizer]:
-        """The candidates of a layer that has this quantizer. Raises ConfigError, as `overridden` does."""
         return [
             overridden(quantizer, settings, f"allocation.candidates[{number}]")
             for number, settings in enumerate(self.candidates)

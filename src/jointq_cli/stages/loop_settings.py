@@ -51,9 +51,9 @@ def refuse_turned_twice(layers: Mapping[str, Quantizer], rotation: Rotation) -> 
         *((family.down_proj for family in FAMILIES.values()) if "R4" in rotation.parts else ()),
     }
     for name, each in layers.items():
-        if isinstance(each, UniformQuantizer) and each.incoherence != "none" and name.endswith(tuple(turned)):
+        if isinstance(each, UniformQuantizer) and each.is_turned and name.endswith(tuple(turned)):
             raise ConfigError(
-                f"quantizer.incoherence={each.incoherence}: rotation turns the input of {name} already; rotation=none "
+                f"quantizer.incoherence=input: rotation turns the input of {name} already; rotation=none "
                 "or quantizer.incoherence=none, and incoherence for other layers by layers.overrides"
             )
 

@@ -20,6 +20,7 @@ from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.overrides import describe
 from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 from jointq_cli.recipe import Recipe, RotateRecipe
 from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
@@ -65,6 +66,7 @@ def quantization_lines(
     """How the model is quantised and evaluated, for `header`."""
     return [
         ("quantizer", _quantizer(recipe, layers)),
+        ("basis", _basis(recipe, layers)),
         ("allocation", recipe.allocation.describe()),
         ("refinement", recipe.refinement.describe()),
         ("simulated", recipe.activations.describe()),
@@ -243,6 +245,13 @@ def _bits_per_weight(quantized: Quantized) -> float:
 
 def _calibration(recipe: Recipe, tokens: Tokens | None) -> str:
     return f"{(tokens or recipe.calibration).describe()} {recipe.calibration.describe_statistics()}"
+
+
+def _basis(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:
+    """What to do now for a packed checkpoint, where the layers are turned and none is asked for; "" otherwise."""
+    if recipe.exporters or not any(isinstance(each, UniformQuantizer) and each.is_turned for each in layers.values()):
+        return ""
+    return "of the inputs turned: less error, and for a packed checkpoint add export=FORMAT now"
 
 
 def _quantizer(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:

@@ -57,6 +57,7 @@ class Exporter(ABC):
     engine_needs: ClassVar[tuple[str, ...]] = ()  # modules of other packages with which the engine reads the format
     engine_kl: ClassVar[float] = 5e-4  # nats per token from float32 that the engine's own rounding may cause
     engine_change: ClassVar[float] = 0.002  # the same of perplexity, relative
+    holds_turned: ClassVar[bool] = False  # weights that are stored in another basis of their input (formats.turned)
     tolerance: ClassVar[float] = 0.0  # largest difference between a decoded and a stored weight, in steps of the grid
 
     @property

@@ -30,6 +30,8 @@ from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solutio
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.setting_rules import check_settings, setting
 
+INCOHERENCE = ("auto", "none", "input")
+
 
 @dataclass(frozen=True)
 class FailedPreparation(Prepared):
@@ -48,11 +50,11 @@ class NoInput(Prepared):
     failed: ClassVar[bool] = True
 
 
-def _is_turned(quantizer: "UniformQuantizer") -> bool:
+def _may_be_turned(quantizer: "UniformQuantizer") -> bool:
     return quantizer.incoherence != "none"
 
 
-def _is_uniform(quantizer: "UniformQuantizer") -> bool:
+def is_uniform(quantizer: "UniformQuantizer") -> bool:
     return quantizer.grid is None
 
 
@@ -61,16 +63,17 @@ class UniformQuantizer(Quantizer):
     """Base of the quantizers whose result is a UniformWeight, or a KQuantWeight if `grid` names a K grid. group_size
     null or -1: one scale per row."""
 
-    bits: int = setting(4, least=1, most=8, used=_is_uniform)
-    group_size: int | None = setting(128, used=_is_uniform)
-    symmetric: bool = setting(False, used=_is_uniform)
+    bits: int = setting(4, least=1, most=8, used=is_uniform)
+    group_size: int | None = setting(128, used=is_uniform)
+    symmetric: bool = setting(False, used=is_uniform)
     _: KW_ONLY
     # Of asymmetric grids: half-integer levels around zero need no zero-points, real ones 16 bits of each group.
     # auto: half with one bit, and with two in a turned basis; docs/low_bits.md has what each gives.
-    zero_point: str | None = setting("auto", choices=("auto", *ZERO_POINTS), null="for integer", used=_is_uniform)
-    # input: codes and scales are those of the weight times random signs and a Hadamard matrix, as in QuIP.
-    incoherence: str = setting("none", choices=("none", "input"), used=_is_uniform)
-    incoherence_seed: int = setting(0, least=0, most=2**63 - 1, used=_is_turned)
+    zero_point: str | None = setting("auto", choices=("auto", *ZERO_POINTS), null="for integer", used=is_uniform)
+    # input: codes and scales are those of the weight times random signs and a Hadamard matrix, as in QuIP. auto: a
+    # recipe decides; a quantizer by itself does not turn.
+    incoherence: str = setting("none", choices=INCOHERENCE, used=is_uniform)
+    incoherence_seed: int = setting(0, least=0, most=2**63 - 1, used=_may_be_turned)
     grid: str | None = setting(None, choices=tuple(K_GRIDS), null="for bits, group_size and symmetric")
 
     def __post_init__(self) -> None:
@@ -80,7 +83,7 @@ class UniformQuantizer(Quantizer):
             raise ConfigError(
                 f"quantizer.zero_point={self.zero_point}: does not go with symmetric=true; symmetric=false"
             )
-        if self.grid and _is_turned(self):
+        if self.grid and self.is_turned:
             raise ConfigError(
                 f"quantizer.grid={self.grid}: does not go with incoherence=input; quantizer.incoherence=none"
             )
@@ -88,11 +91,20 @@ class UniformQuantizer(Quantizer):
     @property
     def integer_grid(self) -> Grid:
         if self.zero_point == "auto":
-            is_half = self.bits == 1 or (self.bits == 2 and _is_turned(self))
+            is_half = self.bits == 1 or (self.bits == 2 and self.is_turned)
             zero = "half" if is_half and not self.symmetric else "integer"
         else:
             zero = self.zero_point or "integer"
         return Grid(self.bits, self.symmetric, zero)
+
+    @property
+    def is_turned(self) -> bool:
+        return self.incoherence == "input"
+
+    @property
+    def turnable(self) -> bool:
+        """Whether the other settings go with incoherence=input."""
+        return self.grid is None
 
     @property
     def k_grid(self) -> KGrid | None:
@@ -107,7 +119,7 @@ class UniformQuantizer(Quantizer):
 
     @property
     def seeds(self) -> Mapping[str, int]:
-        return {"quantizer.incoherence_seed": self.incoherence_seed} if _is_turned(self) else {}
+        return {"quantizer.incoherence_seed": self.incoherence_seed} if self.is_turned else {}
 
     def check(self, in_features: Mapping[str, int]) -> None:
         if self.k_grid is None:
@@ -134,14 +146,14 @@ class UniformQuantizer(Quantizer):
             bits=self.bits,
             symmetric=self.symmetric,
         )
-        if not _is_turned(self):
+        if not self.is_turned:
             return found
         return TurnedWeight(found, torch.empty(in_features, dtype=torch.int8, device=meta))
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         if not bool(hessian.diagonal().any()):
             return NoInput()
-        if _is_turned(self):
+        if self.is_turned:
             return self._plain.prepare(self._turned(hessian))
         try:
             return self._prepare(hessian, heldout)
@@ -153,7 +165,7 @@ class UniformQuantizer(Quantizer):
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
             raise NumericsError("the weight holds NaN or Inf")
-        if _is_turned(self):
+        if self.is_turned:
             signs = self._signs(weight)
             found = self._plain.quantize(turned(weight, signs).float(), prepared, scale_dtype)
             assert isinstance(found.quantized, UniformWeight)
@@ -188,7 +200,7 @@ class UniformQuantizer(Quantizer):
 
     def describe(self) -> str:
         label = self.k_grid.label if self.k_grid else grid_label(self.integer_grid, self.group_size)
-        label += " turned" * _is_turned(self)
+        label += " turned" * self.is_turned
         return " ".join([type(self).__name__, label, *self._describe_options()])
 
     def _describe_options(self) -> list[str]:
@@ -220,3 +232,10 @@ class UniformQuantizer(Quantizer):
 def hessian_product(out_features: int, in_features: int) -> float:
     """Floating-point operations of W H, (out, in) by (in, in): the unit of what solving a layer costs."""
     return 2.0 * out_features * in_features**2
+
+
+def with_incoherence(quantizer: Quantizer, turn: bool) -> Quantizer:
+    """With incoherence=auto decided: input if layers are to be turned and the other settings allow it, else none."""
+    if not isinstance(quantizer, UniformQuantizer) or quantizer.incoherence != "auto":
+        return quantizer
+    return replace(quantizer, incoherence="input" if turn and quantizer.turnable else "none")

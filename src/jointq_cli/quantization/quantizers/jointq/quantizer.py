@@ -8,7 +8,7 @@ H_l, `search` the local search.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from jointq_cli.quantization.quantizers.jointq.scaled_layer import KLayer, Scale
 from jointq_cli.quantization.quantizers.jointq.search import Search, State
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.statistics import HeldOut
-from jointq_cli.quantization.quantizers.uniform import UniformQuantizer, hessian_product
+from jointq_cli.quantization.quantizers.uniform import INCOHERENCE, UniformQuantizer, hessian_product, is_uniform
 from jointq_cli.setting_rules import changed, check_settings, setting, shown
 
 Chosen = tuple[float, Metric, SearchResult[Any]]  # a lambda, its metric, and what the search found
@@ -101,6 +101,8 @@ class JointQ(UniformQuantizer):
     ils_num_channels: int | None = setting(None, least=1, null="for all", used=_iterates)
     batch_size: int | None = setting(None, least=1, null="to choose it by device")
     on_failure: str = setting("error", choices=("error", "rtn"))
+    _: KW_ONLY
+    incoherence: str = setting("auto", choices=INCOHERENCE, used=is_uniform)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,8 +123,8 @@ class JointQ(UniformQuantizer):
                 "enable_schur=false: one start is needed, of enable_schur, enable_clip_optimize, "
                 "enable_clip_optimize_ep and enable_gptq"
             )
-        if self.incoherence != "none" and self.lambda_mode != "fixed_lambda":
-            yield f"lambda_mode={self.lambda_mode}: incoherence={self.incoherence} works with fixed_lambda only"
+        if self.is_turned and self.lambda_mode != "fixed_lambda":
+            yield f"lambda_mode={self.lambda_mode}: incoherence=input works with fixed_lambda only"
         if self.ils_enabled and self.max_sweeps == 0:
             yield "max_sweeps=0: ils_enabled=true needs at least 1, for it searches from where a search ended"
         uniform_only = (
@@ -138,6 +140,10 @@ class JointQ(UniformQuantizer):
                 yield f"grid={self.grid}: does not go with {name}={shown(getattr(self, name))}"
         if (self.ils_enabled or self.annealing_sweeps) and self.annealing_temperature == 0:
             yield "annealing_temperature=0: must be above 0 where ils_enabled or annealing_sweeps ask for random steps"
+
+    @property
+    def turnable(self) -> bool:
+        return super().turnable and self.lambda_mode == "fixed_lambda"
 
     @property
     def heldout(self) -> float:
@@ -225,7 +231,7 @@ class JointQ(UniformQuantizer):
 
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         found = super().quantize(weight, prepared, scale_dtype)
-        if self.incoherence == "none" or "lambda" not in found.notes:
+        if not self.is_turned or "lambda" not in found.notes:
             return found
         return replace(found, notes={**found.notes, "lambda": self.regularization_lambda})  # added before turning
 
