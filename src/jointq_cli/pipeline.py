@@ -23,8 +23,9 @@ from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRecipe
 from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunEstimate, RunReport
 from jointq_cli.report import Console, encode
-from jointq_cli.report.tables.experts import few_tokens
+from jointq_cli.report.console.final_summary import evaluate_summary, export_summary, rotate_summary
 from jointq_cli.report.tables.plan import plan_document
+from jointq_cli.report.tables.run import few_tokens
 from jointq_cli.stages.allocation import allocate, expected_layers
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine
@@ -145,7 +146,7 @@ def rotate(recipe: RotateRecipe, run: RunDirectory, console: Console, team: Team
         team.on_rank0(label_rotated, run.checkpoint, recipe, original, rotated.record)
         team.on_rank0(link_rotation, rotated, run)
         team.on_rank0(lambda: write_manifest(context, run, recipe, original, tokens, hash_results(context, run)))
-        console.show_rotation(rotated.record, run.path)
+        console.show(rotate_summary(rotated.record, run.path))
         return rotated.record
 
 
@@ -198,7 +199,7 @@ def evaluate(
             problems=problems,
         )
         run.write(run.path / "evaluation.json", encode(report))
-        console.show_evaluation(report, run.path)
+        console.show(evaluate_summary(report, run.path))
         return report
 
 
@@ -217,7 +218,7 @@ def export(directory: Path, exporters: list[Exporter], output: Path | None, cons
         export_finished(finished, exporter, place, console, listed=output is None)
         for exporter, place in zip(exporters, places, strict=True)
     ]
-    console.show_exports(records, places)
+    console.show(export_summary(records, places))
     return records
 
 
@@ -249,7 +250,7 @@ def plan(recipe: Recipe, console: Console) -> RunEstimate:
         lines = quantization_lines(recipe, layers, inputs.original, inputs.windows)
         console.header(header(recipe, inputs.original, inputs.tokens, lines))
         estimate = estimate_run(recipe, inputs)
-        console.show_tables(plan_document(estimate))
+        console.show(plan_document(estimate))
         return estimate
 
 

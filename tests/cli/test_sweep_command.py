@@ -25,8 +25,8 @@ def test_evaluations_show_warnings_and_progress_in_a_file_and_keep_warnings_in_r
     out = capfd.readouterr().out.splitlines()
     short = "evaluation.max_windows: only 124 tokens are scored"
     for number in (0, 1):
-        assert [line for line in out if line.startswith(f"[warning] job {number}: {short}")]
-        assert [line for line in out if line.startswith(f"[progress] job {number}: score ")]
+        assert [line for line in out if line.startswith(f"warning: job {number}: {short}")]
+        assert [line for line in out if line.startswith(f"job {number}: score ")]
     kept = [json.loads(Path(f"out/sweep/{number}/evaluation.json").read_text())["warnings"] for number in (0, 1)]
     assert [[text.split(";")[0] for text in texts] for texts in kept] == [
         [f"{short}, and perplexity needs some 4000"],

@@ -8,7 +8,7 @@ import pytest
 from jointq_cli.records import RunReport
 from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
 from jointq_cli.report.figures.allocation import allocation_figures
-from jointq_cli.report.pages.markdown import run_markdown
+from jointq_cli.report.pages.run import run_markdown
 from jointq_cli.report.tables.run import allocation_table
 
 

@@ -14,6 +14,7 @@ import pytest
 from jointq_cli.errors import Interrupted, ResourceError
 from jointq_cli.records import EvaluationReport, RunReport
 from jointq_cli.report import Console
+from jointq_cli.report.console.final_summary import evaluate_summary, quantize_summary
 
 
 class FakeTerminal(io.StringIO):
@@ -34,7 +35,7 @@ def report_run(console: Console, report: RunReport, clock) -> None:
                 bar.advance()
         console.note("a note with [brackets]")
         console.warn("a warning")
-        console.show_run(report, Path("outputs/run"))
+        console.show(quantize_summary(report, Path("outputs/run")))
 
 
 def without_styles(text: str) -> str:
@@ -57,7 +58,7 @@ def test_a_pipe_stays_plain_when_colours_are_forced(report, clock, monkeypatch):
 def test_a_pipe_gets_a_progress_line_per_tenth_of_the_way(report, clock):
     stream = io.StringIO()
     report_run(Console(stream=stream, clock=clock), report, clock)
-    lines = re.findall(r"^\[progress\] quantising layers (\d+)/210", stream.getvalue(), re.MULTILINE)
+    lines = re.findall(r"^quantising layers (\d+)/210", stream.getvalue(), re.MULTILINE)
     assert lines == [str(21 * step) for step in range(1, 11)]
 
 
@@ -72,8 +73,8 @@ def test_a_quick_phase_gets_one_line_and_a_slow_one_a_line_per_half_minute(clock
             for _ in range(4):
                 clock.sleep(31)
                 bar.advance()
-    assert stream.getvalue().count("] quick ") == 1
-    assert stream.getvalue().count("] slow ") == 4
+    assert stream.getvalue().count("quick ") == 1
+    assert stream.getvalue().count("slow ") == 4
     assert "4/100, 4 %, 2 min 04 s, 49 min 36 s left" in stream.getvalue()
 
 
@@ -103,8 +104,8 @@ def test_a_stage_reports_its_seconds_or_that_it_was_reused(clock):
             reused.is_reused = True
         with console.stage("evaluate") as slow:
             clock.sleep(12.34)
-    assert "[progress] tokens reused\n" in stream.getvalue()
-    assert "[progress] evaluate 12.3 s\n" in stream.getvalue()
+    assert "↺ tokens              reused\n" in stream.getvalue()
+    assert "✓ evaluate            12.3 s\n" in stream.getvalue()
     assert reused.record().reused
     assert slow.record().seconds == pytest.approx(12.34)
     assert slow.record().peak_memory > 10**6
@@ -121,7 +122,7 @@ def test_a_stage_that_does_not_end_well_says_so(clock, error, word):
 
     with Console(stream=stream, clock=clock) as console, pytest.raises(type(error)):
         work(console)
-    assert f"[progress] quantize {word} after 1.00 s" in stream.getvalue()
+    assert f"quantize            {word} after 1.00 s" in stream.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -233,7 +234,7 @@ def test_an_evaluation_ends_with_its_perplexity_and_its_distance_from_a_referenc
     )
     stream = io.StringIO()
     with Console(stream=stream, clock=clock) as console:
-        console.show_evaluation(measured, Path("runs/y"))
+        console.show(evaluate_summary(measured, Path("runs/y")))
     assert "perplexity 19.34 ± 0.55" in stream.getvalue()
     assert report.protocol.line() in stream.getvalue()
     assert ("KL divergence" in stream.getvalue()) is (reference is not None)
@@ -257,8 +258,8 @@ def test_the_log_has_everything_with_its_time(troubled, clock, tmp_path):
     assert sum("model.layers." in entry and re.search(r"x(576|1536) ", entry) is not None for entry in entries) >= len(
         troubled.layers
     )
-    assert any("WARNING a warning" in entry for entry in entries)
-    assert any("tokens reused" in entry for entry in entries)
+    assert any("warning: a warning" in entry for entry in entries)
+    assert any("tokens              reused" in entry for entry in entries)
     assert any("19.34 ± 0.55" in entry for entry in entries)
 
 
@@ -338,12 +339,12 @@ def test_a_reader_that_leaves_does_not_end_the_run():
     assert run.wait() == 0
 
 
-def test_rich_and_matplotlib_wait_until_they_are_needed():
+def test_matplotlib_and_jinja2_wait_until_they_are_needed():
     program = (
         "import io, sys\n"
         "from jointq_cli.report import Console, load_report, write_report\n"
         "with Console(stream=io.StringIO()) as console: console.note('x')\n"
-        "assert not {'rich', 'matplotlib', 'jinja2', 'torch'} & set(sys.modules), sorted(sys.modules)\n"
+        "assert not {'matplotlib', 'jinja2', 'torch'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -353,7 +354,7 @@ def test_layers_of_an_unknown_naming_keep_the_end_of_their_names(report, clock):
     odd = replace(report.layers[0], name="encoder_with_a_very_long_name_and_no_dots_at_all_in_it_q", block=3)
     with Console(stream=terminal, width=80, clock=clock) as console:
         console.layer(odd)
-    assert "…o_dots_at_all_in_it_q" in without_styles(terminal.getvalue())
+    assert "o_dots_at_all_in_it_q" in without_styles(terminal.getvalue())
 
 
 def test_a_path_is_never_folded_and_is_relative_to_the_working_directory(report, clock, tmp_path, monkeypatch):
@@ -361,7 +362,7 @@ def test_a_path_is_never_folded_and_is_relative_to_the_working_directory(report,
     long = tmp_path / ("a directory with " + "a long name " * 9)
     terminal = FakeTerminal()
     with Console(stream=terminal, width=80, clock=clock) as console:
-        console.show_run(report, long)
+        console.show(quantize_summary(report, long))
     text = without_styles(terminal.getvalue())
     assert f"jointq evaluate 'model.path={long.name}/checkpoint'\n" in text
     assert f"  {long.name}/report.html\n" in text

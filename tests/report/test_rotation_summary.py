@@ -9,9 +9,8 @@ import pytest
 
 from jointq_cli.records import RotationRecord, RotationTraining, RunReport, Simulation
 from jointq_cli.report import Console, encode, load_record, load_report, rotation_summary, summary, write_report
-from jointq_cli.report.console.final_summary import quantize_summary
-from jointq_cli.report.pages.html import run_html
-from jointq_cli.report.pages.markdown import run_markdown
+from jointq_cli.report.console.final_summary import quantize_summary, rotate_summary
+from jointq_cli.report.pages.run import run_html, run_markdown
 from jointq_cli.system.run_directory import RunDirectory
 
 SIMULATED = "A4 asymmetric per token clip=searched down_proj=A8; not in the checkpoint"
@@ -28,7 +27,10 @@ def record(rotated: RunReport) -> RotationRecord:
 
 
 def final_summary(report: RunReport) -> str:
-    return "\n".join(quantize_summary(report, Path("runs/x")).as_text())
+    stream = io.StringIO()
+    with Console(stream=stream) as console:
+        console.show(quantize_summary(report, Path("runs/x")))
+    return stream.getvalue()
 
 
 # --- in every form
@@ -130,15 +132,15 @@ def test_problems_of_a_rotation_are_reported_in_every_form(rotated: RunReport, r
 def test_the_final_summary_of_a_rotation_says_how_it_was_constructed_and_its_effect(record: RotationRecord) -> None:
     stream = io.StringIO()
     with Console(stream=stream) as console:
-        console.show_rotation(record, Path("runs/x"))
+        console.show(rotate_summary(record, Path("runs/x")))
     text = stream.getvalue()
-    values = {line.split("  ")[0]: " ".join(line.split("  ")[1:]).strip() for line in text.splitlines()}
+    values = {line.split("  ")[0]: "  ".join(line.split("  ")[1:]).strip() for line in text.splitlines()}
     assert ROTATED in text
-    assert values["SQNR of attention"] == "14.0 → 21.0 dB (max/rms 5.5 → 2.8)"
-    assert values["SQNR of down_proj"] == "11.0 → 13.0 dB (max/rms 11.8 → 5.9)"
+    assert values["SQNR of attention"] == "14.0 → 21.0 dB  max/rms 5.5 → 2.8"
+    assert values["SQNR of down_proj"] == "11.0 → 13.0 dB  max/rms 11.8 → 5.9"
     assert values["learned R1"] == "150 steps, that of 140 kept; loss 31.10 → 19.70, moved 0.35"
     assert values["weights"] == "326 MB, +21.0 % (input and output embeddings are untied)"
-    assert values["rounding"] == "5.1e-03 (as stored in bfloat16; the original's own rounding 4.9e-03)"
+    assert values["rounding"] == "5.1e-03         as stored in bfloat16; the original's own rounding 4.9e-03"
     assert values["built of"] == "R2: Hadamard 64"
     assert values["basis hash"] == record.hash
 

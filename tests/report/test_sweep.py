@@ -384,10 +384,9 @@ def test_without_a_terminal_a_job_shows_its_warnings_and_progress(quiet: bool) -
         console.warn("few tokens")
         console.note("waiting for another process")
     shown = stream.getvalue()
-    assert "[progress] job 3: block 0 2/2" in shown
-    assert "[progress] job 3: quantize" in shown
-    assert "[warning] job 3: few tokens" in shown
-    assert "[progress] job 3: waiting for another process" in shown
+    assert "job 3: block 0 2/2" in shown
+    assert "warning: job 3: few tokens" in shown
+    assert "job 3: waiting for another process" in shown
     assert "recipe" not in shown
 
 

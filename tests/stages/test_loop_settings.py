@@ -168,7 +168,7 @@ def test_rows_that_a_super_block_does_not_fit_get_the_types_of_llama_cpp(capsys:
     assert found["1.mlp.down_proj"] == "W8 g32 symmetric"
     assert main(["plan", *WORDS[:7], "layers.mix=q4_k_m"]) == 0
     assert (
-        "[warning] layers: 14 of 14 have in_features that 256 does not divide, and take what llama.cpp takes then: "
+        "! layers: 14 of 14 have in_features that 256 does not divide, and take what llama.cpp takes then: "
         "Q5_0 for Q4_K (model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, and 10 more); "
         "Q8_0 for Q6_K (model.layers.1.self_attn.v_proj, model.layers.1.mlp.down_proj)"
     ) in capsys.readouterr().out

@@ -55,9 +55,7 @@ CPU = torch.device("cpu")
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jointq_cli.stages.plan.throughput.MEASURED_SECONDS", 0.001)
-    monkeypatch.setattr(
-        "jointq_cli.report.pages.html.run_html", lambda report: ""
-    )  # pictures take longer than the rest
+    monkeypatch.setattr("jointq_cli.report.pages.run.run_html", lambda report: "")  # pictures take longer than the rest
 
 
 @pytest.fixture(scope="module")
@@ -752,7 +750,7 @@ def test_a_pipe_gets_plain_lines_with_everything_in_them(words: list[str], capsy
     assert lines[0].startswith("recipe ")
     assert any(line.startswith("About ") for line in lines)
     assert any(line.split()[:3] == ["quantize", "to", "make"] for line in lines)
-    assert "[warning] calibration.num_samples: " in out
+    assert "! calibration.num_samples: " in out
 
 
 @pytest.mark.slow

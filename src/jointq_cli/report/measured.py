@@ -36,7 +36,6 @@ def _size(figure: Figure) -> str:
     return byte_size(int(figure.value))
 
 
-TASK = FigureKind("", "", lambda figure: plus_minus(*figure))
 INCREASE = "of the perplexity, ± standard error of the paired difference"
 STORED = "of the quantised layers: packed codes and all that they need"
 KINDS = {
@@ -50,11 +49,18 @@ KINDS = {
     "packed_bytes": FigureKind("packed size", "of the checkpoint", _size),
     "seconds": FigureKind("time", "without stages that were reused", lambda figure: duration(figure.value)),
     "peak_memory": FigureKind("peak memory", "resident set of the process", _size),
-}  # in the order in which they are shown; figures without a kind are in files alone, but for those of tasks
+}  # in the order in which they are shown
+FILES_ALONE = FigureKind("", "", str)
+FURTHER = dict.fromkeys(["nll_increase", "original_perplexity", "checkpoint_bytes", "coverage"], FILES_ALONE)
+
+
+def kind_of(name: str) -> FigureKind:
+    """Of figures that are only in files, it has no label; those of tasks are shown under their names."""
+    return (KINDS | FURTHER).get(name) or FigureKind(name, "", lambda figure: plus_minus(*figure))
 
 
 def figures(report: Report) -> dict[str, Figure]:
-    """What is known of the quality and size of a model, by name; those of tasks are called TASK/METRIC."""
+    """What is known of the quality and size of a model, by name; those of tasks are called TASK METRIC."""
     is_run, comparison = isinstance(report, RunReport), report.comparison
     perplexity = report.quantized if isinstance(report, RunReport) else report.perplexity
     found = {"perplexity": Figure(perplexity.value, perplexity.standard_error)}
@@ -80,8 +86,12 @@ def figures(report: Report) -> dict[str, Figure]:
             found["bits_per_parameter"] = Figure(report.coverage.checkpoint_bits)
             if report.coverage.block_bits != report.bits_per_weight:
                 found["bits_per_block_weight"] = Figure(report.coverage.block_bits)
-    scores = {f"{task.task}/{task.metric}": task.score for task in report.tasks}
-    return found | {name: Figure(score.value, score.standard_error or math.nan) for name, score in scores.items()}
+    for task in report.tasks:
+        found[task.name] = Figure(task.score.value, task.score.standard_error or math.nan)
+        if task.original is not None:
+            change = task.score.value - task.original.value
+            found[f"change of {task.name}"] = Figure(change, task.change_standard_error or math.nan)
+    return found
 
 
 def costs(report: Report) -> dict[str, Figure]:

@@ -42,7 +42,6 @@ ROTATION = "rotation/rotation.safetensors"
 HARDWARE = ("device", "gpu", "cpu", "threads", "processes")
 TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}  # step -> text of the manifest
 INPUTS = ("config", "model", *TEXTS)
-TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 FOLDERS = {"rotation": "rotation/", "codes": CODES, "checkpoint": CHECKPOINT, "exports": "export/"}  # by step
 Facts = Mapping[str, Any]  # values, and dictionaries of values, by name
 Runs = tuple[FinishedRun, FinishedRun]
@@ -60,8 +59,12 @@ def compare(
     identical = all(step.same for step in steps)
     settings = [_config(one, other, roles, identical) for one, other in (runs, (replay, original))]
     steps.insert(0, _step("config", settings[0], settings[1], runs))
-    pairs = {name: (value, _metrics(replay.report)[name]) for name, value in _metrics(original.report).items()}
-    metrics = [ReplayedMetric(name, *pair, _change(*pair)) for name, pair in pairs.items()]
+    metrics = [
+        ReplayedMetric(name, value, other, _change(value, other) if math.isfinite(value + other) else math.inf)
+        for (name, value), other in zip(
+            _metrics(original.report).items(), _metrics(replay.report).values(), strict=True
+        )
+    ]
     changes = _changes(*map(_surroundings, runs))
     rounding = [text for name, text in changes.items() if name in (*LIBRARIES, *HARDWARE)]
     if None in (original.manifest.cpu, replay.manifest.cpu):  # one that a manifest lacks does not count
@@ -84,10 +87,17 @@ def compare(
 
 def reproduction_document(found: Reproduction) -> TableDocument:
     """The verdict, every step, and where and probably why the runs differ first."""
-    first, reasons = found.first_difference, list(_reasons(found))
+    first, notes = found.first_difference, []
     if first is not None:
         before = "" if first is found.steps[0] else "; everything before it is identical"
-        reasons.insert(0, f"it begins with: {first.name}: {first.detail}{before}")
+        notes.append(f"it begins with: {first.name}: {first.detail}{before}")
+    if found.surroundings:
+        notes.append(f"machine, libraries or code differ: {', '.join(found.surroundings)}")
+    elif first is not None and first.part != REQUESTED:
+        cause = "" if found.unknown else ": something is not deterministic"
+        notes.append(f"no difference of machine, libraries or code is recorded{cause}")
+    if found.unknown and first is not None:
+        notes.append(f"not known to be the same: {', '.join(found.unknown)}")
     columns = {
         "step": lambda step: step.name,
         "was": lambda step: step.part,
@@ -98,7 +108,7 @@ def reproduction_document(found: Reproduction) -> TableDocument:
         title="reproduction",
         headline=found.sentence,
         warnings=[f"the replay itself: {problem}" for problem in found.problems],
-        notes=reasons,
+        notes=notes,
         tables=[TextTable.of(f"{found.original} and {found.replay}", found.steps, columns, stub=len(columns))],
     )
 
@@ -247,11 +257,7 @@ def _by_manifest(name: str, runs: Runs) -> str:
 def _further(name: str, key: str, runs: Runs) -> Iterator[str]:
     """What else is known of a difference: the properties of a text, and how far tensors are apart, if still there."""
     if name in TEXTS:
-        ours, theirs = (run.manifest.texts.get(TEXTS[name], {}) for run in runs)
-        changed = [part for part in TEXT_PROPERTIES if ours.get(part) != theirs.get(part)]
-        yield from (f"{part} {_values(ours.get(part), theirs.get(part))}" for part in changed)
-        if "revision" in changed and "pydoc" in (ours.get("dataset"), theirs.get("dataset")):
-            yield "the text pydoc is the documentation of the Python that runs"
+        yield from _changes(*(run.manifest.texts.get(TEXTS[name], {}) for run in runs)).values()
     describe = {"codes": _codes_difference, "rotation": _rotation_difference}.get(name)
     files = [run.directory / (ROTATION if name == "rotation" else codes_file(key)) for run in runs]
     if describe is not None and all(file.is_file() for file in files):
@@ -288,19 +294,16 @@ def _surroundings(run: FinishedRun) -> dict[str, str | None]:
 
 def _changes(ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> dict[str, str]:
     """By name, such as "torch 2.9.0 → 2.13.0"."""
-    names = dict.fromkeys([*ours, *theirs])
-    pairs = {name: (ours.get(name), theirs.get(name)) for name in names}
-    return {name: f"{name} {before_after(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]}
+    names = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+    return {name: f"{name} {_values(ours.get(name), theirs.get(name))}" for name in names}
 
 
 def _unknown(original: FinishedRun, replay: FinishedRun) -> list[str]:
     """What may differ unnoticed, because it is not recorded."""
     ours, theirs = original.manifest, replay.manifest
     found = []
-    if ours.commit == theirs.commit is None:
-        found.append("the code (no commit is recorded)")
-    elif ours.commit == theirs.commit and str(ours.commit).endswith("-dirty"):
-        found.append(f"the code (both have changes since commit {str(ours.commit)[:12]})")
+    if ours.commit == theirs.commit and (ours.commit is None or ours.commit.endswith("-dirty")):
+        found.append("the code (no commit is recorded)" if ours.commit is None else "the code (not committed)")
     return found + ["the processor (not in both manifests)"] * (None in (ours.cpu, theirs.cpu))
 
 
@@ -317,30 +320,8 @@ def _verdict(
         return DIFFERENT, f"different: a tolerance of {share} is for runs with the same config on the same tokens"
     if not rounding:
         return DIFFERENT, f"different: a tolerance of {share} is for other hardware or libraries, and none are recorded"
-    for metric in metrics:
-        if not (math.isfinite(metric.original) and math.isfinite(metric.replay)):
-            return DIFFERENT, f"different: {metric.name} is not a finite number, which no tolerance admits"
     worst = max(metrics, key=lambda metric: abs(metric.change))
     moved = f"{worst.name} moved most, by {relative_change(worst.change)}"
     if abs(worst.change) <= tolerance:
         return WITHIN_TOLERANCE, f"not identical, but within {share}: {moved}"
     return DIFFERENT, f"different by more than {share}: {moved}"
-
-
-def _reasons(found: Reproduction) -> Iterator[str]:
-    first, surroundings, unknown = found.first_difference, ", ".join(found.surroundings), ", ".join(found.unknown)
-    if surroundings:
-        if first is None:
-            reason = "although these differ"
-        elif first.part == REQUESTED:
-            reason = "these differ besides"
-        else:
-            reason = "these differ" if found.verdict == WITHIN_TOLERANCE else "probable reason"
-        yield f"{reason}: {surroundings}"
-    if first is None or first.part == REQUESTED:
-        return
-    if not surroundings:
-        cause = "" if unknown else ": something is not deterministic"
-        yield f"no difference of machine, libraries or code is recorded{cause}"
-    if unknown:
-        yield f"not known to be the same: {unknown}"

@@ -18,13 +18,12 @@ from jointq_cli.records import (
 )
 from jointq_cli.report import rotation_summary
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.measured import KINDS, Figure, costs, figures
+from jointq_cli.report.measured import KINDS, Figure, costs, figures, kind_of
 from jointq_cli.report.number_format import (
     KeyMetric,
     byte_size,
     duration,
     listed,
-    parameter_count,
     percent,
     plural,
     plus_minus,
@@ -57,19 +56,6 @@ def headline(report: RunReport) -> str:
         stored += f" stored, {report.simulation.activations.split()[0]} simulated"
     divergence = significant(report.comparison.kl_divergence, 3)
     return f"{stored}; perplexity {before} → {after} ({increase}), KL {divergence} nats"
-
-
-def explanation(report: RunReport) -> str:
-    """What was done and how it was measured, in full sentences."""
-    count, found = len(report.layers), report.comparison
-    text = (
-        f"{plural(count, 'linear layer')} of {report.model} ({parameter_count(report.parameters)} parameters) "
-        f"{'was' if count == 1 else 'were'} quantised with {report.quantizer}, and measured on the same "
-        f"{plural(report.protocol.scored_tokens, 'token')} as the original."
-    )
-    if abs(found.nll_increase) < 2 * found.nll_increase_standard_error:
-        text += " The change in perplexity is within two standard errors: too small for this text to show."
-    return text
 
 
 def sound(report: RunReport) -> str:
@@ -203,7 +189,7 @@ def quality_metrics(report: RunReport) -> list[KeyMetric]:
         "perplexity": f"original {perplexity_text(report.original)}",
         "packed_bytes": f"original {byte_size(report.audit.source_bytes)}",
     }
-    return [*_metrics(figures(report), details), *map(_task_metric, report.tasks)]
+    return _metrics(figures(report), details | _task_details(report.tasks))
 
 
 def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
@@ -213,34 +199,22 @@ def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
         "perplexity": f"negative log-likelihood {loss} nats per token",
         "kl": "nats per token, reference || model",
     }
-    return [*_metrics(figures(report), details), *map(_task_metric, report.tasks)]
+    return _metrics(figures(report), details | _task_details(report.tasks))
 
 
 def _metrics(found: Mapping[str, Figure], details: Mapping[str, str]) -> list[KeyMetric]:
     """details: where they say more than what kind of figure it is."""
+    kinds = {name: kind_of(name) for name in [*KINDS, *found] if name in found}
     return [
         KeyMetric(kind.label, kind.text(found[name]), details.get(name, kind.detail))
-        for name, kind in KINDS.items()
-        if name in found
+        for name, kind in kinds.items()
+        if kind.label
     ]
 
 
-def _task_metric(task: TaskRecord) -> KeyMetric:
-    """As lm-eval gives it: an accuracy of 62 % is 0.62."""
-    details = [plural(task.samples, "sample")] + [f"{plural(task.fewshot, 'example')} before each"] * bool(task.fewshot)
-    if task.original is not None:
-        before = plus_minus(task.original.value, task.original.standard_error or 0.0)
-        details = [f"original {before}", f"change {task_change(task)}", *details]
-    value = plus_minus(task.score.value, task.score.standard_error or 0.0)
-    return KeyMetric(task.name, value, ", ".join([*details, task.harness]))
-
-
-def task_change(task: TaskRecord) -> str:
-    """The change against the original, with the standard error of the paired difference: "-0.012 ± 0.009"."""
-    if task.original is None:
-        return ""
-    change = task.score.value - task.original.value
-    return ("+" if change > 0 else "") + plus_minus(change, task.change_standard_error or 0.0)
+def _task_details(tasks: Iterable[TaskRecord]) -> dict[str, str]:
+    shots = {task.name: f", {plural(task.fewshot, 'example')} before each" * bool(task.fewshot) for task in tasks}
+    return {task.name: f"{plural(task.samples, 'sample')}{shots[task.name]}, {task.harness}" for task in tasks}
 
 
 def perplexity_text(perplexity: Perplexity) -> str:
@@ -251,7 +225,7 @@ def provenance(report: RunReport) -> Pairs:
     """What the result was made from."""
     return [
         ("recipe", report.recipe),
-        ("model", f"{report.model} ({report.architecture}, {parameter_count(report.parameters)} parameters)"),
+        ("model", f"{report.model} ({report.architecture}, {report.parameters / 1e6:,.1f} M parameters)"),
         ("model hash", report.model_hash),
         ("quantizer", report.quantizer),
         *basis(report),

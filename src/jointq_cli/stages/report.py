@@ -24,6 +24,7 @@ from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 from jointq_cli.recipe import Recipe, RotateRecipe
 from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
 from jointq_cli.report import write_report
+from jointq_cli.report.console.final_summary import quantize_summary
 from jointq_cli.report.limits import beyond
 from jointq_cli.report.measured import figures
 from jointq_cli.report.pages.model_card import identity, model_card, rotation_identity
@@ -142,7 +143,7 @@ def finish_run(
     label_checkpoint(run.checkpoint, report)
     for record in results.exports:
         label_export(run.exports / record.format, report, record)
-    context.console.show_run(report, run.path)
+    context.console.show(quantize_summary(report, run.path))
     return report
 
 

@@ -1,6 +1,5 @@
 """Passes on to a tracking service what a run reports: the recipe, each layer, the figures, the report, how it ended."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,18 +7,17 @@ from pathlib import Path
 from jointq_cli.errors import ResourceError
 from jointq_cli.records import LayerRecord, RunReport
 from jointq_cli.report import Console
-from jointq_cli.report.console.displays import Display, State
+from jointq_cli.report.console.console import State
 from jointq_cli.report.measured import figures
 from jointq_cli.tracking.base import Tracker, Tracking
 
 FILES = ("report.html", "report.md", "report.json", "layers.csv", "recipe.yaml", "manifest.json", "log.txt")
 
 
-class TrackedRun(Display):
-    """A display whose reader is the service. What the service refuses is a warning, and the run goes on without it."""
+class TrackedRun:
+    """Listens to the console for the service. What the service refuses is a warning, and the run goes on without it."""
 
     def __init__(self, tracker: Tracker, service: str, warn: Callable[[str], None]) -> None:
-        super().__init__(time.monotonic)
         self._tracker = tracker
         self._service = service
         self._warn = warn

@@ -16,7 +16,7 @@ from jointq_cli.errors import NumericsError
 from jointq_cli.evaluation.activation_settings import quantize_tokens
 from jointq_cli.kernels.hadamard import orthogonal_hadamard, random_hadamard
 from jointq_cli.records import RotationTraining, ValidationPoint
-from jointq_cli.report.console.displays import PhaseBar
+from jointq_cli.report.console.progress import Phase
 from jointq_cli.transforms.activation_samples import rms_normalize
 from jointq_cli.transforms.objectives import OBJECTIVES
 from jointq_cli.transforms.optimizers import OPTIMIZERS, orthogonalize
@@ -32,7 +32,7 @@ CLIP_RATIO = 0.9  # of the grid that the error is measured on
 class Progress:
     """How learning reports its progress and is stopped."""
 
-    bar: Callable[[str, int], AbstractContextManager[PhaseBar]]  # opens a bar, from its description and total steps
+    bar: Callable[[str, int], AbstractContextManager[Phase]]  # opens a bar, from its description and total steps
     pause: Callable[[], None]  # called where stopping is safe; may raise
 
 

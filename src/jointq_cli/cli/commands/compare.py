@@ -8,7 +8,7 @@ from pathlib import Path
 from jointq_cli.errors import JointqError
 from jointq_cli.report import Console
 from jointq_cli.report.comparison import RunComparison
-from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.pages.documents import document_markdown
 from jointq_cli.report.run_files import load_runs
 from jointq_cli.report.tables.comparison import comparison_document
 from jointq_cli.report.tables.table import TableDocument
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print(_write_page(comparison, document, parsed.html))
     else:
         with Console() as console:
-            console.show_tables(document)
+            console.show(document)
     return 0
 
 
@@ -65,7 +65,7 @@ def _check_place(file: Path) -> None:
 
 
 def _write_page(comparison: RunComparison, document: TableDocument, file: Path) -> Path:
-    from jointq_cli.report.pages.html import comparison_html  # imports matplotlib, for this form only
+    from jointq_cli.report.pages.documents import comparison_html  # imports matplotlib, for this form only
 
     write_text_atomically(file, comparison_html(comparison, document))
     return file

@@ -7,7 +7,8 @@ from typing import cast
 from jointq_cli.errors import JointqError
 from jointq_cli.records import EvaluationReport, RunReport
 from jointq_cli.report import Console, load_record, load_report
-from jointq_cli.report.pages.markdown import document_markdown, run_markdown
+from jointq_cli.report.console.final_summary import evaluate_summary, quantize_summary
+from jointq_cli.report.pages.documents import document_markdown, run_markdown
 from jointq_cli.report.pages.sweep import write_summary
 from jointq_cli.report.run_files import EVALUATION, RECIPE, REPORT, load_settings
 from jointq_cli.system.run_directory import RunDirectory
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         print(_write_page(report, parsed.run_directory))
     else:
         with Console() as console:
-            console.show_run(report, parsed.run_directory)
+            console.show(quantize_summary(report, parsed.run_directory))
     return 0
 
 
@@ -50,8 +51,9 @@ def _report_without(parsed: argparse.Namespace) -> int:
     if parsed.markdown or parsed.html:
         raise JointqError(f"{run}: has no {REPORT}; only a finished jointq quantize is rendered as Markdown or HTML")
     if (run / EVALUATION).is_file():
+        report = cast(EvaluationReport, load_record(EvaluationReport, run / EVALUATION))
         with Console() as console:
-            console.show_evaluation(cast(EvaluationReport, load_record(EvaluationReport, run / EVALUATION)), run)
+            console.show(evaluate_summary(report, run))
         return 0
     if not (run / RECIPE).is_file():
         raise JointqError(f"{run}: has neither {REPORT} nor {EVALUATION} nor {RECIPE}, so it is no run of jointq")
@@ -72,11 +74,11 @@ def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:
         print(sweep.path / "summary.html")
     else:
         with Console() as console:
-            console.show_tables(document)
+            console.show(document)
 
 
 def _write_page(report: RunReport, directory: Path) -> Path:
-    from jointq_cli.report.pages.html import run_html  # imports matplotlib, for this form only
+    from jointq_cli.report.pages.run import run_html  # imports matplotlib, for this form only
 
     run = RunDirectory(directory)
     run.write(run.report_html, run_html(report))

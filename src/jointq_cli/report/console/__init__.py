@@ -1,1 +1,1 @@
-"""The display and the log file of a running command. What they say comes from `summary` and `tables`."""
+"""What a running command shows on the screen and writes into its log; `summary` and `tables` have what it says."""

@@ -1,59 +1,82 @@
-"""Reports a command's progress and result on a display and in the log file.
-
-Knows the records and the time. Measures and decides nothing. Imports rich only for a terminal.
-"""
+"""Reports a command's progress and result on the screen and in the log file. Measures and decides nothing."""
 
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import IO, Literal, Protocol, Self, TextIO, cast
 
+from rich.console import Console as Rich
+from rich.console import RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from jointq_cli import __version__
 from jointq_cli.errors import Interrupted, JointqError
-from jointq_cli.records import EvaluationReport, ExportRecord, LayerRecord, RotationRecord, RunReport, StageRecord
-from jointq_cli.report.console.displays import Display, LogDisplay, PhaseBar, PlainDisplay, State
-from jointq_cli.report.console.final_summary import (
-    FinalSummary,
-    evaluate_summary,
-    export_summary,
-    quantize_summary,
-    rotate_summary,
-)
+from jointq_cli.records import LayerRecord, StageRecord
+from jointq_cli.report.console.documents import framed, pairs, rendered
+from jointq_cli.report.console.layer_rows import layer_row
 from jointq_cli.report.console.log_file import LogFile
-from jointq_cli.report.number_format import plural
+from jointq_cli.report.console.progress import Phase
+from jointq_cli.report.number_format import duration, plural
 from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.machine import peak_memory
 
+State = Literal["done", "reused", "failed", "interrupted"]
+MARKS = {"done": ("✓", "green"), "reused": ("↺", "cyan"), "failed": ("✗", "bold red"), "interrupted": ("■", "yellow")}
+ENDLESS = 10_000  # columns of pipes and logs, whose lines are not folded, so that `grep` and `cut` work on them
+NARROW = 64  # columns; below, there is no space for a bar beside its text
 
+
+class Listener(Protocol):
+    """Is told what the console reports."""
+
+    def layer(self, record: LayerRecord) -> None: ...
+
+    def stage_ends(self, name: str, state: State, seconds: float) -> None: ...
+
+
+@dataclass
 class StageTimer:
     """One stage of a pipeline, while it runs and after."""
 
-    def __init__(self, name: str, clock: Callable[[], float]) -> None:
-        self.name = name
-        self.seconds = 0.0  # set when the stage ends
-        self.is_reused = False  # whether the result came from the store
-        self._clock = clock
-        self._start = clock()
+    name: str
+    seconds: float = 0.0  # set when the stage ends
+    is_reused: bool = False  # whether the result came from the store
 
     def record(self) -> StageRecord:
         """Its row in the report, valid after its end. Peak memory is that of the process so far."""
         return StageRecord(self.name, self.seconds, self.is_reused, peak_memory())
 
-    def finish(self) -> None:
-        self.seconds = self._clock() - self._start
+
+class _Output(Rich):
+    """Shows texts as they are: [brackets] are no markup, and numbers have no colour. rich obeys NO_COLOR."""
+
+    def __init__(self, file: IO[str], *, is_terminal: bool, width: int | None = None) -> None:
+        super().__init__(
+            file=file, force_terminal=is_terminal, color_system="auto" if is_terminal else None,
+            width=width if is_terminal else ENDLESS, highlight=False, markup=False, emoji=False,
+        )  # fmt: skip
+
+    def on_broken_pipe(self) -> None:
+        """The reader, such as `head`, has left; the run goes on, and the log has everything."""
+        self.quiet = True
 
 
 class Console:
-    """Reports a run on a display and in a log. Leaving its context restores the terminal and Python's warnings.
+    """Reports a run on the screen and in a log. Leaving its context restores the terminal and Python's warnings.
 
-    log_path: the log file, None for none. quiet: display nothing, unless `brief` and not on a terminal. brief: if not
-    empty, display nothing but warnings and progress, in lines that begin with this text, for a job of a sweep. stream:
-    standard output if None; a terminal gets colours and live progress bars, anything else plain lines. width: columns,
-    None to ask the terminal. Raises ResourceError when the log cannot be written.
+    log_path: the log file, None for none. quiet: show nothing, unless `brief` and not on a terminal. brief: if not
+    empty, show nothing but warnings, notes and progress, in lines that begin with this text, for a job of a sweep; its
+    log has the rest. stream: standard output if None; a terminal gets colours and a live line, others plain lines.
+    width: columns, None to ask the terminal. Raises ResourceError when the log cannot be written.
     """
 
     def __init__(
@@ -66,16 +89,27 @@ class Console:
         width: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        stream = sys.stdout if stream is None else stream
+        is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        is_hidden = quiet and (is_terminal or not brief)  # the output of a job on another machine is a log of its own
         self.is_brief = bool(brief)
         self.warnings: list[str] = []  # all texts of `warn`, for the report
         self._clock = clock
-        self._display = _display(sys.stdout if stream is None else stream, quiet, brief, width, clock)
+        self._job = f"{brief}: " if brief else ""
+        self._screen = _Output(stream, is_terminal=is_terminal and not is_hidden, width=width)
+        self._screen.quiet = is_hidden
         self._log = None if log_path is None else LogFile(log_path)
-        self._displays = [self._display, *([LogDisplay(self._log.write, clock)] if self._log is not None else [])]
+        logs = [] if self._log is None else [_Output(cast("IO[str]", self._log), is_terminal=False)]
+        self._everywhere = [self._screen, *logs]
+        self._in_full = logs if brief else self._everywhere
+        self._listeners: list[Listener] = []
+        self._phases: list[Phase] = []  # that run, the innermost last
+        self._live = Live(console=self._screen, get_renderable=self._live_line, transient=True)
+        self._needs_heading = True
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
-        self._exits.callback(self._display.close)
+        self._exits.callback(self._live.stop)
         if self._log is not None:
             self._exits.enter_context(self._log)
         return self
@@ -83,100 +117,110 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is not None and self._log is not None:
+        with self._exits:
+            if self._log is not None and error is not None:
                 self._log.write(_final_entry(error))
-        finally:
-            self._exits.close()
+            elif self._log is not None and self._log.library_warnings:
+                count = plural(self._log.library_warnings, "library warning")
+                self._screen.print(f"{self._job}{count} in {self._log.path}")
 
-    def add(self, display: Display) -> None:
-        """Another display, of what is reported from now on."""
-        self._displays.append(display)
+    def add(self, listener: Listener) -> None:
+        """Tells someone else what is reported from now on."""
+        self._listeners.append(listener)
 
-    def header(self, pairs: list[tuple[str, str]]) -> None:
-        """pairs: (label, value) of recipe, model, calibration, protocol and device."""
-        for display in self._displays:
-            display.header(pairs)
+    def header(self, lines: list[tuple[str, str]]) -> None:
+        """lines: (label, value) of recipe, model, calibration, protocol and device."""
+        grid = pairs(lines, label_width=0)
+        for out in self._in_full:
+            out.print(framed(grid, out.width, f"jointq {__version__}") if out.is_terminal else grid)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageTimer]:
         """Reports the start of a stage and, at its end, its duration or how else it ended."""
-        stage = StageTimer(name, self._clock)
-        for display in self._displays:
-            display.stage_starts(name)
+        stage = StageTimer(name)
         state: State = "done"
+        self._needs_heading = True
+        for out in self._in_full:
+            if not out.is_terminal:  # which has the live line
+                out.print(f"{name} ...")
         try:
-            yield stage
+            with self.bar(name, None) as phase:
+                yield stage
             state = "reused" if stage.is_reused else "done"
         except BaseException as error:
             state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
             raise
         finally:
-            stage.finish()
-            for display in self._displays:
-                display.stage_ends(name, state, stage.seconds)
+            stage.seconds = phase.seconds
+            (mark, style), taken = MARKS[state], duration(stage.seconds)
+            outcome = {"done": taken, "reused": "reused"}.get(state, f"{state} after {taken}")
+            _print(self._in_full, Text.assemble((mark, style), f" {name:<18}  ", (outcome, style)))
+            for listener in self._listeners:
+                listener.stage_ends(name, state, stage.seconds)
 
-    def bar(self, description: str, total: int) -> AbstractContextManager[PhaseBar]:
-        """The progress bar of a phase of `total` steps; call `.advance(n=1)` on what it yields."""
-        return closing(self._display.bar(description, total))
+    @contextmanager
+    def bar(self, description: str, total: int | None) -> Iterator[Phase]:
+        """The progress of a phase of `total` steps, None where that is not known; `.advance(n=1)` what it yields.
+
+        Inside, a terminal's last line is about it; a pipe gets a line now and then, and one at its end.
+        """
+        phase = Phase(self._job + description, total, self._clock, self._on_step)
+        self._phases.append(phase)
+        if self._screen.is_terminal:
+            self._live.start()
+        try:
+            yield phase
+        finally:
+            self._phases.remove(phase)
+            if not self._phases:
+                self._live.stop()
+            if phase.has_news and not self._screen.is_terminal:
+                self._screen.print(phase.line())
 
     def layer(self, record: LayerRecord) -> None:
         """Adds a row to the table of layers."""
-        for display in self._displays:
-            display.layer(record)
+        for out in self._in_full:
+            if self._needs_heading:
+                out.print(layer_row(None, out.width))
+            out.print(layer_row(record, out.width))
+        self._needs_heading = False
+        for listener in self._listeners:
+            listener.layer(record)
 
     def note(self, text: str) -> None:
-        for display in self._displays:
-            display.note(text)
+        _print(self._everywhere, Text(self._job + text))
 
     def warn(self, text: str) -> None:
         """Something that the user should look at; kept in `warnings`."""
         self.warnings.append(text)
-        for display in self._displays:
-            display.warn(text)
+        _print(self._everywhere, Text.assemble(("warning: ", "bold yellow"), (self._job + text, "yellow")))
 
-    def show_run(self, report: RunReport, run_directory: Path) -> None:
-        """The result of `jointq quantize`, where its files are, and what to do next."""
-        self._show(quantize_summary(report, _relative(run_directory)))
+    def show(self, document: TableDocument) -> None:
+        """Tables, or the result of a command."""
+        for out in self._in_full:
+            for part in rendered(document, out.width, boxed=out.is_terminal):
+                out.print(part, crop=False)
 
-    def show_rotation(self, record: RotationRecord, run_directory: Path) -> None:
-        """The result of `jointq rotate`."""
-        self._show(rotate_summary(record, _relative(run_directory)))
+    def _on_step(self, phase: Phase) -> None:
+        if phase.is_due and not self._screen.is_terminal:
+            self._screen.print(phase.line())
 
-    def show_evaluation(self, report: EvaluationReport, run_directory: Path) -> None:
-        """The result of `jointq evaluate`."""
-        self._show(evaluate_summary(report, _relative(run_directory)))
-
-    def show_exports(self, records: list[ExportRecord], places: list[Path]) -> None:
-        """What `jointq export` has written, and where."""
-        self._show(export_summary(records, [_relative(place.absolute()) for place in places]))
-
-    def show_tables(self, document: TableDocument) -> None:
-        for display in self._displays:
-            display.tables(document)
-
-    def _show(self, summary: FinalSummary) -> None:
-        for display in self._displays:
-            display.summary(summary)
-        if self._log is not None and self._log.library_warnings:
-            count = plural(self._log.library_warnings, "library warning")
-            self._display.note(f"{count} in {self._log.path}")
+    def _live_line(self) -> RenderableType:
+        if not self._phases:
+            return ""
+        phase = self._phases[-1]
+        line = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        bar = ProgressBar(phase.total, phase.done, complete_style="cyan", pulse_style="cyan")
+        line.add_row(phase.label, "" if self._screen.width < NARROW else bar, phase.figures)
+        return line
 
 
-def _display(stream: TextIO, quiet: bool, brief: str, width: int | None, clock: Callable[[], float]) -> Display:
-    is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    if quiet and (is_terminal or not brief):  # the output of a job on another machine is a log of its own
-        return Display(clock)
-    if not is_terminal:
-        return PlainDisplay(stream, clock, brief)
-    from jointq_cli.report.console.terminal import TerminalDisplay  # rich takes a while to import
-
-    return TerminalDisplay(stream, clock, width, brief)
-
-
-def _relative(path: Path) -> Path:
-    """Relative to the working directory, if it is below that."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _print(outputs: Sequence[Rich], line: Text) -> None:
+    for out in outputs:
+        out.print(line)
 
 
 def _final_entry(error: BaseException) -> str:

@@ -1,38 +1,22 @@
-"""What a command prints at its end: the result, its problems, metrics, details and next steps. Writes nothing."""
+"""What a command shows at its end: the result, its problems, metrics, details and next steps."""
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunReport, StageRecord
 from jointq_cli.report import rotation_summary, summary
-from jointq_cli.report.number_format import KeyMetric, byte_size
-from jointq_cli.report.tables.table import aligned
+from jointq_cli.report.number_format import byte_size
+from jointq_cli.report.tables.table import TableDocument
 
 
-@dataclass(frozen=True)
-class FinalSummary:
-    """The end of a command, independent of where it is displayed."""
-
-    headline: str
-    problems: list[str]
-    metrics: list[KeyMetric]
-    details: list[tuple[str, str]]  # (label, value)
-    next_steps: list[tuple[str, str]]  # (label, path or command)
-
-    def as_text(self) -> list[str]:
-        metrics = [(metric.label, f"{metric.value}  ({metric.detail})") for metric in self.metrics]
-        problems = [f"[problem] {problem}" for problem in self.problems]
-        return [self.headline, *problems, *aligned([*metrics, *self.details, *self.next_steps])]
-
-
-def quantize_summary(report: RunReport, run_directory: Path) -> FinalSummary:
-    checkpoint = shlex.quote(f"model.path={run_directory / 'checkpoint'}")
-    return FinalSummary(
+def quantize_summary(report: RunReport, run: Path) -> TableDocument:
+    """run: its directory, here and below."""
+    return TableDocument(
+        title=summary.title(report),
         headline=summary.headline(report),
         problems=summary.problems(report),
         metrics=summary.key_metrics(report),
-        details=[
+        origin=[
             *summary.basis(report),
             ("checkpoint", f"{byte_size(report.audit.checkpoint_bytes)} on disk, in the source's dtype"),
             ("stages", _stage_costs(report.stages)),
@@ -43,62 +27,66 @@ def quantize_summary(report: RunReport, run_directory: Path) -> FinalSummary:
             ("protocol", report.protocol.line()),
         ],
         next_steps=[
-            ("results", str(run_directory)),
-            ("look at it", str(run_directory / "report.html")),
-            *(("serve it", str(run_directory / "export" / record.format)) for record in report.exports),
-            ("evaluate it", f"jointq evaluate {checkpoint}"),
+            ("results", _shown(run)),
+            ("look at it", _shown(run / "report.html")),
+            *(("serve it", _shown(run / "export" / record.format)) for record in report.exports),
+            ("evaluate it", f"jointq evaluate {shlex.quote('model.path=' + _shown(run / 'checkpoint'))}"),
         ],
     )
 
 
-def export_summary(records: list[ExportRecord], places: list[Path]) -> FinalSummary:
+def export_summary(records: list[ExportRecord], places: list[Path]) -> TableDocument:
+    """places: where each was written."""
     lines = [summary.export_line(record) for record in records]
-    return FinalSummary(
-        headline=f"{records[0].format}: {lines[0]}" if len(records) == 1 else f"{len(records)} formats written",
+    alone, written = len(records) == 1, list(zip(records, places, strict=True))
+    return TableDocument(
+        title="export",
+        headline=f"{records[0].format}: {lines[0]}" if alone else f"{len(records)} formats written",
         problems=[problem for record in records if record.check for problem in record.check.problems],
-        metrics=[],
-        details=[(record.format, line) for record, line in zip(records, lines, strict=True) if len(records) > 1],
-        next_steps=[
-            pair
-            for record, place in zip(records, places, strict=True)
-            for pair in (
-                ("written to", str(place)),
-                *((runtime, _run_in(place, command)) for runtime, command in record.commands.items()),
-            )
-        ],
+        origin=[] if alone else [(record.format, line) for record, line in zip(records, lines, strict=True)],
+        next_steps=[pair for record, place in written for pair in _how_to_use(record, place)],
     )
 
 
-def _run_in(place: Path, command: str) -> str:
-    """Commands of an export are written for its README, and so for its directory."""
-    return command if command.startswith("pip ") else f"cd {shlex.quote(str(place))} && {command}"
+def _how_to_use(record: ExportRecord, place: Path) -> list[tuple[str, str]]:
+    """The commands of an export are written for its README, and so for its directory."""
+    inside = f"cd {shlex.quote(_shown(place))} && "
+    commands = [(name, text if text.startswith("pip ") else inside + text) for name, text in record.commands.items()]
+    return [("written to", _shown(place)), *commands]
 
 
-def rotate_summary(record: RotationRecord, run_directory: Path) -> FinalSummary:
-    return FinalSummary(
+def rotate_summary(record: RotationRecord, run: Path) -> TableDocument:
+    return TableDocument(
+        title="rotation",
         headline=rotation_summary.headline(record),
         problems=rotation_summary.problems(record),
         metrics=rotation_summary.metrics(record),
-        details=rotation_summary.provenance(record),
-        next_steps=[("results", str(run_directory)), ("the basis", str(run_directory / "rotation"))],
+        origin=rotation_summary.provenance(record),
+        next_steps=[("results", _shown(run)), ("the basis", _shown(run / "rotation"))],
     )
 
 
-def evaluate_summary(report: EvaluationReport, run_directory: Path) -> FinalSummary:
+def evaluate_summary(report: EvaluationReport, run: Path) -> TableDocument:
     compared = {"reference": report.reference, "engine": report.engine}
-    further = [(label, value) for label, value in compared.items() if value]
-    return FinalSummary(
+    return TableDocument(
+        title="evaluation",
         headline=f"perplexity {summary.perplexity_text(report.perplexity)}",
         problems=summary.evaluation_problems(report),
         metrics=summary.evaluation_metrics(report),
-        details=[
+        origin=[
             ("model", report.model),
-            *further,
+            *((label, value) for label, value in compared.items() if value),
             ("stages", _stage_costs(report.stages)),
             ("protocol", report.protocol.line()),
         ],
-        next_steps=[("results", str(run_directory))],
+        next_steps=[("results", _shown(run))],
     )
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working directory, if it is below that."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _stage_costs(stages: list[StageRecord]) -> str:

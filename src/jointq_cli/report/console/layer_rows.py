@@ -1,57 +1,44 @@
-"""The table of layers that grows while a run quantises, as plain text: for the log, for pipes and for the terminal.
+"""The table of layers that grows while a run quantises: a row has fixed columns and no more than a line."""
 
-Knows what a row contains and how wide it may be. Writes nothing.
-"""
+from collections.abc import Callable
+
+from rich.text import Text
 
 from jointq_cli.records import LayerRecord
 from jointq_cli.report.number_format import damping_text, scientific, shortened
-from jointq_cli.report.summary import layer_notes
+from jointq_cli.report.summary import DAMPED, FALLBACK, layer_notes
 
-# Heading and width of the columns after the layer's name, each right-aligned after two blanks.
-COLUMNS = (("shape", 11), ("E_y", 7), ("E_w", 7), ("damping", 7), ("s", 5))
-NARROW_COLUMNS = (("E_y", 7),)  # where the others leave less than LEAST_NAME_WIDTH
-VERDICT_WIDTH = 8
-LEAST_NAME_WIDTH = 18
-MOST_NAME_WIDTH = 56
-FULL_NAME_WIDTH = 32  # in a narrower column, each name begins at the number of its block
-PLAIN_WIDTH = 98  # of a row without its notes, in the log and in pipes
-
-
-def layer_heading(line_width: int = PLAIN_WIDTH) -> str:
-    width, columns = _layout(line_width)
-    return f"{'layer':<{width}}{''.join(f'  {heading:>{cell}}' for heading, cell in columns)}  verdict"
-
-
-def layer_row(layer: LayerRecord, line_width: int = PLAIN_WIDTH) -> str:
-    """One row of at most `line_width` characters, without the quantizer's notes."""
-    values = {
-        "shape": f"{layer.out_features}x{layer.in_features}",
-        "E_y": scientific(layer.output_error),
-        "E_w": scientific(layer.weight_error),
-        "damping": damping_text(layer.damping),
-        "s": f"{layer.seconds:.{2 if layer.seconds < 99.995 else 0}f}",
-    }
-    width, columns = _layout(line_width)
-    cells = "".join(f"  {values[heading]:>{cell}}" for heading, cell in columns)
-    return f"{_label(layer, width):<{width}}{cells}  {layer.verdict}"
+MOST_WIDTH = 110  # of a row without its notes
+NAME = 18  # characters that a name needs at least; where they are not left, E_y is the only column
+FULL_NAME = 32  # characters below which names begin at the number of their block
+COLUMNS: dict[str, tuple[int, Callable[[LayerRecord], str]]] = {
+    "shape": (11, lambda layer: f"{layer.out_features}x{layer.in_features}"),
+    "E_y": (7, lambda layer: scientific(layer.output_error)),
+    "E_w": (7, lambda layer: scientific(layer.weight_error)),
+    "damping": (7, lambda layer: damping_text(layer.damping)),
+    "s": (5, lambda layer: f"{layer.seconds:.{2 if layer.seconds < 99.995 else 0}f}"),
+}  # width and text by heading, each after two blanks
+VERDICT = 8
+STYLES = {FALLBACK: "bold red", DAMPED: "yellow"}
 
 
-def layer_row_with_notes(layer: LayerRecord) -> str:
-    """One complete row, for the log and for pipes."""
-    return f"{layer_row(layer):<{PLAIN_WIDTH - 1}}  {layer_notes(layer)}".rstrip()
-
-
-def _layout(line_width: int) -> tuple[int, tuple[tuple[str, int], ...]]:
-    """The width of the column of names, and the columns after it."""
-    for columns in (COLUMNS, NARROW_COLUMNS):
-        width = line_width - 1 - sum(cell + 2 for _, cell in columns) - 2 - VERDICT_WIDTH
-        if width >= LEAST_NAME_WIDTH:
+def layer_row(layer: LayerRecord | None, line_width: int) -> Text:
+    """The row of a layer, with its notes if a line holds them; None: the heading."""
+    for columns in (COLUMNS, {"E_y": COLUMNS["E_y"]}):
+        width = min(line_width, MOST_WIDTH) - sum(2 + cell for cell, _ in columns.values()) - 2 - VERDICT
+        if width >= NAME:
             break
-    return max(LEAST_NAME_WIDTH, min(MOST_NAME_WIDTH, width)), columns
+    cells = "".join(f"  {text(layer) if layer else heading:>{cell}}" for heading, (cell, text) in columns.items())
+    if layer is None:
+        return Text(f"{'layer':<{width}}{cells}  verdict", style="bold")
+    row = Text(f"{_label(layer, width):<{width}}{cells}  {layer.verdict}", STYLES.get(layer.verdict, ""))
+    notes = layer_notes(layer)
+    if notes and len(row) + len(notes) + 2 <= line_width:
+        row.append(f"  {notes}", style="dim")
+    return row
 
 
 def _label(layer: LayerRecord, width: int) -> str:
-    """The layer's name in at most `width` characters, always with the number of its block if that fits."""
+    """Its name in at most `width` characters, always with the number of its block if that fits."""
     _, block, rest = layer.name.partition(f".{layer.block}.")
-    name = layer.name if width >= FULL_NAME_WIDTH or not block else f"…{block[1:]}{rest}"
-    return shortened(name, width)
+    return shortened(layer.name if width >= FULL_NAME or not block else f"…{block[1:]}{rest}", width)

@@ -15,17 +15,15 @@ FAR_APART = 5  # ratio of the largest to the smallest value above which an axis 
 
 def comparison_figures(comparison: RunComparison) -> list[SvgFigure]:
     """All figures for which the runs have data."""
-    few = comparison.closest(MOST_DETAILED)
-    left_out = len(comparison.finished) - len(few.runs)
-    most = f"; without the {left_out} {comparison.noun}s of largest KL divergence" if left_out else ""
-    caption = f"E_y: median of each block's layers{most}"
-    return [
+    figures = [
         *_measured("Perplexity", "perplexity", "± one standard error over windows; broken: the original", comparison),
         *_measured("KL divergence", "kl", "KL(original || quantised), ± one standard error over windows", comparison),
-        *_over_depth("Output error over depth", caption, few, _medians),
-        *_by_kind(few),
-        *_over_depth("Accumulated error over depth", ACCUMULATED + most, few, _accumulated),
     ]
+    if len(comparison.finished) <= MOST_DETAILED:
+        figures += _over_depth("Output error over depth", "E_y: median of each block's layers", comparison, _medians)
+        figures += _by_kind(comparison)
+        figures += _over_depth("Accumulated error over depth", ACCUMULATED, comparison, _accumulated)
+    return figures
 
 
 def _measured(title: str, figure: str, caption: str, comparison: RunComparison) -> list[SvgFigure]:
@@ -68,8 +66,8 @@ def _by_kind(comparison: RunComparison) -> list[SvgFigure]:
     """A row per kind, a point per run."""
     kinds = comparison.kind_errors()
     series = [
-        Series(comparison.label(run), [errors[index] for errors in kinds.values()], list(range(len(kinds))))
-        for index, run in enumerate(comparison.finished)
+        Series(comparison.label(run), [errors[run.name] for errors in kinds.values()], range(len(kinds)))
+        for run in comparison.finished
     ]
     caption = "E_y: median over the layers that all runs have"
     return point_plot("Output error by kind", caption, series, x="E_y", rows=list(kinds), log_x=True)

@@ -6,7 +6,7 @@ from jointq_cli.models.identity import base_model
 from jointq_cli.records import ExportRecord, RotationRecord, RunReport
 from jointq_cli.report import summary
 from jointq_cli.report.measured import figures
-from jointq_cli.report.pages.markdown import template
+from jointq_cli.report.pages.documents import template
 
 PROJECT = "jointq"
 LIBRARIES = ("gguf", "mlx")  # formats that are a library of the hub; all others are loaded by transformers

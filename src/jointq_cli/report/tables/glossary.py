@@ -10,6 +10,7 @@ MEANINGS = {
     "that was solved for, with QEP the corrected one",
     "accumulated": "|quantised - original|² / |original|² of what leaves a block, with all blocks up to it quantised, "
     "on the first batch of calibration windows",
+    "increase": "of the perplexity against the original's, ± the standard error of the paired difference",
     "E_w": "relative error of a layer's weight, |W - W_q|² / |W|²",
     "damping": "fraction of the Hessian's mean diagonal that is added to its diagonal, so that it can be factorised",
     "lambda": "weight λ of the regularisation R in JointQ's objective e (H + λ R) eᵀ; a larger one keeps closer to the "
@@ -47,4 +48,4 @@ def explained(document: TableDocument) -> TableDocument:
     title = meanings(document.title)
     first = [noted(table) for table in document.first_tables]
     tables = [noted(table) for table in document.tables]
-    return replace(document, explanation=[*document.explanation, title], first_tables=first, tables=tables)
+    return replace(document, words=title, first_tables=first, tables=tables)

@@ -10,10 +10,11 @@ from functools import partial
 from jointq_cli.records import LayerRecord, RotationRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.number_format import MISSING, byte_size, damping_text, duration, plural, scientific, significant
-from jointq_cli.report.tables.experts import experts_table
+from jointq_cli.report.number_format import MISSING, byte_size, damping_text, listed, plural, scientific, significant
 from jointq_cli.report.tables.glossary import explained
 from jointq_cli.report.tables.table import TableDocument, TextTable
+
+FEWEST = 3  # experts of a block that are named
 
 
 def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
@@ -27,13 +28,11 @@ def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
             problems=summary.problems(report),
             warnings=report.warnings,
             sound=summary.sound(report),
-            explanation=[summary.explanation(report)],
             metrics=summary.key_metrics(report),
             first_tables=[_texts(report, quoted=worst is not None), errors_by_block(report), experts_table(layers)],
             tables=[
                 *([_basis(report.rotation)] if report.rotation else []),
                 allocation_table(report),
-                _kinds(layers),
                 _layers("Layers that are not ok", odd),
                 _layers("Layers", layers) if worst is None else _worst(layers, worst),
                 _stages(report),
@@ -46,29 +45,34 @@ def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
 
 def errors_by_block(report: RunReport) -> TextTable:
     """E_y over depth and kind, the median where a block has several layers of a kind; with bits where these differ."""
-    kinds = list(summary.layers_by_kind(report.layers))
+    kinds = summary.layers_by_kind(report.layers)
     cells = grouped(report.layers, lambda layer: (layer.block, layer.kind))
     accumulated = {block.block: scientific(block.output_error, 1) for block in report.blocks}
     differ = len({layer.bits_per_weight for layer in report.layers}) > 1
-    errors = {place: statistics.median(layer.output_error for layer in found) for place, found in cells.items()}
 
-    def text(place: tuple[int, str]) -> str:
-        if place not in cells:
-            return MISSING
-        bits = statistics.mean(layer.bits_per_weight for layer in cells[place])
-        return scientific(errors[place], 1) + (f" / {significant(bits, 2)}" if differ else "")
+    def text(layers: Sequence[LayerRecord]) -> str:
+        bits = f" / {significant(statistics.mean(layer.bits_per_weight for layer in layers), 2)}" if differ else ""
+        return scientific(_median(layers), 1) + bits
 
     blocks = sorted({block for block, _ in cells})
-    rows = [[str(block), *(text((block, kind)) for kind in kinds), accumulated.get(block, MISSING)] for block in blocks]
+    rows = []
+    for block in blocks:
+        of_kinds = (text(cells[block, kind]) if (block, kind) in cells else MISSING for kind in kinds)
+        rows.append([str(block), *of_kinds, accumulated.get(block, MISSING)])
+    errors = {place: _median(layers) for place, layers in cells.items()}
     order = sorted(errors.values(), key=lambda error: (math.isnan(error), error))
     shades = {place: 60 * order.index(error) // len(order) for place, error in errors.items()}
     return TextTable(
         "Where the error is: E_y by block and kind",
         ["block", *kinds, "accumulated"],
-        rows,
+        [*rows, ["median", *map(text, kinds.values()), ""]],
         note="After the stroke: bits per weight." if differ else "",
-        shades=[[0, *(shades.get((block, kind), 0) for kind in kinds), 0] for block in blocks],
+        shades=[*([0, *(shades.get((block, kind), 0) for kind in kinds)] for block in blocks), []],
     )
+
+
+def _median(layers: Sequence[LayerRecord]) -> float:
+    return statistics.median(layer.output_error for layer in layers)
 
 
 def allocation_table(report: RunReport) -> TextTable:
@@ -93,19 +97,6 @@ def allocation_table(report: RunReport) -> TextTable:
         "propagation; measured: on the evaluation text. Compare predictions with each other."
     )
     return TextTable.of(f"Budget: {record.allocation}", points, columns, note=note)
-
-
-def _kinds(layers: Sequence[LayerRecord]) -> TextTable:
-    """A row per kind of layer, such as q_proj, in the order of the model."""
-    columns = {
-        "kind": lambda members: members[0].kind,
-        "layers": lambda members: str(len(members)),
-        "median E_y": lambda members: scientific(statistics.median(layer.output_error for layer in members)),
-        "largest E_y": lambda members: scientific(max(layer.output_error for layer in members)),
-        "median E_w": lambda members: scientific(statistics.median(layer.weight_error for layer in members)),
-        "time": lambda members: duration(sum(layer.seconds for layer in members)),
-    }
-    return TextTable.of("Layers by kind", summary.layers_by_kind(layers).values(), columns)
 
 
 def _worst(layers: Sequence[LayerRecord], count: int) -> TextTable:
@@ -159,3 +150,37 @@ def _texts(report: RunReport, *, quoted: bool) -> TextTable:
     simulated = "; activations are not quantised" if report.simulation else ""
     note = f"What each model writes after a prompt, by the most likely token each time{simulated}."
     return TextTable("Generated text", ["prompt", "original", "quantised"], rows, stub=3, note=note)
+
+
+def expert_counts(layers: Sequence[LayerRecord]) -> dict[str, dict[str, int]]:
+    """The tokens of each expert, by its number, of each module with experts, in the order of the model."""
+    found: dict[str, dict[str, int]] = {}
+    for layer in layers:
+        if layer.tokens is not None:
+            module, number, *_ = layer.name.rsplit(".", 2)
+            found.setdefault(module, {})[number] = layer.tokens
+    return found
+
+
+def few_tokens(layers: Sequence[LayerRecord], least: int) -> list[str]:
+    """A warning where experts have received fewer tokens than `least`."""
+    counts = expert_counts(layers)
+    few = [f"{module}.{number}" for module in counts for number, tokens in counts[module].items() if tokens < least]
+    experts = plural(sum(map(len, counts.values())), "expert")
+    warning = (
+        f"experts.warn_below={least}: {len(few)} of {experts} {'has' if len(few) == 1 else 'have'} received fewer "
+        f"calibration tokens ({listed(few)}); raise calibration.num_samples"
+    )
+    return [warning] if few else []
+
+
+def experts_table(layers: Sequence[LayerRecord]) -> TextTable:
+    """A row per module with experts."""
+    rows = []
+    for module, tokens in expert_counts(layers).items():
+        counts = sorted(tokens.values())
+        named = sorted(tokens, key=lambda number: tokens[number])[:FEWEST]
+        numbers = (len(counts), counts[0], f"{statistics.median(counts):g}", counts[-1], counts.count(0))
+        rows.append([module, *map(str, numbers), ", ".join(f"{number} ({tokens[number]})" for number in named)])
+    heading = ["experts of", "experts", "least", "median", "most", "without any", "fewest"]
+    return TextTable("Calibration tokens per expert", heading, rows)

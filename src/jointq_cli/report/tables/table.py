@@ -1,7 +1,4 @@
-"""Tables of text and documents made of them: the one source for the terminal, pipes, Markdown, CSV and HTML.
-
-Knows rows, columns and widths. Knows nothing of what the cells say, no file and no terminal.
-"""
+"""Tables of text and documents made of them: the one source for the terminal, pipes, Markdown and HTML."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,13 +42,10 @@ class TextTable:
             [c for c in columns if c < self.stub or {row[c].strip() for row in self.rows} - {"", MISSING}]
         )
 
-    def widths(self) -> list[int]:
-        """Of each column, in characters."""
-        return [max(map(len, column)) for column in zip(self.heading, *self.rows, strict=True)]
-
     def folded(self, width: int) -> list["TextTable"]:
         """The same table in parts of at most `width` characters, if cells allow it; each has the first column."""
-        widths, parts, taken = self.widths(), [[0]], 0
+        widths = [max(map(len, column)) for column in zip(self.heading, *self.rows, strict=True)]
+        parts, taken = [[0]], 0
         for column in range(1, len(widths)):
             taken += GAP + widths[column]
             if widths[0] + taken > width and len(parts[-1]) > 1:
@@ -60,17 +54,6 @@ class TextTable:
             parts[-1].append(column)
         last = len(parts) - 1
         return [replace(self._part(part), note=self.note * (at == last)) for at, part in enumerate(parts)]
-
-    def as_text(self) -> list[str]:
-        """Lines: title, heading, rows and note."""
-        widths = self.widths()
-        lines = [
-            (" " * GAP)
-            .join(f"{text:{'<' if c < self.stub else '>'}{widths[c]}}" for c, text in enumerate(row))
-            .rstrip()
-            for row in [self.heading, *self.rows]
-        ]
-        return [self.title, *lines, *filter(None, [self.note])]
 
     def _part(self, columns: Sequence[int]) -> "TextTable":
         rows = [[row[c] for c in columns] for row in self.rows]
@@ -84,32 +67,21 @@ class TableDocument:
 
     title: str
     headline: str
-    warnings: list[str]
-    notes: list[str]
-    tables: list[TextTable]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tables: list[TextTable] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # reasons not to use the result, worse than warnings
     sound: str = ""  # said where there are none
-    explanation: list[str] = field(default_factory=list)  # paragraphs
+    words: str = ""  # what those of the title mean
     metrics: list[KeyMetric] = field(default_factory=list)
     first_tables: list[TextTable] = field(default_factory=list)  # before the figures of a page
     origin: list[tuple[str, str]] = field(default_factory=list)  # (label, value) of what the result was made from
+    next_steps: list[tuple[str, str]] = field(default_factory=list)  # (label, path or command), for a terminal
 
     @property
     def shown(self) -> list[TextTable]:
         """All tables that have rows."""
         return [table for table in [*self.first_tables, *self.tables] if table.rows]
-
-    def as_text(self) -> list[str]:
-        """Lines for a pipe: rows are not folded, so that `grep` and `cut` work on them."""
-        warnings = [f"[warning] {warning}" for warning in [*self.problems, *self.warnings]]
-        tables = [line for table in self.shown for line in ["", *table.as_text()]]
-        return [self.headline, *warnings, *tables, *([""] if self.notes else []), *self.notes]
-
-
-def aligned(pairs: list[tuple[str, str]]) -> list[str]:
-    """One line per (label, value): labels in one column, values in the next."""
-    width = max((len(label) for label, _ in pairs), default=0)
-    return [f"{label:<{width}}  {value}".rstrip() for label, value in pairs]
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

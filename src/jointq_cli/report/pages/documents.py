@@ -1,24 +1,31 @@
-"""Documents as Markdown, and the templates of all pages."""
+"""Documents as Markdown and as self-contained HTML pages: no scripts, fonts or images from elsewhere."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from jointq_cli.records import RunReport
-from jointq_cli.report.tables.run import run_document
+from jointq_cli.report.comparison import RunComparison
 from jointq_cli.report.tables.table import TableDocument
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-WORST = 10  # layers; layers.csv has all
-
-
-def run_markdown(report: RunReport) -> str:
-    return document_markdown(run_document(report, WORST))
+    from jointq_cli.report.figures.style import SvgFigure
 
 
 def document_markdown(document: TableDocument) -> str:
     return template("document.md.jinja").render(document=document)
+
+
+def document_html(document: TableDocument, figures: Sequence["SvgFigure"]) -> str:
+    return template("document.html.jinja").render(document=document, figures=figures)
+
+
+def comparison_html(comparison: RunComparison, document: TableDocument) -> str:
+    """document: the tables of this comparison."""
+    from jointq_cli.report.figures.comparison import comparison_figures  # imports matplotlib
+
+    return document_html(document, comparison_figures(comparison))
 
 
 @cache
