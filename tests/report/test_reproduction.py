@@ -538,8 +538,8 @@ def test_pydoc_of_another_python_is_named_as_such(run: FinishedRun) -> None:
 def test_lines_and_markdown_have_every_step_and_the_json_comes_back(run: FinishedRun, tmp_path: Path) -> None:
     found = compare(run, elsewhere(CHANGES["codes"](run)), 0.05)
     document = reproduction_document(found)
-    stream = io.StringIO()
-    Console(stream=stream).show(document)
+    with Console(stream=(stream := io.StringIO())) as console:
+        console.show(document)
     for text in (stream.getvalue(), document_markdown(document)):
         assert all(step.name in text for step in found.steps)
         assert "it begins with: codes: 1 of 28, model.layers.2.mlp.up_proj first: " in text
