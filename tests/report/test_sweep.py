@@ -115,8 +115,8 @@ def test_tasks_have_their_columns(tmp_path: Path, report: RunReport, task: TaskR
     assert [row[table.heading.index("arc_easy acc")] for row in table.rows] == ["0.620 ± 0.010", "-"]
     write_summary(directory, page=False)
     [first, second] = json.loads((tmp_path / "summary.json").read_text())
-    assert (first["arc_easy/acc"], first["arc_easy/acc_standard_error"]) == (0.62, 0.01)
-    assert "arc_easy/acc" not in second
+    assert (first["arc_easy acc"], first["arc_easy acc_standard_error"]) == (0.62, 0.01)
+    assert "arc_easy acc" not in second
 
 
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -154,14 +153,13 @@ class RunComparison:
             layer.name for run in self.finished[:1] for layer in run.layers if all(layer.name in each for each in names)
         ]
 
-    def kind_errors(self) -> dict[str, dict[str, float]]:
-        """By kind of layer and name of the finished run, the median output error over the layers that all have: others
-        would make it incomparable."""
-        common, found = set(self.common_layers), defaultdict[str, dict[str, float]](dict)
-        for run in self.finished:
-            for kind, layers in grouped((each for each in run.layers if each.name in common), _kind).items():
-                found[kind][run.name] = statistics.median(layer.output_error for layer in layers)
-        return found
+    def kind_errors(self) -> dict[str, list[float]]:
+        """By kind of layer, the median output error in each finished run, over the layers that all have: others would
+        make it incomparable."""
+        common = set(self.common_layers)
+        runs = [grouped((each for each in run.layers if each.name in common), _kind) for run in self.finished]
+        kinds = runs[0] if runs else {}
+        return {kind: [statistics.median(each.output_error for each in run[kind]) for run in runs] for kind in kinds}
 
     def _differs(self, key: str) -> bool:
         """A key that some runs lack differs, unless they chose another option of its group: RTN has no damping."""

@@ -38,9 +38,8 @@ def read_finished_run(directory: Path) -> FinishedRun:
     if not place.is_file():
         raise JointqError(f"{directory}: has no manifest.json, so it is no finished run of jointq quantize")
     manifest = cast(Manifest, load_record(Manifest, place))
-    command = "evaluate" if (directory / "evaluation.json").is_file() else "".join(manifest.command[1:2])
-    if command in ("evaluate", "rotate"):
-        raise JointqError(f"{directory}: is a run of jointq {command}; only one of jointq quantize can be reproduced")
+    if manifest.command[1:2] == ["rotate"]:
+        raise JointqError(f"{directory}: is a run of jointq rotate; only one of jointq quantize can be reproduced")
     report, settings = load_report(directory / "report.json"), load_settings(recipe)
     if manifest.recipe_sha256 not in (None, file_hash(recipe)):  # older manifests have none
         raise JointqError(

@@ -176,34 +176,28 @@ def _metrics(report: RunReport) -> dict[str, float]:
     }
 
 
-def _position(name: str, report: RunReport) -> int | None:
-    """Of a layer or a block in the order of the run, where a block comes after its layers; None for anything else."""
+def _position(path: str, report: RunReport) -> int | None:
+    """Of a value of a layer or block in the order of the run, where a block comes after its layers."""
     layers = [(layer.block, 0, layer.name) for layer in report.layers]
     blocks = [(block.block, 1, f"block {block.block}") for block in report.blocks]
-    order = [each for _, _, each in sorted([*layers, *blocks], key=lambda entry: entry[:2])]
-    return order.index(name) if name in order else None
+    order = sorted([*layers, *blocks], key=lambda entry: entry[:2])
+    return next((at for at, (_, _, name) in enumerate(order) if f"{path}.".startswith(f"{name}.")), None)
 
 
 def _step(name: str, ours: Facts, theirs: Facts, runs: Runs) -> ComparedStep:
-    part, largest = COMPUTED if name in FOLDERS else REQUESTED if name in INPUTS else MEASURED, 0.0
-    keys = list(dict.fromkeys([*ours, *theirs]))
-    differing: dict[str, str] = {}
-    for key in keys:
-        a, b = dict(_leaves(ours.get(key))), dict(_leaves(theirs.get(key)))
-        for leaf in dict.fromkeys([*a, *b]):
-            gap = _gap(a.get(leaf), b.get(leaf))
-            if gap > ROUNDING:
-                differing.setdefault(key, f"{leaf} {_values(a.get(leaf), b.get(leaf))}".strip())
-            else:
-                largest = max(largest, gap)
+    part = COMPUTED if name in FOLDERS else REQUESTED if name in INPUTS else MEASURED
+    a, b = dict(_leaves(ours)), dict(_leaves(theirs))
+    gaps = {path: _gap(a.get(path), b.get(path)) for path in dict.fromkeys([*a, *b])}
+    differing = [path for path, gap in gaps.items() if gap > ROUNDING]
     if not differing:
-        value = next(iter(ours.values()), "none")
-        shown = f"all {len(keys)}" if len(keys) > 1 or isinstance(value, dict) else _text(value)
+        largest = max(gaps.values(), default=0.0)
         rounded = f", but for sums' last digits: {largest:.0e} at most" if largest else ""
+        shown = _text(*a.values()) if len(gaps) == 1 else f"all {len(gaps)}" if gaps else "none"
         return ComparedStep(name, part, True, f"{shown}{rounded}{_by_manifest(name, runs)}")
-    first = next(iter(differing))
-    where = f"{len(differing)} of {len(keys)}, {first} first: " if len(keys) > 1 else f"{first} ".lstrip()
-    detail = "; ".join([f"{where}{differing[first]}", *_further(name, first, runs)])
+    first = differing[0]
+    count = f"{len(differing)} of {len(gaps)}, first " * (len(gaps) > 1)
+    change = f"{first} {_values(a.get(first), b.get(first))}".lstrip()
+    detail = "; ".join([f"{count}{change}", *_further(name, first, runs)])
     return ComparedStep(name, part, False, detail, _position(first, runs[0].report))
 
 

@@ -66,8 +66,8 @@ def _by_kind(comparison: RunComparison) -> list[SvgFigure]:
     """A row per kind, a point per run."""
     kinds = comparison.kind_errors()
     series = [
-        Series(comparison.label(run), [errors[run.name] for errors in kinds.values()], range(len(kinds)))
-        for run in comparison.finished
+        Series(comparison.label(run), [errors[index] for errors in kinds.values()], range(len(kinds)))
+        for index, run in enumerate(comparison.finished)
     ]
     caption = "E_y: median over the layers that all runs have"
     return point_plot("Output error by kind", caption, series, x="E_y", rows=list(kinds), log_x=True)

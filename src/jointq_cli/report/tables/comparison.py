@@ -125,7 +125,7 @@ def _runs(comparison: RunComparison) -> TextTable:
 
 def _errors(comparison: RunComparison) -> TextTable:
     def error(run: ComparedRun, kind: str) -> str:
-        return scientific(errors[kind][run.name])
+        return scientific(errors[kind][comparison.finished.index(run)])
 
     def accumulated(run: ComparedRun) -> str:
         return scientific(run.blocks[-1].output_error) if run.blocks else MISSING
@@ -147,7 +147,7 @@ def _table(
 
     names = dict(zip(shortest_suffixes(comparison.keys), comparison.keys, strict=True))
     settings = {name: partial(setting, key=key) for name, key in names.items()}
-    all_columns = {comparison.noun: attrgetter("name"), **settings, **columns}
+    all_columns: dict[str, Cell] = {comparison.noun: attrgetter("name"), **settings, **columns}
     return TextTable.of(title, runs, all_columns, stub=1 + len(settings)).filled()
 
 
