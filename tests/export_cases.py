@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_checkpoint
 from torch import Tensor
 
+from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.export import QuantizedModel
-from jointq_cli.formats.export.gguf_blocks import BlockWeight
 from jointq_cli.formats.k_quant import KGrid, KQuantWeight
+from jointq_cli.formats.turned import TurnedWeight
+from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.quantizers import RTN
@@ -37,7 +39,7 @@ def quantize_checkpoint(directory: Path, chosen: Rounding | Chosen) -> Quantized
     model = StreamedModel(Checkpoint(directory), torch.device("cpu"), torch.float32)
     layers = {name: quantizer_of(name) for name in model.linear_layers() if model.block_of(name) is not None}
     stored = {model.stored_name(f"{name}.weight"): how for name, how in layers.items() if how is not None}
-    weights: dict[str, BlockWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for file in sorted(directory.glob("*.safetensors")):
         tensors = load_file(file)
         for name in stored.keys() & tensors.keys():
@@ -50,18 +52,21 @@ def quantize_checkpoint(directory: Path, chosen: Rounding | Chosen) -> Quantized
     return QuantizedModel(Checkpoint(directory), forms, linear, weights.__getitem__)
 
 
-def _rounded(weight: Tensor, how: Rounding) -> BlockWeight:
+def _rounded(weight: Tensor, how: Rounding) -> StoredWeight:
     if isinstance(how, KGrid):
         return simply_rounded(weight.float(), how)
     prepared = how.prepare(torch.eye(weight.shape[1], dtype=torch.float64))
-    found = how.quantize(weight.float(), prepared, weight.dtype).quantized
-    assert isinstance(found, BlockWeight)
-    return found
+    return how.quantize(weight.float(), prepared, weight.dtype).quantized
 
 
-def _form(weight: BlockWeight) -> BlockWeight:
+def _form(weight: StoredWeight) -> StoredWeight:
     """As exporters see it before they load it."""
+    if isinstance(weight, TurnedWeight):
+        inner = _form(weight.inner)
+        assert isinstance(inner, UniformWeight)
+        return TurnedWeight(inner, weight.signs.to("meta"))
     if isinstance(weight, KQuantWeight):
         return KQuantWeight.empty(*weight.shape, weight.grid, torch.device("meta"))
+    assert isinstance(weight, UniformWeight)
     parts = {name: getattr(weight, name) for name in ("codes", "scale", "zero_point", "permutation")}
     return replace(weight, **{name: None if part is None else part.to("meta") for name, part in parts.items()})

@@ -130,7 +130,6 @@ def test_zero_points_that_are_no_integers_are_held_here_and_refused_elsewhere(tm
 @pytest.mark.parametrize(
     ("quantizer", "way_out"),
     [
-        (RTN(bits=4, group_size=32, incoherence="input"), r"W4 g32 asymmetric turned, .*; quantizer\.incoherence=none"),
         (Binary(group_size=32, column_scale=True), r"W1 g32 half column-scaled, .*; quantizer=jointq, or the run's"),
         (DBF(bits=3.0), r"DBF rank \d+, .*; quantizer=jointq, or the run's checkpoint as it is"),
     ],

@@ -128,6 +128,11 @@ def first_scheme(config: dict[str, Any]) -> dict[str, Any]:
         ("compressed-tensors", lambda config: first_scheme(config).update(targets=["re:.*mlp"]), "names model.layers"),
         ("compressed-tensors", lambda config: first_scheme(config)["weights"].update(symmetric=True), "zero-points"),
         ("compressed-tensors", lambda config: first_scheme(config)["weights"].update(num_bits=3), "weight_packed is"),
+        (
+            "compressed-tensors",
+            lambda config: config.update(transform_config={"config_groups": {"u": {"type": "hadamard", "apply": []}}}),
+            "type=hadamard of its transform_config; random-hadamard is",
+        ),
         ("mlx", lambda config: config.update(mode="mxfp4"), "mode=mxfp4 of MLX"),
         ("mlx", lambda config: config.update(group_size=64), "has 2 bits for each of 128 columns, not 4"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from jointq_cli.records import RunReport
 from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
-from jointq_cli.report.figures.allocation import allocation_figures
+from jointq_cli.report.figures.run import allocation_figures, run_figures
 from jointq_cli.report.pages.run import run_markdown
 from jointq_cli.report.tables.run import allocation_table
 
@@ -41,12 +41,15 @@ def test_the_table_has_both_losses(budgeted: RunReport) -> None:
 
 
 def test_figures_have_the_bits_of_every_layer_and_the_curve(budgeted: RunReport) -> None:
-    depth, curve = allocation_figures(budgeted)
+    assert budgeted.allocation is not None
+    depth, curve = allocation_figures(budgeted, budgeted.allocation)
     for bits in {layer.bits_per_weight for layer in budgeted.layers}:
         assert f">{bits:.3g}<" in depth.svg
-    assert {"least predicted", "one form in all layers", "measured"} <= set(re.findall(r">([^<>]+)</text>", curve.svg))
+    assert {"least predicted", "one form in all layers", "measured", "chosen"} <= set(
+        re.findall(r">([^<>]+)</text>", curve.svg)
+    )
 
 
 def test_nothing_without_a_budget(report: RunReport) -> None:
     assert allocation_table(report).rows == []
-    assert allocation_figures(report) == []
+    assert not [figure for figure in run_figures(report) if figure.title in ("Bits over depth", "Loss over size")]

@@ -16,7 +16,7 @@ from jointq_cli.quantization.quantizers import JointQ
 from jointq_cli.quantization.refinement.settings import BlockRefinement, ModelRefinement, NoRefinement
 from jointq_cli.records import RunReport
 from jointq_cli.report import load_report
-from jointq_cli.report.figures.refinement import refinement_figures
+from jointq_cli.report.figures.run import refinement_figures
 from jointq_cli.report.summary import problems, provenance
 from jointq_cli.stages.refine import check_refinable, require_memory
 

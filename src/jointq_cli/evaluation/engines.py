@@ -106,6 +106,8 @@ class TransformersModel(EngineModel):
 
         logging.disable_progress_bar()
         packed = Checkpoint(directory, packed=True).config.get("quantization_config") or {}
+        if packed.get("transform_config"):
+            raise ModelError("transformers does not turn inputs by a transform_config; without engine=, or engine=vllm")
         further: dict[str, Any] = {}
         if packed.get("quant_method") == "gptq" and not torch.cuda.is_available():
             # Its other kernels for CPUs compile C++ for minutes at the first forward pass.

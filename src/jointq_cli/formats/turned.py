@@ -2,8 +2,9 @@
 
 W = V Q^T with Q = diag(signs) H / sqrt(in), a random orthogonal matrix: V, whose entries are alike in size, is what has
 codes and scales. H is the Hadamard matrix of `kernels.hadamard`, with equal blocks on the diagonal where there is none
-of that size. (QuIP, Chee et al., arXiv 2307.13304; signs and Hadamard as in QuIP#, arXiv 2402.04396. Both turn the
-rows too, which gains nothing where each has scales of its own.)
+of that size. Fewer signs than columns stand for a Q of their size, repeated along the diagonal. (QuIP, Chee et al.,
+arXiv 2307.13304; signs and Hadamard as in QuIP#, arXiv 2402.04396. Both turn the rows too, which gains nothing where
+each has scales of its own.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,12 +30,12 @@ def random_signs(in_features: int, seed: int, device: torch.device) -> Tensor:
 
 def turned(rows: Tensor, signs: Tensor) -> Tensor:
     """rows Q (..., in) float64."""
-    return hadamard_transform(rows.double() * signs)
+    return hadamard_transform(rows.double().unflatten(-1, (-1, len(signs))) * signs).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
 class TurnedWeight(StoredWeight):
-    """See the module. signs (in,) int8."""
+    """See the module. signs (block,) int8, of which the columns have one or several: in of Q as a whole."""
 
     kind: ClassVar[str] = "turned"
 
@@ -55,7 +56,7 @@ class TurnedWeight(StoredWeight):
 
     @property
     def stored_bits(self) -> int:
-        """Those of the inner weight, and a sign for each column."""
+        """Those of the inner weight, and the signs."""
         return self.inner.stored_bits + len(self.signs)
 
     def record_fields(self) -> dict[str, Any]:
@@ -63,10 +64,11 @@ class TurnedWeight(StoredWeight):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """In float64, of which rounding to `dtype` leaves the same on every machine."""
-        parts = self.inner.dequantize(torch.float32).split(_ROWS_AT_ONCE)
-        return torch.cat(
-            [(hadamard_transform(part.double(), transposed=True) * self.signs).to(dtype) for part in parts]
+        blocks = self.inner.dequantize(torch.float32).unflatten(-1, (-1, len(self.signs)))
+        parts = (
+            hadamard_transform(rows.double(), transposed=True) * self.signs for rows in blocks.split(_ROWS_AT_ONCE)
         )
+        return torch.cat([part.to(dtype) for part in parts]).flatten(-2)
 
     def to_tensors(self) -> dict[str, Tensor]:
         return {**self.inner.to_tensors(), "signs": self.signs.contiguous()}

@@ -7,7 +7,7 @@ Imports inside the room point one way, from left to right:
     console        display and log file of a running command
     pages          report files: one template for HTML, one for Markdown, and CSV and JSON
     reproduction   whether two runs are the same
-    figures        figures as inline SVG
+    figures        figures as SVG
     tables         documents of tables and texts, from which console and pages render; what their words mean
     comparison     what differs between runs, or the jobs of a sweep, and which is best; run_files reads them
     measured       the figures of a report by name, and how they are shown; limits are set by these names

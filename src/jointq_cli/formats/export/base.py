@@ -105,24 +105,30 @@ class Exporter(ABC):
 
 
 def uniform_forms(
-    model: QuantizedModel, word: str, beside: tuple[type[StoredWeight], ...] = (), offsets: bool = False
+    model: QuantizedModel,
+    word: str,
+    beside: tuple[type[StoredWeight], ...] = (),
+    offsets: bool = False,
+    turned: bool = False,
 ) -> dict[str, UniformWeight]:
-    """The forms of all quantised weights but those of the kinds `beside`. word: as the user named the export. Raises
-    ConfigError where one is not uniform, and where zero-points are no integers unless the format holds `offsets`."""
+    """The forms of all quantised weights but those of the kinds `beside`; of turned ones, where the format holds them,
+    what has the codes. word: as the user named the export. Raises ConfigError where one is not uniform, and where
+    zero-points are no integers unless the format holds `offsets`."""
     found: dict[str, UniformWeight] = {}
-    for name, form in model.forms.items():
+    for name, stored in model.forms.items():
+        form = stored.inner if turned and isinstance(stored, TurnedWeight) else stored
         if isinstance(form, UniformWeight):
             if form.grid.zero != "integer" and not offsets:
-                others = "export=mlx, or " if form.bits > 1 else "quantizer=jointq with "
+                others = "export=mlx, or " if form.bits > 1 and form is stored else "quantizer=jointq with "
                 raise ConfigError(
-                    f"export={word}: {name} is stored as {form.label}, and the format holds integer zero-points alone; "
-                    f"{others}quantizer.zero_point=integer"
+                    f"export={word}: {name} is stored as {stored.label}, and the format holds integer zero-points "
+                    f"alone; {others}quantizer.zero_point=integer"
                 )
             found[name] = form
         elif not isinstance(form, beside):
             ways = {
                 KQuantWeight.kind: "; export=gguf",
-                TurnedWeight.kind: "; quantizer.incoherence=none",
+                TurnedWeight.kind: "; export=compressed-tensors, or quantizer.incoherence=none",
                 BinaryProduct.kind: "; quantizer=jointq, or the run's checkpoint as it is",
                 ColumnScaledWeight.kind: "; quantizer=jointq, or the run's checkpoint as it is",
             }

@@ -5,6 +5,7 @@ Of a weight NAME.weight (out, in) on a uniform grid with b bits:
     NAME.weight_scale       (out, groups)          in the checkpoint's dtype
     NAME.weight_shape       int64 (2,)
     NAME.weight_zero_point  int32 (words, groups)  asymmetric only, packed along out
+Of turned weights these are W Q, and the inputs are turned at run time: `input_transforms`.
 """
 
 import re
@@ -20,7 +21,9 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.export.base import Exporter, QuantizedModel, refuse_permutation, uniform_forms
 from jointq_cli.formats.export.bit_stream import pack, unpack
+from jointq_cli.formats.export.input_transforms import StoredTransforms, WrittenTransforms
 from jointq_cli.formats.export.shards import write_config, write_shards
+from jointq_cli.formats.turned import TurnedWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
 
@@ -29,6 +32,7 @@ VERSION = "0.20.0"  # of the library, whose layout this is
 MARLIN_GROUPS = (32, 64, 128)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that vLLM joins into one
+STORED_FUSED = ("qkv_proj", "query_key_value", "gate_up_proj")  # the same, joined in the checkpoint
 
 
 @dataclass(frozen=True, order=True)
@@ -53,9 +57,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class CompressedTensorsExporter(Exporter):
-    """2 to 8 bits, symmetric and asymmetric, in groups or per channel; several grids in one model."""
+    """2 to 8 bits, symmetric and asymmetric, in groups or per channel; several grids in one model; turned weights."""
 
     format: ClassVar[str] = WORD
+    holds_turned: ClassVar[bool] = True
     engine: ClassVar[str] = "transformers"
     engine_needs: ClassVar[tuple[str, ...]] = ("compressed_tensors",)
 
@@ -64,8 +69,9 @@ class CompressedTensorsExporter(Exporter):
         return WORD
 
     def check(self, model: QuantizedModel) -> list[str]:
-        forms = uniform_forms(model, WORD)
+        forms = _forms(model)
         refuse_permutation(forms, WORD)
+        _refuse_unturned(model)
         name = next((name for name, form in forms.items() if form.bits < 2), None)
         if name is not None:
             raise ConfigError(f"export={WORD}: {name} has 1 bit, and vLLM runs 2 to 8; quantizer.bits=2")
@@ -76,30 +82,50 @@ class CompressedTensorsExporter(Exporter):
                 "alone; quantizer.symmetric=true"
             )
         schemes = _schemes(forms)
-        return [*_kernel_notes(schemes), *_mixed_notes(schemes), *_fused_notes(model, schemes)]
+        notes = [*_kernel_notes(schemes), *_mixed_notes(schemes), *_fused_notes(model, schemes)]
+        return [*notes, *_turned_notes(_turned(model))]
 
     def engine_reads(self, model: QuantizedModel) -> bool:
-        return not _mixed_notes(_schemes(uniform_forms(model, WORD)))
+        return not _turned(model) and not _mixed_notes(_schemes(_forms(model)))
+
+    def stored_bits(self, model: QuantizedModel) -> int:
+        matrices = sum(16 * size**2 for size in _sizes(_turned(model)))
+        return sum(form.stored_bits for form in _forms(model).values()) + matrices
 
     def write(self, model: QuantizedModel, directory: Path) -> None:
-        write_shards(model, directory, lambda name: pack_weight(_module(name), model.load_uniform(name)))
-        write_config(model, directory, {"quantization_config": _quantization_config(model)})
+        transforms = WrittenTransforms()
+
+        def packed(name: str) -> dict[str, Tensor]:
+            weight, module = model.load(name), _module(name)
+            if isinstance(weight, TurnedWeight):
+                return pack_weight(module, weight.inner) | transforms.add(module, weight.signs)
+            assert isinstance(weight, UniformWeight), f"{name}: {weight.kind}"
+            return pack_weight(module, weight)
+
+        write_shards(model, directory, packed)
+        config = _quantization_config(model)
+        if transforms.sizes:
+            _refuse_several_transforms(transforms)
+            config["transform_config"] = transforms.config()
+        write_config(model, directory, {"quantization_config": config})
 
     def reader(self, model: QuantizedModel, directory: Path) -> Callable[[str], Tensor]:
         written = Checkpoint(directory, packed=True)
-        forms = uniform_forms(model, WORD)
+        forms = _forms(model)
+        transforms = StoredTransforms(written, written.config["quantization_config"])
 
         def read(name: str) -> Tensor:
             if name not in forms:
                 return written.read([name])[name]
             form, module = forms[name], _module(name)
             entries = [entry for entry in _entries(module) if entry in written.tensors]
-            return unpack_weight(form.bits, *written.read(entries).values())
+            return transforms.turned_back(module, unpack_weight(form.bits, *written.read(entries).values()))
 
         return read
 
     def commands(self, model: QuantizedModel, name: str) -> list[tuple[str, str]]:
-        return [("vLLM", f"vllm serve {name}"), ("transformers", "pip install compressed-tensors")]
+        vllm = ("vLLM", f"vllm serve {name}")
+        return [vllm] if _turned(model) else [vllm, ("transformers", "pip install compressed-tensors")]
 
 
 def pack_weight(module: str, weight: UniformWeight) -> dict[str, Tensor]:
@@ -125,6 +151,19 @@ def unpack_weight(bits: int, packed: Tensor, scale: Tensor, shape: Tensor, zero_
     return codes.sub_(offset[:, :, None]).mul_(scale.to(torch.float32)[:, :, None]).reshape(rows, columns)
 
 
+def _forms(model: QuantizedModel) -> dict[str, UniformWeight]:
+    return uniform_forms(model, WORD, turned=True)
+
+
+def _turned(model: QuantizedModel) -> dict[str, TurnedWeight]:
+    return {name: form for name, form in model.forms.items() if isinstance(form, TurnedWeight)}
+
+
+def _sizes(turned: Mapping[str, TurnedWeight]) -> list[int]:
+    """Of the matrices; layers with other signs of the same size, which have their own, are not told apart."""
+    return sorted({len(form.signs) for form in turned.values()})
+
+
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
@@ -144,7 +183,7 @@ def _schemes(forms: Mapping[str, UniformWeight]) -> dict[Scheme, list[str]]:
 
 
 def _quantization_config(model: QuantizedModel) -> dict[str, Any]:
-    schemes = _schemes(uniform_forms(model, WORD))
+    schemes = _schemes(_forms(model))
     single = len(schemes) == 1
     groups = {
         f"group_{index}": scheme.config(["Linear"] if single else [_module(name) for name in names])
@@ -162,13 +201,57 @@ def _quantization_config(model: QuantizedModel) -> dict[str, Any]:
     }
     # Read by transformers, which otherwise fails for asymmetric weights, and which with it takes the first scheme for
     # all layers. vLLM ignores it.
-    return {**config, "dequantize": True} if single else config
+    return {**config, "dequantize": True} if single and not _turned(model) else config
 
 
 def _ignored(model: QuantizedModel) -> list[str]:
     """Linear layers that are not quantised; a tied head has no tensor."""
     names = [_module(name) for name in model.linear if name not in model.forms]
     return names if any(name.endswith("lm_head") for name in names) else [*names, "lm_head"]
+
+
+def _refuse_unturned(model: QuantizedModel) -> None:
+    """Raises ConfigError for turned weights of layers whose inputs vLLM does not turn, as its source stands (0.32)."""
+    for name in _turned(model):
+        module = _module(name)
+        reasons = {
+            "is an expert": _EXPERT.search(name),
+            "has a bias": f"{module}.bias" in model.checkpoint.tensors,
+            "is several layers in one": module.endswith(STORED_FUSED),
+            "is inside of a wrapper, under another name than there": "language_model." in name,
+        }
+        if reason := next((reason for reason, applies in reasons.items() if applies), None):
+            raise ConfigError(
+                f"export={WORD}: {name} is turned and {reason}, and vLLM does not turn inputs of these; "
+                "quantizer.incoherence=none, for these alone by layers.overrides"
+            )
+
+
+def _refuse_several_transforms(transforms: WrittenTransforms) -> None:
+    """Raises ConfigError where layers that vLLM joins have inputs turned by different signs."""
+    turned_by = {module: signs for signs, modules in transforms.modules.items() for module in modules}
+    for module, signs in turned_by.items():
+        for first, *others in FUSED:
+            siblings = [module.replace(first, other) for other in others if module.endswith(first)]
+            if other := next((each for each in siblings if turned_by.get(each, signs) != signs), None):
+                raise ConfigError(
+                    f"export={WORD}: {module} and {other} are turned by different signs, and vLLM joins both; one "
+                    "quantizer.incoherence_seed for them"
+                )
+
+
+def _turned_notes(turned: Mapping[str, TurnedWeight]) -> list[str]:
+    if not turned:
+        return []
+    matrices = " and ".join(f"{size} x {size}" for size in _sizes(turned))
+    later = tuple(f"{part}.weight" for parts in FUSED for part in parts[1:])  # which share the input of the first
+    products = sum(len(form.signs) * form.shape[1] for name, form in turned.items() if not name.endswith(later))
+    share = products / sum(form.shape[0] * form.shape[1] for form in turned.values())
+    return [
+        f"export={WORD}: the inputs of turned layers are multiplied at run time by matrices of {matrices} in the "
+        f"model's dtype: {100 * share:.2g} % more multiplications. vLLM does so on one device (no tensor parallelism); "
+        "transformers does not, and computes wrong outputs without a word"
+    ]
 
 
 def _kernel_notes(schemes: Mapping[Scheme, list[str]]) -> list[str]:
@@ -191,7 +274,8 @@ def _mixed_notes(schemes: Mapping[Scheme, list[str]]) -> list[str]:
 
 def _fused_notes(model: QuantizedModel, schemes: Mapping[Scheme, list[str]]) -> list[str]:
     """vLLM joins q, k and v, and gate and up; it refuses a model where one of them is stored in another way."""
-    scheme_of = {name: scheme for scheme, names in schemes.items() for name in names}
+    turned = _turned(model)
+    scheme_of = {name: (scheme, name in turned) for scheme, names in schemes.items() for name in names}
     for parts in FUSED:
         for name in model.linear:
             if name.endswith(f"{parts[0]}.weight"):

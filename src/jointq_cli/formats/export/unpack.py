@@ -5,10 +5,10 @@ float32 and rounded once.
 """
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jointq_cli.errors import ModelError
 from jointq_cli.formats import mxfp4
 from jointq_cli.formats.export import compressed_tensors, gptq, mlx
 from jointq_cli.formats.export.bit_stream import WORD, packed_words
+from jointq_cli.formats.export.input_transforms import StoredTransforms, is_meant
 from jointq_cli.formats.export.shards import CONFIG
 from jointq_cli.models.checkpoint import PACKED_KEYS, Checkpoint, copy_companions, write_index
 from jointq_cli.models.identity import KEY, SOURCE_LAYOUT
@@ -27,7 +28,7 @@ from jointq_cli.system.tensor_files import save_tensors
 SHARD_BYTES = 1 << 30  # of a file that is written; the last tensor may exceed it
 WEIGHT = ".weight"
 DEQUANTIZED = (torch.bfloat16, torch.float16, torch.float32)
-UNREAD = ("kv_cache_scheme", "sparsity_config", "transform_config")  # of compressed-tensors
+UNREAD = ("kv_cache_scheme", "sparsity_config")  # of compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class PackedCompressedTensors(PackedCheckpoint):
             raise self.refuse(f"it has a {key}")
         if ordered := next((name for name in self.checkpoint.tensors if name.endswith(".weight_g_idx")), None):
             raise self.refuse(f"it holds {ordered}, columns in another order")
+        _ = self._transforms.matrices
         for group in self._groups:
             weights = group.get("weights") or {}
             for key, read in (
@@ -111,11 +113,17 @@ class PackedCompressedTensors(PackedCheckpoint):
             if found := next((key for key in ("input_activations", "output_activations") if group.get(key)), None):
                 raise self.refuse(f"it has {found}")
 
+    @cached_property
+    def _transforms(self) -> StoredTransforms:
+        return StoredTransforms(self.checkpoint, self.config)
+
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return list((self.config.get("config_groups") or {}).values())
 
     def parts(self, name: str) -> list[str]:
+        if name in self._transforms.matrices.values():
+            return []
         required = (".weight_packed", ".weight_scale", ".weight_shape")
         return self._grouped(name, required, (".weight_zero_point",))
 
@@ -132,11 +140,12 @@ class PackedCompressedTensors(PackedCheckpoint):
         self.require(f"{module}.weight_packed", packed, torch.int32, (rows, packed_words(columns, bits)))
         for tensor in zero_point:
             self.require(f"{module}.weight_zero_point", tensor, torch.int32, (packed_words(rows, bits), groups))
-        return compressed_tensors.unpack_weight(bits, *parts).to(scale.dtype)
+        weight = compressed_tensors.unpack_weight(bits, *parts)
+        return self._transforms.turned_back(module, weight).to(scale.dtype)
 
     def _scheme(self, module: str) -> dict[str, Any]:
         for group in self._groups:
-            if any(_targets(target, module) for target in group.get("targets") or ()):
+            if any(is_meant(target, module) for target in group.get("targets") or ()):
                 return dict(group["weights"])
         raise self.refuse(f"no group of its config names {module}")
 
@@ -275,10 +284,3 @@ def _shards(packed: PackedCheckpoint) -> Iterator[dict[str, Tensor]]:
             tensors = {}
     if tensors:
         yield tensors
-
-
-def _targets(target: str, module: str) -> bool:
-    """Whether a target of compressed-tensors, a class, a name or a pattern, means a linear layer."""
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
-    return target in ("Linear", module)

@@ -1,1 +1,1 @@
-"""Figures as inline SVG. The pages that contain them are in `pages`. Each module here imports matplotlib."""
+"""Figures as SVG. The pages that contain them are in `pages`. Each module here imports matplotlib."""

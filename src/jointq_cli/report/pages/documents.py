@@ -10,7 +10,7 @@ from jointq_cli.report.tables.table import TableDocument
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from jointq_cli.report.figures.style import SvgFigure
+    from jointq_cli.report.figures.plots import SvgFigure
 
 
 def document_markdown(document: TableDocument) -> str:

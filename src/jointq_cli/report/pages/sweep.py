@@ -28,7 +28,7 @@ def write_summary(directory: SweepDirectory, *, page: bool) -> TableDocument:
     write_text_atomically(directory.path / "summary.md", document_markdown(document))
     _write_best(directory, jobs.ranking.best)
     if page:
-        from jointq_cli.report.figures.sweep import sweep_figures  # imports matplotlib
+        from jointq_cli.report.figures.comparison import sweep_figures  # imports matplotlib
         from jointq_cli.report.pages.documents import document_html
 
         write_text_atomically(directory.path / "summary.html", document_html(document, sweep_figures(jobs)))
