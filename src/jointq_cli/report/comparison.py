@@ -30,10 +30,7 @@ class ComparedRun:
     @cached_property
     def figures(self) -> dict[str, Figure]:
         """Quality, size and costs, by name."""
-        if self.report is None:
-            return {}
-        found = figures(self.report) | costs(self.report)
-        return found | ({"seconds": Figure(self.record.seconds)} if self.record.seconds else {})
+        return {} if self.report is None else figures(self.report) | costs(self.report)
 
     def figure(self, name: str) -> Figure:
         """NaN where it was not measured."""
@@ -48,11 +45,6 @@ class ComparedRun:
         return self.figure(name).error
 
     @property
-    def state(self) -> str:
-        """Of a job, with its error."""
-        return f"{self.record.state}: {self.record.error}" if self.record.error else self.record.state
-
-    @property
     def layers(self) -> list[LayerRecord]:
         return self.report.layers if isinstance(self.report, RunReport) else []
 
@@ -63,9 +55,9 @@ class ComparedRun:
     @property
     def original(self) -> str:
         """The model that it is compared with, "" for none. An evaluation may compare several models with one."""
-        if self.report is None or isinstance(self.report, RunReport):
-            return self.report.model_hash if self.report else ""
-        return self.report.reference or ""
+        if isinstance(self.report, EvaluationReport):
+            return self.report.reference or ""
+        return self.report.model_hash if self.report else ""
 
     @property
     def is_reference(self) -> bool:

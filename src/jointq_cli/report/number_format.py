@@ -38,13 +38,11 @@ def plus_minus(value: float, standard_error: float) -> str:
     return f"{value:.{decimals}f} ± {standard_error:.{decimals}f}"
 
 
-def percent(fraction: float, digits: int = 3) -> str:
+def percent(fraction: float) -> str:
     """A fraction of one: "91.2 %". More digits near 100 %, where the remainder matters."""
     if not math.isfinite(fraction):
         return str(fraction)
-    if 0.99 <= fraction < 1:
-        return f"{100 * fraction:.2f} %"
-    return f"{significant(100 * fraction, digits)} %"
+    return f"{100 * fraction:.2f} %" if 0.99 <= fraction < 1 else f"{significant(100 * fraction, 3)} %"
 
 
 def relative_change(ratio: float, standard_error: float = math.nan) -> str:
@@ -106,11 +104,6 @@ def shortened(name: str, width: int) -> str:
     while "." in rest and len(rest) + 1 > width:
         rest = rest.split(".", 1)[1]
     return "…" + (rest if len(rest) + 1 <= width else rest[len(rest) + 1 - width :])
-
-
-def before_after(before: str | None, after: str | None) -> str:
-    """ "4 → 3"; None stands for a value that does not exist."""
-    return " → ".join("not there" if value is None else value for value in (before, after))
 
 
 def listed(names: list[str], limit: int = 3) -> str:

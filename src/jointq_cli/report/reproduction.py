@@ -31,7 +31,7 @@ from jointq_cli.records import (
 )
 from jointq_cli.report import summary
 from jointq_cli.report.finished_run import CHECKPOINT, CODES, FinishedRun, codes_file
-from jointq_cli.report.number_format import before_after, percent, relative_change, significant
+from jointq_cli.report.number_format import percent, relative_change, significant
 from jointq_cli.report.tables.table import TableDocument, TextTable
 from jointq_cli.setting_rules import UNSET, SettingRoles
 from jointq_cli.system.machine import LIBRARIES
@@ -56,9 +56,12 @@ def compare(
     runs = (original, replay)
     ours, theirs = map(_facts, runs)
     steps = [_step(name, ours[name], theirs[name], runs) for name in ours]
-    identical = all(step.same for step in steps)
-    settings = [_config(one, other, roles, identical) for one, other in (runs, (replay, original))]
-    steps.insert(0, _step("config", settings[0], settings[1], runs))
+    # A setting that only one run has was added or removed by another version of the code, where it has an implicit
+    # value. Only identical results show that it is the same value.
+    suspect = not all(step.same for step in steps)
+    a, b = map(_settings, runs)
+    config = _deciding(a, b, roles, one_sided=suspect), _deciding(b, a, roles, one_sided=suspect)
+    steps.insert(0, _step("config", *config, runs))
     metrics = [
         ReplayedMetric(name, value, other, _change(value, other) if math.isfinite(value + other) else math.inf)
         for (name, value), other in zip(
@@ -116,30 +119,23 @@ def reproduction_document(found: Reproduction) -> TableDocument:
 def deciding_differences(ours: Settings, theirs: Settings, roles: SettingRoles) -> list[str]:
     """Such as "quantizer.bits 4 → 3", for each deciding setting that both runs have and each entry of a dictionary that
     one has; a run may lack an empty one."""
-    return list(_changes(_shared(ours, theirs, roles), _shared(theirs, ours, roles)).values())
+    return list(_changes(_deciding(ours, theirs, roles), _deciding(theirs, ours, roles)).values())
 
 
-def _shared(settings: Settings, others: Settings, roles: SettingRoles) -> Settings:
+def _deciding(settings: Settings, others: Settings, roles: SettingRoles, *, one_sided: bool = False) -> Settings:
+    """one_sided: with those that the other run does not have, unless they ask for nothing."""
     return {
         key: value
         for key, value in settings.items()
-        if roles.decides(key) and (key in others or (roles.is_entry(key) and value != "{}"))
-    }
-
-
-def _config(run: FinishedRun, other: FinishedRun, roles: SettingRoles, results_are_identical: bool) -> Settings:
-    """A setting that only one run has was added or removed by another version of the code, where it has an implicit
-    value. Only identical results show that it is the same value, unless it asks for nothing, as those of experts do
-    where there are none."""
-    has_experts = any(layer.tokens is not None for layer in run.report.layers)
-    further = {
-        key: value
-        for key, value in run.settings.items()
         if roles.decides(key)
-        and not (results_are_identical or key in other.settings or value in UNSET)
-        and (has_experts or not key.startswith("experts."))
+        and (key in others or (one_sided and value not in UNSET) or (roles.is_entry(key) and value != "{}"))
     }
-    return {**_shared(run.settings, other.settings, roles), **further}
+
+
+def _settings(run: FinishedRun) -> Settings:
+    """Without those of experts, where there are none."""
+    has_experts = any(layer.tokens is not None for layer in run.report.layers)
+    return {key: value for key, value in run.settings.items() if has_experts or not key.startswith("experts.")}
 
 
 def _facts(run: FinishedRun) -> dict[str, Facts]:
@@ -229,7 +225,7 @@ def _change(ours: float, theirs: float) -> float:
 
 
 def _values(ours: Any, theirs: Any) -> str:
-    text = before_after(*(value if value is None else _text(value) for value in (ours, theirs)))
+    text = " → ".join("not there" if value is None else _text(value) for value in (ours, theirs))
     if not (isinstance(ours, float) and isinstance(theirs, float)):
         return text
     change = _change(ours, theirs)  # in enough digits that it does not look like zero

@@ -38,7 +38,7 @@ def comparison_document(comparison: RunComparison, title: str = "") -> TableDocu
 def job_line(job: ComparedRun, settings: str, width: int) -> str:
     """What a sweep prints when a job ends. settings: as text, in a column of this width."""
     shown = [f"{KINDS[name].label} {_text(job, name)}" for name in LIVE if name in job.figures]
-    state = [] if job.record.state == DONE else [job.state]
+    state = [] if job.record.state == DONE else [f"{job.record.state}: {job.record.error or 'no result'}"]
     return "  ".join([f"{job.name:>3}", f"{settings:<{width}}", *shown, *state])
 
 
@@ -81,7 +81,7 @@ def _warnings(comparison: RunComparison) -> list[str]:
         members = grouped(zip(values, comparison.finished, strict=True), lambda pair: pair[0] or "none")
         parts = [f"{value} in {_named(comparison, [run for _, run in pairs])}" for value, pairs in members.items()]
         warnings.append(f"{key}: {'; '.join(parts)}")
-    said = [(f" {run.state}", run) for run in comparison.runs if run.record.error]
+    said = [(f" {run.record.state}: {run.record.error}", run) for run in comparison.runs if run.record.error]
     for run in comparison.finished:
         said += [(f": {text}", run) for text in dict.fromkeys(run.report.warnings if run.report else [])]
     by_text = grouped(said, lambda each: each[0])

@@ -80,23 +80,17 @@ def allocation_table(report: RunReport) -> TextTable:
     record = report.allocation
     if record is None:
         return TextTable("", [], [])
-    points = {
-        "as chosen": record.chosen,
-        **{f"{words} in all": point for words, point in zip(record.candidates, record.uniform, strict=True)},
-        **({"chosen with the other allocation.tie": record.other_tie} if record.other_tie else {}),
-    }
-    measured = {"as chosen": significant(report.comparison.kl_divergence)}
-    columns = {
-        "bits": lambda name: name,
-        "bits per weight": lambda name: significant(points[name].bits_per_weight),
-        "predicted KL": lambda name: significant(points[name].loss),
-        "measured KL": lambda name: measured.get(name, ""),
-    }
+    points = [("as chosen", record.chosen)]
+    points += [(f"{words} in all", point) for words, point in zip(record.candidates, record.uniform, strict=True)]
+    points += [("chosen with the other allocation.tie", record.other_tie)] if record.other_tie else []
+    rows = [[name, significant(point.bits_per_weight), significant(point.loss), ""] for name, point in points]
+    rows[0][-1] = significant(report.comparison.kl_divergence)
     note = (
         "Predicted: what each layer alone does to the loss, added up, on the calibration tokens and without error "
         "propagation; measured: on the evaluation text. Compare predictions with each other."
     )
-    return TextTable.of(f"Budget: {record.allocation}", points, columns, note=note)
+    heading = ["bits", "bits per weight", "predicted KL", "measured KL"]
+    return TextTable(f"Budget: {record.allocation}", heading, rows, note=note)
 
 
 def _worst(layers: Sequence[LayerRecord], count: int) -> TextTable:
