@@ -181,7 +181,7 @@ def test_a_job_that_has_ended_is_a_line_with_its_settings_and_figures_or_its_err
     assert lines[0].startswith(
         "  0  bits=4    perplexity 14.00 ± 0.55  increase -23.38 ± 0.22 %  KL divergence 0.1400 ± "
     )
-    assert lines[0].endswith("time 4 min 22 s")
+    assert lines[0].endswith("time 4 min 23 s")
     assert lines[2].endswith("failed: layer x: NaN")
     assert lines[3].endswith("waiting: no result")
 
