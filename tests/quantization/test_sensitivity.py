@@ -20,7 +20,7 @@ from jointq_cli.quantization.gradients import Gradients, collect_gradients
 from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
 from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.quantization.quantizers.base import Prepared
-from jointq_cli.quantization.sensitivity import Losses, LossFiles, measure_losses
+from jointq_cli.quantization.sensitivity import Losses, LossFiles, measure_fisher, measure_losses
 from jointq_cli.quantization.settings import LoopSettings
 
 CANDIDATES: list[Quantizer] = [replace(ROUND, bits=bits) for bits in (2, 4)]
@@ -38,6 +38,7 @@ def measured(
     curvature: Kfac = UNCOUPLED,
     ahead: bool = False,
     pause: Callable[[], None] = lambda: None,
+    measure: Callable[..., None] = measure_losses,
 ) -> Losses:
     names = [name for name in model.linear_layers() if model.block_of(name) is not None]
     settings = LoopSettings(
@@ -52,7 +53,7 @@ def measured(
             collect_hessians(model, windows(), settings, hessians, lambda: None, lambda: None)
         files = LossFiles(place / "losses")
         by_name = dict.fromkeys(names, candidates)
-        measure_losses(model, windows(), settings, by_name, gradients, hessians, files, lambda: None, pause)
+        measure(model, windows(), settings, by_name, gradients, hessians, files, lambda: None, pause)
     return files.read()
 
 
@@ -87,9 +88,35 @@ def test_rows_that_compensate_each_other_lose_less(tmp_path: Path) -> None:
     assert sum(sum(losses) for losses in coupled.values()) < 0.9 * sum(sum(losses) for losses in alone.values())
 
 
-def test_stopped_or_from_the_store_they_are_the_same(tmp_path: Path) -> None:
+def test_half_the_mean_square_of_what_an_error_does_to_the_loss_of_sampled_labels(tmp_path: Path) -> None:
+    model = opened(tmp_path / "model", "gpt2")
+    found = measured(model, tmp_path, measure=measure_fisher)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    draws = torch.rand(windows().shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in found}
+    for name, kept in seen.items():
+        layer = whole.get_submodule(name)
+        layer.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].detach().flatten(0, 1)))
+        layer.register_forward_hook(
+            lambda _, args, output, kept=kept: output.register_hook(lambda g: kept.append(g.flatten(0, 1))) and None
+        )
+    logits = whole(windows()).logits
+    labels = (logits.detach().double().softmax(-1).cumsum(-1) < draws[..., None]).sum(-1)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    for name, losses in found.items():
+        x, g = seen[name]
+        weight = whole.get_parameter(f"{name}.weight").detach().T  # of a Conv1D
+        for quantizer, loss in zip(CANDIDATES, losses, strict=True):
+            error = weight - quantizer.quantize(weight, Prepared(), torch.float32).quantized.dequantize(torch.float32)
+            assert loss == pytest.approx(0.5 * float((g * (x @ error.T)).sum(-1).square().mean()), rel=1e-3)
+    kept = {f"{block:05d}.json" for block in range(len(model))}
+    assert {path.name for path in (tmp_path / "losses").iterdir()} == kept | {"hidden.safetensors"}
+
+
+@pytest.mark.parametrize("measure", [measure_losses, measure_fisher])
+def test_stopped_or_from_the_store_they_are_the_same(tmp_path: Path, measure: Callable[..., None]) -> None:
     model = opened(tmp_path / "model")
-    left = [60]
+    left = [60 if measure is measure_losses else 75]
 
     def pause() -> None:
         left[0] -= 1
@@ -97,10 +124,10 @@ def test_stopped_or_from_the_store_they_are_the_same(tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        measured(model, tmp_path / "stopped", pause=pause)
-    assert 0 < len(LossFiles(tmp_path / "stopped" / "losses").read()) < 21
-    resumed = measured(model, tmp_path / "stopped")
-    assert resumed == measured(model, tmp_path / "ahead", ahead=True)
+        measured(model, tmp_path / "stopped", pause=pause, measure=measure)
+    assert len(LossFiles(tmp_path / "stopped" / "losses").read()) < 21
+    resumed = measured(model, tmp_path / "stopped", measure=measure)
+    assert resumed == measured(model, tmp_path / "ahead", ahead=True, measure=measure)
 
 
 def test_an_expert_counts_by_its_tokens(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_every_layer_is_a_row_with_its_verdict(troubled, clock):
     report_run(Console(stream=stream, clock=clock), troubled, clock)
     rows = [line for line in stream.getvalue().splitlines() if line.startswith("model.layers.")]
     assert len(rows) == len(troubled.layers)
+    assert stream.getvalue().count("E_y, E_w: relative squared error of ") == 1
     assert "fallback" in rows[7]
     assert "not definite" in rows[7]
     assert "damped" in rows[20]

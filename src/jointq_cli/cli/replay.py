@@ -31,6 +31,8 @@ RECIPE = "replayed"
 BEFORE = {
     ("quantizer.symmetric", "quantizer.zero_point"): "null",
     ("quantizer.symmetric", "quantizer.incoherence"): "none",
+    ("allocation.candidates", "allocation.sensitivity"): "kfac",
+    ("refinement.patience", "refinement.backoff"): "1",
 }
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 

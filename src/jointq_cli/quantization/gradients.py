@@ -14,6 +14,7 @@ They are those of the model as it is, on its own hidden states: no quantizer cha
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -108,6 +109,19 @@ class Gradients:
         return self.directory / f"{block:05d}.safetensors"
 
 
+class LayerSums(ABC):
+    """What is added up over the tokens while the gradient passes through one block."""
+
+    @abstractmethod
+    def watch(self, layer: LayerRef, inputs: Tensor) -> Callable[[Tensor], None] | None:
+        """What takes the gradient (..., out) of a layer's output once it is known; None for a layer that is left out.
+        inputs: (..., in) of this call."""
+
+    @abstractmethod
+    def tensors(self, windows: Sequence[int], team: Team) -> Iterator[tuple[str, Tensor]]:
+        """What is kept, by name, over all processes. windows: the shape of this process's."""
+
+
 def collect_gradients(
     model: StreamedModel,
     windows: Tensor,
@@ -117,8 +131,11 @@ def collect_gradients(
     on_block: Callable[[], None],
     pause: Callable[[], None],
     team: Team = SINGLE_PROCESS,
+    sums: Callable[[int, Mapping[str, Tensor]], LayerSums] | None = None,
 ) -> None:
     """Fills `gradients` for the linear layers of all blocks, from its last unfinished block down.
+
+    sums: what is kept of a block in place of G and energies, from its index and its tensors by stored name.
 
     windows: (windows, tokens) int64, `batch` of them per pass. seed: of the labels. on_block is called after each
     block, pause after each batch, where it may raise. The processes of a team share the windows, and process 0 writes.
@@ -137,7 +154,7 @@ def collect_gradients(
         gradient = _of_sampled_labels(model, hidden, _draws(windows, seed)[own], pause)
         del hidden
     for index in reversed(range(len(model) - finished)):
-        block = _BlockGradients(model, index, gradients, batch)
+        block = _BlockGradients(model, index, gradients, batch, sums or partial(_output_sums, model))
         tensors = block.collect(gradient, own, pause, team)
         team.on_rank0(gradients.write_block, index, tensors)
         complete = team.gather_rows(gradient) if index else None
@@ -203,22 +220,25 @@ def _at_head(model: StreamedModel, states: Tensor, draws: Tensor) -> Tensor:
 
 
 class _BlockGradients:
-    """What is collected while the gradient passes through one block."""
+    """The gradient's way through one block."""
 
-    def __init__(self, model: StreamedModel, index: int, gradients: Gradients, batch: int) -> None:
-        self.model, self.index, self.gradients, self.batch = model, index, gradients, batch
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        gradients: Gradients,
+        batch: int,
+        sums: Callable[[int, Mapping[str, Tensor]], LayerSums],
+    ) -> None:
+        self.model, self.index, self.gradients, self.batch, self._sums = model, index, gradients, batch, sums
         self.layers = layer_refs(model.blocks[index], model.prefix(index))
-        self.sums = {
-            name: [Accumulator(span.stop - span.start, model.device) for span in output_groups(ref.out_features)]
-            for name, ref in self.layers.items()
-        }
-        self.energies: dict[str, list[Tensor]] = {name: [] for name in self.layers}  # of the tokens of each call
 
     def collect(self, gradient: Tensor, own: slice, pause: Callable[[], None], team: Team) -> dict[str, Tensor]:
         """Overwrites the gradient (windows, tokens, hidden) with that of the hidden states that enter the block, and
         returns what is kept of the layers."""
-        model, start = self.model, own.start
-        with model.block(self.index, model.block_tensors(self.index)), self._watched():
+        model, start, tensors = self.model, own.start, self.model.block_tensors(self.index)
+        sums = self._sums(self.index, tensors)
+        with model.block(self.index, tensors), self._watched(sums):
             for part in gradient.split(self.batch) if len(gradient) else ():
                 entering = self.gradients.entering(self.index, slice(start, start + len(part)))
                 leaf = entering.to(model.device).requires_grad_()
@@ -228,39 +248,58 @@ class _BlockGradients:
                 model.require_finite_activations(f"the gradients before block {self.index}", part)
                 start += len(part)
                 pause()
-        return dict(self._kept(gradient.shape, team))
-
-    def _kept(self, shape: Sequence[int], team: Team) -> Iterator[tuple[str, Tensor]]:
-        for name, sums in self.sums.items():
-            for number, accumulator in enumerate(sums):
-                accumulator.sum_over(team.all_reduce_sum)
-                if accumulator.rows:
-                    yield f"{name}.{number}", packed(accumulator.hessian()).float()
-            found = self.energies[name]
-            complete = sum(map(len, found)) == shape[0] * shape[1]
-            if all(team.gather(complete)):
-                own = torch.cat(found) if found else torch.empty(0, device=self.model.device)
-                yield f"{name}.energy", team.gather_rows(own.view(shape[0], shape[1]))
+        return dict(sums.tensors(gradient.shape, team))
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, sums: LayerSums) -> Iterator[None]:
         """Inside, gradients of the layers' outputs are added up when they are computed."""
-        handles = [
-            layer.module.register_forward_hook(partial(self._watch, name)) for name, layer in self.layers.items()
-        ]
+
+        def watch(layer: LayerRef, module: object, args: tuple[Tensor, ...], output: object) -> None:
+            tensor = first_tensor(output)
+            take = sums.watch(layer, args[0]) if tensor.requires_grad else None
+            if take is not None:
+                tensor.register_hook(take)
+
+        handles = [layer.module.register_forward_hook(partial(watch, layer)) for layer in self.layers.values()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, name: str, module: object, args: object, output: object) -> None:
-        tensor = first_tensor(output)
-        if tensor.requires_grad:
-            tensor.register_hook(partial(self._add, name))
+
+class _OutputSums(LayerSums):
+    """G and the energies of the tokens of each call."""
+
+    def __init__(self, layers: Mapping[str, LayerRef], device: torch.device) -> None:
+        self._device = device
+        self._sums = {
+            name: [Accumulator(span.stop - span.start, device) for span in output_groups(ref.out_features)]
+            for name, ref in layers.items()
+        }
+        self._energies: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def watch(self, layer: LayerRef, inputs: Tensor) -> Callable[[Tensor], None]:
+        return partial(self._add, layer.name)
 
     def _add(self, name: str, gradient: Tensor) -> None:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
-        for accumulator, span in zip(self.sums[name], output_groups(flat.shape[-1]), strict=True):
+        for accumulator, span in zip(self._sums[name], output_groups(flat.shape[-1]), strict=True):
             accumulator.add(flat[:, span])
-        self.energies[name].append(flat.square().sum(dim=-1))
+        self._energies[name].append(flat.square().sum(dim=-1))
+
+    def tensors(self, windows: Sequence[int], team: Team) -> Iterator[tuple[str, Tensor]]:
+        for name, sums in self._sums.items():
+            for number, accumulator in enumerate(sums):
+                accumulator.sum_over(team.all_reduce_sum)
+                if accumulator.rows:
+                    yield f"{name}.{number}", packed(accumulator.hessian()).float()
+            found = self._energies[name]
+            complete = sum(map(len, found)) == windows[0] * windows[1]
+            if all(team.gather(complete)):
+                own = torch.cat(found) if found else torch.empty(0, device=self._device)
+                yield f"{name}.energy", team.gather_rows(own.view(windows[0], windows[1]))
+
+
+def _output_sums(model: StreamedModel, index: int, tensors: Mapping[str, Tensor]) -> LayerSums:
+    return _OutputSums(layer_refs(model.blocks[index], model.prefix(index)), model.device)

@@ -53,7 +53,7 @@ def allocate(
     problem = find_problem(model, layers, recipe)
     if problem is None:
         return Allocated(layers)
-    measured = measure(context, model, tokens, problem.loop(recipe, tokens), problem.candidates)
+    measured = measure(context, model, tokens, problem.loop(recipe, tokens), problem.candidates, problem.sensitivity)
     allocated = open_allocation(problem, context.run(allocation_stage(problem, measured)).path)
     context.console.note(problem.outlook())
     context.console.note(describe(allocated))
@@ -137,8 +137,14 @@ class Problem:
         """Of the walk that measures losses: layers are solved for inputs of the original model."""
         loop = loop_settings({name: self.layers[name] for name in self.candidates}, recipe, tokens)
         first = next(iter(self.candidates.values()))[0]
-        curvature = loop.curvature if isinstance(loop.curvature, Kfac) else Kfac(strength=0.0)
+        curvature = loop.curvature
+        if self.allocation.sensitivity == "kfac" and not isinstance(curvature, Kfac):
+            curvature = Kfac(strength=0.0)
         return replace(loop, quantizer=first, own={}, inputs="original", qep=NoQep(), curvature=curvature)
+
+    @property
+    def sensitivity(self) -> str:
+        return self.allocation.sensitivity
 
     @cached_property
     def weights(self) -> int:

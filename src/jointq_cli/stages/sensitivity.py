@@ -9,7 +9,7 @@ from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.quantizers.base import Quantizer
-from jointq_cli.quantization.sensitivity import LossFiles, measure_losses
+from jointq_cli.quantization.sensitivity import LossFiles, measure_fisher, measure_losses
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.gradients import find_gradients
@@ -25,13 +25,15 @@ def measure(
     tokens: Tokens,
     loop: LoopSettings,
     candidates: Mapping[str, Sequence[Quantizer]],
+    sensitivity: str,
 ) -> Stage:
-    """Runs `sensitivity_stage`, and before it the gradients, and the Hessians where the store has room for them."""
-    stage = sensitivity_stage(model, tokens, loop, candidates)
+    """Runs `sensitivity_stage`, and before it the gradients if `loop` needs them, and the Hessians where the store has
+    room for them."""
+    stage = sensitivity_stage(model, tokens, loop, candidates, sensitivity)
     if not context.has(stage):
         gradients = find_gradients(context, model, tokens, loop)
         hessians = share_hessians(context, model, tokens, loop, gradients)
-        stage = sensitivity_stage(model, tokens, loop, candidates, gradients, hessians)
+        stage = sensitivity_stage(model, tokens, loop, candidates, sensitivity, gradients, hessians)
     context.run(stage)
     return stage
 
@@ -41,19 +43,20 @@ def sensitivity_stage(
     tokens: Tokens,
     loop: LoopSettings,
     candidates: Mapping[str, Sequence[Quantizer]],
+    sensitivity: str,
     gradients: Gradients | None = None,
     hessians: Hessians | None = None,
 ) -> Stage:
     """loop: of layers that are solved for inputs of the original model, with the curvature that `gradients` are of.
-    candidates: of each of its layers. The gradients follow from what is in the key, and so do the Hessians; whoever
-    computes the stage has the former."""
+    candidates: of each of its layers. sensitivity: as `allocation.sensitivity`. The gradients follow from what is in
+    the key, and so do the Hessians; whoever computes the stage has the former where they are needed."""
+    measure, passes = (measure_fisher, 2) if sensitivity == "fisher" else (measure_losses, 1)
 
     def make(scratch: Path, context: Context) -> None:
-        assert gradients is not None
         files = LossFiles(scratch)
-        with context.console.bar(SENSITIVITY, total=len(model)) as bar:
-            bar.advance(files.hidden.finished_blocks())
-            measure_losses(
+        with context.console.bar(SENSITIVITY, total=passes * len(model)) as bar:
+            bar.advance(files.hidden.finished_blocks() + Gradients(files.fisher).finished_blocks())
+            measure(
                 model,
                 tokens.windows,
                 loop,
@@ -72,6 +75,7 @@ def sensitivity_stage(
         spec={
             "candidates": {name: list(each) for name, each in candidates.items()},
             "curvature": loop.curvature,
+            "sensitivity": sensitivity,
             **statistics_spec(model, loop),
         },
         inputs=(*model.identity, tokens.hash),

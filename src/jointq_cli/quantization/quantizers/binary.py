@@ -20,11 +20,11 @@ from torch import Tensor
 from jointq_cli.errors import NumericsError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.column_scaled import ColumnScaledWeight
-from jointq_cli.formats.uniform import UniformWeight, check_group_size, grid_label, group_columns
+from jointq_cli.formats.uniform import UniformWeight, check_group_size, grid_label
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.jointq.descent import SearchResult
-from jointq_cli.quantization.quantizers.jointq.metric import Metric, for_sweeps, measure, natural_order
-from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ
+from jointq_cli.quantization.quantizers.jointq.metric import Metric, for_sweeps
+from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ, JointQPrepared
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer
 from jointq_cli.quantization.quantizers.jointq.search import State
 from jointq_cli.quantization.quantizers.statistics import HeldOut
@@ -36,25 +36,34 @@ _LEAST = 1 / 64  # of a column's scale, relative to their mean: W / c must not o
 
 @dataclass(frozen=True)
 class ColumnsPrepared(Prepared):
-    """regularized: H_l (in, in) float64; order (in,) int64: that in which the search takes its columns."""
+    """regularized: H_l (in, in) float64; metric: of c = 1."""
 
     regularized: Tensor
-    order: Tensor
+    metric: Metric
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What is found for one c (in,) float64. cost: tr(E H_l E')."""
+    """What is found for one c (in,) float64. unit: of the costs of `found`."""
 
     layer: UniformLayer
     metric: Metric
     column_scale: Tensor
     found: SearchResult[State]
-    cost: float
+    unit: float
+
+    @property
+    def cost(self) -> float:
+        """tr(E H_l E')."""
+        return float(self.found.cost.sum()) * self.unit
+
+    def signal(self) -> float:
+        """tr(W H_l W')."""
+        return self.layer.signal(self.metric) * self.unit
 
     def grid_values(self) -> Tensor:
-        """Z, (out, in) float64."""
-        return self.layer.values(self.metric, self.found.state).double()
+        """Z, (out, in) float32."""
+        return self.layer.values(self.metric, self.found.state)
 
 
 def _scales(binary: "Binary") -> bool:
@@ -82,7 +91,7 @@ class Binary(Quantizer):
 
     @property
     def _jointq(self) -> JointQ:
-        """What solves rows."""
+        """What solves rows. Where a row is one group, the start has searched it to its end already."""
         return JointQ(
             bits=1,
             group_size=self.group_size,
@@ -90,10 +99,15 @@ class Binary(Quantizer):
             regularization_lambda=self.regularization_lambda,
             regularization_gamma=self.regularization_gamma,
             regularization_floor=self.regularization_floor,
-            max_sweeps=self.max_sweeps,
+            max_sweeps=0 if self.group_size is None else self.max_sweeps,
             batch_size=self.batch_size,
             on_failure=self.on_failure,
         )
+
+    @property
+    def _sweeps(self) -> int:
+        """Of a row whose columns have got other scales: one searches a single group to its end."""
+        return min(1, self.max_sweeps) if self.group_size is None else self.max_sweeps
 
     @property
     def row_separable(self) -> bool:
@@ -122,11 +136,10 @@ class Binary(Quantizer):
         return once + self.rounds * (once + systems)
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
-        ridge = self.ridge(hessian)
-        if not self.column_scale or ridge is None or not bool(hessian.diagonal().any()):
-            return self._jointq.prepare(hessian)
-        order = natural_order(hessian, group_columns(self.group_size, len(hessian)))
-        return ColumnsPrepared(hessian + torch.diag(ridge), order)
+        prepared, ridge = self._jointq.prepare(hessian), self.ridge(hessian)
+        if not self.column_scale or ridge is None or not isinstance(prepared, JointQPrepared):
+            return prepared
+        return ColumnsPrepared(hessian + torch.diag(ridge), prepared.metric)
 
     def ridge(self, hessian: Tensor) -> Tensor | None:
         return self._jointq.ridge(hessian)
@@ -147,7 +160,7 @@ class Binary(Quantizer):
             return self._by_jointq(weight, FailedPreparation(str(error)), scale_dtype)
         last = turns[-1]
         inner = last.layer.quantized(last.metric, last.found.state, permuted=False)
-        signal = float(((weight.double() @ prepared.regularized) * weight).sum())
+        signal = last.signal()
         notes: dict[str, float | int | str | bool] = {
             "lambda": self.regularization_lambda,
             "start_error": turns[0].cost / signal if signal else 0.0,
@@ -188,14 +201,13 @@ class Binary(Quantizer):
         divided = (weight.double() / columns).float()
         layer = UniformLayer(divided, exponent, self.batch_size, jointq.integer_grid, scale_dtype)
         if before is None:
-            group = group_columns(self.group_size, len(columns))
-            metric = measure(scaled, prepared.order, group, torch.zeros_like(columns))
-            found = jointq._from_starts(layer, metric, None)
+            metric = prepared.metric
+            found = jointq.from_starts(layer, metric)
         else:
             metric = for_sweeps(scaled, before.metric)
-            found = layer.solve(metric, jointq._continue, before.found.state)
+            found = replace(jointq, max_sweeps=self._sweeps).continued(layer, metric, before.found.state)
         unit = math.ldexp(float(scaled.diagonal().mean()), 2 * exponent)
-        return Turn(layer, metric, columns, found, float(found.cost.sum()) * unit)
+        return Turn(layer, metric, columns, found, unit)
 
     def describe(self) -> str:
         label = grid_label(self._jointq.integer_grid, self.group_size) + " column-scaled" * self.column_scale
@@ -203,10 +215,13 @@ class Binary(Quantizer):
 
 
 def _best_columns(values: Tensor, correlation: Tensor, regularized: Tensor) -> Tensor | None:
-    """The c (in,) of least tr(E H_l E') for given Z (out, in); correlation: W H_l. All float64. None where several are:
-    a column of Z is zero, or all of the weight."""
-    found, failed = torch.linalg.solve_ex((values.T @ values) * regularized, (values * correlation).sum(dim=0))
-    if int(failed) or not bool(found.any()):
+    """The c (in,) of least tr(E H_l E') for given Z (out, in) float32; correlation: W H_l, float64 as it is. None where
+    several are: a column of Z is zero, or all of the weight."""
+    factor, failed = torch.linalg.cholesky_ex((values.T @ values).double() * regularized)
+    if int(failed):
+        return None
+    found = torch.cholesky_solve((values * correlation).sum(dim=0)[:, None], factor)[:, 0]
+    if not bool(found.any()):
         return None
     least = _LEAST * float(found.abs().mean())
     return torch.where(found.abs() < least, least, found)

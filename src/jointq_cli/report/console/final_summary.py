@@ -11,6 +11,7 @@ from jointq_cli.report.tables.table import TableDocument
 
 def quantize_summary(report: RunReport, run: Path) -> TableDocument:
     """run: its directory, here and below."""
+    size = byte_size(report.audit.checkpoint_bytes)
     return TableDocument(
         title=summary.title(report),
         headline=summary.headline(report),
@@ -18,7 +19,7 @@ def quantize_summary(report: RunReport, run: Path) -> TableDocument:
         metrics=summary.key_metrics(report),
         origin=[
             *summary.basis(report),
-            ("checkpoint", f"{byte_size(report.audit.checkpoint_bytes)} on disk, in the source's dtype"),
+            ("checkpoint", f"{size} on disk, in the source's dtype; the figures above are its"),
             ("stages", _stage_costs(report.stages)),
             ("layers", summary.layer_verdicts(report)),
             ("tensor audit", summary.audit_verdict(report)),

@@ -206,12 +206,13 @@ def _distribute(
     if problem is None:
         return _Distribution(layers, [], True, [])
     store, loop = Path(recipe.store), problem.loop(recipe, tokens)
-    measured = _known(sensitivity_stage(model, tokens, loop, problem.candidates), *inputs)
+    measured = _known(sensitivity_stage(model, tokens, loop, problem.candidates, problem.sensitivity), *inputs)
     stage = allocation_stage(problem, measured)
     found = _find(stage, store)
     needed = []
     if _find(measured, store) is None:
-        needed.append(_known(gradients_stage(model, tokens, loop), *inputs))
+        if isinstance(loop.curvature, Kfac):
+            needed.append(_known(gradients_stage(model, tokens, loop), *inputs))
         if can_share(model, loop, recipe.runtime.hessians_gb * 1e9):
             needed.append(_known(hessians_stage(model, tokens, loop), *inputs))
     stages, outlook = [*needed, measured, stage], problem.outlook()

@@ -71,8 +71,11 @@ def activation_order(hessian: Tensor) -> Tensor:
 def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metric:
     """The metric of `hessian` (in, in) float64 with `extra` (in,) float64 added to its diagonal.
 
-    Raises NumericsError as `factorize` does; where that adds damping, only `schur` is damped.
+    Raises NumericsError as `factorize` does; where that adds damping, only `schur` is damped. One group of all columns
+    needs no factor: its Schur complement is H_l.
     """
+    if columns == len(hessian) and (alone := _of_one_group(hessian, order, extra)):
+        return alone
     factor = factorize(hessian, order, 0.0, extra, torch.float64)
     kind = torch.float32 if factor.condition < _WELL_CONDITIONED else torch.float64
     mean = float((hessian.diagonal() + extra).mean())
@@ -95,6 +98,17 @@ def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metr
         damping_retries=factor.damping_retries,
         condition=factor.condition,
     )
+
+
+def _of_one_group(hessian: Tensor, order: Tensor, extra: Tensor) -> Metric | None:
+    """None where H_l may not be well conditioned: by its largest sum of a row over the least of `extra`, which is at
+    least the condition number of a Hessian that is positive semidefinite."""
+    sums, least = hessian.abs().sum(dim=1) + extra, float(extra.min())
+    if not float(sums.max()) < _WELL_CONDITIONED * least or not bool((hessian.diagonal() > 0).any()):
+        return None
+    diagonal = hessian.diagonal() + extra
+    full = _ordered(hessian, order, extra, float(diagonal.mean()), torch.float32)
+    return Metric(order, len(order), full, full, 0.0, 0, float(diagonal.max() / diagonal.min()))
 
 
 def for_sweeps(hessian: Tensor, like: Metric) -> Metric:

@@ -281,7 +281,7 @@ class JointQ(UniformQuantizer):
         return UniformLayer(weight, exponent, self.batch_size, self.integer_grid, scale_dtype)
 
     def _fixed(self, layer: ScaledLayer[Any], prepared: JointQPrepared) -> Chosen:
-        return self.regularization_lambda, prepared.metric, self._from_starts(layer, prepared.metric, prepared.gptq)
+        return self.regularization_lambda, prepared.metric, self.from_starts(layer, prepared.metric, prepared.gptq)
 
     def _incremental(self, layer: ScaledLayer[Any], prepared: JointQPrepared) -> Chosen:
         """The reference's rule: increase lambda as long as the weight error falls and the output error hardly rises."""
@@ -326,7 +326,7 @@ class JointQ(UniformQuantizer):
                 best, least = strength, error
         everything = prepared.everything
         metric = measure(everything, prepared.metric.order, prepared.columns, self._penalty(everything, best))
-        return best, metric, self._from_starts(layer, metric, prepared.gptq)
+        return best, metric, self.from_starts(layer, metric, prepared.gptq)
 
     def _next(
         self, layer: ScaledLayer[Any], prepared: JointQPrepared, strength: float, previous: SearchResult[Any] | None
@@ -336,14 +336,21 @@ class JointQ(UniformQuantizer):
         extra = self._penalty(prepared.hessian, strength)
         metric = prepared.metric if first else measure(prepared.hessian, prepared.metric.order, prepared.columns, extra)
         if previous is not None:
-            return metric, layer.solve(metric, self._continue, previous.state)
-        return metric, self._from_starts(layer, metric, prepared.gptq)
+            return metric, self.continued(layer, metric, previous.state)
+        return metric, self.from_starts(layer, metric, prepared.gptq)
 
-    def _continue(self, search: Search, target: Tensor, state: State | None) -> SearchResult[Any]:
-        assert state is not None
-        return search.descend(target, state, self.max_sweeps)
+    def continued(self, layer: ScaledLayer[Any], metric: Metric, state: Any) -> SearchResult[Any]:
+        """Sweeps from a solution that is known."""
 
-    def _from_starts(self, layer: ScaledLayer[Any], metric: Metric, gptq: GptqPrepared | None) -> SearchResult[Any]:
+        def solve(search: Search, target: Tensor, part: State | None) -> SearchResult[Any]:
+            assert part is not None
+            return search.descend(target, part, self.max_sweeps)
+
+        return layer.solve(metric, solve, state)
+
+    def from_starts(
+        self, layer: ScaledLayer[Any], metric: Metric, gptq: GptqPrepared | None = None
+    ) -> SearchResult[Any]:
         """For every row the best of the searches from all starts."""
         state = None
         if gptq is not None:
@@ -410,6 +417,7 @@ class JointQ(UniformQuantizer):
             "symmetric",
             "zero_point",
             "incoherence",
+            "incoherence_block",
             "grid",
             "regularization_lambda",
             "lambda_mode",

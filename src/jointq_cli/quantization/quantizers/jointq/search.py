@@ -89,7 +89,8 @@ class Search(Descent[State]):
     def _flip(
         self, correlation: Tensor, metric: Tensor, levels: Tensor, scale: Tensor, *, guarded: bool
     ) -> tuple[Tensor, Tensor]:
-        """`Kernels.flip_search` in one group, with the best zero-points where they are real."""
+        """`Kernels.flip_search` in one group, with the best zero-points where they are real; there what is not guarded
+        is not measured, and has a fall of 0."""
         search = kernels.for_device(levels.device).flip_search
         if self.grid.zero != "real":
             products = levels @ metric
@@ -99,9 +100,13 @@ class Search(Descent[State]):
         h, r = _without_offsets(correlation, metric)
         taken, _ = search(h, r, codes @ r, codes, new_scale, self.grid.box, self.rounding, guarded=guarded)
         found = self._with_zero_points(codes, new_scale, correlation, metric)
+        if not guarded:
+            levels.copy_(found)
+            scale.copy_(new_scale)
+            return taken, torch.zeros_like(taken, dtype=torch.float64)
         after = found * new_scale[:, None]
         fall = ((after - before) * (2.0 * correlation - (after + before) @ metric)).sum(dim=1, dtype=torch.float64)
-        kept = fall > 0 if guarded else torch.ones_like(fall, dtype=torch.bool)
+        kept = fall > 0
         levels.copy_(torch.where(kept[:, None], found, levels))
         scale.copy_(torch.where(kept, new_scale, scale))
         return torch.where(kept, taken.clamp_min(1), 0), torch.where(kept, fall, 0.0)
