@@ -37,7 +37,6 @@ def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
                 _layers("Layers", layers) if worst is None else _worst(layers, worst),
                 _stages(report),
             ],
-            notes=[],
             origin=summary.provenance(report),
         )
     )
