@@ -84,7 +84,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Several runs, of which the first is the reference. noun: what they are called."""
+    """Several runs. noun: what they are called."""
 
     runs: Sequence[ComparedRun]
     noun: str = "run"
@@ -139,7 +139,7 @@ class RunComparison:
 
     @cached_property
     def common_layers(self) -> list[str]:
-        """The layers that every finished run has, in the order of the reference."""
+        """The layers that every finished run has, in the order of the first."""
         names = [{layer.name for layer in run.layers} for run in self.finished]
         return [
             layer.name for run in self.finished[:1] for layer in run.layers if all(layer.name in each for each in names)

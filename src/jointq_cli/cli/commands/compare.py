@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "jointq compare",
-        description="Show finished runs side by side. The first one is the reference.",
+        description="Show finished runs side by side, which is best, and which are not distinguishable from it.",
         allow_abbrev=False,  # --htm RUN would be a file again
     )
     parser.add_argument(
