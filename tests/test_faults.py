@@ -79,7 +79,7 @@ class Place:
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page of a report is tested elsewhere, and takes a second to draw."""
-    monkeypatch.setattr("jointq_cli.report.pages.html.run_html", lambda report: "")
+    monkeypatch.setattr("jointq_cli.report.pages.run.run_html", lambda report: "")
 
 
 def prepare(path: Path) -> Place:
@@ -94,7 +94,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = prepare(tmp_path_factory.mktemp("finished"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place.path)
-        patch.setattr("jointq_cli.report.pages.html.run_html", lambda report: "")
+        patch.setattr("jointq_cli.report.pages.run.run_html", lambda report: "")
         assert place.run() == 0
     return place
 

@@ -24,8 +24,8 @@ from jointq_cli.recipe import CalibrateRecipe, EvaluateRecipe, Recipe, RotateRec
 from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunEstimate, RunReport
 from jointq_cli.report import Console, encode
 from jointq_cli.report.console.final_summary import evaluate_summary, export_summary, rotate_summary
-from jointq_cli.report.tables.experts import few_tokens
 from jointq_cli.report.tables.plan import plan_document
+from jointq_cli.report.tables.run import few_tokens
 from jointq_cli.stages.allocation import allocate, expected_layers
 from jointq_cli.stages.base import Context, open_context, use_device, windows_per_pass
 from jointq_cli.stages.engine import engine_path, score_in_engine

@@ -1,8 +1,10 @@
 """`jointq store`: it tells what is there, and removes what it may and nothing else."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -81,10 +83,11 @@ def test_ls_has_a_row_for_everything_with_its_state(shelf: Shelf, capsys: pytest
     with Store(shelf.root) as store:
         store.reuse("held", KEY, make_of(10))
         assert shelf("ls") == 0
-    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "ago" in line}
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if re.search(r" \d+-\d+-\d+ ", line)}
     assert set(rows) == {"idle", "loose", "broken_off", "held"}
     assert [rows[stage].split()[-1] for stage in ("idle", "loose")] == ["complete", "complete"]
-    assert "3 d ago" in rows["idle"]
+    used = [str(date.today() - timedelta(days=days)) for days in (3, 4)]  # 4: it has become midnight
+    assert any(f" {day} " in rows["idle"] for day in used)
     assert rows["held"].endswith("in use")
     assert rows["broken_off"].endswith("partial")
 
@@ -129,13 +132,9 @@ def test_what_was_not_used_for_long_goes(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0.5, 4000])
-def test_a_clock_that_went_back_prunes_nothing_and_ages_are_never_negative(
-    ahead: float, shelf: Shelf, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clock_that_went_back_prunes_nothing(ahead: float, shelf: Shelf) -> None:
     shelf.make("ahead", days=-ahead)
     assert shelf("prune", "--older-than", "0") == 0
-    assert shelf("ls") == 0
-    assert "0 s ago" in capsys.readouterr().out
     assert shelf.stages() == ["ahead"]
 
 

@@ -8,8 +8,8 @@ import pytest
 from jointq_cli.records import RunReport
 from jointq_cli.records.allocation import AllocationPoint, AllocationRecord
 from jointq_cli.report.figures.run import allocation_figures, run_figures
-from jointq_cli.report.pages.markdown import run_markdown
-from jointq_cli.report.tables.allocation import allocation_table
+from jointq_cli.report.pages.run import run_markdown
+from jointq_cli.report.tables.run import allocation_table
 
 
 @pytest.fixture

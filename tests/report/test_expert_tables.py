@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from jointq_cli.records import RunReport
-from jointq_cli.report.pages.markdown import run_markdown
-from jointq_cli.report.tables.experts import experts_table, few_tokens
+from jointq_cli.report.pages.run import run_markdown
+from jointq_cli.report.tables.run import experts_table, few_tokens
 
 TOKENS = {0: 900, 1: 0, 2: 40, 3: 500}
 

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jointq_cli.report.number_format import (
-    age,
     byte_size,
     duration,
     percent,
@@ -33,13 +32,6 @@ from jointq_cli.report.number_format import (
 )
 def test_a_value_has_the_digits_its_standard_error_leaves(value, error, text):
     assert plus_minus(value, error) == text
-
-
-@given(st.floats(-1e12, 1e12))
-def test_an_age_has_no_sign_and_rounds_down(seconds):
-    count, unit = age(seconds).split()
-    length = {"s": 1, "min": 60, "h": 3600, "d": 86400}[unit]
-    assert int(count) * length <= max(0, seconds) < (int(count) + 1) * length
 
 
 @pytest.mark.parametrize(

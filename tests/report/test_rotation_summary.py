@@ -10,8 +10,7 @@ import pytest
 from jointq_cli.records import RotationRecord, RotationTraining, RunReport, Simulation
 from jointq_cli.report import Console, encode, load_record, load_report, rotation_summary, summary, write_report
 from jointq_cli.report.console.final_summary import quantize_summary, rotate_summary
-from jointq_cli.report.pages.html import run_html
-from jointq_cli.report.pages.markdown import run_markdown
+from jointq_cli.report.pages.run import run_html, run_markdown
 from jointq_cli.system.run_directory import RunDirectory
 
 SIMULATED = "A4 asymmetric per token clip=searched down_proj=A8; not in the checkpoint"

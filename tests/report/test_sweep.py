@@ -116,8 +116,8 @@ def test_tasks_have_their_columns(tmp_path: Path, report: RunReport, task: TaskR
     assert [row[table.heading.index("arc_easy acc")] for row in table.rows] == ["0.620 ± 0.010", "-"]
     write_summary(directory, page=False)
     [first, second] = json.loads((tmp_path / "summary.json").read_text())
-    assert (first["arc_easy/acc"], first["arc_easy/acc_standard_error"]) == (0.62, 0.01)
-    assert "arc_easy/acc" not in second
+    assert (first["arc_easy acc"], first["arc_easy acc_standard_error"]) == (0.62, 0.01)
+    assert "arc_easy acc" not in second
 
 
 def test_nothing_is_best_where_nothing_was_measured(tmp_path: Path, report: RunReport) -> None:
@@ -181,9 +181,9 @@ def test_a_job_that_has_ended_is_a_line_with_its_settings_and_figures_or_its_err
     assert lines[0].startswith(
         "  0  bits=4    perplexity 14.00 ± 0.55  increase -23.38 ± 0.22 %  KL divergence 0.1400 ± "
     )
-    assert lines[0].endswith("time 12.0 s")
+    assert lines[0].endswith("time 4 min 23 s")
     assert lines[2].endswith("failed: layer x: NaN")
-    assert lines[3].endswith(WAITING)
+    assert lines[3].endswith("waiting: no result")
 
 
 def test_the_summary_has_every_job_and_full_precision(half_done: SweepDirectory) -> None:

@@ -49,9 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr("jointq_cli.stages.plan.throughput.MEASURED_SECONDS", 0.001)
-    monkeypatch.setattr(
-        "jointq_cli.report.pages.html.run_html", lambda report: ""
-    )  # pictures take longer than the rest
+    monkeypatch.setattr("jointq_cli.report.pages.run.run_html", lambda report: "")  # pictures take longer than the rest
 
 
 def run(*words: str) -> tuple[dict[str, str], dict[str, bool]]:

@@ -55,9 +55,7 @@ CPU = torch.device("cpu")
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jointq_cli.stages.plan.throughput.MEASURED_SECONDS", 0.001)
-    monkeypatch.setattr(
-        "jointq_cli.report.pages.html.run_html", lambda report: ""
-    )  # pictures take longer than the rest
+    monkeypatch.setattr("jointq_cli.report.pages.run.run_html", lambda report: "")  # pictures take longer than the rest
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def test_only_the_language_model_of_a_wrapper_is_quantized(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jointq_cli.report.pages.html.run_html", lambda report: "")
+    monkeypatch.setattr("jointq_cli.report.pages.run.run_html", lambda report: "")
     tied = {"tie_word_embeddings": True} if family == "smolvlm_tied" else {}
     source = write_checkpoint(tmp_path / "model", family.removesuffix("_tied"), dtype=torch.bfloat16, **tied)
     assert main(["quantize", *TINY, f"model.path={source}"]) == 0

@@ -74,7 +74,7 @@ class Place:
 def _without_pictures() -> Iterator[None]:
     """The page of a report is tested elsewhere, and takes a second to draw."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jointq_cli.report.pages.html.run_html", lambda report: "")
+        patch.setattr("jointq_cli.report.pages.run.run_html", lambda report: "")
         yield
 
 

@@ -38,7 +38,7 @@ def test_both_models_are_measured_once_as_planned_and_the_figures_are_in_the_rep
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jointq_cli.stages.plan.throughput.MEASURED_SECONDS", 0.001)
-    monkeypatch.setattr("jointq_cli.report.pages.html.run_figures", lambda report: [])
+    monkeypatch.setattr("jointq_cli.report.figures.run.run_figures", lambda report: [])
     SCRIPT["write_task"](tmp_path / "mine", 6)
     model = write_checkpoint(tmp_path / "model", max_position_embeddings=512)
     words = [

@@ -48,7 +48,7 @@ def changed_by(file: str, copy: Path, before: dict[str, str]) -> set[str]:
     "file",
     [
         "__init__.py", "cli/main.py", "cli/commands/store.py", "errors.py", "pipeline.py", "recipe.py",
-        "report/__init__.py", "report/console/console.py", "report/pages/markdown.py", "stages/base.py",
+        "report/__init__.py", "report/console/console.py", "report/pages/documents.py", "stages/base.py",
         "stages/loop_settings.py", "stages/plan/costs.py", "stages/report.py", "system/store.py", "system/inventory.py",
     ],
 )  # fmt: skip

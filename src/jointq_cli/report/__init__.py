@@ -16,7 +16,7 @@ The only room that imports rich, jinja2 and matplotlib, the latter two only when
 """
 
 from jointq_cli.report.console.console import Console
-from jointq_cli.report.pages.writers import write_report
+from jointq_cli.report.pages.run import write_report
 from jointq_cli.system.record_json import encode, load_record, load_report
 
 __all__ = ["Console", "encode", "load_record", "load_report", "write_report"]

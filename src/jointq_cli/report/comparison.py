@@ -30,15 +30,19 @@ class ComparedRun:
     @cached_property
     def figures(self) -> dict[str, Figure]:
         """Quality, size and costs, by name."""
-        if self.report is None:
-            return {}
-        found = figures(self.report) | costs(self.report)
-        return found | ({"seconds": Figure(self.record.seconds)} if self.record.seconds else {})
+        return {} if self.report is None else figures(self.report) | costs(self.report)
 
-    @property
-    def state(self) -> str:
-        """Of a job, with its error."""
-        return f"{self.record.state}: {self.record.error}" if self.record.error else self.record.state
+    def figure(self, name: str) -> Figure:
+        """NaN where it was not measured."""
+        return self.figures.get(name, Figure(math.nan))
+
+    def error(self, name: str) -> float:
+        """The standard error of a figure, which a single window leaves unknown: infinite."""
+        if self.report is None or self.report.protocol.windows == 1:
+            return math.inf
+        if name == "perplexity" and "nll_increase" in self.figures:
+            return self.figure(name).value * self.figure("nll_increase").error
+        return self.figure(name).error
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -51,9 +55,9 @@ class ComparedRun:
     @property
     def original(self) -> str:
         """The model that it is compared with, "" for none. An evaluation may compare several models with one."""
-        if self.report is None or isinstance(self.report, RunReport):
-            return self.report.model_hash if self.report else ""
-        return self.report.reference or ""
+        if isinstance(self.report, EvaluationReport):
+            return self.report.reference or ""
+        return self.report.model_hash if self.report else ""
 
     @property
     def is_reference(self) -> bool:
@@ -80,14 +84,18 @@ class Ranking:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Several runs, of which the first is the reference. noun: what they are called."""
+    """Several runs. noun: what they are called."""
 
     runs: Sequence[ComparedRun]
     noun: str = "run"
 
-    @property
+    @cached_property
     def finished(self) -> list[ComparedRun]:
         return [run for run in self.runs if run.report is not None]
+
+    @property
+    def reports(self) -> list[Report]:
+        return [run.report for run in self.runs if run.report is not None]
 
     @cached_property
     def keys(self) -> list[str]:
@@ -100,7 +108,7 @@ class RunComparison:
     def unlike(self) -> dict[str, list[str]]:
         """Why figures of these runs do not compare: the values, one per finished run, of what was not alike: the model,
         each part of the protocol, the samples of a task."""
-        reports = [run.report for run in self.finished if run.report is not None]
+        reports = self.reports
         hashes = [{task.task: task.task_hash for task in report.tasks} for report in reports]
         values = {"model": [run.original for run in self.finished]}
         values |= {part.name: [str(getattr(each.protocol, part.name)) for each in reports] for part in fields(Protocol)}
@@ -110,43 +118,28 @@ class RunComparison:
     @cached_property
     def ranking(self) -> Ranking:
         """The reference itself is not ranked."""
-        measured = [run for run in self.finished if math.isfinite(run.figures["perplexity"].value)]
-        has_divergence = [math.isfinite(run.figures.get("kl", Figure(math.nan)).value) for run in measured]
-        name = "kl" if measured and all(has_divergence) else "perplexity"
+        measured = [run for run in self.finished if math.isfinite(run.figure("perplexity").value)]
+        name = "kl" if measured and all(math.isfinite(run.figure("kl").value) for run in measured) else "perplexity"
         ranked = [run for run in measured if not run.is_reference]
         if self.unlike or not ranked:
             return Ranking(name)
-        best = min(ranked, key=lambda run: run.figures[name].value)
-        least, error = best.figures[name].value, ranked_error(best, name)
-        near = [run for run in ranked if not run.figures[name].value - least > ranked_error(run, name) + error]
-        return Ranking(name, best, tuple(run for run in near if run is not best))
-
-    def setting_texts(self, run: ComparedRun) -> list[str]:
-        """ "bits=3" for each setting that differs; those that all runs have come first. What older runs lack and others
-        do not use is left out."""
-        lacking = {key for key in self.keys if any(key not in other.settings for other in self.runs)}
-        keys = sorted(self.keys, key=lambda key: key in lacking)
-        names = dict(zip(keys, shortest_suffixes(keys), strict=True))
-        return [
-            f"{names[key]}={run.settings.get(key)}"
-            for key in keys
-            if not (key in lacking and run.settings.get(key) in UNSET)
-        ]
+        best = min(ranked, key=lambda run: run.figure(name).value)
+        gaps = [run.figure(name).value - best.figure(name).value - run.error(name) - best.error(name) for run in ranked]
+        near = [run for run, gap in zip(ranked, gaps, strict=True) if run is not best and not gap > 0]
+        return Ranking(name, best, tuple(near))
 
     def label(self, run: ComparedRun) -> str:
-        """Its name and the settings that set it apart, at most a few: "2 (quantizer=rtn, bits=3)"."""
-        settings = self.setting_texts(run)
-        return f"{run.name} ({listed(settings, MOST_SETTINGS)})" if settings else run.name
-
-    def closest(self, count: int) -> "RunComparison":
-        """The reference and the runs of least KL divergence, in the order of the runs."""
-        first, *others = self.finished
-        chosen = sorted(others, key=lambda run: run.figures.get("kl", Figure(math.inf)).value)[: count - 1]
-        return RunComparison([run for run in self.finished if run is first or run in chosen], self.noun)
+        """Its name and the settings that set it apart, at most a few: "2 (quantizer=rtn, bits=3)"; those that all runs
+        have come first, and what older runs lack and others do not use is left out."""
+        lacking = {key for key in self.keys if any(key not in other.settings for other in self.runs)}
+        keys = [key for key in self.keys if not (key in lacking and run.settings.get(key) in UNSET)]
+        names = dict(zip(self.keys, shortest_suffixes(self.keys), strict=True))
+        texts = [f"{names[key]}={run.settings.get(key)}" for key in sorted(keys, key=lambda key: key in lacking)]
+        return f"{run.name} ({listed(texts, MOST_SETTINGS)})" if texts else run.name
 
     @cached_property
     def common_layers(self) -> list[str]:
-        """The layers that every finished run has, in the order of the reference."""
+        """The layers that every finished run has, in the order of the first."""
         names = [{layer.name for layer in run.layers} for run in self.finished]
         return [
             layer.name for run in self.finished[:1] for layer in run.layers if all(layer.name in each for each in names)
@@ -157,17 +150,8 @@ class RunComparison:
         make it incomparable."""
         common = set(self.common_layers)
         runs = [grouped((each for each in run.layers if each.name in common), _kind) for run in self.finished]
-        return {
-            kind: [statistics.median(layer.output_error for layer in run[kind]) for run in runs] for kind in runs[0]
-        }
-
-    def changed_layers(self, count: int) -> dict[str, list[float]]:
-        """The errors, one per finished run, of the layers in which they changed most against the reference; an error of
-        a tenth counts as much as one of ten times."""
-        errors = [{layer.name: layer.output_error for layer in run.layers} for run in self.finished]
-        rows = {name: [each[name] for each in errors] for name in self.common_layers}
-        changed = {name: row for name, row in rows.items() if len(set(row)) > 1}
-        return dict(sorted(changed.items(), key=lambda entry: -_largest_change(*entry[1]))[:count])
+        kinds = runs[0] if runs else {}
+        return {kind: [statistics.median(each.output_error for each in run[kind]) for run in runs] for kind in kinds}
 
     def _differs(self, key: str) -> bool:
         """A key that some runs lack differs, unless they chose another option of its group: RTN has no damping."""
@@ -176,23 +160,6 @@ class RunComparison:
         group = key.partition(".")[0]
         another_option = group != key and len({run.settings.get(group) for run in self.runs}) > 1
         return any(key not in run.settings for run in self.runs) and not another_option
-
-
-def ranked_error(run: ComparedRun, name: str) -> float:
-    """The standard error that runs are ranked by. A single window leaves it unknown: infinite."""
-    assert run.report is not None
-    figure = run.figures[name]
-    if run.report.protocol.windows == 1:
-        return math.inf
-    if name == "perplexity" and "nll_increase" in run.figures:
-        return figure.value * run.figures["nll_increase"].error
-    return figure.error
-
-
-def _largest_change(reference: float, *others: float) -> float:
-    """|log ratio|."""
-    changed = [other for other in others if other != reference]
-    return max(abs(math.log(other / reference)) if other > 0 < reference else math.inf for other in changed)
 
 
 def _kind(layer: LayerRecord) -> str:

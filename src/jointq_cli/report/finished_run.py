@@ -35,13 +35,11 @@ def read_finished_run(directory: Path) -> FinishedRun:
     place, recipe = directory / "manifest.json", directory / "recipe.yaml"
     if not directory.is_dir():
         raise JointqError(f"{directory}: no such directory")
-    if (directory / "evaluation.json").is_file():
-        raise _of_another_command(directory, "evaluate")
     if not place.is_file():
         raise JointqError(f"{directory}: has no manifest.json, so it is no finished run of jointq quantize")
     manifest = cast(Manifest, load_record(Manifest, place))
     if manifest.command[1:2] == ["rotate"]:
-        raise _of_another_command(directory, "rotate")
+        raise JointqError(f"{directory}: is a run of jointq rotate; only one of jointq quantize can be reproduced")
     report, settings = load_report(directory / "report.json"), load_settings(recipe)
     if manifest.recipe_sha256 not in (None, file_hash(recipe)):  # older manifests have none
         raise JointqError(
@@ -73,7 +71,3 @@ def _hashes(directory: Path, manifest: Manifest) -> dict[str, str]:
                 f"manifest.json has {manifest.files[name][:16]}"
             )
     return manifest.files or found
-
-
-def _of_another_command(directory: Path, command: str) -> JointqError:
-    return JointqError(f"{directory}: is a run of jointq {command}; only one of jointq quantize can be reproduced")

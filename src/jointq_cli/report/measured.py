@@ -28,6 +28,10 @@ class FigureKind:
     text: Callable[[Figure], str]
 
 
+def _plain(figure: Figure) -> str:
+    return plus_minus(*figure)
+
+
 def _bits(figure: Figure) -> str:
     return significant(figure.value, 3)
 
@@ -36,13 +40,12 @@ def _size(figure: Figure) -> str:
     return byte_size(int(figure.value))
 
 
-TASK = FigureKind("", "", lambda figure: plus_minus(*figure))
 INCREASE = "of the perplexity, ± standard error of the paired difference"
 STORED = "of the quantised layers: packed codes and all that they need"
 KINDS = {
-    "perplexity": FigureKind("perplexity", "", lambda figure: plus_minus(*figure)),
+    "perplexity": FigureKind("perplexity", "", _plain),
     "perplexity_increase": FigureKind("increase", INCREASE, lambda figure: relative_change(*figure)),
-    "kl": FigureKind("KL divergence", "nats per token, original || quantised", lambda figure: plus_minus(*figure)),
+    "kl": FigureKind("KL divergence", "nats per token, original || quantised", _plain),
     "top1_agreement": FigureKind("top-1", "both put the same token first", lambda figure: percent(figure.value)),
     "bits_per_weight": FigureKind("bits/weight", STORED, _bits),
     "bits_per_block_weight": FigureKind("bits/block", "per weight of the blocks, quantised or not", _bits),
@@ -50,12 +53,19 @@ KINDS = {
     "packed_bytes": FigureKind("packed size", "of the checkpoint", _size),
     "seconds": FigureKind("time", "without stages that were reused", lambda figure: duration(figure.value)),
     "peak_memory": FigureKind("peak memory", "resident set of the process", _size),
-}  # in the order in which they are shown; figures without a kind are in files alone, but for those of tasks
+}  # in the order in which they are shown
+FILES_ALONE = FigureKind("", "", _plain)
+FURTHER = dict.fromkeys(["nll_increase", "original_perplexity", "checkpoint_bytes", "coverage"], FILES_ALONE)
+
+
+def kind_of(name: str) -> FigureKind:
+    """Of figures that are only in files, it has no label; those of tasks are shown under their names."""
+    return (KINDS | FURTHER).get(name) or FigureKind(name, "", _plain)
 
 
 def figures(report: Report) -> dict[str, Figure]:
-    """What is known of the quality and size of a model, by name; those of tasks are called TASK/METRIC."""
-    is_run, comparison = isinstance(report, RunReport), report.comparison
+    """What is known of the quality and size of a model, by name; those of tasks are called TASK METRIC."""
+    run, comparison = report if isinstance(report, RunReport) else None, report.comparison
     perplexity = report.quantized if isinstance(report, RunReport) else report.perplexity
     found = {"perplexity": Figure(perplexity.value, perplexity.standard_error)}
     if comparison is not None:
@@ -63,25 +73,28 @@ def figures(report: Report) -> dict[str, Figure]:
         found |= {
             "perplexity_increase": Figure(ratio - 1, ratio * comparison.nll_increase_standard_error),
             "nll_increase": Figure(comparison.nll_increase, comparison.nll_increase_standard_error),
-            "kl": Figure(comparison.kl_divergence, comparison.kl_divergence_standard_error),
-            "top1_agreement": Figure(comparison.top1_agreement),
         }
-        if not is_run and math.isnan(comparison.kl_divergence):  # by an engine that gives no logits
-            del found["kl"], found["top1_agreement"]
-    if isinstance(report, RunReport):
+        if run is not None or not math.isnan(comparison.kl_divergence):  # else of an engine that gives no logits
+            found["kl"] = Figure(comparison.kl_divergence, comparison.kl_divergence_standard_error)
+            found["top1_agreement"] = Figure(comparison.top1_agreement)
+    if run is not None:
         found |= {
-            "original_perplexity": Figure(report.original.value, report.original.standard_error),
-            "bits_per_weight": Figure(report.bits_per_weight),
-            "packed_bytes": Figure(report.audit.packed_bytes),
-            "checkpoint_bytes": Figure(report.audit.checkpoint_bytes),
+            "original_perplexity": Figure(run.original.value, run.original.standard_error),
+            "bits_per_weight": Figure(run.bits_per_weight),
+            "packed_bytes": Figure(run.audit.packed_bytes),
+            "checkpoint_bytes": Figure(run.audit.checkpoint_bytes),
         }
-        if report.coverage is not None:
-            found["coverage"] = Figure(report.coverage.share)
-            found["bits_per_parameter"] = Figure(report.coverage.checkpoint_bits)
-            if report.coverage.block_bits != report.bits_per_weight:
-                found["bits_per_block_weight"] = Figure(report.coverage.block_bits)
-    scores = {f"{task.task}/{task.metric}": task.score for task in report.tasks}
-    return found | {name: Figure(score.value, score.standard_error or math.nan) for name, score in scores.items()}
+        if run.coverage is not None:
+            found["coverage"] = Figure(run.coverage.share)
+            found["bits_per_parameter"] = Figure(run.coverage.checkpoint_bits)
+            if run.coverage.block_bits != run.bits_per_weight:
+                found["bits_per_block_weight"] = Figure(run.coverage.block_bits)
+    for task in report.tasks:
+        found[task.name] = Figure(task.score.value, task.score.standard_error or math.nan)
+        if task.original is not None:
+            change = task.score.value - task.original.value
+            found[f"change of {task.name}"] = Figure(change, task.change_standard_error or math.nan)
+    return found
 
 
 def costs(report: Report) -> dict[str, Figure]:

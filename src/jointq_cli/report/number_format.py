@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SIZES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
-AGES = (("d", 86400), ("h", 3600), ("min", 60))  # a unit is used from two of it upwards
-COUNTS = ((10**9, "B"), (10**6, "M"), (10**3, "k"))
 MISSING = "-"  # the text of a value that a table has no number for
 
 
-@dataclass(frozen=True)
-class KeyMetric:
+class KeyMetric(NamedTuple):
     """A measured value as text, with a detail that puts it in proportion, such as the original model's value."""
 
     label: str
@@ -41,13 +38,11 @@ def plus_minus(value: float, standard_error: float) -> str:
     return f"{value:.{decimals}f} ± {standard_error:.{decimals}f}"
 
 
-def percent(fraction: float, digits: int = 3) -> str:
+def percent(fraction: float) -> str:
     """A fraction of one: "91.2 %". More digits near 100 %, where the remainder matters."""
     if not math.isfinite(fraction):
         return str(fraction)
-    if 0.99 <= fraction < 1:
-        return f"{100 * fraction:.2f} %"
-    return f"{significant(100 * fraction, digits)} %"
+    return f"{100 * fraction:.2f} %" if 0.99 <= fraction < 1 else f"{significant(100 * fraction, 3)} %"
 
 
 def relative_change(ratio: float, standard_error: float = math.nan) -> str:
@@ -72,15 +67,6 @@ def scientific(value: float, decimals: int = 2) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def multiple(ratio: float) -> str:
-    """ "0.821 x"."""
-    return f"{significant(ratio, 3)} x"
-
-
-def text_or_missing(text: str | None) -> str:
-    return MISSING if text is None else text
-
-
 def damping_text(value: float | None) -> str:
     """A fraction of the Hessian's mean diagonal; "-" if no damping was used."""
     return MISSING if value is None else f"{value:.3g}"
@@ -88,12 +74,8 @@ def damping_text(value: float | None) -> str:
 
 def byte_size(count: int) -> str:
     """Bytes in decimal units: "2.47 GB"."""
-    return _scaled(count, SIZES, "B", " ")
-
-
-def parameter_count(count: int) -> str:
-    """A number of parameters: "134.5M"."""
-    return _scaled(count, COUNTS, "", "", digits=4)
+    size, unit = next(((size, unit) for size, unit in SIZES if count >= size), (1, "B"))
+    return f"{significant(count / size, 3) if size > 1 else count} {unit}"
 
 
 def duration(seconds: float) -> str:
@@ -107,14 +89,6 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min"
-
-
-def age(seconds: float) -> str:
-    """How long ago, in one unit: "20 s", "5 min", "3 h", "12 d". Negative (the clock was set back) counts as 0."""
-    for unit, length in AGES:
-        if seconds >= 2 * length:
-            return f"{int(seconds / length)} {unit}"
-    return f"{max(0, int(seconds))} s"
 
 
 def plural(count: int, noun: str) -> str:
@@ -132,11 +106,6 @@ def shortened(name: str, width: int) -> str:
     return "…" + (rest if len(rest) + 1 <= width else rest[len(rest) + 1 - width :])
 
 
-def before_after(before: str | None, after: str | None) -> str:
-    """ "4 → 3"; None stands for a value that does not exist."""
-    return " → ".join("not there" if value is None else value for value in (before, after))
-
-
 def listed(names: list[str], limit: int = 3) -> str:
     """The first `limit` names, and how many more there are."""
     shown = ", ".join(names[:limit])
@@ -145,21 +114,13 @@ def listed(names: list[str], limit: int = 3) -> str:
 
 def shortest_suffixes(keys: Sequence[str]) -> list[str]:
     """Each dotted key by its shortest unambiguous suffix: "bits", but "gptq.damping" if "rtn.damping" is a key too."""
-    parts = [key.split(".") for key in keys]
-    return [_shortest_suffix(key, [other for other in parts if other is not key]) for key in parts]
-
-
-def _shortest_suffix(key: list[str], others: Sequence[list[str]]) -> str:
-    suffixes = [key[-depth:] for depth in range(1, len(key) + 1)]
-    unambiguous = [suffix for suffix in suffixes if all(other[-len(suffix) :] != suffix for other in others)]
-    return ".".join(unambiguous[0] if unambiguous else key)
-
-
-def _scaled(count: int, scales: tuple[tuple[int, str], ...], unit: str, gap: str, digits: int = 3) -> str:
-    for scale, symbol in scales:
-        if count >= scale:
-            return f"{significant(count / scale, digits)}{gap}{symbol}"
-    return f"{count}{gap}{unit}"
+    found = []
+    for key in keys:
+        parts, others = key.split("."), [f".{other}" for other in keys if other != key]
+        suffixes = [".".join(parts[at:]) for at in reversed(range(len(parts)))]
+        clear = [suffix for suffix in suffixes if not any(other.endswith(f".{suffix}") for other in others)]
+        found.append(clear[0] if clear else key)
+    return found
 
 
 def _decimals(value: float, digits: int) -> int:

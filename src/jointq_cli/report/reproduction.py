@@ -31,7 +31,7 @@ from jointq_cli.records import (
 )
 from jointq_cli.report import summary
 from jointq_cli.report.finished_run import CHECKPOINT, CODES, FinishedRun, codes_file
-from jointq_cli.report.number_format import before_after, percent, relative_change, significant
+from jointq_cli.report.number_format import percent, relative_change, significant
 from jointq_cli.report.tables.table import TableDocument, TextTable
 from jointq_cli.setting_rules import UNSET, SettingRoles
 from jointq_cli.system.machine import LIBRARIES
@@ -42,7 +42,6 @@ ROTATION = "rotation/rotation.safetensors"
 HARDWARE = ("device", "gpu", "cpu", "threads", "processes")
 TEXTS = {"calibration tokens": "calibration", "evaluation windows": "evaluation"}  # step -> text of the manifest
 INPUTS = ("config", "model", *TEXTS)
-TEXT_PROPERTIES = ("revision", "text_sha256", "tokenizer_sha256", "num_samples", "seqlen", "strategy", "seed")
 FOLDERS = {"rotation": "rotation/", "codes": CODES, "checkpoint": CHECKPOINT, "exports": "export/"}  # by step
 Facts = Mapping[str, Any]  # values, and dictionaries of values, by name
 Runs = tuple[FinishedRun, FinishedRun]
@@ -57,11 +56,18 @@ def compare(
     runs = (original, replay)
     ours, theirs = map(_facts, runs)
     steps = [_step(name, ours[name], theirs[name], runs) for name in ours]
-    identical = all(step.same for step in steps)
-    settings = [_config(one, other, roles, identical) for one, other in (runs, (replay, original))]
-    steps.insert(0, _step("config", settings[0], settings[1], runs))
-    pairs = {name: (value, _metrics(replay.report)[name]) for name, value in _metrics(original.report).items()}
-    metrics = [ReplayedMetric(name, *pair, _change(*pair)) for name, pair in pairs.items()]
+    # A setting that only one run has was added or removed by another version of the code, where it has an implicit
+    # value. Only identical results show that it is the same value.
+    suspect = not all(step.same for step in steps)
+    a, b = map(_settings, runs)
+    config = _deciding(a, b, roles, one_sided=suspect), _deciding(b, a, roles, one_sided=suspect)
+    steps.insert(0, _step("config", *config, runs))
+    metrics = [
+        ReplayedMetric(name, value, other, _change(value, other) if math.isfinite(value + other) else math.inf)
+        for (name, value), other in zip(
+            _metrics(original.report).items(), _metrics(replay.report).values(), strict=True
+        )
+    ]
     changes = _changes(*map(_surroundings, runs))
     rounding = [text for name, text in changes.items() if name in (*LIBRARIES, *HARDWARE)]
     if None in (original.manifest.cpu, replay.manifest.cpu):  # one that a manifest lacks does not count
@@ -84,10 +90,17 @@ def compare(
 
 def reproduction_document(found: Reproduction) -> TableDocument:
     """The verdict, every step, and where and probably why the runs differ first."""
-    first, reasons = found.first_difference, list(_reasons(found))
+    first, notes = found.first_difference, []
     if first is not None:
         before = "" if first is found.steps[0] else "; everything before it is identical"
-        reasons.insert(0, f"it begins with: {first.name}: {first.detail}{before}")
+        notes.append(f"it begins with: {first.name}: {first.detail}{before}")
+    if found.surroundings:
+        notes.append(f"machine, libraries or code differ: {', '.join(found.surroundings)}")
+    elif first is not None and first.part != REQUESTED:
+        cause = "" if found.unknown else ": something is not deterministic"
+        notes.append(f"no difference of machine, libraries or code is recorded{cause}")
+    if found.unknown and first is not None:
+        notes.append(f"not known to be the same: {', '.join(found.unknown)}")
     columns = {
         "step": lambda step: step.name,
         "was": lambda step: step.part,
@@ -98,7 +111,7 @@ def reproduction_document(found: Reproduction) -> TableDocument:
         title="reproduction",
         headline=found.sentence,
         warnings=[f"the replay itself: {problem}" for problem in found.problems],
-        notes=reasons,
+        notes=notes,
         tables=[TextTable.of(f"{found.original} and {found.replay}", found.steps, columns, stub=len(columns))],
     )
 
@@ -106,30 +119,23 @@ def reproduction_document(found: Reproduction) -> TableDocument:
 def deciding_differences(ours: Settings, theirs: Settings, roles: SettingRoles) -> list[str]:
     """Such as "quantizer.bits 4 → 3", for each deciding setting that both runs have and each entry of a dictionary that
     one has; a run may lack an empty one."""
-    return list(_changes(_shared(ours, theirs, roles), _shared(theirs, ours, roles)).values())
+    return list(_changes(_deciding(ours, theirs, roles), _deciding(theirs, ours, roles)).values())
 
 
-def _shared(settings: Settings, others: Settings, roles: SettingRoles) -> Settings:
+def _deciding(settings: Settings, others: Settings, roles: SettingRoles, *, one_sided: bool = False) -> Settings:
+    """one_sided: with those that the other run does not have, unless they ask for nothing."""
     return {
         key: value
         for key, value in settings.items()
-        if roles.decides(key) and (key in others or (roles.is_entry(key) and value != "{}"))
-    }
-
-
-def _config(run: FinishedRun, other: FinishedRun, roles: SettingRoles, results_are_identical: bool) -> Settings:
-    """A setting that only one run has was added or removed by another version of the code, where it has an implicit
-    value. Only identical results show that it is the same value, unless it asks for nothing, as those of experts do
-    where there are none."""
-    has_experts = any(layer.tokens is not None for layer in run.report.layers)
-    further = {
-        key: value
-        for key, value in run.settings.items()
         if roles.decides(key)
-        and not (results_are_identical or key in other.settings or value in UNSET)
-        and (has_experts or not key.startswith("experts."))
+        and (key in others or (one_sided and value not in UNSET) or (roles.is_entry(key) and value != "{}"))
     }
-    return {**_shared(run.settings, other.settings, roles), **further}
+
+
+def _settings(run: FinishedRun) -> Settings:
+    """Without those of experts, where there are none."""
+    has_experts = any(layer.tokens is not None for layer in run.report.layers)
+    return {key: value for key, value in run.settings.items() if has_experts or not key.startswith("experts.")}
 
 
 def _facts(run: FinishedRun) -> dict[str, Facts]:
@@ -166,34 +172,28 @@ def _metrics(report: RunReport) -> dict[str, float]:
     }
 
 
-def _position(name: str, report: RunReport) -> int | None:
-    """Of a layer or a block in the order of the run, where a block comes after its layers; None for anything else."""
+def _position(path: str, report: RunReport) -> int | None:
+    """Of a value of a layer or block in the order of the run, where a block comes after its layers."""
     layers = [(layer.block, 0, layer.name) for layer in report.layers]
     blocks = [(block.block, 1, f"block {block.block}") for block in report.blocks]
-    order = [each for _, _, each in sorted([*layers, *blocks], key=lambda entry: entry[:2])]
-    return order.index(name) if name in order else None
+    order = sorted([*layers, *blocks], key=lambda entry: entry[:2])
+    return next((at for at, (_, _, name) in enumerate(order) if f"{path}.".startswith(f"{name}.")), None)
 
 
 def _step(name: str, ours: Facts, theirs: Facts, runs: Runs) -> ComparedStep:
-    part, largest = COMPUTED if name in FOLDERS else REQUESTED if name in INPUTS else MEASURED, 0.0
-    keys = list(dict.fromkeys([*ours, *theirs]))
-    differing: dict[str, str] = {}
-    for key in keys:
-        a, b = dict(_leaves(ours.get(key))), dict(_leaves(theirs.get(key)))
-        for leaf in dict.fromkeys([*a, *b]):
-            gap = _gap(a.get(leaf), b.get(leaf))
-            if gap > ROUNDING:
-                differing.setdefault(key, f"{leaf} {_values(a.get(leaf), b.get(leaf))}".strip())
-            else:
-                largest = max(largest, gap)
+    part = COMPUTED if name in FOLDERS else REQUESTED if name in INPUTS else MEASURED
+    a, b = dict(_leaves(ours)), dict(_leaves(theirs))
+    gaps = {path: _gap(a.get(path), b.get(path)) for path in dict.fromkeys([*a, *b])}
+    differing = [path for path, gap in gaps.items() if gap > ROUNDING]
     if not differing:
-        value = next(iter(ours.values()), "none")
-        shown = f"all {len(keys)}" if len(keys) > 1 or isinstance(value, dict) else _text(value)
+        largest = max(gaps.values(), default=0.0)
         rounded = f", but for sums' last digits: {largest:.0e} at most" if largest else ""
+        shown = _text(*a.values()) if len(gaps) == 1 else f"all {len(gaps)}" if gaps else "none"
         return ComparedStep(name, part, True, f"{shown}{rounded}{_by_manifest(name, runs)}")
-    first = next(iter(differing))
-    where = f"{len(differing)} of {len(keys)}, {first} first: " if len(keys) > 1 else f"{first} ".lstrip()
-    detail = "; ".join([f"{where}{differing[first]}", *_further(name, first, runs)])
+    first = differing[0]
+    count = f"{len(differing)} of {len(gaps)}, first " * (len(gaps) > 1)
+    change = f"{first} {_values(a.get(first), b.get(first))}".lstrip()
+    detail = "; ".join([f"{count}{change}", *_further(name, first, runs)])
     return ComparedStep(name, part, False, detail, _position(first, runs[0].report))
 
 
@@ -225,7 +225,7 @@ def _change(ours: float, theirs: float) -> float:
 
 
 def _values(ours: Any, theirs: Any) -> str:
-    text = before_after(*(value if value is None else _text(value) for value in (ours, theirs)))
+    text = " → ".join("not there" if value is None else _text(value) for value in (ours, theirs))
     if not (isinstance(ours, float) and isinstance(theirs, float)):
         return text
     change = _change(ours, theirs)  # in enough digits that it does not look like zero
@@ -247,11 +247,7 @@ def _by_manifest(name: str, runs: Runs) -> str:
 def _further(name: str, key: str, runs: Runs) -> Iterator[str]:
     """What else is known of a difference: the properties of a text, and how far tensors are apart, if still there."""
     if name in TEXTS:
-        ours, theirs = (run.manifest.texts.get(TEXTS[name], {}) for run in runs)
-        changed = [part for part in TEXT_PROPERTIES if ours.get(part) != theirs.get(part)]
-        yield from (f"{part} {_values(ours.get(part), theirs.get(part))}" for part in changed)
-        if "revision" in changed and "pydoc" in (ours.get("dataset"), theirs.get("dataset")):
-            yield "the text pydoc is the documentation of the Python that runs"
+        yield from _changes(*(run.manifest.texts.get(TEXTS[name], {}) for run in runs)).values()
     describe = {"codes": _codes_difference, "rotation": _rotation_difference}.get(name)
     files = [run.directory / (ROTATION if name == "rotation" else codes_file(key)) for run in runs]
     if describe is not None and all(file.is_file() for file in files):
@@ -288,19 +284,16 @@ def _surroundings(run: FinishedRun) -> dict[str, str | None]:
 
 def _changes(ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> dict[str, str]:
     """By name, such as "torch 2.9.0 → 2.13.0"."""
-    names = dict.fromkeys([*ours, *theirs])
-    pairs = {name: (ours.get(name), theirs.get(name)) for name in names}
-    return {name: f"{name} {before_after(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]}
+    names = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+    return {name: f"{name} {_values(ours.get(name), theirs.get(name))}" for name in names}
 
 
 def _unknown(original: FinishedRun, replay: FinishedRun) -> list[str]:
     """What may differ unnoticed, because it is not recorded."""
     ours, theirs = original.manifest, replay.manifest
     found = []
-    if ours.commit == theirs.commit is None:
-        found.append("the code (no commit is recorded)")
-    elif ours.commit == theirs.commit and str(ours.commit).endswith("-dirty"):
-        found.append(f"the code (both have changes since commit {str(ours.commit)[:12]})")
+    if ours.commit == theirs.commit and (ours.commit is None or ours.commit.endswith("-dirty")):
+        found.append("the code (no commit is recorded)" if ours.commit is None else "the code (not committed)")
     return found + ["the processor (not in both manifests)"] * (None in (ours.cpu, theirs.cpu))
 
 
@@ -317,30 +310,8 @@ def _verdict(
         return DIFFERENT, f"different: a tolerance of {share} is for runs with the same config on the same tokens"
     if not rounding:
         return DIFFERENT, f"different: a tolerance of {share} is for other hardware or libraries, and none are recorded"
-    for metric in metrics:
-        if not (math.isfinite(metric.original) and math.isfinite(metric.replay)):
-            return DIFFERENT, f"different: {metric.name} is not a finite number, which no tolerance admits"
     worst = max(metrics, key=lambda metric: abs(metric.change))
     moved = f"{worst.name} moved most, by {relative_change(worst.change)}"
     if abs(worst.change) <= tolerance:
         return WITHIN_TOLERANCE, f"not identical, but within {share}: {moved}"
     return DIFFERENT, f"different by more than {share}: {moved}"
-
-
-def _reasons(found: Reproduction) -> Iterator[str]:
-    first, surroundings, unknown = found.first_difference, ", ".join(found.surroundings), ", ".join(found.unknown)
-    if surroundings:
-        if first is None:
-            reason = "although these differ"
-        elif first.part == REQUESTED:
-            reason = "these differ besides"
-        else:
-            reason = "these differ" if found.verdict == WITHIN_TOLERANCE else "probable reason"
-        yield f"{reason}: {surroundings}"
-    if first is None or first.part == REQUESTED:
-        return
-    if not surroundings:
-        cause = "" if unknown else ": something is not deterministic"
-        yield f"no difference of machine, libraries or code is recorded{cause}"
-    if unknown:
-        yield f"not known to be the same: {unknown}"

@@ -1,6 +1,6 @@
 """What a rotation achieved, in sentences and key metrics: the one source for the terminal, Markdown and HTML."""
 
-import statistics
+from statistics import fmean
 
 from jointq_cli.records import RotationRecord, Site
 from jointq_cli.report.grouping import grouped
@@ -8,13 +8,14 @@ from jointq_cli.report.number_format import KeyMetric, byte_size, listed, relati
 
 MOST_ROUNDING = 1.5  # times the original model's rounding error
 LEAST_MOVE = 1e-6  # |R - R0| / |R0| of a learned rotation; rounding R0 to float32 alone gives 1e-7
+ONLINE = "needed whenever the model runs, so plain transformers refuses the checkpoint"
 
 
 def headline(record: RotationRecord) -> str:
     """The effect of the new basis in one line."""
     before, after = mean_sqnr(record.sites)
     return (
-        f"{' + '.join(names(record))}: SQNR of activations at 4 bits "
+        f"{' + '.join(filter(None, [record.smoothing, record.rotation]))}: SQNR of activations at 4 bits "
         f"{before:.1f} → {after:.1f} dB, logits the same within {record.invariance.merge:.1e}"
     )
 
@@ -27,15 +28,11 @@ def mean_sqnr(sites: list[Site]) -> tuple[float, float]:
 
 def problems(record: RotationRecord) -> list[str]:
     """Reasons not to trust a rotation: it rounds more than the original model does, or training did not move it."""
-    found = []
-    invariance = record.invariance
+    found, invariance = [], record.invariance
     if invariance.rounding > 0 and invariance.stored > MOST_ROUNDING * invariance.rounding:
-        found.append(
-            f"the rotated model rounds {invariance.stored / invariance.rounding:.1f} x as much as the original in "
-            f"{invariance.dtype}"
-        )
-    unmoved = [training.name for training in record.courses if training.moved < LEAST_MOVE]
-    if unmoved:
+        times = f"{invariance.stored / invariance.rounding:.1f} x as much as the original in {invariance.dtype}"
+        found.append(f"the rotated model rounds {times}")
+    if unmoved := [training.name for training in record.courses if training.moved < LEAST_MOVE]:
         found.append(f"nothing was learned for {listed(unmoved)}")
     return found
 
@@ -45,50 +42,33 @@ def metrics(record: RotationRecord) -> list[KeyMetric]:
     found = []
     for kind, sites in grouped(record.sites, lambda site: site.name).items():
         before, after = mean_sqnr(sites)
-        peak_before = statistics.mean(site.peak_before for site in sites)
-        peak_after = statistics.mean(site.peak_after for site in sites)
-        peaks = f"max/rms {peak_before:.1f} → {peak_after:.1f}"
-        found.append(KeyMetric(f"SQNR of {kind}", f"{before:.1f} → {after:.1f} dB", peaks))
+        peaks = fmean(site.peak_before for site in sites), fmean(site.peak_after for site in sites)
+        detail = f"max/rms {peaks[0]:.1f} → {peaks[1]:.1f}"
+        found.append(KeyMetric(f"SQNR of {kind}", f"{before:.1f} → {after:.1f} dB", detail))
     invariance = record.invariance
     scope = f"relative error of the logits in float32, {invariance.tokens} tokens"
     found.append(KeyMetric("invariance", f"{invariance.merge:.1e}", scope))
     if invariance.rounding > 0:
         rounding = f"as stored in {invariance.dtype}; the original's own rounding {invariance.rounding:.1e}"
         found.append(KeyMetric("rounding", f"{invariance.stored:.1e}", rounding))
-    found.append(KeyMetric("orthogonality", f"{record.orthogonality_error:.1e}", "largest |R R^T - I|"))
-    return found
+    return [*found, KeyMetric("orthogonality", f"{record.orthogonality_error:.1e}", "largest |R R^T - I|")]
 
 
 def provenance(record: RotationRecord) -> list[tuple[str, str]]:
     """How the basis was constructed, as (label, value)."""
-    trainings = [training for training in record.courses if training.name == "R1"] or record.courses[:1]
-    learned = [
-        (
-            f"learned {training.name}",
-            f"{training.steps} steps, that of {training.best_step} kept; loss {significant(training.loss_before)} → "
-            f"{significant(training.loss_after)}, moved {significant(training.moved, 2)}",
-        )
-        for training in trainings
-    ]
+    found = [("rotation", record.rotation or "none"), ("smoothing", record.smoothing or "none")]
+    found += [("built of", text) for text in record.constructions]
+    for course in [course for course in record.courses if course.name == "R1"] or record.courses[:1]:
+        losses = f"{significant(course.loss_before)} → {significant(course.loss_after)}"
+        kept = f"{course.steps} steps, that of {course.best_step} kept"
+        found.append((f"learned {course.name}", f"{kept}; loss {losses}, moved {significant(course.moved, 2)}"))
     growth = record.rotated_bytes / record.source_bytes - 1 if record.source_bytes else 0.0
-    size = f"{byte_size(record.rotated_bytes)}, {relative_change(growth)} (input and output embeddings are untied)"
-    return [
-        ("rotation", record.rotation or "none"),
-        ("smoothing", record.smoothing or "none"),
-        *(("built of", text) for text in record.constructions),
-        *learned,
-        *([("weights", size)] if growth > 0.001 else []),
-        *online(record),
-        ("basis hash", record.hash),
-    ]
+    if growth > 0.001:
+        size = f"{byte_size(record.rotated_bytes)}, {relative_change(growth)}"
+        found.append(("weights", f"{size} (input and output embeddings are untied)"))
+    return [*found, *online(record), ("basis hash", record.hash)]
 
 
 def online(record: RotationRecord) -> list[tuple[str, str]]:
     """The rotations that the model must apply at run time, as (label, value)."""
-    needed = "needed whenever the model runs, so plain transformers refuses the checkpoint"
-    return [("online", f"{name}: {needed}") for name in record.online]
-
-
-def names(record: RotationRecord) -> list[str]:
-    """Smoothing and rotation, where they exist."""
-    return [name for name in (record.smoothing, record.rotation) if name]
+    return [("online", f"{name}: {ONLINE}") for name in record.online]

@@ -1,12 +1,12 @@
 """What the report of one run says, in sentences and key metrics: the one source for the terminal, Markdown and HTML."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jointq_cli.records import (
     IDENTICAL,
-    Comparison,
     EvaluationReport,
     ExportRecord,
     LayerRecord,
@@ -15,24 +15,21 @@ from jointq_cli.records import (
     RunReport,
     StageRecord,
     TaskRecord,
-    TaskScore,
-)  # fmt: skip
+)
 from jointq_cli.report import rotation_summary
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.measured import KINDS, Figure, costs, figures
+from jointq_cli.report.measured import KINDS, Figure, costs, figures, kind_of
 from jointq_cli.report.number_format import (
-    MISSING,
     KeyMetric,
     byte_size,
     duration,
     listed,
-    parameter_count,
     percent,
     plural,
     plus_minus,
     relative_change,
     significant,
-)  # fmt: skip
+)
 
 FALLBACK = "fallback"
 DAMPED = "damped"
@@ -50,48 +47,15 @@ def headline(report: RunReport) -> str:
     """The result in one line."""
     before, after = significant(report.original.value), significant(report.quantized.value)
     increase = relative_change(figures(report)["perplexity_increase"].value)
-    simulated = f" stored, {report.simulation.activations.split()[0]} simulated" if report.simulation else ""
-    return (
-        f"{significant(report.bits_per_weight, 3)} bits per weight{partly(report)}{simulated}; "
-        f"perplexity {before} → {after} ({increase}), KL {significant(report.comparison.kl_divergence, 3)} nats"
-    )
-
-
-def partly(report: RunReport) -> str:
-    """What `bits_per_weight` leaves out, where that is much; "" otherwise."""
-    found = report.coverage
-    if found is None or found.is_complete:
-        return ""
-    return f" in {percent(found.share)} of the blocks' weights ({significant(found.block_bits, 3)} in all of them)"
-
-
-def perplexity_text(perplexity: Perplexity) -> str:
-    return plus_minus(perplexity.value, perplexity.standard_error)
-
-
-def kl_text(comparison: Comparison) -> str:
-    return plus_minus(comparison.kl_divergence, comparison.kl_divergence_standard_error)
-
-
-def explanation(report: RunReport) -> str:
-    """The result in full sentences, for readers who do not see such metrics daily."""
-    found, audit = report.comparison, report.audit
-    count = len(report.layers)
-    text = (
-        f"{plural(count, 'linear layer')} of {report.model} ({parameter_count(report.parameters)} parameters) "
-        f"{'was' if count == 1 else 'were'} quantised with {report.quantizer}. On the same "
-        f"{plural(report.protocol.scored_tokens, 'token')} both models rank the same token first in "
-        f"{percent(found.top1_agreement)} of all positions."
-    )
-    if abs(found.nll_increase) < 2 * found.nll_increase_standard_error:
-        text += " The change in perplexity is within two standard errors: too small for this text to show."
-    if audit.packed_bytes and audit.source_bytes:
-        text += (
-            f" With its codes packed the model takes {byte_size(audit.packed_bytes)}, "
-            f"{significant(audit.source_bytes / audit.packed_bytes, 2)} times less than the original's "
-            f"{byte_size(audit.source_bytes)}."
+    stored, found = f"{significant(report.bits_per_weight, 3)} bits per weight", report.coverage
+    if found is not None and not found.is_complete:
+        stored += (
+            f" in {percent(found.share)} of the blocks' weights ({significant(found.block_bits, 3)} in all of them)"
         )
-    return text
+    if report.simulation is not None:
+        stored += f" stored, {report.simulation.activations.split()[0]} simulated"
+    divergence = significant(report.comparison.kl_divergence, 3)
+    return f"{stored}; perplexity {before} → {after} ({increase}), KL {divergence} nats"
 
 
 def sound(report: RunReport) -> str:
@@ -111,24 +75,11 @@ def basis(report: RunReport) -> Pairs:
     return found + ([("simulated", f"{simulation.activations}; not in the checkpoint")] if simulation else [])
 
 
-def stored_and_simulated(report: RunReport) -> str:
-    """Which part of the result is stored in the checkpoint, and which part was only simulated."""
-    text = f"In the checkpoint: weights of {significant(report.bits_per_weight, 3)} bits{partly(report)}, dequantised"
-    if report.rotation is not None:
-        text += f", in a basis that is absorbed ({'; '.join(rotation_summary.names(report.rotation))})"
-        if report.rotation.online:
-            text += f" but for {' and '.join(report.rotation.online)}, which must run online: transformers refuses it"
-    if report.simulation is None:
-        return f"{text}. Nothing is simulated."
-    simulated = f"activations {report.simulation.activations}"
-    return f"{text}. Simulated while the perplexity was measured, and not in the checkpoint: {simulated}."
-
-
 def problems(report: RunReport) -> list[str]:
     """Reasons not to use this checkpoint without a closer look, the worst first. Empty for a clean run."""
     found = [] if report.audit.passed else [f"audit failed: {audit_verdict(report)}"]
-    found += perplexity_problems("the original model's perplexity", report.original, report.protocol)
-    found += perplexity_problems("the quantised model's perplexity", report.quantized, report.protocol)
+    found += _perplexity_problems("the original model's perplexity", report.original, report.protocol)
+    found += _perplexity_problems("the quantised model's perplexity", report.quantized, report.protocol)
     if fallbacks := [layer.name for layer in report.layers if layer.verdict == FALLBACK]:
         found.append(f"{plural(len(fallbacks), 'layer')} fell back to RTN: {listed(fallbacks)}")
     found += rotation_summary.problems(report.rotation) if report.rotation else []
@@ -138,11 +89,17 @@ def problems(report: RunReport) -> list[str]:
     return found + report.failed_exports + exports + report.beyond_limits
 
 
-def perplexity_problems(name: str, perplexity: Perplexity, protocol: Protocol) -> list[str]:
-    if math.isfinite(perplexity.value):
-        return []
+def evaluation_problems(report: EvaluationReport) -> list[str]:
+    """Reasons not to use the result of `jointq evaluate`."""
+    found = report.problems + _perplexity_problems("the perplexity", report.perplexity, report.protocol)
+    if report.comparison is not None and not math.isfinite(report.comparison.nll_increase):
+        found = found or [f"the difference from the reference is {report.comparison.nll_increase}"]
+    return found
+
+
+def _perplexity_problems(name: str, perplexity: Perplexity, protocol: Protocol) -> list[str]:
     wider = "" if protocol.dtype == "float32" else "; try runtime.dtype=float32"
-    return [f"{name} is {perplexity.value} in {protocol.dtype}{wider}"]
+    return [] if math.isfinite(perplexity.value) else [f"{name} is {perplexity.value} in {protocol.dtype}{wider}"]
 
 
 def audit_verdict(report: RunReport) -> str:
@@ -157,11 +114,8 @@ def audit_verdict(report: RunReport) -> str:
 
 def layer_verdicts(report: RunReport) -> str:
     """ "210 layers: 208 ok, 1 damped, 1 fallback"."""
-    verdicts = [layer.verdict for layer in report.layers]
-    known = ("ok", DAMPED, FALLBACK)
-    order = [*known, *sorted(set(verdicts) - set(known))]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in order if verdict in verdicts]
-    return f"{plural(len(verdicts), 'layer')}: {', '.join(counts) or 'none'}"
+    counts = Counter(layer.verdict for layer in report.layers).most_common()
+    return f"{plural(len(report.layers), 'layer')}: {', '.join(f'{count} {verdict}' for verdict, count in counts)}"
 
 
 def layer_notes(layer: LayerRecord) -> str:
@@ -177,6 +131,10 @@ def note_text(layer: LayerRecord, name: str) -> str:
     return significant(value, 3) if isinstance(value, float) else str(value)
 
 
+def layers_by_kind(layers: Iterable[LayerRecord]) -> dict[str, list[LayerRecord]]:
+    return grouped(layers, lambda layer: layer.kind)
+
+
 def stage_cost(stage: StageRecord) -> str:
     """ "12.3 s" or "reused"."""
     return "reused" if stage.reused else duration(stage.seconds)
@@ -187,11 +145,11 @@ def refinement(report: RunReport) -> Pairs:
     record = report.refinement
     if record is None:
         return []
-    courses = record.courses
-    losses = [(course.points[0].heldout_loss, min(point.heldout_loss for point in course.points)) for course in courses]
-    before, after = (sum(column) / len(losses) for column in zip(*losses, strict=True))
-    one = len(courses) == 1
-    how = f", step {courses[0].best_step} of {courses[0].steps} kept" if one else f" (mean of {len(courses)} blocks)"
+    first, *others = record.courses
+    count = len(record.courses)
+    before = sum(course.points[0].heldout_loss for course in record.courses) / count
+    after = sum(min(point.heldout_loss for point in course.points) for course in record.courses) / count
+    how = f" (mean of {count} blocks)" if others else f", step {first.best_step} of {first.steps} kept"
     return [(
         "refinement",
         f"{record.refinement}; loss of held-out windows {significant(before)} → {significant(after)}{how}; "
@@ -228,75 +186,47 @@ def key_metrics(report: RunReport) -> list[KeyMetric]:
 
 def quality_metrics(report: RunReport) -> list[KeyMetric]:
     """How good and how large the quantised model is."""
-    share = f", of which {percent(report.coverage.share)} are quantised" if report.coverage else ""
     details = {
         "perplexity": f"original {perplexity_text(report.original)}",
-        "bits_per_block_weight": f"per weight of the blocks{share}",
         "packed_bytes": f"original {byte_size(report.audit.source_bytes)}",
     }
-    return [*_metrics(figures(report), details), *task_metrics(report.tasks)]
+    return _metrics(figures(report), details | _task_details(report.tasks))
 
 
 def evaluation_metrics(report: EvaluationReport) -> list[KeyMetric]:
     """The perplexity of one checkpoint and, if a reference was evaluated, its distance from that."""
-    nll = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
+    loss = plus_minus(report.perplexity.nll, report.perplexity.nll_standard_error)
     details = {
-        "perplexity": f"negative log-likelihood {nll} nats per token",
+        "perplexity": f"negative log-likelihood {loss} nats per token",
         "kl": "nats per token, reference || model",
     }
-    return [*_metrics(figures(report), details), *task_metrics(report.tasks)]
+    return _metrics(figures(report), details | _task_details(report.tasks))
 
 
 def _metrics(found: Mapping[str, Figure], details: Mapping[str, str]) -> list[KeyMetric]:
     """details: where they say more than what kind of figure it is."""
+    kinds = {name: kind_of(name) for name in [*KINDS, *found] if name in found}
     return [
         KeyMetric(kind.label, kind.text(found[name]), details.get(name, kind.detail))
-        for name, kind in KINDS.items()
-        if name in found
+        for name, kind in kinds.items()
+        if kind.label
     ]
 
 
-def task_metrics(tasks: Iterable[TaskRecord]) -> list[KeyMetric]:
-    """The figures of lm-eval's tasks, as it gives them: an accuracy of 62 % is 0.62."""
-    return [KeyMetric(task.name, task_score_text(task.score), _task_detail(task)) for task in tasks]
+def _task_details(tasks: Iterable[TaskRecord]) -> dict[str, str]:
+    shots = {task.name: f", {plural(task.fewshot, 'example')} before each" * bool(task.fewshot) for task in tasks}
+    return {task.name: f"{plural(task.samples, 'sample')}{shots[task.name]}, {task.harness}" for task in tasks}
 
 
-def task_score_text(score: TaskScore | None) -> str:
-    """ "0.620 ± 0.034"; "-" for none."""
-    return MISSING if score is None else plus_minus(score.value, score.standard_error or 0.0)
-
-
-def task_change_text(task: TaskRecord | None) -> str:
-    """The change against the original, with the standard error of the paired difference: "-0.012 ± 0.009"."""
-    if task is None or task.original is None:
-        return MISSING
-    change = task.score.value - task.original.value
-    return ("+" if change > 0 else "") + plus_minus(change, task.change_standard_error or 0.0)
-
-
-def _task_detail(task: TaskRecord) -> str:
-    before = f"original {task_score_text(task.original)}, change {task_change_text(task)}; " if task.original else ""
-    examples = f", {plural(task.fewshot, 'example')} before each" if task.fewshot else ""
-    return f"{before}{plural(task.samples, 'sample')}{examples}"
-
-
-def evaluation_problems(report: EvaluationReport) -> list[str]:
-    """Reasons not to use the result of `jointq evaluate`."""
-    found = report.problems + perplexity_problems("the perplexity", report.perplexity, report.protocol)
-    if report.comparison is not None and not math.isfinite(report.comparison.nll_increase):
-        found += [f"the difference from the reference is {report.comparison.nll_increase}"] if not found else []
-    return found
-
-
-def layers_by_kind(layers: Iterable[LayerRecord]) -> dict[str, list[LayerRecord]]:
-    return grouped(layers, lambda layer: layer.kind)
+def perplexity_text(perplexity: Perplexity) -> str:
+    return plus_minus(perplexity.value, perplexity.standard_error)
 
 
 def provenance(report: RunReport) -> Pairs:
     """What the result was made from."""
     return [
         ("recipe", report.recipe),
-        ("model", f"{report.model} ({report.architecture}, {parameter_count(report.parameters)} parameters)"),
+        ("model", f"{report.model} ({report.architecture}, {report.parameters / 1e6:,.1f} M parameters)"),
         ("model hash", report.model_hash),
         ("quantizer", report.quantizer),
         *basis(report),

@@ -27,7 +27,7 @@ from jointq_cli.report import write_report
 from jointq_cli.report.console.final_summary import quantize_summary
 from jointq_cli.report.limits import beyond
 from jointq_cli.report.measured import figures
-from jointq_cli.report.pages.model_card import checkpoint_card, export_card, identity, rotation_identity
+from jointq_cli.report.pages.model_card import identity, model_card, rotation_identity
 from jointq_cli.stages.allocation import Allocated
 from jointq_cli.stages.base import Context
 from jointq_cli.stages.quantize import Quantized
@@ -150,13 +150,13 @@ def finish_run(
 def label_checkpoint(directory: Path, report: RunReport) -> None:
     """Writes into a quantised checkpoint what it is: model card and the key of config.json."""
     write_identity(directory, identity(report))
-    write_text_atomically(directory / MODEL_CARD, checkpoint_card(report))
+    write_text_atomically(directory / MODEL_CARD, model_card(report))
 
 
 def label_export(directory: Path, report: RunReport, record: ExportRecord) -> None:
     """As `label_checkpoint`, for a packed checkpoint."""
     write_identity(directory, identity(report))
-    write_text_atomically(directory / MODEL_CARD, export_card(report, record))
+    write_text_atomically(directory / MODEL_CARD, model_card(report, record))
 
 
 def label_rotated(directory: Path, recipe: RotateRecipe, original: StreamedModel, record: RotationRecord) -> None:

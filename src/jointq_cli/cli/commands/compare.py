@@ -8,7 +8,7 @@ from pathlib import Path
 from jointq_cli.errors import JointqError
 from jointq_cli.report import Console
 from jointq_cli.report.comparison import RunComparison
-from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.pages.documents import document_markdown
 from jointq_cli.report.run_files import load_runs
 from jointq_cli.report.tables.comparison import comparison_document
 from jointq_cli.report.tables.table import TableDocument
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "jointq compare",
-        description="Show finished runs side by side. The first one is the reference.",
+        description="Show finished runs side by side, which is best, and which are not distinguishable from it.",
         allow_abbrev=False,  # --htm RUN would be a file again
     )
     parser.add_argument(
@@ -65,7 +65,7 @@ def _check_place(file: Path) -> None:
 
 
 def _write_page(comparison: RunComparison, document: TableDocument, file: Path) -> Path:
-    from jointq_cli.report.pages.html import comparison_html  # imports matplotlib, for this form only
+    from jointq_cli.report.pages.documents import comparison_html  # imports matplotlib, for this form only
 
     write_text_atomically(file, comparison_html(comparison, document))
     return file

@@ -8,7 +8,8 @@ from jointq_cli.errors import JointqError
 from jointq_cli.records import EvaluationReport, RunReport
 from jointq_cli.report import Console, load_record, load_report
 from jointq_cli.report.console.final_summary import evaluate_summary, quantize_summary
-from jointq_cli.report.pages.markdown import document_markdown, run_markdown
+from jointq_cli.report.pages.documents import document_markdown
+from jointq_cli.report.pages.run import run_html, run_markdown
 from jointq_cli.report.pages.sweep import write_summary
 from jointq_cli.report.run_files import EVALUATION, RECIPE, REPORT, load_settings
 from jointq_cli.system.run_directory import RunDirectory
@@ -78,8 +79,6 @@ def _report_sweep(sweep: SweepDirectory, parsed: argparse.Namespace) -> None:
 
 
 def _write_page(report: RunReport, directory: Path) -> Path:
-    from jointq_cli.report.pages.html import run_html  # imports matplotlib, for this form only
-
     run = RunDirectory(directory)
     run.write(run.report_html, run_html(report))
     return run.report_html

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     from jointq_cli.records import DIFFERENT
     from jointq_cli.report import Console, encode
     from jointq_cli.report.finished_run import read_finished_run
-    from jointq_cli.report.pages.markdown import document_markdown
+    from jointq_cli.report.pages.documents import document_markdown
     from jointq_cli.report.reproduction import compare, reproduction_document
 
     original = read_finished_run(parsed.run_directory)

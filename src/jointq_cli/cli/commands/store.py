@@ -52,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
 def _ls(parsed: argparse.Namespace) -> int:
     entries = inventory.entries(parsed.store)
     damages = _damages(parsed.store, entries) if parsed.verify else {}
-    states = [_state(parsed.store, entry, damages) for entry in entries]
+    states = {entry.path: _state(parsed.store, entry, damages) for entry in entries}
     notes = [f"{entry.name}: {damages[entry.path]}" for entry in entries if entry.path in damages]
-    _show(artifacts_document(str(parsed.store), entries, states, notes, time.time()))
+    _show(artifacts_document(str(parsed.store), entries, states, notes))
     if damages:
         raise JointqError(f"{parsed.store}: {len(damages)} damaged; a run that wants one of them computes it again")
     return 0
@@ -71,10 +71,9 @@ def _prune(parsed: argparse.Namespace) -> int:
             return not inventory.is_in_use(parsed.store, entry)
         return inventory.remove(parsed.store, entry)
 
-    now = time.time()
-    candidates, excess = _candidates(parsed, inventory.entries(parsed.store), now)
+    candidates, excess = _candidates(parsed, inventory.entries(parsed.store), time.time())
     done = inventory.prune(candidates, excess, take)
-    _show(pruned_document(str(parsed.store), done, now, dry=parsed.dry_run))
+    _show(pruned_document(str(parsed.store), done, dry=parsed.dry_run))
     return 0
 
 

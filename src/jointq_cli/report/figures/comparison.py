@@ -4,30 +4,27 @@ import math
 import statistics
 from collections.abc import Callable
 
-from jointq_cli.report.comparison import MOST_DETAILED, ComparedRun, RunComparison, ranked_error
+from jointq_cli.report.comparison import MOST_DETAILED, ComparedRun, RunComparison
 from jointq_cli.report.figures.plots import Series, SvgFigure, far_apart, fits_log_axis, point_plot
 from jointq_cli.report.figures.run import ACCUMULATED, BLOCK
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.measured import KINDS, Figure
+from jointq_cli.report.measured import KINDS
 from jointq_cli.report.number_format import shortest_suffixes
 
 LEAST_POINTS = 3  # of a curve: different values of the swept setting
 UNITS = {"perplexity": "perplexity", "kl": "nats per token"}
-NONE = Figure(math.nan)
 
 
 def comparison_figures(comparison: RunComparison) -> list[SvgFigure]:
     """All figures for which the runs have data."""
-    few = comparison.closest(MOST_DETAILED)
-    left_out = len(comparison.finished) - len(few.runs)
-    most = f"; without the {left_out} {comparison.noun}s of largest KL divergence" if left_out else ""
-    caption = f"E_y: median of each block's layers{most}"
-    return [
+    figures = [
         *_measured("Perplexity", "perplexity", "± one standard error over windows; broken: the original", comparison),
         *_measured("KL divergence", "kl", "KL(original || quantised), ± one standard error over windows", comparison),
-        *_over_depth("Output error over depth", caption, few, _medians),
-        *_over_depth("Accumulated error over depth", ACCUMULATED + most, few, _accumulated),
     ]
+    if len(comparison.finished) <= MOST_DETAILED:
+        figures += _over_depth("Output error over depth", "E_y: median of each block's layers", comparison, _medians)
+        figures += _over_depth("Accumulated error over depth", ACCUMULATED, comparison, _accumulated)
+    return figures
 
 
 def sweep_figures(sweep: RunComparison) -> list[SvgFigure]:
@@ -45,12 +42,12 @@ def sweep_figures(sweep: RunComparison) -> list[SvgFigure]:
     name, best = swept.rpartition(".")[2], [job for job in jobs if job is sweep.ranking.best]
     figures = []
     for figure, unit in UNITS.items():
-        if not all(math.isfinite(job.figures.get(figure, NONE).value) for job in jobs):
+        if not all(math.isfinite(job.figure(figure).value) for job in jobs):
             continue
         series = []
         for others, members in lines.items():
             members.sort(key=lambda job: place[job.name])
-            errors = [ranked_error(job, figure) for job in members]
+            errors = [job.error(figure) for job in members]
             series.append(Series(_label(others), _points(members, place, figure), errors))
         ring = Series(f"least {KINDS[sweep.ranking.figure].label}", _points(best, place, figure), line="rings")
         caption = (
@@ -89,7 +86,7 @@ def _measured(title: str, figure: str, caption: str, comparison: RunComparison) 
     names = list(map(comparison.label, runs))
     values = [run.figures[figure] for run in runs]
     series = [Series(None, [(value, row)], [error]) for row, (value, error) in enumerate(values)]
-    originals = {run.figures.get(f"original_{figure}", NONE).value for run in runs}
+    originals = {run.figure(f"original_{figure}").value for run in runs}
     references = sorted(filter(fits_log_axis, originals))
     log = far_apart([*references, *(value for value, _ in values)])
     return point_plot(title, caption, series, x=UNITS[figure], rows=names, log_x=log, references=references)

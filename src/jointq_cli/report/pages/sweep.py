@@ -8,7 +8,7 @@ from typing import Any
 
 from jointq_cli.report.comparison import ComparedRun, RunComparison
 from jointq_cli.report.number_format import plural
-from jointq_cli.report.pages.markdown import document_markdown
+from jointq_cli.report.pages.documents import document_markdown
 from jointq_cli.report.run_files import RECIPE, REPORT, load_jobs
 from jointq_cli.report.tables.comparison import comparison_document
 from jointq_cli.report.tables.table import TableDocument, csv_text
@@ -29,7 +29,7 @@ def write_summary(directory: SweepDirectory, *, page: bool) -> TableDocument:
     _write_best(directory, jobs.ranking.best)
     if page:
         from jointq_cli.report.figures.comparison import sweep_figures  # imports matplotlib
-        from jointq_cli.report.pages.html import document_html
+        from jointq_cli.report.pages.documents import document_html
 
         write_text_atomically(directory.path / "summary.html", document_html(document, sweep_figures(jobs)))
     return document

@@ -1,41 +1,44 @@
 """Several runs side by side: those of `jointq compare`, or the jobs of a sweep."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import attrgetter
 
-from jointq_cli.records import TaskRecord
-from jointq_cli.report import summary
+from jointq_cli.records import RunReport
 from jointq_cli.report.comparison import MOST_DETAILED, ComparedRun, RunComparison
 from jointq_cli.report.grouping import grouped
-from jointq_cli.report.measured import KINDS, TASK
-from jointq_cli.report.number_format import MISSING, listed, plural, scientific, shortest_suffixes, significant
+from jointq_cli.report.measured import KINDS, kind_of
+from jointq_cli.report.number_format import MISSING, listed, plural, scientific, shortest_suffixes
+from jointq_cli.report.tables.glossary import explained
 from jointq_cli.report.tables.table import BEST_MARK, TableDocument, TextTable
 from jointq_cli.system.sweep_directory import DONE
 
+Cell = Callable[[ComparedRun], str]  # what it says of a run
 NEAR_MARK = " ~"
 MOST_NAMED = 8  # runs in one sentence
-CHANGED_LAYERS = 10
 LIVE = ("perplexity", "perplexity_increase", "kl", "seconds")  # in the line of a job, while a sweep runs
 
 
 def comparison_document(comparison: RunComparison, title: str = "") -> TableDocument:
     """title: by default how many runs of which models."""
-    models = dict.fromkeys(run.report.model for run in comparison.finished if run.report)
+    models = dict.fromkeys(report.model for report in comparison.reports)
     detailed = len(comparison.finished) <= MOST_DETAILED and comparison.common_layers
-    return TableDocument(
+    document = TableDocument(
         title=title or f"{plural(len(comparison.runs), comparison.noun)} of {' and '.join(models)}",
         headline=_headline(comparison),
         warnings=_warnings(comparison),
         notes=_notes(comparison),
         first_tables=[_runs(comparison)],
-        tables=[_errors(comparison), _changed(comparison)] if detailed else [],
+        tables=[_errors(comparison)] if detailed else [],
     )
+    return explained(document)
 
 
 def job_line(job: ComparedRun, settings: str, width: int) -> str:
     """What a sweep prints when a job ends. settings: as text, in a column of this width."""
     shown = [f"{KINDS[name].label} {_text(job, name)}" for name in LIVE if name in job.figures]
-    state = [] if job.record.state == DONE else [job.state]
+    state = [] if job.record.state == DONE else [f"{job.record.state}: {job.record.error or 'no result'}"]
     return "  ".join([f"{job.name:>3}", f"{settings:<{width}}", *shown, *state])
 
 
@@ -66,7 +69,7 @@ def _headline(comparison: RunComparison) -> str:
 
 def _reason(near: Sequence[ComparedRun]) -> str:
     """Why runs are not distinguishable from the best one."""
-    if any(run.report is not None and run.report.protocol.windows == 1 for run in near):
+    if any(run.error("kl") == math.inf for run in near):
         return "a single window gives no standard error"
     return "within the sum of both standard errors, an upper bound of the paired one"
 
@@ -78,7 +81,7 @@ def _warnings(comparison: RunComparison) -> list[str]:
         members = grouped(zip(values, comparison.finished, strict=True), lambda pair: pair[0] or "none")
         parts = [f"{value} in {_named(comparison, [run for _, run in pairs])}" for value, pairs in members.items()]
         warnings.append(f"{key}: {'; '.join(parts)}")
-    said = [(f" {run.state}", run) for run in comparison.runs if run.record.error]
+    said = [(f" {run.record.state}: {run.record.error}", run) for run in comparison.runs if run.record.error]
     for run in comparison.finished:
         said += [(f": {text}", run) for text in dict.fromkeys(run.report.warnings if run.report else [])]
     by_text = grouped(said, lambda each: each[0])
@@ -87,8 +90,7 @@ def _warnings(comparison: RunComparison) -> list[str]:
 
 def _notes(comparison: RunComparison) -> list[str]:
     finished, ranked = comparison.finished, comparison.ranking
-    reports = [run.report for run in finished if run.report is not None]
-    notes = [f"protocol: {line}" for line in sorted({report.protocol.line() for report in reports})]
+    notes = [f"protocol: {line}" for line in sorted({report.protocol.line() for report in comparison.reports})]
     originals = sorted({_text(run, "original_perplexity") for run in finished if "original_perplexity" in run.figures})
     notes += [f"perplexity of the original: {', '.join(originals)}"] if originals else []
     if ranked.best is not None:
@@ -98,71 +100,56 @@ def _notes(comparison: RunComparison) -> list[str]:
         notes.append(f"~ not distinguishable from it: {_reason(ranked.near)}")
     if references := [run for run in finished if run.is_reference]:
         notes.append(f"not ranked: {_named(comparison, references)}, the reference itself")
-    if any("perplexity_increase" in run.figures for run in finished):
-        notes.append("increase: of the perplexity, ± the standard error of the paired difference to the original")
     if unfinished := [run for run in comparison.runs if run.report is None and not run.record.error]:
         notes.append(f"without a result: {_named(comparison, unfinished)}")
-    if len({report.calibration for report in reports if hasattr(report, "calibration")}) > 1:
+    if len({report.calibration for report in comparison.reports if isinstance(report, RunReport)}) > 1:
         notes.append("calibration differs: the errors of layers and blocks were measured on different inputs")
     return notes
 
 
 def _runs(comparison: RunComparison) -> TextTable:
-    """A row per run: its settings, figures, scores of tasks with their changes, and its state."""
+    """A row per run: its settings, figures and state."""
     ranked = comparison.ranking
-    reports = [run.report for run in comparison.finished if run.report is not None]
-    tasks = {f"{task.task}/{task.metric}": task.name for report in reports for task in report.tasks}
 
     def cell(run: ComparedRun, name: str) -> str:
-        mark = BEST_MARK if run is ranked.best else NEAR_MARK if run in ranked.near else " " * len(BEST_MARK)
-        return _text(run, name) + (mark if name == ranked.figure and ranked.best else "")
+        if name != ranked.figure or ranked.best is None:
+            return _text(run, name)
+        return _text(run, name) + (BEST_MARK if run is ranked.best else NEAR_MARK if run in ranked.near else "  ")
 
-    columns = {KINDS[name].label: [cell(run, name) for run in comparison.runs] for name in KINDS}
-    for name, heading in tasks.items():
-        columns[heading] = [_text(run, name) for run in comparison.runs]
-        columns[f"change of {heading}"] = [_change_of(run, heading) for run in comparison.runs]
-    columns["state"] = [run.record.state for run in comparison.runs]
-    if all(run.record.state == DONE for run in comparison.runs):
-        del columns["state"]
-    return _table_of_runs(f"{comparison.noun}s".capitalize(), comparison, comparison.runs, columns)
+    names = [name for run in comparison.finished for name in run.figures if kind_of(name).label]
+    columns: dict[str, Cell] = {kind_of(name).label: partial(cell, name=name) for name in [*KINDS, *names]}
+    if any(run.record.state != DONE for run in comparison.runs):
+        columns["state"] = attrgetter("record.state")
+    return _table(f"{comparison.noun}s".capitalize(), comparison, comparison.runs, columns)
 
 
 def _errors(comparison: RunComparison) -> TextTable:
-    columns = {kind: list(map(scientific, errors)) for kind, errors in comparison.kind_errors().items()}
-    last = [run.blocks[-1:] for run in comparison.finished]
-    columns["accumulated"] = [scientific(block[0].output_error) if block else MISSING for block in last]
+    def error(run: ComparedRun, kind: str) -> str:
+        return scientific(errors[kind][comparison.finished.index(run)])
+
+    def accumulated(run: ComparedRun) -> str:
+        return scientific(run.blocks[-1].output_error) if run.blocks else MISSING
+
+    errors = comparison.kind_errors()
+    columns: dict[str, Cell] = {kind: partial(error, kind=kind) for kind in errors}
     common = plural(len(comparison.common_layers), "layer")
     title = f"E_y by kind: medians over {common} that all {comparison.noun}s have"
-    return _table_of_runs(title, comparison, comparison.finished, columns)
+    return _table(title, comparison, comparison.finished, columns | {"accumulated": accumulated})
 
 
-def _changed(comparison: RunComparison) -> TextTable:
-    reference, *others = [run.name for run in comparison.finished]
-    rows = [
-        [name, scientific(first), *(f"{significant(error / first if first else math.inf, 3)} x" for error in errors)]
-        for name, (first, *errors) in comparison.changed_layers(CHANGED_LAYERS).items()
-    ]
-    title = f"Layers whose E_y changed most: how many times that of {comparison.noun} {reference}"
-    return TextTable(title, ["layer", f"E_y of {reference}", *others], rows)
-
-
-def _table_of_runs(
-    title: str, comparison: RunComparison, runs: Sequence[ComparedRun], columns: dict[str, list[str]]
+def _table(
+    title: str, comparison: RunComparison, runs: Sequence[ComparedRun], columns: Mapping[str, Cell]
 ) -> TextTable:
-    """A row per run: its name, the settings in which it differs, and `columns`, the cells by heading."""
-    settings = [[run.settings.get(key, MISSING) for key in comparison.keys] for run in runs]
-    cells = [[column[at] for column in columns.values()] for at in range(len(runs))]
-    rows = [[run.name, *left, *right] for run, left, right in zip(runs, settings, cells, strict=True)]
-    heading = [comparison.noun, *shortest_suffixes(comparison.keys), *columns]
-    return TextTable(title, heading, rows, 1 + len(comparison.keys)).filled()
+    """A row per run: its name, the settings in which it differs, and `columns` by heading."""
+
+    def setting(run: ComparedRun, key: str) -> str:
+        return run.settings.get(key, MISSING)
+
+    names = dict(zip(shortest_suffixes(comparison.keys), comparison.keys, strict=True))
+    settings = {name: partial(setting, key=key) for name, key in names.items()}
+    all_columns: dict[str, Cell] = {comparison.noun: attrgetter("name"), **settings, **columns}
+    return TextTable.of(title, runs, all_columns, stub=1 + len(settings)).filled()
 
 
 def _text(run: ComparedRun, name: str) -> str:
-    figure = run.figures.get(name)
-    return MISSING if figure is None else KINDS.get(name, TASK).text(figure)
-
-
-def _change_of(run: ComparedRun, heading: str) -> str:
-    """Of a task, against the original, with the standard error of the paired difference."""
-    tasks: dict[str, TaskRecord] = {task.name: task for task in run.report.tasks} if run.report else {}
-    return summary.task_change_text(tasks.get(heading))
+    return kind_of(name).text(run.figures[name]) if name in run.figures else MISSING

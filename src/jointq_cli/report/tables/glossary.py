@@ -1,15 +1,16 @@
 """What the words and columns of a report mean, said where they first stand."""
 
-from collections.abc import Collection, Sequence
+import re
 from dataclasses import replace
 
-from jointq_cli.report.tables.table import TextTable
+from jointq_cli.report.tables.table import TableDocument, TextTable
 
 MEANINGS = {
     "E_y": "relative error of a layer's output on the calibration tokens, |(W - W_q) X|² / |W X|²; W is the weight "
     "that was solved for, with QEP the corrected one",
     "accumulated": "|quantised - original|² / |original|² of what leaves a block, with all blocks up to it quantised, "
     "on the first batch of calibration windows",
+    "increase": "of the perplexity against the original's, ± the standard error of the paired difference",
     "E_w": "relative error of a layer's weight, |W - W_q|² / |W|²",
     "damping": "fraction of the Hessian's mean diagonal that is added to its diagonal, so that it can be factorised",
     "lambda": "weight λ of the regularisation R in JointQ's objective e (H + λ R) eᵀ; a larger one keeps closer to the "
@@ -30,17 +31,21 @@ MEANINGS = {
 }
 
 
-def meanings(words: Collection[str]) -> str:
-    """ "E_w: relative error of ..." in a line for each word that has a meaning here."""
-    return "\n".join(f"{word}: {text}." for word, text in MEANINGS.items() if word in words)
+def explained(document: TableDocument) -> TableDocument:
+    """With the meaning of each word: those of the title in a paragraph, those of a table in its note."""
+    said: set[str] = set()
 
+    def meanings(*texts: str) -> str:
+        words = {*texts, *re.findall(r"\w+(?==)|E_[yw]", " ".join(texts))}
+        new = [word for word in MEANINGS if word in words - said]
+        said.update(new)
+        return "\n".join(f"{word}: {MEANINGS[word]}." for word in new)
 
-def said_once(tables: Sequence[TextTable], *before: str) -> list[TextTable]:
-    """The tables without the lines of notes that stand in `before` or in the note of an earlier table."""
-    said = {line for text in before for line in text.splitlines()}
-    found = []
-    for table in tables:
-        lines = [line for line in table.note.splitlines() if line not in said]
-        found.append(replace(table, note="\n".join(lines)))
-        said |= set(lines) if table.rows else set()
-    return found
+    def noted(table: TextTable) -> TextTable:
+        found = meanings(table.title, *table.heading, table.note) if table.rows else ""
+        return replace(table, note="\n".join(filter(None, [table.note, found])))
+
+    title = meanings(document.title)
+    first = [noted(table) for table in document.first_tables]
+    tables = [noted(table) for table in document.tables]
+    return replace(document, words=title, first_tables=first, tables=tables)

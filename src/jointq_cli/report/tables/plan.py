@@ -6,7 +6,6 @@ from jointq_cli.report.tables.table import TableDocument, TextTable
 
 
 def plan_document(estimate: RunEstimate) -> TableDocument:
-    disk, scratch = _size(estimate.disk), _size(estimate.scratch)
     columns = {
         "stage": lambda stage: stage.name,
         "state": lambda stage: stage.state,
@@ -14,16 +13,14 @@ def plan_document(estimate: RunEstimate) -> TableDocument:
         "memory": lambda stage: _size(stage.memory) if stage.seconds else MISSING,
         "disk": lambda stage: _size(stage.disk) if stage.disk else MISSING,
     }
+    memory, disk, scratch = map(_size, (estimate.memory, estimate.disk, estimate.scratch))
+    both = _size(estimate.disk + estimate.scratch)
     return TableDocument(
         title="plan",
-        headline=(
-            f"About {_duration(estimate.seconds)}, {_size(estimate.memory)} of memory, "
-            f"{_size(estimate.disk + estimate.scratch)} of disk"
-        ),
+        headline=f"About {_duration(estimate.seconds)}, {memory} of memory, {both} of disk",
         warnings=estimate.warnings,
         notes=[
-            f"memory: {_size(estimate.memory)} at its peak, the process itself included; "
-            f"{_size(estimate.memory_available)} are free",
+            f"memory: {memory} at its peak, the process itself included; {_size(estimate.memory_available)} are free",
             f"disk: {disk} stay, {scratch} come and go; {_size(estimate.disk_free)} are free",
             "time: about, and where nothing else runs; kernels that are yet to be compiled take 10 to 25 s more",
             *estimate.notes,

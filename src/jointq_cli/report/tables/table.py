@@ -1,7 +1,4 @@
-"""Tables of text and documents made of them: the one source for the terminal, pipes, Markdown, CSV and HTML.
-
-Knows rows, columns and widths. Knows nothing of what the cells say, no file and no terminal.
-"""
+"""Tables of text and documents made of them: the one source for the terminal, pipes, Markdown and HTML."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +17,7 @@ Item = TypeVar("Item")
 class TextTable:
     """The first `stub` columns are text, the others numbers; a cell that ends in BEST_MARK is the best of its column.
 
-    shaded: how many columns of numbers pages shade by size, as a heat map.
+    shades: of a heat map, how strongly pages colour each cell, in percent.
     """
 
     title: str
@@ -28,7 +25,7 @@ class TextTable:
     rows: list[list[str]]
     stub: int = 1
     note: str = ""
-    shaded: int = 0
+    shades: Sequence[Sequence[int]] = ()
 
     @classmethod
     def of(
@@ -45,13 +42,10 @@ class TextTable:
             [c for c in columns if c < self.stub or {row[c].strip() for row in self.rows} - {"", MISSING}]
         )
 
-    def widths(self) -> list[int]:
-        """Of each column, in characters."""
-        return [max(map(len, column)) for column in zip(self.heading, *self.rows, strict=True)]
-
     def folded(self, width: int) -> list["TextTable"]:
         """The same table in parts of at most `width` characters, if cells allow it; each has the first column."""
-        widths, parts, taken = self.widths(), [[0]], 0
+        widths = [max(map(len, column)) for column in zip(self.heading, *self.rows, strict=True)]
+        parts, taken = [[0]], 0
         for column in range(1, len(widths)):
             taken += GAP + widths[column]
             if widths[0] + taken > width and len(parts[-1]) > 1:
@@ -78,7 +72,7 @@ class TableDocument:
     tables: list[TextTable] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # reasons not to use the result, worse than warnings
     sound: str = ""  # said where there are none
-    explanation: list[str] = field(default_factory=list)  # paragraphs
+    words: str = ""  # what those of the title mean
     metrics: list[KeyMetric] = field(default_factory=list)
     first_tables: list[TextTable] = field(default_factory=list)  # before the figures of a page
     origin: list[tuple[str, str]] = field(default_factory=list)  # (label, value) of what the result was made from

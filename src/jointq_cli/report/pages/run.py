@@ -5,10 +5,13 @@ import json
 from collections.abc import Sequence
 
 from jointq_cli.records import LayerRecord, RunReport
-from jointq_cli.report.pages.markdown import run_markdown
+from jointq_cli.report.pages.documents import document_html, document_markdown
+from jointq_cli.report.tables.run import run_document
 from jointq_cli.report.tables.table import csv_text
 from jointq_cli.system.record_json import encode
 from jointq_cli.system.run_directory import RunDirectory
+
+WORST = 10  # layers in Markdown; layers.csv has all
 
 
 def write_report(report: RunReport, directory: RunDirectory, *, page: bool = True) -> None:
@@ -20,9 +23,17 @@ def write_report(report: RunReport, directory: RunDirectory, *, page: bool = Tru
     directory.write(directory.layers, layers_csv(report.layers))
     directory.write(directory.report_markdown, run_markdown(report))
     if page:
-        from jointq_cli.report.pages.html import run_html  # imports matplotlib, which takes half a second more
-
         directory.write(directory.report_html, run_html(report))
+
+
+def run_markdown(report: RunReport) -> str:
+    return document_markdown(run_document(report, WORST))
+
+
+def run_html(report: RunReport) -> str:
+    from jointq_cli.report.figures.run import run_figures  # imports matplotlib, which takes half a second
+
+    return document_html(run_document(report), run_figures(report))
 
 
 def layers_csv(layers: Sequence[LayerRecord]) -> str:
