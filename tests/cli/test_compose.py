@@ -628,11 +628,8 @@ def test_the_same_sweep_again_runs_only_what_is_not_done(capsys: pytest.CaptureF
     capsys.readouterr()
     assert launch("quantize", sweep, failing_on(NumericsError("layer x"), 9, done)) == 0
     assert done == [2, 4, 3]
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:5]] == [
-        ["0", "2"],
-        ["1", "3"],
-        ["2", "4"],
-    ]
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert all([job, f"bits={bits}"] in rows for job, bits in ("02", "13", "24"))
 
 
 def test_jobs_that_differ_in_values_are_composed_once_and_are_what_each_is_alone(
