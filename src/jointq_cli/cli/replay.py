@@ -31,7 +31,6 @@ RECIPE = "replayed"
 BEFORE = {
     ("quantizer.symmetric", "quantizer.zero_point"): "null",
     ("quantizer.symmetric", "quantizer.incoherence"): "none",
-    ("allocation.candidates", "allocation.sensitivity"): "kfac",
 }
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 
