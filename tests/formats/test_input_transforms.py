@@ -72,7 +72,9 @@ def some(name: str) -> RTN:
     return replace(TURNED, incoherence_seed=int("mlp" in name))
 
 
-@pytest.mark.parametrize(("chosen", "matrices"), [(TURNED, 2), (replace(TURNED, symmetric=True, bits=3), 2), (some, 3)])
+@pytest.mark.parametrize(
+    ("chosen", "matrices"), [(TURNED, 2), (replace(TURNED, symmetric=True, bits=3, incoherence_block=16), 1), (some, 3)]
+)
 def test_the_library_turns_inputs_as_the_weights_are(tmp_path: Path, chosen: RTN | Chosen, matrices: int) -> None:
     model, target = exported(tmp_path, chosen)
     assert verified(model, EXPORTER, target).worst_error < 1e-4

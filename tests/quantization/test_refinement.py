@@ -116,6 +116,10 @@ def test_windows_held_out_are_generated_ones_where_there_are_any() -> None:
     assert sorted([*training, *held_out]) == list(range(10))
 
 
+class Stopped(Exception):
+    pass
+
+
 class Distance(Objective):
     """Of a norm's gain from a target; `held_out` adds to the loss of windows from 4 on."""
 
@@ -168,6 +172,43 @@ def test_training_ends_where_held_out_windows_do_not_gain(tmp_path: Path) -> Non
     assert torch.equal(best["norm.weight norms"], torch.ones(4))
 
 
+@pytest.mark.parametrize(("factor", "returns"), [(0.3, True), (1.0, False)])
+def test_after_a_higher_loss_than_at_the_start_training_begins_again_with_smaller_rates(
+    tmp_path: Path, factor: float, returns: bool
+) -> None:
+    settings = replace(MODEL, steps=24, validate_every=2, patience=24, norm_lr=0.9, backoff=factor)
+    refined, norm = gain(settings)
+    moved: list[float] = []
+
+    def on_step(*_: float) -> None:
+        moved.append(float((norm.get_parameter("weight").detach() - 1).abs().max()))
+
+    objective = Distance(norm, torch.full((4,), 1.1))
+    _, course = train("model", refined, objective, 6, settings, tmp_path / "state", on_step)
+    assert course.points[1].heldout_loss > course.points[0].heldout_loss  # two steps of .9 lead beyond 1.1
+    assert (moved[1] == 0) == returns
+    assert (moved[2] < 0.3 * 0.9 * 0.7) == returns  # Adam's third step is less than .7 of the rate
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5])
+def test_training_stopped_after_a_higher_loss_continues_with_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+    settings = replace(MODEL, steps=8, validate_every=2, patience=8, norm_lr=0.9)
+
+    def trained(file: str, stop: int = -1) -> bytes:
+        refined, norm = gain(settings)
+
+        def on_step(step: int, *_: float) -> None:
+            if step == stop:
+                raise Stopped
+
+        best, _ = train("model", refined, Distance(norm, torch.full((4,), 1.1)), 6, settings, tmp_path / file, on_step)
+        return best["norm.weight norms"].numpy().tobytes() + (tmp_path / file).read_bytes()
+
+    with pytest.raises(Stopped):
+        trained("stopped", stop_at)
+    assert trained("stopped") == trained("whole")
+
+
 def test_where_nothing_is_trained_no_step_is_taken(tmp_path: Path) -> None:
     _, norm = gain(MODEL)
     norm.requires_grad_(False)  # as in a block of layers that are left alone
@@ -190,10 +231,6 @@ def test_windows_are_held_out_over_all_the_text() -> None:
     assert held_out == [1, 4, 8, 11, 14]
     with pytest.raises(ConfigError, match=r"calibration.num_samples=1: refinement.heldout_share=0.34 holds out 1"):
         split_windows(1, MODEL)
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")

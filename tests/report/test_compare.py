@@ -281,7 +281,7 @@ def page(three) -> str:
 
 def test_the_page_is_well_formed_and_self_contained(page):
     ElementTree.fromstring(page)
-    assert page.count("<img ") == 5
+    assert page.count("<img ") == 4
     assert "http" not in page.replace("http-equiv", "")
     assert all(
         target.startswith("data:image/svg+xml;base64,") for target in re.findall(r'(?:href|src)="([^"]*)"', page)

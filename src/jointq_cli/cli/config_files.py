@@ -32,6 +32,14 @@ def default_options(command: str) -> dict[str, str]:
     return dict(re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE))
 
 
+def keys(command: str) -> dict[str, str]:
+    """Key with value -> comment, of the keys that a primary config and the place of its run directories have outside of
+    groups."""
+    texts = [(config_dir() / f"{name}.yaml").read_text(encoding="utf-8") for name in (command, "run_directory")]
+    found = re.findall(r"^(\w+): (\S+) +# (.+)$", "\n".join(texts), re.MULTILINE)
+    return {f"{key}={value}": comment for key, value, comment in found}
+
+
 def head_comment(path: Path) -> list[str]:
     """The comment lines that a yaml file opens with, without `# ` and without Hydra's package line."""
     lines = []

@@ -27,9 +27,13 @@ def check_early(command: str, overrides: list[str], options: Sequence[str]) -> N
     except HydraException as error:
         raise ConfigErrorFormatter([], {}, overrides).format(error) from error
     if plain:
-        recipe = config_files.default_options(command) | chosen
+        recipe = (config_files.default_options(command) | chosen).get("recipe", "")
+        words = [
+            word for word in overrides if not word.startswith(("recipe=", "hydra."))
+        ]  # a run has its recipe's name
         print(
-            f"jointq {command} {recipe.get('recipe', '')}".rstrip() + ": loading PyTorch and transformers", flush=True
+            f"{' '.join(filter(None, ['jointq', command, recipe, *words]))}: loading PyTorch and transformers",
+            flush=True,
         )
 
 

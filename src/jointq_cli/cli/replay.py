@@ -31,6 +31,8 @@ RECIPE = "replayed"
 BEFORE = {
     ("quantizer.symmetric", "quantizer.zero_point"): "null",
     ("quantizer.symmetric", "quantizer.incoherence"): "none",
+    ("refinement.patience", "refinement.backoff"): "1",
+    ("curvature.row_blocks", "curvature.rounds"): "0",
 }
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 

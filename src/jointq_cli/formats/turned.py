@@ -22,15 +22,20 @@ from jointq_cli.kernels.hadamard import hadamard_transform
 _ROWS_AT_ONCE = 1024  # in float64
 
 
-def random_signs(in_features: int, seed: int, device: torch.device) -> Tensor:
-    """(in,) int8 of 1 and -1."""
+def random_signs(size: int, seed: int, device: torch.device) -> Tensor:
+    """(size,) int8 of 1 and -1."""
     generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randint(2, (in_features,), generator=generator, dtype=torch.int8) - 1).to(device)
+    return (2 * torch.randint(2, (size,), generator=generator, dtype=torch.int8) - 1).to(device)
 
 
 def turned(rows: Tensor, signs: Tensor) -> Tensor:
     """rows Q (..., in) float64."""
     return hadamard_transform(rows.double().unflatten(-1, (-1, len(signs))) * signs).flatten(-2)
+
+
+def turned_label(block: int | None) -> str:
+    """After the grid's. block: columns of it, None for all."""
+    return " turned" if block is None else f" turned b{block}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +57,8 @@ class TurnedWeight(StoredWeight):
 
     @property
     def label(self) -> str:
-        return f"{self.inner.label} turned"
+        block = len(self.signs)
+        return self.inner.label + turned_label(None if block == self.shape[1] else block)
 
     @property
     def stored_bits(self) -> int:

@@ -82,7 +82,7 @@ def parse_settings(text: str, path: Path) -> dict[str, str]:
 
 def _job(name: str, settings: dict[str, str], place: Path, record: JobRecord) -> ComparedRun:
     """settings: those of the recipe where none are given."""
-    if record.state != DONE:
+    if record.state != DONE or (settings and not _has_report(place)):  # a rotation of a sweep leaves none
         return ComparedRun(name, settings, None, record)
     try:
         return ComparedRun(name, settings or load_settings(place / RECIPE), read_report(place), record)
@@ -97,12 +97,16 @@ def _places(path: Path) -> list[tuple[Path, JobRecord]]:
         raise JointqError(f"{path}: no such directory")
     if sweep.exists:
         return [(sweep.run(number), sweep.record(number)) for number in range(len(sweep.plan().settings))]
-    if (path / REPORT).is_file() or (path / EVALUATION).is_file():
+    if _has_report(path):
         return [(path, done)]
     jobs = sorted((run for run in path.iterdir() if run.name.isdecimal()), key=lambda run: int(run.name))
     if not jobs:
         raise JointqError(f"{path}: neither a finished run, which has a {REPORT}, nor a sweep of runs 0, 1, ...")
     return [(run, done if (run / REPORT).is_file() else JobRecord("waiting")) for run in jobs]
+
+
+def _has_report(run: Path) -> bool:
+    return (run / REPORT).is_file() or (run / EVALUATION).is_file()
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jointq_cli.errors import ResourceError
-from jointq_cli.records import LayerRecord, RunReport
+from jointq_cli.records import LayerRecord, RunReport, StageRecord
 from jointq_cli.report import Console
-from jointq_cli.report.console.console import State
 from jointq_cli.report.measured import figures
 from jointq_cli.tracking.base import Tracker, Tracking
 
@@ -26,19 +25,19 @@ class TrackedRun:
     def begins(self, parameters: Mapping[str, str]) -> None:
         self._send(lambda tracker: tracker.parameters(parameters))
 
-    def layer(self, record: LayerRecord) -> None:
-        self._logged.add(record.name)
-        self._points(_of_layer(record), record.block)
-
-    def stage_ends(self, name: str, state: State, seconds: float) -> None:
-        if state == "done":
-            self._send(lambda tracker: tracker.figures({f"seconds/{name.replace(' ', '_')}": seconds}))
+    def has_computed(self, record: LayerRecord | StageRecord) -> None:
+        if isinstance(record, LayerRecord):
+            self._logged.add(record.name)
+            self._points(_of_layer(record), record.block)
+        else:
+            seconds = {f"seconds/{record.name.replace(' ', '_')}": record.seconds}
+            self._send(lambda tracker: tracker.figures(seconds))
 
     def has_report(self, report: RunReport) -> None:
         """The layers that were not shown, since they come from the store, and what is known only now."""
         for layer in report.layers:
             if layer.name not in self._logged:
-                self.layer(layer)
+                self.has_computed(layer)
         for block in report.blocks:
             self._points({"block/output_error": block.output_error}, block.block)
         self._send(lambda tracker: tracker.figures(_of_run(report)))
@@ -74,7 +73,7 @@ def tracked(
     except Exception as error:
         raise ResourceError(f"tracking={tracking.name}: {_one_line(error)}") from error
     run = TrackedRun(tracker, tracking.name, console.warn)
-    console.add(run)
+    console.add(run.has_computed)
     run.begins(parameters)
     try:
         yield run

@@ -201,6 +201,9 @@ def test_incoherence_is_refused_where_it_has_no_meaning() -> None:
         GPTQ(grid="q4_k", incoherence="input")
     with pytest.raises(ConfigError, match=r"quantizer.lambda_mode=heldout: incoherence=input works with fixed_lambda"):
         JointQ(lambda_mode="heldout", incoherence="input")
+    blocks = GPTQ(group_size=24, incoherence="input", incoherence_block=32)
+    with pytest.raises(ConfigError, match=r"incoherence_block=32: in_features must be a multiple of 32, .*q \(48\)"):
+        blocks.check({"q": 48, "o": 96})
 
 
 def test_levels_around_zero_are_asked_for_in_one_way() -> None:

@@ -106,16 +106,18 @@ def main(arguments: list[str]) -> int:
 
 
 def text(command: str) -> str:
-    """Usage, examples, every group with its options, options."""
+    """Usage, examples, every group with its options, keys outside of groups, options."""
     parts = [OPENINGS[command], "Groups"]
     for group in GROUPS[command]:
         names = config_files.options(group)
         if len(names) > 1:
-            parts.append(_group(group, {name: config_files.summary(path) for name, path in names.items()}))
+            summaries = {name: config_files.summary(path) for name, path in names.items()}
+            parts.append(_listed(f"  {'+' if group == 'sweep' else ''}{group}=", summaries, indent=4))
+    keys = config_files.keys("quantize" if command == "plan" else command)
+    parts.append(_listed("Keys outside of groups", keys, indent=2))
     return "\n\n".join([*parts, OPTIONS])
 
 
-def _group(group: str, summaries: dict[str, str]) -> str:
+def _listed(title: str, summaries: dict[str, str], indent: int) -> str:
     width = max(map(len, summaries))
-    lines = [f"    {name:<{width}}  {summary}" for name, summary in summaries.items()]
-    return "\n".join([f"  {'+' if group == 'sweep' else ''}{group}=", *lines])
+    return "\n".join([title, *(f"{' ' * indent}{name:<{width}}  {text}" for name, text in summaries.items())])

@@ -274,8 +274,8 @@ def _mixed_notes(schemes: Mapping[Scheme, list[str]]) -> list[str]:
 
 def _fused_notes(model: QuantizedModel, schemes: Mapping[Scheme, list[str]]) -> list[str]:
     """vLLM joins q, k and v, and gate and up; it refuses a model where one of them is stored in another way."""
-    turned = _turned(model)
-    scheme_of = {name: (scheme, name in turned) for scheme, names in schemes.items() for name in names}
+    sizes = {name: len(form.signs) for name, form in _turned(model).items()}
+    scheme_of = {name: (scheme, sizes.get(name)) for scheme, names in schemes.items() for name in names}
     for parts in FUSED:
         for name in model.linear:
             if name.endswith(f"{parts[0]}.weight"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError, NumericsError
 from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.k_quant import K_GRIDS, SUPER_BLOCK, KGrid, KQuantWeight
-from jointq_cli.formats.turned import TurnedWeight, random_signs, turned
+from jointq_cli.formats.turned import TurnedWeight, random_signs, turned, turned_label
 from jointq_cli.formats.uniform import (
     MOST_NAMED,
     ZERO_POINTS,
@@ -74,6 +74,8 @@ class UniformQuantizer(Quantizer):
     # recipe decides; a quantizer by itself does not turn.
     incoherence: str = setting("none", choices=INCOHERENCE, used=is_uniform)
     incoherence_seed: int = setting(0, least=0, most=2**63 - 1, used=_may_be_turned)
+    # Of blocks the inputs are turned at run time for little: a product with N columns, where else it is with all.
+    incoherence_block: int | None = setting(None, least=2, null="for all columns", used=_may_be_turned)
     grid: str | None = setting(None, choices=tuple(K_GRIDS), null="for bits, group_size and symmetric")
 
     def __post_init__(self) -> None:
@@ -124,13 +126,11 @@ class UniformQuantizer(Quantizer):
     def check(self, in_features: Mapping[str, int]) -> None:
         if self.k_grid is None:
             check_group_size(self.group_size, in_features)
-            return
-        offending = [f"{name} ({size})" for name, size in in_features.items() if size % SUPER_BLOCK]
-        if offending:
-            more = f" and {len(offending) - MOST_NAMED} more" if len(offending) > MOST_NAMED else ""
-            raise ConfigError(
-                f"quantizer.grid={self.grid}: in_features must be a multiple of {SUPER_BLOCK}, and is not for "
-                f"{', '.join(offending[:MOST_NAMED])}{more}"
+        if self.k_grid:
+            _check_multiples(f"quantizer.grid={self.grid}", SUPER_BLOCK, in_features)
+        if self.is_turned and self.incoherence_block:
+            _check_multiples(
+                f"quantizer.incoherence_block={self.incoherence_block}", self.incoherence_block, in_features
             )
 
     def storage(self, out_features: int, in_features: int, dtype: torch.dtype) -> StoredWeight:
@@ -148,7 +148,7 @@ class UniformQuantizer(Quantizer):
         )
         if not self.is_turned:
             return found
-        return TurnedWeight(found, torch.empty(in_features, dtype=torch.int8, device=meta))
+        return TurnedWeight(found, torch.empty(self.incoherence_block or in_features, dtype=torch.int8, device=meta))
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         if not bool(hessian.diagonal().any()):
@@ -166,6 +166,7 @@ class UniformQuantizer(Quantizer):
         if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
             raise NumericsError("the weight holds NaN or Inf")
         if self.is_turned:
+            self.check({"this layer": weight.shape[1]})
             signs = self._signs(weight)
             found = self._plain.quantize(turned(weight, signs).float(), prepared, scale_dtype)
             assert isinstance(found.quantized, UniformWeight)
@@ -196,11 +197,11 @@ class UniformQuantizer(Quantizer):
         return turned(turned(whole, signs).T.contiguous(), signs)
 
     def _signs(self, rows: Tensor) -> Tensor:
-        return random_signs(rows.shape[1], self.incoherence_seed, rows.device)
+        return random_signs(self.incoherence_block or rows.shape[1], self.incoherence_seed, rows.device)
 
     def describe(self) -> str:
         label = self.k_grid.label if self.k_grid else grid_label(self.integer_grid, self.group_size)
-        label += " turned" * self.is_turned
+        label += turned_label(self.incoherence_block) * self.is_turned
         return " ".join([type(self).__name__, label, *self._describe_options()])
 
     def _describe_options(self) -> list[str]:
@@ -227,6 +228,16 @@ class UniformQuantizer(Quantizer):
     @abstractmethod
     def _solve(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         """As `quantize`, of a finite weight whose in_features the groups divide."""
+
+
+def _check_multiples(key: str, columns: int, in_features: Mapping[str, int]) -> None:
+    offending = [f"{name} ({size})" for name, size in in_features.items() if size % columns]
+    if offending:
+        more = f" and {len(offending) - MOST_NAMED} more" if len(offending) > MOST_NAMED else ""
+        raise ConfigError(
+            f"{key}: in_features must be a multiple of {columns}, and is not for "
+            f"{', '.join(offending[:MOST_NAMED])}{more}"
+        )
 
 
 def hessian_product(out_features: int, in_features: int) -> float:

@@ -41,7 +41,8 @@ class GradientRefinement(Refinement):
     train: what changes, of scales, norms (gains) and codes. scale_lr and norm_lr are relative to the value that is
     trained, code_lr is in steps between codes: Adam moves a value by about its rate in one step. Every
     `validate_every` steps the loss of the windows held out is measured, and the best state is kept; training ends after
-    `patience` measurements without a lower one. generated: windows more, which the original model writes as
+    `patience` measurements without a lower one. Until one is lower than at the start, training begins there again
+    after each, with `backoff` of the rates. generated: windows more, which the original model writes as
     continuations of the calibration's; those held out are among these then, which no solver has seen.
     """
 
@@ -55,6 +56,7 @@ class GradientRefinement(Refinement):
     generated: int = setting(0, least=0)
     validate_every: int = setting(20, least=1)
     patience: int = setting(3, least=1)
+    backoff: float = setting(0.3, above=0, most=1)
     seed: int = setting(0, least=0, most=2**63 - 1)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -58,6 +59,8 @@ def train(
 ) -> tuple[dict[str, Tensor], RefinementCourse]:
     """The best snapshot, which the modules then have too, and how it was found.
 
+    Until a measurement is lower than that at the start, each takes training back there, with smaller rates.
+
     name: of what is trained. windows: how many there are. file: the state of this training, which it is continued from.
     on_step(step, loss, least loss of the windows held out): may raise, and nothing is lost. Takes no step where nothing
     is trained, as in a block whose layers are left alone. Raises NumericsError when the loss is no longer finite.
@@ -81,14 +84,17 @@ def train(
             break
         chosen = order[(step - 1) * settings.windows_per_step : step * settings.windows_per_step]
         losses.append(sum(objective.backward(window, 1 / len(chosen)) for window in chosen) / len(chosen))
-        refined.step(step, (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
+        decay = settings.backoff ** _restarts(points)
+        refined.step(step, decay * (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
         if not math.isfinite(losses[-1]):
             raise NumericsError(f"refinement: {name} has diverged by step {step}; lower refinement.scale_lr and others")
         if step % settings.validate_every == 0 or step == settings.steps:
             points.append(RefinementPoint(step, sum(losses) / len(losses), validate()))
-            if points[-1].heldout_loss < min(point.heldout_loss for point in points[:-1]):
-                best = _copied(refined)
             losses = []
+            if _best(points) is points[-1]:
+                best = _copied(refined)
+            elif settings.backoff < 1 and _best(points).step == 0:
+                _, best = _read(file, refined)  # which has the state at the start
             _write(file, points, best, refined)
         on_step(step, losses[-1] if losses else points[-1].loss or 0.0, _best(points).heldout_loss)
     refined.load(best)
@@ -105,6 +111,12 @@ def _order(training: list[int], settings: GradientRefinement) -> list[int]:
 
 def _best(points: list[RefinementPoint]) -> RefinementPoint:
     return min(points, key=lambda point: point.heldout_loss)  # the first of equal ones
+
+
+def _restarts(points: list[RefinementPoint]) -> int:
+    """How many measurements there were before one was lower than that at the start."""
+    higher = takewhile(lambda point: point.heldout_loss >= points[0].heldout_loss, points[1:])
+    return len(list(higher))
 
 
 def _is_over(points: list[RefinementPoint], settings: GradientRefinement) -> bool:

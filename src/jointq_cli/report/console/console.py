@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Protocol, Self, TextIO, cast
+from typing import IO, Self, TextIO, cast
 
 from rich.console import Console as Rich
 from rich.console import RenderableType
@@ -22,25 +22,17 @@ from jointq_cli import __version__
 from jointq_cli.errors import Interrupted, JointqError
 from jointq_cli.records import LayerRecord, StageRecord
 from jointq_cli.report.console.documents import framed, pairs, rendered
-from jointq_cli.report.console.layer_rows import layer_row
+from jointq_cli.report.console.layer_rows import LEGEND, layer_row
 from jointq_cli.report.console.log_file import LogFile
 from jointq_cli.report.console.progress import Phase
 from jointq_cli.report.number_format import duration, plural
 from jointq_cli.report.tables.table import TableDocument
 from jointq_cli.system.machine import peak_memory
 
-State = Literal["done", "reused", "failed", "interrupted"]
+Listener = Callable[[LayerRecord | StageRecord], None]
 MARKS = {"done": ("✓", "green"), "reused": ("↺", "cyan"), "failed": ("✗", "bold red"), "interrupted": ("■", "yellow")}
 ENDLESS = 10_000  # columns of pipes and logs, whose lines are not folded, so that `grep` and `cut` work on them
 NARROW = 64  # columns; below, there is no space for a bar beside its text
-
-
-class Listener(Protocol):
-    """Is told what the console reports."""
-
-    def layer(self, record: LayerRecord) -> None: ...
-
-    def stage_ends(self, name: str, state: State, seconds: float) -> None: ...
 
 
 @dataclass
@@ -125,7 +117,7 @@ class Console:
                 self._screen.print(f"{self._job}{count} in {self._log.path}")
 
     def add(self, listener: Listener) -> None:
-        """Tells someone else what is reported from now on."""
+        """Tells someone else of layers, and of stages that were computed, from now on."""
         self._listeners.append(listener)
 
     def header(self, lines: list[tuple[str, str]]) -> None:
@@ -138,7 +130,7 @@ class Console:
     def stage(self, name: str) -> Iterator[StageTimer]:
         """Reports the start of a stage and, at its end, its duration or how else it ended."""
         stage = StageTimer(name)
-        state: State = "done"
+        state = "done"
         self._needs_heading = True
         for out in self._in_full:
             if not out.is_terminal:  # which has the live line
@@ -155,8 +147,8 @@ class Console:
             (mark, style), taken = MARKS[state], duration(stage.seconds)
             outcome = {"done": taken, "reused": "reused"}.get(state, f"{state} after {taken}")
             _print(self._in_full, Text.assemble((mark, style), f" {name:<18}  ", (outcome, style)))
-            for listener in self._listeners:
-                listener.stage_ends(name, state, stage.seconds)
+            for listener in self._listeners if state == "done" else ():
+                listener(stage.record())
 
     @contextmanager
     def bar(self, description: str, total: int | None) -> Iterator[Phase]:
@@ -181,11 +173,12 @@ class Console:
         """Adds a row to the table of layers."""
         for out in self._in_full:
             if self._needs_heading:
+                out.print(Text(LEGEND, style="dim"))
                 out.print(layer_row(None, out.width))
             out.print(layer_row(record, out.width))
         self._needs_heading = False
         for listener in self._listeners:
-            listener.layer(record)
+            listener(record)
 
     def note(self, text: str) -> None:
         _print(self._everywhere, Text(self._job + text))

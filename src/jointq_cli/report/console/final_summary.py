@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunReport, StageRecord
+from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.number_format import byte_size
 from jointq_cli.report.tables.table import TableDocument
@@ -11,6 +11,7 @@ from jointq_cli.report.tables.table import TableDocument
 
 def quantize_summary(report: RunReport, run: Path) -> TableDocument:
     """run: its directory, here and below."""
+    size = byte_size(report.audit.checkpoint_bytes)
     return TableDocument(
         title=summary.title(report),
         headline=summary.headline(report),
@@ -18,8 +19,7 @@ def quantize_summary(report: RunReport, run: Path) -> TableDocument:
         metrics=summary.key_metrics(report),
         origin=[
             *summary.basis(report),
-            ("checkpoint", f"{byte_size(report.audit.checkpoint_bytes)} on disk, in the source's dtype"),
-            ("stages", _stage_costs(report.stages)),
+            ("checkpoint", f"{size} on disk, in the source's dtype; the figures above are its"),
             ("layers", summary.layer_verdicts(report)),
             ("tensor audit", summary.audit_verdict(report)),
             ("reload check", report.reload_check),
@@ -76,7 +76,6 @@ def evaluate_summary(report: EvaluationReport, run: Path) -> TableDocument:
         origin=[
             ("model", report.model),
             *((label, value) for label, value in compared.items() if value),
-            ("stages", _stage_costs(report.stages)),
             ("protocol", report.protocol.line()),
         ],
         next_steps=[("results", _shown(run))],
@@ -87,7 +86,3 @@ def _shown(path: Path) -> str:
     """Relative to the working directory, if it is below that."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _stage_costs(stages: list[StageRecord]) -> str:
-    return ", ".join(f"{stage.name} {summary.stage_cost(stage)}" for stage in stages)

@@ -19,6 +19,10 @@ COLUMNS: dict[str, tuple[int, Callable[[LayerRecord], str]]] = {
     "s": (5, lambda layer: f"{layer.seconds:.{2 if layer.seconds < 99.995 else 0}f}"),
 }  # width and text by heading, each after two blanks
 VERDICT = 8
+LEGEND = (
+    "E_y, E_w: relative squared error of a layer's output and of its weight; damping: share of its mean that is added "
+    "to the Hessian's diagonal; lambda: how much JointQ keeps to the weight beside the output"
+)
 STYLES = {FALLBACK: "bold red", DAMPED: "yellow"}
 
 

@@ -11,7 +11,6 @@ from jointq_cli.report.grouping import grouped
 from jointq_cli.report.measured import KINDS, Figure
 from jointq_cli.report.number_format import shortest_suffixes
 
-LONG_NAME = 12  # characters above which a figure of half the page's width has no space beside the names
 LEAST_POINTS = 3  # of a curve: different values of the swept setting
 UNITS = {"perplexity": "perplexity", "kl": "nats per token"}
 NONE = Figure(math.nan)
@@ -27,7 +26,6 @@ def comparison_figures(comparison: RunComparison) -> list[SvgFigure]:
         *_measured("Perplexity", "perplexity", "± one standard error over windows; broken: the original", comparison),
         *_measured("KL divergence", "kl", "KL(original || quantised), ± one standard error over windows", comparison),
         *_over_depth("Output error over depth", caption, few, _medians),
-        *_by_kind(few),
         *_over_depth("Accumulated error over depth", ACCUMULATED + most, few, _accumulated),
     ]
 
@@ -94,8 +92,7 @@ def _measured(title: str, figure: str, caption: str, comparison: RunComparison) 
     originals = {run.figures.get(f"original_{figure}", NONE).value for run in runs}
     references = sorted(filter(fits_log_axis, originals))
     log = far_apart([*references, *(value for value, _ in values)])
-    wide = any(len(name) > LONG_NAME for name in names)
-    return point_plot(title, caption, series, x=UNITS[figure], rows=names, log_x=log, references=references, wide=wide)
+    return point_plot(title, caption, series, x=UNITS[figure], rows=names, log_x=log, references=references)
 
 
 def _over_depth(
@@ -113,14 +110,3 @@ def _medians(run: ComparedRun) -> list[tuple[int, float]]:
 
 def _accumulated(run: ComparedRun) -> list[tuple[int, float]]:
     return [(block.block, block.output_error) for block in run.blocks]
-
-
-def _by_kind(comparison: RunComparison) -> list[SvgFigure]:
-    """A row per kind, a point per run."""
-    kinds = comparison.kind_errors()
-    series = [
-        Series(comparison.label(run), [(errors[index], row) for row, errors in enumerate(kinds.values())])
-        for index, run in enumerate(comparison.finished)
-    ]
-    caption = "E_y: median over the layers that all runs have"
-    return point_plot("Output error by kind", caption, series, x="E_y", rows=list(kinds), log_x=True)

@@ -6,7 +6,7 @@ Importing matplotlib takes half a second, so modules of this folder are imported
 import math
 import textwrap
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -34,7 +34,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "legend.frameon": False, "legend.handletextpad": 0.2,
 }  # fmt: skip
-WIDE, HALF, HEIGHT, ROW = 9.6, 4.7, 3.5, 0.3  # inches
+WIDTH, HEIGHT, ROW = 9.6, 3.5, 0.3  # inches
 MOST_NAME = 30  # characters in a line of a name
 MOST_TICKS = 12  # up to so many values of x, each has its tick
 MOST_COLUMNS = 40  # of a heat map whose cells have room for text
@@ -48,7 +48,6 @@ class SvgFigure:
     title: str
     caption: str
     svg: str
-    wide: bool  # over the full width of the page
 
     @property
     def address(self) -> str:
@@ -72,7 +71,7 @@ class Series:
 
 def point_plot(
     title: str, caption: str, series: Sequence[Series], *, x: str, y: str = "", rows: Sequence[str] = (),
-    log_x: bool = False, log_y: bool = False, references: Sequence[float] = (), colours: int = 64, wide: bool = True,
+    log_x: bool = False, log_y: bool = False, references: Sequence[float] = (), colours: int = 64,
 ) -> list[SvgFigure]:  # fmt: skip
     """A figure of all points that fit its axes; none without any, and the caption says how many do not.
 
@@ -84,7 +83,7 @@ def point_plot(
     if not points:
         return []
     height = HEIGHT if not rows else 0.9 + ROW * sum(1 + _wrapped(row).count("\n") for row in rows)
-    with _axes(WIDE if wide else HALF, height) as (figure, axes):
+    with _axes(height) as (figure, axes):
         axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
         for index, one in enumerate(drawn):
             if one.points:
@@ -101,31 +100,29 @@ def point_plot(
             figure.legend(loc="outside right center")
         lost = sum(len(one.points) for one in series) - len(points)
         note = f". {plural(lost, 'point')} that no such axis can show left out" if lost else ""
-        return [SvgFigure(title, caption + note, _svg(figure), wide)]
+        return [SvgFigure(title, caption + note, _svg(figure))]
 
 
 def heat_map(
     title: str, caption: str, values: Sequence[Sequence[float]], rows: Sequence[str], *, x: str,
-    text: Callable[[float], str] = "{:g}".format,
 ) -> list[SvgFigure]:  # fmt: skip
     """A figure of a cell per value, the larger the darker; NaN is left blank, and without any number there is none.
 
-    values: of each row a number per column; columns are numbered. x: what is numbered. text: of a cell, where there is
-    room for it.
+    values: of each row a number per column; columns are numbered. x: what is numbered.
     """
     cells = [(at, row, value) for row, line in enumerate(values) for at, value in enumerate(line) if value == value]
     if not cells:
         return []
     shades = LinearSegmentedColormap.from_list("shades", [(*to_rgb(COLOURS[0]), alpha) for alpha in (0.08, 0.6)])
-    with _axes(WIDE, 0.9 + ROW * len(rows)) as (figure, axes):
+    with _axes(0.9 + ROW * len(rows)) as (figure, axes):
         axes.imshow(values, cmap=shades, aspect="auto", interpolation="none")
         for column, row, value in cells if len(values[0]) <= MOST_COLUMNS else []:
-            axes.text(column, row, text(value), ha="center", va="center", fontsize=8)
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8)
         axes.grid(visible=False)
         axes.set_xlabel(x)
         axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
         axes.set_yticks(range(len(rows)), rows)
-        return [SvgFigure(title, caption, _svg(figure), wide=True)]
+        return [SvgFigure(title, caption, _svg(figure))]
 
 
 def fits_log_axis(value: float) -> bool:
@@ -144,12 +141,12 @@ def series_style(index: int) -> tuple[str, str]:
 
 
 @contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A new figure of this size in inches, whatever the user's own matplotlib settings are."""
+def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A new figure of this height in inches, whatever the user's own matplotlib settings are."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(WIDTH, height))
         yield figure, figure.add_subplot()
 
 

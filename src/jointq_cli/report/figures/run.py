@@ -84,7 +84,7 @@ def allocation_figures(report: RunReport, record: AllocationRecord) -> list[SvgF
         "text, with error propagation, which predictions leave out"
     )
     return [
-        *heat_map("Bits over depth", counted, values, list(kinds), x=BLOCK, text="{:.3g}".format),
+        *heat_map("Bits over depth", counted, values, list(kinds), x=BLOCK),
         *point_plot("Loss over size", caption, series, x="bits per weight", y="KL divergence, nats", log_y=True),
     ]
 

@@ -417,6 +417,7 @@ class JointQ(UniformQuantizer):
             "symmetric",
             "zero_point",
             "incoherence",
+            "incoherence_block",
             "grid",
             "regularization_lambda",
             "lambda_mode",
