@@ -56,7 +56,7 @@ class GradientRefinement(Refinement):
     heldout_share: float = setting(0.125, above=0, below=1)
     generated: int = setting(0, least=0)
     validate_every: int = setting(20, least=1)
-    patience: int = setting(2, least=1)
+    patience: int = setting(3, least=1)
     backoff: float = setting(0.3, above=0, most=1)
     seed: int = setting(0, least=0, most=2**63 - 1)
 
