@@ -630,6 +630,7 @@ def test_the_same_sweep_again_runs_only_what_is_not_done(capsys: pytest.CaptureF
     assert done == [2, 4, 3]
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     assert all([job, f"bits={bits}"] in rows for job, bits in ("02", "13", "24"))
+    assert not [row for row in rows if row[1:2] == ["of"]]  # "2 of 3 jobs done"
 
 
 def test_jobs_that_differ_in_values_are_composed_once_and_are_what_each_is_alone(

@@ -51,7 +51,8 @@ def _named(comparison: RunComparison, chosen: Sequence[ComparedRun]) -> str:
 
 
 def _headline(comparison: RunComparison) -> str:
-    noun, done, ranked = comparison.noun, len(comparison.finished), comparison.ranking
+    noun, ranked = comparison.noun, comparison.ranking
+    done = sum(run.record.state == DONE for run in comparison.runs)  # rotations leave no report
     so_far = "" if done == len(comparison.runs) else f"{done} of {plural(len(comparison.runs), noun)} done. "
     label, best = KINDS[ranked.figure].label, ranked.best
     if comparison.unlike:
