@@ -13,18 +13,19 @@ from jointq_cli.data.token_weights import weighted_by_energy
 from jointq_cli.errors import ConfigError
 from jointq_cli.models.checkpoint import Checkpoint
 from jointq_cli.models.streamed import StreamedModel
-from jointq_cli.quantization.curvature import NO_CURVATURE, Coupling, Curvature, Kfac
+from jointq_cli.quantization.curvature import NO_CURVATURE, Coupling, Curvature, Kfac, loss_error
 from jointq_cli.quantization.gradients import Gradients, collect_gradients
 from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.qep import QepSettings
 from jointq_cli.quantization.quantizers import RTN, Quantizer
-from jointq_cli.quantization.quantizers.base import Prepared
+from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import LayerRecord
 
 DTYPE = torch.float32
+EYE = torch.eye(8, dtype=torch.float64)
 GRID = RTN(bits=2, group_size=None, symmetric=False, mse=False)
 
 
@@ -40,8 +41,8 @@ def rounded(rows: Tensor) -> Tensor:
     return GRID.quantize(rows.float(), Prepared(), DTYPE).quantized.dequantize(DTYPE)
 
 
-def solved(coupling: Coupling, weight: Tensor) -> Tensor:
-    parts = coupling.solve(weight, lambda rows: GRID.quantize(rows, Prepared(), DTYPE), DTYPE)
+def solved(coupling: Coupling, weight: Tensor, hessian: Tensor = EYE) -> Tensor:
+    parts = coupling.solve(weight, hessian, lambda rows: GRID.quantize(rows, Prepared(), DTYPE), DTYPE)
     return torch.cat([part.quantized.dequantize(DTYPE) for part in parts])
 
 
@@ -79,6 +80,39 @@ def test_the_loss_falls() -> None:
     assert error < 0.5 * alone
     error_matrix = (weight - rounded(weight)).double()
     assert alone == pytest.approx(float(torch.trace(outputs @ error_matrix @ hessian @ error_matrix.T)))
+
+
+def test_a_block_is_solved_again_for_the_minimiser_given_all_other_rows() -> None:
+    weight, outputs = random_weight(4), moments(4, 1)
+    first = solved(Coupling([outputs], strength=1.0, damping=0.0, row_blocks=2), weight)
+    asked: list[Tensor] = []
+
+    def solve(rows: Tensor) -> Solution:
+        asked.append(rows)
+        return GRID.quantize(rows, Prepared(), DTYPE)
+
+    list(Coupling([outputs], 1.0, 0.0, 2, rounds=1).solve(weight, EYE, solve, DTYPE))
+    error = (weight - first)[2:].double()
+    best = weight[:2] + torch.linalg.solve(outputs[:2, :2], outputs[:2, 2:] @ error)
+    torch.testing.assert_close(asked[2], best.float())
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_no_round_raises_the_loss(dead: bool) -> None:
+    weight, outputs, hessian = random_weight(64), moments(64, 3), moments(8, 4)
+    if dead:
+        outputs[5], outputs[:, 5] = 0.0, 0.0
+    damped = outputs + 0.1 * outputs.diagonal()[outputs.diagonal() > 0].mean() * torch.eye(64)
+    losses = []
+    for rounds in range(4):
+        coupling = Coupling([outputs], strength=1.0, damping=0.1, row_blocks=16, rounds=rounds)
+        losses.append(loss_error([damped], weight - solved(coupling, weight, hessian), hessian))
+    assert losses[1] < 0.99 * losses[0]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_plans_count_every_solve() -> None:
+    assert (NO_CURVATURE.solves, Kfac(rounds=2).solves, Kfac(strength=0.0, rounds=2).solves) == (1, 3, 1)
 
 
 def test_tokens_are_weighted_by_a_geometric_mean() -> None:

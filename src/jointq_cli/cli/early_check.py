@@ -28,7 +28,9 @@ def check_early(command: str, overrides: list[str], options: Sequence[str]) -> N
         raise ConfigErrorFormatter([], {}, overrides).format(error) from error
     if plain:
         recipe = (config_files.default_options(command) | chosen).get("recipe", "")
-        words = [word for word in overrides if not word.startswith("recipe=")]  # a run is named after its recipe alone
+        words = [
+            word for word in overrides if not word.startswith(("recipe=", "hydra."))
+        ]  # a run has its recipe's name
         print(
             f"{' '.join(filter(None, ['jointq', command, recipe, *words]))}: loading PyTorch and transformers",
             flush=True,

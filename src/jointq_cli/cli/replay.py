@@ -33,6 +33,7 @@ BEFORE = {
     ("quantizer.symmetric", "quantizer.incoherence"): "none",
     ("allocation.candidates", "allocation.sensitivity"): "kfac",
     ("refinement.patience", "refinement.backoff"): "1",
+    ("curvature.row_blocks", "curvature.rounds"): "0",
 }
 CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places of files"
 

@@ -8,8 +8,12 @@ columns do in GPTQ: the target of the rows s is
 
     W_s - strength P_sd P_dd^-1 E_d,     P = (G + damping mean diag(G) I)^-1,
 
-with d the rows before (Tseng et al., "Model-preserving adaptive rounding", 2025, factorise both sides so). G is of few
-tokens and one sampled label each, which the damping makes up for: docs/curvature.md has what was measured.
+with d the rows before (Tseng et al., "Model-preserving adaptive rounding", 2025, factorise both sides so). In each of
+the `rounds` that follow every block is solved once more, against the errors of all others,
+
+    W_s + strength G_ss^-1 G_sr E_r      with G damped and r all rows but s,
+
+and replaces the block where tr(G E H E^T) falls. docs/curvature.md has what was measured.
 """
 
 from abc import ABC, abstractmethod
@@ -24,6 +28,8 @@ from jointq_cli.quantization.quantizers.base import Quantizer, Solution
 from jointq_cli.quantization.quantizers.cholesky import factorize
 from jointq_cli.setting_rules import check_settings, setting
 
+Solve = Callable[[Tensor], Solution]  # of some rows (rows, in) float32
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -34,24 +40,69 @@ class Coupling:
     strength: float
     damping: float
     row_blocks: int
+    rounds: int = 0
 
-    def solve(self, weight: Tensor, solve: Callable[[Tensor], Solution], dtype: torch.dtype) -> Iterator[Solution]:
-        """The solutions of consecutive rows. weight: (out, in) float32. solve: of some rows (rows, in) float32, whose
-        scales are stored as `dtype`. Raises NumericsError where G cannot be factorised."""
-        for outputs, target in zip(self.outputs, weight.double().split([*map(len, self.outputs)]), strict=True):
-            order = torch.arange(len(outputs), device=weight.device)
-            upper = factorize(outputs, order, self.damping, None, torch.float64, key="curvature.damping").upper
-            for rows in order.chunk(self.row_blocks):
-                start, stop = int(rows[0]), int(rows[-1]) + 1
-                solution = solve(target[start:stop].float())
-                error = target[start:stop] - solution.quantized.dequantize(dtype).double()
-                square, later = upper[start:stop, start:stop], upper[start:stop, stop:]
-                target[stop:] -= self.strength * torch.linalg.solve_triangular(square, later, upper=True).T @ error
-                yield solution
+    def solve(self, weight: Tensor, hessian: Tensor, solve: Solve, dtype: torch.dtype) -> Iterator[Solution]:
+        """The solutions of consecutive rows. weight: (out, in) float32. hessian: (in, in) float64, in which `solve`
+        minimises the errors of rows, with scales stored as `dtype`. Raises NumericsError where G cannot be
+        factorised."""
+        for outputs, rows in zip(self.outputs, weight.double().split([*map(len, self.outputs)]), strict=True):
+            coupled = _CoupledRows(self, outputs, rows, solve, dtype)
+            for _ in range(self.rounds):
+                coupled.solve_again(hessian)
+            yield from coupled.solutions
 
     def error(self, error: Tensor, hessian: Tensor) -> float:
         """As `loss_error`."""
         return loss_error(self.outputs, error, hessian)
+
+
+class _CoupledRows:
+    """The rows (rows, in) float64 of one G, solved block after block."""
+
+    def __init__(self, coupling: Coupling, outputs: Tensor, weight: Tensor, solve: Solve, dtype: torch.dtype) -> None:
+        self.coupling, self.weight, self.dtype = coupling, weight, dtype
+        self._solve = solve
+        order = torch.arange(len(weight), device=weight.device)
+        self.blocks = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in order.chunk(coupling.row_blocks)]
+        factor = factorize(outputs, order, coupling.damping, None, torch.float64, key="curvature.damping")
+        self.outputs = _damped(outputs, factor.damping)
+        self.error = torch.empty_like(weight)
+        self.solutions = list(self._in_turn(factor.upper))
+
+    def _in_turn(self, upper: Tensor) -> Iterator[Solution]:
+        """Each block for what it and the later ones can do about the errors of those before."""
+        target = self.weight.clone()
+        for rows in self.blocks:
+            solution, represented = self._solved(target[rows])
+            square, later = upper[rows, rows], upper[rows, rows.stop :]
+            left = torch.linalg.solve_triangular(square, later, upper=True).T @ (target[rows] - represented)
+            target[rows.stop :] -= self.coupling.strength * left
+            self.error[rows] = self.weight[rows] - represented
+            yield solution
+
+    def solve_again(self, hessian: Tensor) -> None:
+        """Each block for the errors that all others have now; what does not lower tr(G E H E^T) is not kept."""
+        for number, rows in enumerate(self.blocks):
+            square, error = self.outputs[rows, rows], self.error[rows]
+            others = self.outputs[rows] @ self.error - square @ error
+            best = -torch.linalg.solve(square, others)  # where the loss is least, given the other errors
+            solution, represented = self._solved(self.weight[rows] - self.coupling.strength * best)
+            found = self.weight[rows] - represented
+            if loss_error([square], found - best, hessian) < loss_error([square], error - best, hessian):
+                self.error[rows], self.solutions[number] = found, solution
+
+    def _solved(self, target: Tensor) -> tuple[Solution, Tensor]:
+        """With the weights that the solution represents."""
+        solution = self._solve(target.float())
+        return solution, solution.quantized.dequantize(self.dtype).double()
+
+
+def _damped(outputs: Tensor, damping: float) -> Tensor:
+    """What `factorize` has factorised."""
+    diagonal = outputs.diagonal()
+    mean = diagonal[diagonal > 0].mean()
+    return outputs + torch.diag(torch.where(diagonal == 0, mean, 0.0) + damping * mean)
 
 
 def loss_error(outputs: Sequence[Tensor], error: Tensor, hessian: Tensor) -> float:
@@ -69,6 +120,11 @@ class Curvature(ABC):
     def tokens_by_energy(self) -> float:
         """The share in the weights of tokens of what the loss says; 0: none."""
         return 0.0
+
+    @property
+    def solves(self) -> int:
+        """How often each row is solved."""
+        return 1
 
     @property
     def seeds(self) -> Mapping[str, int]:
@@ -97,6 +153,7 @@ class Kfac(Curvature):
     strength: float = setting(1.0, least=0, most=1)
     damping: float = setting(1.0, least=0)
     row_blocks: int = setting(48, least=1)
+    rounds: int = setting(2, least=0)
 
     def __post_init__(self) -> None:
         check_settings(self, "curvature")
@@ -104,6 +161,10 @@ class Kfac(Curvature):
     @property
     def tokens_by_energy(self) -> float:
         return self.token_mix
+
+    @property
+    def solves(self) -> int:
+        return 1 + self.rounds if self.strength else 1
 
     @property
     def seeds(self) -> Mapping[str, int]:
@@ -122,11 +183,12 @@ class Kfac(Curvature):
                 "once, while curvature=kfac solves them in turn"
             )
 
-    def coupling(self, outputs: Sequence[Tensor]) -> Coupling | None:
-        """None where the outputs are not coupled: by `strength`, or because the loss depends on none of them."""
+    def coupling(self, outputs: Sequence[Tensor], rounds: int = 0) -> Coupling | None:
+        """None where the outputs are not coupled: by `strength`, or because the loss depends on none of them. rounds:
+        none where solutions are only compared."""
         if not self.strength or not outputs or not all(bool(each.diagonal().any()) for each in outputs):
             return None
-        return Coupling(outputs, self.strength, self.damping, self.row_blocks)
+        return Coupling(outputs, self.strength, self.damping, self.row_blocks, rounds)
 
 
 NO_CURVATURE = NoCurvature()

@@ -149,9 +149,10 @@ class _Loop:
         solver = replace(solver, quantizer=self.settings.quantizer_for(layer.name))
         if not self.settings.qep.corrects(layer.name):
             solver = replace(solver, correction=NoCorrection())
-        if self.gradients is not None and isinstance(self.settings.curvature, Kfac):
+        curvature = self.settings.curvature
+        if self.gradients is not None and isinstance(curvature, Kfac):
             outputs = self.gradients.outputs(block, layer, solver.hessian.device)
-            solver = replace(solver, coupling=self.settings.curvature.coupling(outputs))
+            solver = replace(solver, coupling=curvature.coupling(outputs, curvature.rounds))
         weight = stored.to(solver.hessian.device, torch.float32)
         started = time.perf_counter()
         with naming(layer):

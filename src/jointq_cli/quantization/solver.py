@@ -81,7 +81,7 @@ class Solver:
 
         if self.coupling is None:
             return solve(weight)
-        parts = list(self.coupling.solve(weight, solve, dtype))
+        parts = list(self.coupling.solve(weight, self._metric(), solve, dtype))
         if len({part.verdict for part in parts}) > 1:  # some rows could not be solved, and with them the layer
             alone = solve(weight)
             return replace(alone, notes={**alone.notes, "uncoupled": 1.0})
@@ -91,6 +91,11 @@ class Solver:
             for each in (weight - joined.quantized.dequantize(dtype).float(), weight)
         )
         return replace(joined, notes={**joined.notes, "loss_error": error / signal if signal > 0 else 0.0})
+
+    def _metric(self) -> Tensor:
+        """What the quantizer minimises the errors of rows in."""
+        ridge = self.quantizer.ridge(self.hessian)
+        return self.hessian if ridge is None else self.hessian + torch.diag(ridge)
 
     def _gather(self, found: LayerSolution | None) -> list[LayerSolution | None]:
         if self.team.size == 1:

@@ -180,7 +180,7 @@ def export_line(record: ExportRecord) -> str:
 
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
-    details = {"seconds": f"of the stages that were computed, on {report.device}; PyTorch is loaded before"}
+    details = {"seconds": f"of computed stages on {report.device}, without loading PyTorch"}
     return [*quality_metrics(report), *_metrics(costs(report), details)]
 
 

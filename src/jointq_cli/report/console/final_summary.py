@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunReport, StageRecord
+from jointq_cli.records import EvaluationReport, ExportRecord, RotationRecord, RunReport
 from jointq_cli.report import rotation_summary, summary
 from jointq_cli.report.number_format import byte_size
 from jointq_cli.report.tables.table import TableDocument
@@ -20,7 +20,6 @@ def quantize_summary(report: RunReport, run: Path) -> TableDocument:
         origin=[
             *summary.basis(report),
             ("checkpoint", f"{size} on disk, in the source's dtype; the figures above are its"),
-            ("stages", _stage_costs(report.stages)),
             ("layers", summary.layer_verdicts(report)),
             ("tensor audit", summary.audit_verdict(report)),
             ("reload check", report.reload_check),
@@ -77,7 +76,6 @@ def evaluate_summary(report: EvaluationReport, run: Path) -> TableDocument:
         origin=[
             ("model", report.model),
             *((label, value) for label, value in compared.items() if value),
-            ("stages", _stage_costs(report.stages)),
             ("protocol", report.protocol.line()),
         ],
         next_steps=[("results", _shown(run))],
@@ -88,7 +86,3 @@ def _shown(path: Path) -> str:
     """Relative to the working directory, if it is below that."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _stage_costs(stages: list[StageRecord]) -> str:
-    return ", ".join(f"{stage.name} {summary.stage_cost(stage)}" for stage in stages)

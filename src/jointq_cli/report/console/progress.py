@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jointq_cli.report.number_format import duration
 
 RESUMED = 0.5  # seconds; steps reported this soon were finished by an earlier run, and do not count for the rate
-LEAST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds between two lines of one phase
+PAUSE = 30.0  # seconds between two lines of one phase
 
 
 class Phase:
@@ -70,10 +70,7 @@ class Phase:
 
     @property
     def is_due(self) -> bool:
-        """Whether a line is worth it: another tenth is done and the latest line not too recent, or that is long ago."""
-        pause = self._clock() - self._written
-        tenths = [10 * done // self.total if self.total else 0 for done in (self._written_done, self.done)]
-        return pause >= (LEAST_PAUSE if tenths[1] > tenths[0] else LONGEST_PAUSE)
+        return self._clock() - self._written >= PAUSE
 
     def line(self) -> str:
         """For a pipe, which a line is written to now."""

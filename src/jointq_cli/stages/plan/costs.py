@@ -414,14 +414,15 @@ class Workload:
         width, rows = one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())
         prepared = len({quantizer.prepare_key for quantizer in one.quantizers})
-        double = prepared * width**3 * (1 + qep) + qep * 6 * rows * width**2
+        solves = self.recipe.curvature.solves
+        double = prepared * width**3 * (1 + qep) + (qep * 6 + 4 * (solves - 1)) * rows * width**2
         weights = rows * width
         seconds = double / self.speeds.double
         seconds += 8 * weights * width / self.speeds.single  # the errors that are reported of a layer
         seconds += WEIGHT_OPERATIONS * weights / self.speeds.pointwise + LAYER_SECONDS * len(one.out_features)
         layers = zip(one.quantizers, one.out_features, strict=True)
         operations = sum(quantizer.cost(out, width, self.calibration.tokens) for quantizer, out in layers)
-        return seconds + operations / self.speeds.single
+        return seconds + solves * operations / self.speeds.single
 
 
 def _packed_bytes(form: StoredWeight) -> float:
