@@ -163,7 +163,7 @@ def test_training_lowers_the_loss_and_keeps_the_best_state(tmp_path: Path) -> No
 
 
 def test_training_ends_where_held_out_windows_do_not_gain(tmp_path: Path) -> None:
-    settings = replace(MODEL, steps=40, validate_every=2, patience=2)
+    settings = replace(MODEL, steps=40, validate_every=2, patience=2, backoff=1.0)
     refined, norm = gain(settings)
     calls = iter(range(1000))
     objective = Distance(norm, torch.full((4,), 1.1), lambda: float(next(calls)))  # larger each time

@@ -102,8 +102,9 @@ def test_another_budget_measures_nothing_again_and_ties_hold() -> None:
     weights = sum(layer.out_features * layer.in_features for layer in in_blocks(opened()).values())
     whole = sum(tensor.nbytes for tensor in Checkpoint(Path("model")).tensors.values())
     wanted = whole - 2 * weights + weights * 3.3 / 8
-    run(*BUDGET, f"allocation.bits_per_weight={BITS}")
-    labels, reused = run(*BUDGET, f"allocation.size_gb={wanted / 1e9}", "allocation.tie=kernel")
+    budget = [*BUDGET, "allocation.sensitivity=fisher"]
+    run(*budget, f"allocation.bits_per_weight={BITS}")
+    labels, reused = run(*budget, f"allocation.size_gb={wanted / 1e9}", "allocation.tie=kernel")
     assert reused["sensitivity"]
     packed = json.loads((RUN / "report.json").read_text())["audit"]["packed_bytes"]
     assert wanted - 0.1 * weights / 8 < packed <= wanted

@@ -509,7 +509,7 @@ def test_experts_that_are_left_out_are_named_in_plan_run_and_report(tmp_path: Pa
         f"bits per weight in 11.1 % of the blocks' weights ({significant(coverage['block_bits'], 3)} in all of them)"
         in text
     )
-    assert "| bits per parameter |" in text
+    assert "| bits/model |" in text
 
 
 def test_a_layer_that_the_model_does_not_call_is_named_in_plan_run_and_report(

@@ -424,7 +424,7 @@ def test_a_signal_ends_all_with_one_line_and_any_number_of_processes_continues(
 @pytest.mark.slow
 def test_a_budget_is_distributed_alike(tmp_path: Path) -> None:
     """By one process and by two: the same losses, so the same map, and the same codes."""
-    words = [*SMOKE, "allocation=budget", "allocation.bits_per_weight=3.2"]
+    words = [*SMOKE, "allocation=budget", "allocation.bits_per_weight=3.2", "allocation.sensitivity=fisher"]
     for size in (1, 2):
         place = tmp_path / str(size)
         place.mkdir()

@@ -31,7 +31,6 @@ RECIPE = "replayed"
 BEFORE = {
     ("quantizer.symmetric", "quantizer.zero_point"): "null",
     ("quantizer.symmetric", "quantizer.incoherence"): "none",
-    ("allocation.candidates", "allocation.sensitivity"): "kfac",
     ("refinement.patience", "refinement.backoff"): "1",
     ("curvature.row_blocks", "curvature.rounds"): "0",
 }

@@ -52,7 +52,7 @@ class Budget(Allocation):
     bits_per_weight: float | None = setting(None, above=0, null="where size_gb is given")
     size_gb: float | None = setting(None, above=0, null="where bits_per_weight is given")
     candidates: list[Any] = setting([{"bits": 2}, {"bits": 3}, {"bits": 4}])
-    sensitivity: str = setting("fisher", choices=("fisher", "kfac"))
+    sensitivity: str = setting("kfac", choices=("kfac", "fisher"))
     tie: str = setting("none", choices=("none", "kernel"))
 
     def __post_init__(self) -> None:
@@ -90,8 +90,8 @@ class Budget(Allocation):
 
     def describe(self) -> str:
         tied = ", layers of one kernel alike" if self.tie == "kernel" else ""
-        kfac = ", by K-FAC" if self.sensitivity == "kfac" else ""
-        return f"{self.budget} of {', '.join(map(in_words, self.candidates))}{tied}{kfac}"
+        fisher = ", by the Fisher information" if self.sensitivity == "fisher" else ""
+        return f"{self.budget} of {', '.join(map(in_words, self.candidates))}{tied}{fisher}"
 
 
 def in_words(settings: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ def sensitivity_stage(
         spec={
             "candidates": {name: list(each) for name, each in candidates.items()},
             "curvature": loop.curvature,
-            "sensitivity": sensitivity,
+            **({} if sensitivity == "kfac" else {"sensitivity": sensitivity}),
             **statistics_spec(model, loop),
         },
         inputs=(*model.identity, tokens.hash),

@@ -40,10 +40,11 @@ class GradientRefinement(Refinement):
 
     train: what changes, of scales, norms (gains) and codes. scale_lr and norm_lr are relative to the value that is
     trained, code_lr is in steps between codes: Adam moves a value by about its rate in one step. Every
-    `validate_every` steps the loss of the windows held out is measured, and the best state is kept; training ends after
-    `patience` measurements without a lower one. Until one is lower than at the start, training begins there again
-    after each, with `backoff` of the rates. generated: windows more, which the original model writes as
-    continuations of the calibration's; those held out are among these then, which no solver has seen.
+    `validate_every` steps the loss of the windows held out is measured, and the best state is kept. After `patience`
+    measurements without a lower one, and after any while none was lower than at the start, training goes back to the
+    best state with `backoff` of the rates; it ends there where backoff is 1. generated: windows more, which the
+    original model writes as continuations of the calibration's; those held out are among these then, which no solver
+    has seen.
     """
 
     train: list[str] = setting([SCALES, NORMS, CODES], choices=(SCALES, NORMS, CODES))

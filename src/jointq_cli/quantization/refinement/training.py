@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -59,7 +58,7 @@ def train(
 ) -> tuple[dict[str, Tensor], RefinementCourse]:
     """The best snapshot, which the modules then have too, and how it was found.
 
-    Until a measurement is lower than that at the start, each takes training back there, with smaller rates.
+    Where measurements are not lower, training goes back to the best state, with smaller rates.
 
     name: of what is trained. windows: how many there are. file: the state of this training, which it is continued from.
     on_step(step, loss, least loss of the windows held out): may raise, and nothing is lost. Takes no step where nothing
@@ -84,8 +83,10 @@ def train(
             break
         chosen = order[(step - 1) * settings.windows_per_step : step * settings.windows_per_step]
         losses.append(sum(objective.backward(window, 1 / len(chosen)) for window in chosen) / len(chosen))
-        decay = settings.backoff ** _restarts(points)
-        refined.step(step, decay * (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2)
+        refined.step(
+            step,
+            settings.backoff ** _returns(points, settings) * (1 + math.cos(math.pi * (step - 1) / settings.steps)) / 2,
+        )
         if not math.isfinite(losses[-1]):
             raise NumericsError(f"refinement: {name} has diverged by step {step}; lower refinement.scale_lr and others")
         if step % settings.validate_every == 0 or step == settings.steps:
@@ -93,8 +94,8 @@ def train(
             losses = []
             if _best(points) is points[-1]:
                 best = _copied(refined)
-            elif settings.backoff < 1 and _best(points).step == 0:
-                _, best = _read(file, refined)  # which has the state at the start
+            elif _returns(points, settings) > _returns(points[:-1], settings):
+                refined.begin_at(best)
             _write(file, points, best, refined)
         on_step(step, losses[-1] if losses else points[-1].loss or 0.0, _best(points).heldout_loss)
     refined.load(best)
@@ -113,15 +114,24 @@ def _best(points: list[RefinementPoint]) -> RefinementPoint:
     return min(points, key=lambda point: point.heldout_loss)  # the first of equal ones
 
 
-def _restarts(points: list[RefinementPoint]) -> int:
-    """How many measurements there were before one was lower than that at the start."""
-    higher = takewhile(lambda point: point.heldout_loss >= points[0].heldout_loss, points[1:])
-    return len(list(higher))
+def _returns(points: list[RefinementPoint], settings: GradientRefinement) -> int:
+    """How often training has gone back to the best state: after a measurement that is not lower than at the start if
+    none has been lower, else after `patience` of them."""
+    best, higher, returns = points[0], 0, 0
+    for point in points[1:]:
+        if point.heldout_loss < best.heldout_loss:
+            best, higher = point, 0
+            continue
+        higher += 1
+        if settings.backoff < 1 and (best is points[0] or higher == settings.patience):
+            returns, higher = returns + 1, 0
+    return returns
 
 
 def _is_over(points: list[RefinementPoint], settings: GradientRefinement) -> bool:
-    """Whether the last measurements were not lower than one before them."""
-    return points[-1].step - _best(points).step >= settings.patience * settings.validate_every
+    """Whether the last measurements were not lower than one before them, and training does not go back to that one."""
+    too_high = points[-1].step - _best(points).step >= settings.patience * settings.validate_every
+    return too_high and settings.backoff == 1
 
 
 def _copied(refined: Refined) -> dict[str, Tensor]:

@@ -41,6 +41,12 @@ class Variable:
         self.values.clamp_(self._least, self._most)
         self.gradient.zero_()
 
+    def begin_at(self, values: Tensor) -> None:
+        """As if it had started from these."""
+        self.values.copy_(values)
+        for moment in (self.mean, self.square):
+            moment.zero_()
+
     def state(self) -> dict[str, Tensor]:
         return {"values": self.values, "mean": self.mean, "square": self.square}
 
@@ -102,6 +108,14 @@ class RefinedLayer:
         """What `stored` was when this snapshot was taken."""
         return self._with(tensors[f"{self.name} {CODES}"], tensors[f"{self.name} {SCALES}"])
 
+    def begin_at(self, tensors: Mapping[str, Tensor]) -> None:
+        """Trains on from a snapshot."""
+        stored = on_grid(self.of_snapshot(tensors))
+        if SCALES in self.variables:
+            self.variables[SCALES].begin_at(stored.scale.float() / self._scale)
+        if CODES in self.variables:
+            self.variables[CODES].begin_at(stored.codes.float())
+
     def snapshot(self) -> dict[str, Tensor]:
         stored = on_grid(self.stored())
         return {f"{self.name} {CODES}": stored.codes, f"{self.name} {SCALES}": stored.scale}
@@ -148,6 +162,10 @@ class RefinedNorm:
         """What `stored` was when this snapshot was taken."""
         return tensors[f"{self.name} {NORMS}"]
 
+    def begin_at(self, tensors: Mapping[str, Tensor]) -> None:
+        """Trains on from a snapshot."""
+        self.variables[NORMS].begin_at((self.of_snapshot(tensors).float() - self._gain) / self._size)
+
     def snapshot(self) -> dict[str, Tensor]:
         return {f"{self.name} {NORMS}": self.stored()}
 
@@ -182,6 +200,12 @@ class Refined:
             layer.load(layer.of_snapshot(snapshot))
         for norm in self.norms:
             norm.load(norm.of_snapshot(snapshot))
+
+    def begin_at(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Trains on from a snapshot, without what the steps before have left in Adam's moments."""
+        for part in self._parts:
+            part.begin_at(snapshot)
+        self.load(snapshot)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next steps depend on, by names that no snapshot has."""
