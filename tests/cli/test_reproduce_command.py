@@ -43,7 +43,7 @@ def test_ci_smoke_is_identical_in_another_directory_whatever_the_threads(
     report = json.loads((tmp_path / "fresh" / "report.json").read_text(encoding="utf-8"))
     assert not any(stage["reused"] for stage in report["stages"])
     assert not (tmp_path / "fresh" / "store").exists()
-    assert (tmp_path / "fresh" / "reproduction.md").read_text(encoding="utf-8").startswith("# identical")
+    assert "\n**identical: " in (tmp_path / "fresh" / "reproduction.md").read_text(encoding="utf-8")
     manifest = json.loads((tmp_path / "fresh" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["command"][1:] == ["reproduce", str(run), "--directory", "fresh", f"runtime.num_threads={threads}"]
     again = jointq(tmp_path, "reproduce", str(run), "--directory", "fresh")
