@@ -122,6 +122,11 @@ def test_what_another_option_of_a_group_does_not_have_is_no_difference_of_its_ow
     assert RunComparison([run_of(report), rtn]).keys == ["quantizer.damping"]
 
 
+def test_what_older_runs_lack_and_later_ones_do_not_use_is_no_difference(report):
+    later = run_of(report, "new", curvature="none", export="null", seed="7")
+    assert RunComparison([run_of(report, "old"), later]).keys == ["seed"]
+
+
 def test_a_key_that_differs_among_those_that_have_it_is_reported_whatever_the_option(report):
     other = ComparedRun("rtn", {"quantizer": "rtn"} | {"quantizer.bits": "4"}, report)
     runs = [run_of(report), run_of(report, quantizer__damping="0.1"), other]

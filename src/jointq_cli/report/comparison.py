@@ -154,12 +154,14 @@ class RunComparison:
         return {kind: [statistics.median(each.output_error for each in run[kind]) for run in runs] for kind in kinds}
 
     def _differs(self, key: str) -> bool:
-        """A key that some runs lack differs, unless they chose another option of its group: RTN has no damping."""
+        """A key that some runs lack differs, unless they chose another option of its group, as RTN has no damping, or
+        those that have it ask for nothing by it, as older runs did."""
         if len({run.settings[key] for run in self.runs if key in run.settings}) > 1:
             return True
         group = key.partition(".")[0]
         another_option = group != key and len({run.settings.get(group) for run in self.runs}) > 1
-        return any(key not in run.settings for run in self.runs) and not another_option
+        asks = any(run.settings.get(key, "null") not in UNSET for run in self.runs)
+        return asks and any(key not in run.settings for run in self.runs) and not another_option
 
 
 def _kind(layer: LayerRecord) -> str:
