@@ -222,6 +222,27 @@ def test_the_basis_is_turned_unless_something_else_needs_it_as_it_is(overrides: 
     assert quantizer.incoherence == incoherence
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["export=mlx", "quantizer.incoherence_block=32"], "quantizer.incoherence_block=32: incoherence=auto turns"),
+        (["layers.overrides={v_proj:{incoherence:auto}}"], "layers.overrides.v_proj.incoherence=auto: is decided"),
+        (
+            [
+                "allocation=budget",
+                "allocation.bits_per_weight=3",
+                "allocation.candidates=[{bits:2},{incoherence:auto}]",
+            ],
+            "allocation.candidates[1].incoherence=auto: is decided",
+        ),
+    ],
+)
+def test_settings_of_a_basis_that_nothing_would_have_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose_recipe("pocket_w4g128", *overrides)
+    assert message in str(refused.value)
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_an_option_has_every_key_of_its_schema_and_a_summary(group: str, option: str) -> None:
     path = GROUPS[group][option]

@@ -33,6 +33,8 @@ def overridden(quantizer: Quantizer, settings: Mapping[str, Any], key: str) -> Q
         changed: Quantizer = _changed(quantizer, settings, key)
     except ConfigError as error:
         raise ConfigError(renamed(str(error), settings, key)) from error
+    if settings.get("incoherence") == "auto":  # of the whole recipe, which has decided by what its layers have
+        raise ConfigError(f"{key}.incoherence=auto: is decided for all layers together; input or none")
     for field in dataclasses.fields(changed):
         if field.name in settings and not rule_of(field).used(changed):
             grid = getattr(changed, "grid", None)

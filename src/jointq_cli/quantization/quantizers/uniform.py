@@ -246,7 +246,16 @@ def hessian_product(out_features: int, in_features: int) -> float:
 
 
 def with_incoherence(quantizer: Quantizer, turn: bool) -> Quantizer:
-    """With incoherence=auto decided: input if layers are to be turned and the other settings allow it, else none."""
+    """With incoherence=auto decided: input if layers are to be turned and the other settings allow it, else none.
+
+    Raises ConfigError where none leaves an incoherence_block without effect.
+    """
     if not isinstance(quantizer, UniformQuantizer) or quantizer.incoherence != "auto":
         return quantizer
-    return replace(quantizer, incoherence="input" if turn and quantizer.turnable else "none")
+    turns = turn and quantizer.turnable
+    if quantizer.incoherence_block and not turns:
+        raise ConfigError(
+            f"quantizer.incoherence_block={quantizer.incoherence_block}: incoherence=auto turns nothing beside the "
+            "other settings; quantizer.incoherence=input"
+        )
+    return replace(quantizer, incoherence="input" if turns else "none")
