@@ -94,7 +94,7 @@ def test_exports_are_reproduced(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     code, out, _ = run(tmp_path, "reproduce", "out/run")
     assert code == 0
-    assert re.search(r"exports +identical +\d+ files", out)
+    assert re.search(r"exports +made +identical +all \d+", out)
 
 
 @pytest.mark.slow

@@ -277,7 +277,8 @@ def test_settings_of_experts_are_not_missed_in_an_older_run_of_a_model_without_a
     def lacks(name: str, one: FinishedRun) -> FinishedRun:
         return replace(one, settings={key: value for key, value in one.settings.items() if key.split(".")[0] != name})
 
-    later = elsewhere(CHANGES["codes"](with_setting("experts.calibration", "blend")(run)))
+    chosen = with_setting("experts", "default")(with_setting("experts.calibration", "blend")(run))
+    later = elsewhere(CHANGES["codes"](chosen))
     older = lacks("experts", run)
     assert compare(older, later).steps[0].same
     mixture = with_report(later, layers=[replace(layer, tokens=10) for layer in run.report.layers])

@@ -135,7 +135,7 @@ def _deciding(settings: Settings, others: Settings, roles: SettingRoles, *, one_
 def _settings(run: FinishedRun) -> Settings:
     """Without those of experts, where there are none."""
     has_experts = any(layer.tokens is not None for layer in run.report.layers)
-    return {key: value for key, value in run.settings.items() if has_experts or not key.startswith("experts.")}
+    return {key: value for key, value in run.settings.items() if has_experts or key.partition(".")[0] != "experts"}
 
 
 def _facts(run: FinishedRun) -> dict[str, Facts]:
