@@ -37,6 +37,8 @@ def test_every_setting_of_every_quantizer_can_be_overridden_by_its_default(kind:
     for field in quantizer.__dataclass_fields__.values():
         rule = field.metadata and next(iter(field.metadata.values()))
         value = default_of(field)
+        if (field.name, value) == ("incoherence", "auto"):  # which is decided for all layers together
+            continue
         if not hasattr(value, "__dataclass_fields__") and (not rule or rule.used(quantizer)):
             assert overridden(quantizer, {field.name: value}, KEY) == quantizer
 

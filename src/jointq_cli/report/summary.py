@@ -214,8 +214,15 @@ def _metrics(found: Mapping[str, Figure], details: Mapping[str, str]) -> list[Ke
 
 
 def _task_details(tasks: Iterable[TaskRecord]) -> dict[str, str]:
-    shots = {task.name: f", {plural(task.fewshot, 'example')} before each" * bool(task.fewshot) for task in tasks}
-    return {task.name: f"{plural(task.samples, 'sample')}{shots[task.name]}, {task.harness}" for task in tasks}
+    return {task.name: _task_detail(task) for task in tasks}
+
+
+def _task_detail(task: TaskRecord) -> str:
+    original = ""
+    if task.original is not None:
+        original = f"original {plus_minus(task.original.value, task.original.standard_error or math.nan)}; "
+    shots = f", {plural(task.fewshot, 'example')} before each" * bool(task.fewshot)
+    return f"{original}{plural(task.samples, 'sample')}{shots}, {task.harness}"
 
 
 def perplexity_text(perplexity: Perplexity) -> str:

@@ -20,6 +20,7 @@ from jointq_cli.models.sources import provenance
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.overrides import describe
 from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.quantizers.jointq import JointQ
 from jointq_cli.quantization.quantizers.uniform import UniformQuantizer
 from jointq_cli.recipe import Recipe, RotateRecipe
 from jointq_cli.records import Audit, ExportRecord, Generation, RotationRecord, RunReport, TaskRecord
@@ -249,10 +250,11 @@ def _calibration(recipe: Recipe, tokens: Tokens | None) -> str:
 
 
 def _basis(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:
-    """What to do now for a packed checkpoint, where the layers are turned and none is asked for; "" otherwise."""
-    if recipe.exporters or not any(isinstance(each, UniformQuantizer) and each.is_turned for each in layers.values()):
-        return ""
-    return "of the inputs turned: less error, and for a packed checkpoint add export=FORMAT now"
+    """Where incoherence=auto has decided about it, in words that say what a packed export does; "" elsewhere."""
+    if any(isinstance(each, UniformQuantizer) and each.is_turned for each in layers.values()):
+        return "turned, for less error; a run for packed formats says export=FORMAT (or quantizer.incoherence=none)"
+    is_exported = recipe.exporters and isinstance(recipe.quantizer, JointQ)
+    return "the layers' own, as packed formats have it" if is_exported else ""
 
 
 def _quantizer(recipe: Recipe, layers: Mapping[str, Quantizer]) -> str:

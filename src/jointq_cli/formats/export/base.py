@@ -128,7 +128,7 @@ def uniform_forms(
         elif not isinstance(form, beside):
             ways = {
                 KQuantWeight.kind: "; export=gguf",
-                TurnedWeight.kind: "; export=compressed-tensors, or quantizer.incoherence=none",
+                TurnedWeight.kind: f"; a new run with export={word} (and no incoherence=input), or compressed-tensors",
                 BinaryProduct.kind: "; quantizer=jointq, or the run's checkpoint as it is",
                 ColumnScaledWeight.kind: "; quantizer=jointq, or the run's checkpoint as it is",
             }

@@ -21,7 +21,7 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.export.base import Exporter, QuantizedModel, refuse_permutation, uniform_forms
 from jointq_cli.formats.export.bit_stream import pack, unpack
-from jointq_cli.formats.export.input_transforms import StoredTransforms, WrittenTransforms
+from jointq_cli.formats.export.input_transforms import StoredTransforms, WrittenTransforms, bits_of_matrix
 from jointq_cli.formats.export.shards import write_config, write_shards
 from jointq_cli.formats.turned import TurnedWeight
 from jointq_cli.formats.uniform import UniformWeight
@@ -89,7 +89,7 @@ class CompressedTensorsExporter(Exporter):
         return not _turned(model) and not _mixed_notes(_schemes(_forms(model)))
 
     def stored_bits(self, model: QuantizedModel) -> int:
-        matrices = sum(16 * size**2 for size in _sizes(_turned(model)))
+        matrices = sum(bits_of_matrix(size) for size in _sizes(_turned(model)))
         return sum(form.stored_bits for form in _forms(model).values()) + matrices
 
     def write(self, model: QuantizedModel, directory: Path) -> None:

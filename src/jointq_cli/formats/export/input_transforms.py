@@ -68,6 +68,11 @@ def matrix(signs: Tensor) -> Tensor:
     return (orthogonal_hadamard(size) * math.sqrt(size) * signs[:, None]).to(torch.float32)
 
 
+def bits_of_matrix(size: int) -> int:
+    """What `matrix` takes."""
+    return (16 if construction(size).blocks == 1 else 32) * size**2
+
+
 @dataclass(frozen=True)
 class StoredTransforms:
     """Those of a checkpoint. config: its `quantization_config`."""

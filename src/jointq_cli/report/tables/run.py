@@ -47,11 +47,14 @@ def errors_by_block(report: RunReport) -> TextTable:
     kinds = summary.layers_by_kind(report.layers)
     cells = grouped(report.layers, lambda layer: (layer.block, layer.kind))
     accumulated = {block.block: scientific(block.output_error, 1) for block in report.blocks}
-    differ = len({layer.bits_per_weight for layer in report.layers}) > 1
+
+    def bits(layers: Sequence[LayerRecord]) -> str:
+        return significant(statistics.mean(layer.bits_per_weight for layer in layers), 2)
+
+    differ = len({bits([layer]) for layer in report.layers}) > 1
 
     def text(layers: Sequence[LayerRecord]) -> str:
-        bits = f" / {significant(statistics.mean(layer.bits_per_weight for layer in layers), 2)}" if differ else ""
-        return scientific(_median(layers), 1) + bits
+        return scientific(_median(layers), 1) + (f" / {bits(layers)}" if differ else "")
 
     blocks = sorted({block for block, _ in cells})
     rows = []
