@@ -162,7 +162,9 @@ def test_words_are_explained_where_they_first_stand(report):
     assert "damping: fraction of the Hessian's mean diagonal" in text.split("| metric |")[0]
     for word in ("E_y", "E_w", "accumulated"):
         assert text.count(f"{word}: ") == 1
-    assert "lambda:" not in text
+    assert not re.search("lambda:|turned:", text)
+    turned = run_markdown(replace(report, quantizer="JointQ W2 g128 half turned lambda=0.3"))
+    assert "turned: codes and scales" in turned
 
 
 def test_notes_have_columns_of_their_own_and_those_alike_one_line(report):

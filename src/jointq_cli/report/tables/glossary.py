@@ -15,6 +15,8 @@ MEANINGS = {
     "damping": "fraction of the Hessian's mean diagonal that is added to its diagonal, so that it can be factorised",
     "lambda": "weight λ of the regularisation R in JointQ's objective e (H + λ R) eᵀ; a larger one keeps closer to the "
     "weight and less close to the output on the calibration tokens",
+    "turned": "codes and scales are those of the weight in a random basis of its input, which few packed formats hold; "
+    "the checkpoint has it turned back",
     "alpha": "share of QEP's correction for the quantised inputs that is applied",
     "residual": "share of the error in the residual stream that QEP's correction makes up for",
     "beta": "share of QEP's correction for the residual stream that is applied",
@@ -36,7 +38,7 @@ def explained(document: TableDocument) -> TableDocument:
     said: set[str] = set()
 
     def meanings(*texts: str) -> str:
-        words = {*texts, *re.findall(r"\w+(?==)|E_[yw]", " ".join(texts))}
+        words = {*texts, *re.findall(r"\w+(?==)|E_[yw]|\bturned\b", " ".join(texts))}
         new = [word for word in MEANINGS if word in words - said]
         said.update(new)
         return "\n".join(f"{word}: {MEANINGS[word]}." for word in new)
