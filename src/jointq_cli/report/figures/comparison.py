@@ -51,7 +51,7 @@ def sweep_figures(sweep: RunComparison) -> list[SvgFigure]:
             series.append(Series(_label(others), _points(members, place, figure), errors))
         ring = Series(f"least {KINDS[sweep.ranking.figure].label}", _points(best, place, figure), line="rings")
         caption = (
-            "± one standard error, of a perplexity that of its difference from the original's; neighbours that their "
+            "± one standard error; for perplexity that of the difference from the original's; neighbours that their "
             "errors do not distinguish are not joined"
         )
         log_x, log_y = far_apart(place.values()), far_apart(job.figures[figure].value for job in jobs)
