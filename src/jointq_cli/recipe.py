@@ -89,7 +89,8 @@ class Recipe:
 
     def _may_turn(self) -> bool:
         """Whether quantizer.incoherence=auto turns the layers: not for a packed export, which its reader would have to
-        turn back, and not where a rotation turns inputs or a layer is on a K grid."""
+        turn back, and not where a rotation turns inputs or a layer is on a K grid. Raises ConfigError for an export
+        that is unknown, and where settings of single layers are wrong."""
         if self.exporters or self.rotation.parts or self.layers.mix:
             return False
         chosen = [*quantizers_of_patterns(self.layers, self.quantizer).values(), *self.allocation.of(self.quantizer)]

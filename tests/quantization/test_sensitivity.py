@@ -20,7 +20,7 @@ from jointq_cli.quantization.gradients import Gradients, collect_gradients
 from jointq_cli.quantization.hessian_cache import Hessians, collect_hessians
 from jointq_cli.quantization.quantizers import Quantizer
 from jointq_cli.quantization.quantizers.base import Prepared
-from jointq_cli.quantization.sensitivity import Losses, LossFiles, measure_fisher, measure_losses
+from jointq_cli.quantization.sensitivity import CandidateWalk, Losses, LossFiles, measure_fisher, measure_kfac
 from jointq_cli.quantization.settings import LoopSettings
 
 CANDIDATES: list[Quantizer] = [replace(ROUND, bits=bits) for bits in (2, 4)]
@@ -38,7 +38,7 @@ def measured(
     curvature: Kfac = UNCOUPLED,
     ahead: bool = False,
     pause: Callable[[], None] = lambda: None,
-    measure: Callable[..., None] = measure_losses,
+    measure: Callable[..., None] = measure_kfac,
 ) -> Losses:
     names = [name for name in model.linear_layers() if model.block_of(name) is not None]
     settings = LoopSettings(
@@ -53,7 +53,8 @@ def measured(
             collect_hessians(model, windows(), settings, hessians, lambda: None, lambda: None)
         files = LossFiles(place / "losses")
         by_name = dict.fromkeys(names, candidates)
-        measure(model, windows(), settings, by_name, gradients, hessians, files, lambda: None, pause)
+        walk = CandidateWalk(model, windows(), settings, by_name, gradients, hessians, files, pause)
+        measure(walk, lambda: None)
     return files.read()
 
 
@@ -113,10 +114,10 @@ def test_half_the_mean_square_of_what_an_error_does_to_the_loss_of_sampled_label
     assert {path.name for path in (tmp_path / "losses").iterdir()} == kept | {"hidden.safetensors"}
 
 
-@pytest.mark.parametrize("measure", [measure_losses, measure_fisher])
+@pytest.mark.parametrize("measure", [measure_kfac, measure_fisher])
 def test_stopped_or_from_the_store_they_are_the_same(tmp_path: Path, measure: Callable[..., None]) -> None:
     model = opened(tmp_path / "model")
-    left = [60 if measure is measure_losses else 75]
+    left = [60 if measure is measure_kfac else 75]
 
     def pause() -> None:
         left[0] -= 1

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from jointq_cli.errors import ConfigError
 from jointq_cli.quantization.quantizers.base import Quantizer, Solution
-from jointq_cli.quantization.quantizers.cholesky import factorize
+from jointq_cli.quantization.quantizers.cholesky import damped, factorize
 from jointq_cli.setting_rules import check_settings, setting
 
 Solve = Callable[[Tensor], Solution]  # of some rows (rows, in) float32
@@ -66,7 +66,7 @@ class _CoupledRows:
         order = torch.arange(len(weight), device=weight.device)
         self.blocks = [slice(int(rows[0]), int(rows[-1]) + 1) for rows in order.chunk(coupling.row_blocks)]
         factor = factorize(outputs, order, coupling.damping, None, torch.float64, key="curvature.damping")
-        self.outputs = _damped(outputs, factor.damping)
+        self.outputs = damped(outputs, factor.damping)
         self.error = torch.empty_like(weight)
         self.solutions = list(self._in_turn(factor.upper))
 
@@ -96,13 +96,6 @@ class _CoupledRows:
         """With the weights that the solution represents."""
         solution = self._solve(target.float())
         return solution, solution.quantized.dequantize(self.dtype).double()
-
-
-def _damped(outputs: Tensor, damping: float) -> Tensor:
-    """What `factorize` has factorised."""
-    diagonal = outputs.diagonal()
-    mean = diagonal[diagonal > 0].mean()
-    return outputs + torch.diag(torch.where(diagonal == 0, mean, 0.0) + damping * mean)
 
 
 def loss_error(outputs: Sequence[Tensor], error: Tensor, hessian: Tensor) -> float:

@@ -81,28 +81,82 @@ class LossFiles:
         return {name: losses for block in blocks for name, losses in block.items()}
 
 
-def measure_losses(
-    model: StreamedModel,
-    windows: Tensor,
-    settings: LoopSettings,
-    candidates: Mapping[str, Sequence[Quantizer]],
-    gradients: Gradients | None,
-    hessians: Hessians | None,
-    files: LossFiles,
-    on_block: Callable[[], None],
-    pause: Callable[[], None],
-    team: Team = SINGLE_PROCESS,
-) -> None:
-    """Fills `files` from their first unfinished block on, with tr(G E H E^T) / 2.
+Keep = Callable[[Group, LayerRef, Statistics, Sequence[LayerSolution]], None]
 
-    windows: (windows, tokens) int64. settings: of layers that are solved for inputs of the original model, with the
-    curvature of `gradients`. candidates: of each layer of these settings, by its name. hessians: where they were
-    collected ahead. on_block is called after each block, pause where nothing is lost if it raises. The processes of a
-    team share the windows and the rows of layers, and process 0 writes. Raises what `quantize_blocks` raises.
+
+@dataclass(frozen=True)
+class CandidateWalk:
+    """Solves the candidates of all layers, block after block.
+
+    windows: (windows, tokens) int64. settings: of layers that are solved for inputs of the original model. candidates:
+    of each layer of these settings, by its name. gradients: where the curvature of the settings or the measure needs
+    them. hessians: where they were collected ahead. pause: called where nothing is lost if it raises. The processes of
+    a team share the windows and the rows of layers, and process 0 writes.
     """
-    assert gradients is not None
+
+    model: StreamedModel
+    windows: Tensor
+    settings: LoopSettings
+    candidates: Mapping[str, Sequence[Quantizer]]
+    gradients: Gradients | None
+    hessians: Hessians | None
+    files: LossFiles
+    pause: Callable[[], None]
+    team: Team = SINGLE_PROCESS
+
+    def solve(self, keep: Keep) -> Iterator[int]:
+        """Solves the unfinished blocks, calls `keep` with the solutions of each layer, and yields the index of each
+        block after that. Raises what `quantize_blocks` raises."""
+        hessians, pause = self.hessians, self.pause
+        known = None if hessians is None else hessians.groups
+        complete: dict[Stream, bool] = {"original": hessians is None}
+        for block in walk(
+            self.model,
+            self.windows,
+            self.settings,
+            self.files.hidden,
+            complete,
+            0,
+            pause,
+            self.team,
+            known,
+            self.gradients,
+        ):
+            for group in block.groups():
+                statistics = group.statistics() if hessians is None else hessians.read(group)
+                for layer, solved in self._solved(group, statistics):
+                    keep(group, layer, statistics, solved)
+                    pause()
+            yield block.index
+
+    def _solved(self, group: Group, statistics: Statistics) -> Iterator[tuple[LayerRef, list[LayerSolution]]]:
+        prepared: dict[str, Prepared] = {}
+        for layer in group.layers:
+            found = []
+            with naming(layer):
+                for quantizer in self.candidates[layer.name]:
+                    key = quantizer.prepare_key
+                    if key not in prepared:
+                        prepared[key] = quantizer.prepare(statistics.hessian, statistics.heldout)
+                    found.append(self._candidate(group, layer, statistics, quantizer, prepared[key]))
+            yield layer, found
+
+    def _candidate(
+        self, group: Group, layer: LayerRef, statistics: Statistics, quantizer: Quantizer, prepared: Prepared
+    ) -> LayerSolution:
+        curvature, hessian, coupling = self.settings.curvature, statistics.hessian, None
+        if self.gradients is not None and isinstance(curvature, Kfac):
+            coupling = curvature.coupling(self.gradients.outputs(group.block.index, layer, hessian.device))
+        stored = group.block.weight(layer)
+        solver = Solver(quantizer, prepared, NoCorrection(), hessian, self.team, 0.0, statistics.tokens, coupling)
+        return solver.solve(stored.to(hessian.device, torch.float32), stored.dtype)
+
+
+def measure_kfac(candidates: CandidateWalk, on_block: Callable[[], None]) -> None:
+    """Fills the files from their first unfinished block on, with tr(G E H E^T) / 2. on_block is called after each."""
+    gradients, windows = candidates.gradients, candidates.windows
+    assert gradients is not None  # which this measure needs
     found: Losses = {}
-    solving = _Solving(settings, candidates, gradients, hessians, team)
 
     def keep(group: Group, layer: LayerRef, statistics: Statistics, solved: Sequence[LayerSolution]) -> None:
         outputs, tokens = gradients.outputs(group.block.index, layer, statistics.hessian.device), statistics.tokens
@@ -112,42 +166,33 @@ def measure_losses(
         errors = (weight - each.weight(stored.dtype).float() for each in solved)
         found[layer.name] = [0.5 * share * loss_error(outputs, error, statistics.hessian) for error in errors]
 
-    for block in solving.walk(model, windows, files, keep, pause):
-        team.on_rank0(files.write, block, found)
+    for block in candidates.solve(keep):
+        candidates.team.on_rank0(candidates.files.write, block, found)
         found.clear()
         on_block()
 
 
-def measure_fisher(
-    model: StreamedModel,
-    windows: Tensor,
-    settings: LoopSettings,
-    candidates: Mapping[str, Sequence[Quantizer]],
-    gradients: Gradients | None,
-    hessians: Hessians | None,
-    files: LossFiles,
-    on_block: Callable[[], None],
-    pause: Callable[[], None],
-    team: Team = SINGLE_PROCESS,
-) -> None:
-    """As `measure_losses`, with half the mean over tokens of (g^T E x)^2. gradients: where `settings.curvature` needs
-    them. All candidates are solved and kept on disk, from the first block on; then the gradient passes from the last
-    block down, with the errors of one block in memory. on_block is called after each block of either pass.
+def measure_fisher(candidates: CandidateWalk, on_block: Callable[[], None]) -> None:
+    """As `measure_kfac`, with half the mean over tokens of (g^T E x)^2.
+
+    All candidates are solved and kept on disk, from the first block on; then the gradient passes from the last block
+    down, with the errors of one block in memory. on_block is called after each block of either pass.
     """
-    solving = _Solving(settings, candidates, gradients, hessians, team)
+    model, windows, files, team = candidates.model, candidates.windows, candidates.files, candidates.team
 
     def keep(group: Group, layer: LayerRef, statistics: Statistics, solved: Sequence[LayerSolution]) -> None:
         for number, each in enumerate(solved):
             team.on_rank0(files.write_solved, layer.name, number, each.solution.quantized)
 
-    for _ in solving.walk(model, windows, files, keep, pause):
+    for _ in candidates.solve(keep):
         on_block()
     if team.require_equal(files.directory, "blocks with losses", files.written()) < len(model):
         team.on_rank0(partial(files.fisher.mkdir, exist_ok=True))
         found = Gradients(files.fisher)
-        sums = partial(_FisherSums.of_block, model, candidates, files)
+        sums = partial(_FisherSums.of_block, model, candidates.candidates, files)
+        settings = candidates.settings
         seed = settings.curvature.seeds.get("curvature.seed", 0)
-        collect_gradients(model, windows, seed, settings.batch, found, on_block, pause, team, sums)
+        collect_gradients(model, windows, seed, settings.batch, found, on_block, candidates.pause, team, sums)
         team.on_rank0(_write_fisher, files, len(model), windows.numel())
     team.on_rank0(files.forget)
 
@@ -197,54 +242,3 @@ class _FisherSums(LayerSums):
     def tensors(self, windows: Sequence[int], team: Team) -> Iterator[tuple[str, Tensor]]:
         for name, found in self._sums.items():
             yield name, team.all_reduce_sum(found)
-
-
-Keep = Callable[[Group, LayerRef, Statistics, Sequence[LayerSolution]], None]
-
-
-@dataclass(frozen=True)
-class _Solving:
-    settings: LoopSettings
-    quantizers: Mapping[str, Sequence[Quantizer]]
-    gradients: Gradients | None
-    hessians: Hessians | None
-    team: Team
-
-    def walk(
-        self, model: StreamedModel, windows: Tensor, files: LossFiles, keep: Keep, pause: Callable[[], None]
-    ) -> Iterator[int]:
-        """Solves the candidates of all layers of the unfinished blocks; yields the index of each block after that."""
-        hessians = self.hessians
-        known = None if hessians is None else hessians.groups
-        complete: dict[Stream, bool] = {"original": hessians is None}
-        for block in walk(
-            model, windows, self.settings, files.hidden, complete, 0, pause, self.team, known, self.gradients
-        ):
-            for group in block.groups():
-                statistics = group.statistics() if hessians is None else hessians.read(group)
-                for layer, solved in self._solved(group, statistics):
-                    keep(group, layer, statistics, solved)
-                    pause()
-            yield block.index
-
-    def _solved(self, group: Group, statistics: Statistics) -> Iterator[tuple[LayerRef, list[LayerSolution]]]:
-        prepared: dict[str, Prepared] = {}
-        for layer in group.layers:
-            found = []
-            with naming(layer):
-                for quantizer in self.quantizers[layer.name]:
-                    key = quantizer.prepare_key
-                    if key not in prepared:
-                        prepared[key] = quantizer.prepare(statistics.hessian, statistics.heldout)
-                    found.append(self._candidate(group, layer, statistics, quantizer, prepared[key]))
-            yield layer, found
-
-    def _candidate(
-        self, group: Group, layer: LayerRef, statistics: Statistics, quantizer: Quantizer, prepared: Prepared
-    ) -> LayerSolution:
-        curvature, hessian, coupling = self.settings.curvature, statistics.hessian, None
-        if self.gradients is not None and isinstance(curvature, Kfac):
-            coupling = curvature.coupling(self.gradients.outputs(group.block.index, layer, hessian.device))
-        stored = group.block.weight(layer)
-        solver = Solver(quantizer, prepared, NoCorrection(), hessian, self.team, 0.0, statistics.tokens, coupling)
-        return solver.solve(stored.to(hessian.device, torch.float32), stored.dtype)

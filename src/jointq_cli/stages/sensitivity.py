@@ -9,7 +9,7 @@ from jointq_cli.quantization.gradients import Gradients
 from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStateFile
 from jointq_cli.quantization.quantizers.base import Quantizer
-from jointq_cli.quantization.sensitivity import LossFiles, measure_fisher, measure_losses
+from jointq_cli.quantization.sensitivity import CandidateWalk, LossFiles, measure_fisher, measure_kfac
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.stages.base import Context, Stage
 from jointq_cli.stages.gradients import find_gradients
@@ -50,24 +50,16 @@ def sensitivity_stage(
     """loop: of layers that are solved for inputs of the original model, with the curvature that `gradients` are of.
     candidates: of each of its layers. sensitivity: as `allocation.sensitivity`. The gradients follow from what is in
     the key, and so do the Hessians; whoever computes the stage has the former where they are needed."""
-    measure, passes = (measure_fisher, 2) if sensitivity == "fisher" else (measure_losses, 1)
+    measure, passes = (measure_fisher, 2) if sensitivity == "fisher" else (measure_kfac, 1)
 
     def make(scratch: Path, context: Context) -> None:
         files = LossFiles(scratch)
+        walk = CandidateWalk(
+            model, tokens.windows, loop, candidates, gradients, hessians, files, context.pause, context.team
+        )
         with context.console.bar(SENSITIVITY, total=passes * len(model)) as bar:
             bar.advance(files.hidden.finished_blocks() + Gradients(files.fisher).finished_blocks())
-            measure(
-                model,
-                tokens.windows,
-                loop,
-                candidates,
-                gradients,
-                hessians,
-                files,
-                bar.advance,
-                context.pause,
-                context.team,
-            )
+            measure(walk, bar.advance)
 
     return Stage(
         name=SENSITIVITY,

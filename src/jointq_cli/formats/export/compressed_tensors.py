@@ -160,7 +160,7 @@ def _turned(model: QuantizedModel) -> dict[str, TurnedWeight]:
 
 
 def _sizes(turned: Mapping[str, TurnedWeight]) -> list[int]:
-    """Of the matrices; layers with other signs of the same size, which have their own, are not told apart."""
+    """Of the matrices; layers with other signs of the same size, which have their own, are not distinguished."""
     return sorted({len(form.signs) for form in turned.values()})
 
 
