@@ -190,14 +190,8 @@ def shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
-UNSET = (
-    None,
-    "null",
-    "none",
-    "[]",
-    "{}",
-    "0",
-)  # values, as text, of settings that ask for nothing: older runs lack them
+# Values, as text, of settings that ask for nothing: runs of before the setting lack them.
+UNSET = (None, "null", "none", "[]", "{}", "0")
 
 
 @dataclass(frozen=True)
