@@ -43,6 +43,14 @@ def test_what_an_axis_cannot_show_is_left_out_and_counted() -> None:
     assert point_plot("t", "c", series[1:], x="block", y="E_y", log_y=True) == []
 
 
+def test_a_logarithmic_axis_of_a_small_range_has_texts_that_differ() -> None:
+    for low in (0.0105, 0.00105):
+        series = [Series(None, [(1, low), (2, 1.6 * low)])]
+        [figure] = point_plot("t", "c", series, x="block", y="E_w", log_y=True)
+        ticks = [text for text in texts(figure.svg) if re.fullmatch(r"0\.0\d+|\d\.\de-\d", text)]
+        assert len(set(ticks)) == len(ticks) >= 3
+
+
 def test_rows_are_named_from_above_and_a_long_name_in_the_legend_has_lines() -> None:
     series = [Series("quantizer=gptq, symmetric=true, bits=3", [(0.1, 0), (0.2, 1)], [0.01, 0.01])]
     [figure] = point_plot("t", "c", series, x="KL", rows=["first", "second"])

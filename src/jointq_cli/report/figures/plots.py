@@ -198,9 +198,11 @@ def _ticks(axis: Axis, values: Sequence[float], *, log: bool, each: bool) -> Non
     elif log:
         decades = math.log10(max(values) / min(values))
         digits = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0) if decades > 1 else tuple(map(float, range(1, 10)))
-        axis.set_major_locator(LogLocator(subs=digits))
+        narrow = decades < 0.5  # where digits from 1 to 9 would be one or two ticks
+        axis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=digits))
+        decimals = 1 if narrow else 0
         axis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:g}" if value >= 0.01 else scientific(value, 0))
+            FuncFormatter(lambda value, _: f"{value:g}" if value >= 0.01 else scientific(value, decimals))
         )
         axis.set_minor_formatter(NullFormatter())
     elif all(value == int(value) for value in values):
