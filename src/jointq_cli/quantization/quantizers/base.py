@@ -73,8 +73,8 @@ class Quantizer(ABC):
 
     @abstractmethod
     def storage(self, out_features: int, in_features: int, dtype: torch.dtype) -> StoredWeight:
-        """The form of a result from shapes alone: tensors on the meta device, so that `stored_bits` is what a layer
-        will take. dtype: that of the checkpoint."""
+        """The form of a result from shapes alone: tensors on the meta device but for its `form_tensors`, so that
+        `stored_bits` is what a layer will take. dtype: that of the checkpoint."""
 
     @abstractmethod
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
