@@ -64,6 +64,16 @@ def test_a_record_that_cannot_be_read_is_reported_in_one_line_with_its_writer(re
     assert str(caught.value).startswith(start)
 
 
+@pytest.mark.parametrize("odd", [{"block": "3"}, {"output_error": "0.5"}])
+def test_text_is_no_number_but_for_those_that_json_lacks(report, directory, odd):
+    write_report(report, directory)
+    value = json.loads(directory.report_json.read_text(encoding="utf-8"))
+    value["layers"][1] |= odd
+    directory.report_json.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(JointqError, match=rf"Expected a number, got text - at `\$.layers\[1\].{next(iter(odd))}`"):
+        load_report(directory.report_json)
+
+
 def test_keys_of_a_later_version_are_left_out(report, directory):
     write_report(report, directory)
     value = json.loads(directory.report_json.read_text(encoding="utf-8"))
