@@ -177,6 +177,15 @@ def test_words_are_explained_where_they_first_stand(report):
     assert "turned: codes and scales" in turned
 
 
+def test_times_of_layers_that_were_reused_are_said_to_be_of_another_run(report):
+    note = "seconds: of the earlier run that solved the layers; here they were reused."
+    stages = [replace(stage, reused=True) if stage.name == "quantize" else stage for stage in report.stages]
+    again = run_markdown(replace(report, stages=stages))
+    assert (run_markdown(report).count(note), again.count(note)) == (0, 1)
+    assert "without loading PyTorch; 2 of 5 stages were reused" in again
+    assert "| quantize | reused |" in again
+
+
 def test_notes_have_columns_of_their_own_and_those_alike_one_line(report):
     notes = [{"lambda": 0.3, "sweeps": 2 + layer.block % 2, "dead_columns": 0} for layer in report.layers]
     layers = [replace(layer, notes=note) for layer, note in zip(report.layers, notes, strict=True)]
