@@ -85,7 +85,7 @@ def test_columns_are_solved_to_their_optimum() -> None:
     assert ((costs / best) < 1.001).double().mean() > 0.4
 
 
-def test_the_whole_hessian_counts_and_the_penalty_is_the_one_that_qep_is_told() -> None:
+def test_the_whole_hessian_counts_and_the_penalty_is_the_one_that_qep_receives() -> None:
     weight, hessian = layer(48, 64, spread=2.0)
     prepared = QUICK.prepare(hessian)
     expected = hessian + torch.diag(QUICK.ridge(hessian))

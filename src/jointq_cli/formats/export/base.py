@@ -112,7 +112,7 @@ def uniform_forms(
     turned: bool = False,
 ) -> dict[str, UniformWeight]:
     """The forms of all quantised weights but those of the kinds `beside`; of turned ones, where the format holds them,
-    what has the codes. word: as the user named the export. Raises ConfigError where one is not uniform, and where
+    what has the codes. word: what the user wrote after export=. Raises ConfigError where one is not uniform, and where
     zero-points are no integers unless the format holds `offsets`."""
     found: dict[str, UniformWeight] = {}
     for name, stored in model.forms.items():

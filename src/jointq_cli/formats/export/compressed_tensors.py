@@ -252,7 +252,7 @@ def _turned_notes(turned: Mapping[str, TurnedWeight]) -> list[str]:
     return [
         f"export={WORD}: the inputs of turned layers are multiplied at run time by matrices of {matrices} in the "
         f"model's dtype: {100 * share:.2g} % more multiplications. vLLM does so on one device (no tensor parallelism); "
-        "transformers does not, and computes wrong outputs without a word"
+        "transformers does not, and computes wrong outputs without an error"
     ]
 
 

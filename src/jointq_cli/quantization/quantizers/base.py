@@ -1,6 +1,6 @@
 """The contract between the loop and a quantizer: a frozen dataclass whose fields are its config.
 
-Knows nothing of how a weight is stored, and nothing of models, files, devices or progress. All quantizers judge a
+Knows nothing of how a weight is stored, and nothing of models, files, devices or progress. All quantizers measure a
 layer by e H e^T per output row, with H = X^T X / tokens (in, in) float64 and e = w - w_quantised.
 """
 
