@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jointq_cli.quantization.allocation import in_words
 from jointq_cli.quantization.knapsack import Choice, Knapsack
 from jointq_cli.quantization.sensitivity import Losses, LossFiles
 
@@ -162,8 +163,8 @@ def main() -> None:
     subject = Subject.of(arguments.overrides, arguments.windows)
     losses[MEASURED] = measured(subject, runs, list(layers), place / "losses.json")
 
-    columns = [f"sum of {settings}" for settings in candidates]
-    table = Table("losses of single layers", *columns, "rank correlation", title="Predicted against measured")
+    columns = [f"all {in_words(settings)}" for settings in candidates]
+    table = Table("sums of single layers", *columns, "rank correlation", title="Predicted against measured")
     for name, found in losses.items():
         sums = [f"{sum(each[number] for each in found.values()):.4f}" for number in range(len(candidates))]
         table.add_row(name, *sums, f"{correlation(losses[MEASURED], found):.3f}")
