@@ -115,7 +115,7 @@ INDEXER = {
     "indexer_compress_ratio": 4,
 }
 
-# What a family needs besides. FAMILY+WORD is another model of a family, with which other things can be done.
+# What else a family needs. FAMILY+WORD is another model of a family, with which other things can be done.
 TWEAKS: dict[str, dict[str, Any]] = {
     "axk2": {"gated_norm_rank": 32},
     "blt": {"encoder_hash_byte_group_vocab": 64},

@@ -1,4 +1,4 @@
-"""llama.cpp's own C functions for blocks, from the library inside the package xllamacpp, as an oracle."""
+"""llama.cpp's own C functions for blocks, from the library inside the package xllamacpp, as a reference."""
 
 import ctypes
 import importlib.util

@@ -1,4 +1,4 @@
-"""The words after `jointq`: dispatch, help, errors in one line, completion, sweeps. No model is touched."""
+"""Command lines: dispatch, help, errors in one line, completion, sweeps. No model is touched."""
 
 import json
 import os

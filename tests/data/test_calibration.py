@@ -1,4 +1,4 @@
-"""Laws of the windows (real, consecutive, reproducible tokens); contracts of frozen tokens and tokenizers."""
+"""Properties of the windows (real, consecutive, reproducible tokens); contracts of frozen tokens and tokenizers."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Conversations become text through the tokenizer's chat template, whichever of the three customs they follow."""
+"""Conversations become text through the tokenizer's chat template, whichever of the three conventions they follow."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Quantised activations: the grid keeps its laws, hooks touch what they name and go away, attention stays exact."""
+"""Quantised activations: properties of the grid, hooks on the named layers alone and removed again, exact attention."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Perplexity: the windows are the protocol's, the figures those of a textbook computation, the errors honest."""
+"""Perplexity: the windows are the protocol's, the figures and errors those of a textbook computation."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Laws of the grid: bits, groups, rounded scales, the stored form."""
+"""Properties of the grid: bits, groups, rounded scales, the stored form."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""JointQ's kernels against the laws of their contract, against brute force, against each other, and against themselves.
+"""JointQ's kernels against their contract, against brute force, against each other, and against themselves.
 
 Triton's programs run on a GPU or in Triton's interpreter, at milliseconds a step: hence their tiny problems.
 """
@@ -173,7 +173,7 @@ def single_gains(given: Problem, levels: Tensor, scale: Tensor) -> Tensor:
     return torch.where(allowed, 2 * g.abs() - s * metric.diagonal(), -math.inf)
 
 
-# laws of the search
+# properties of the search
 
 
 @kinds

@@ -1,4 +1,4 @@
-"""The search in one block of a K grid against brute force, against plain torch, and against its own laws."""
+"""The search in one block of a K grid against brute force, against plain torch, and against its contract."""
 
 import importlib.util
 import itertools

@@ -1,4 +1,4 @@
-"""Learning that learns: it lowers the error of tokens it has not seen, says what it did, and knows when to stop."""
+"""Learned rotations: the error of held-out tokens falls, the course is recorded, and early stopping works."""
 
 import math
 from collections.abc import Callable, Iterator

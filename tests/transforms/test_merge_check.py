@@ -1,4 +1,4 @@
-"""What the gate is for: every way to get a merge wrong that is known is refused, and so is what is damaged."""
+"""The check of a merged rotation: every known kind of wrong merge is refused, and so are damaged files."""
 
 from collections.abc import Callable
 from dataclasses import replace

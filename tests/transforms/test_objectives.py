@@ -1,4 +1,4 @@
-"""Objectives by their definitions, by what theory says of their values, and by which of them follow the grid."""
+"""Objectives by their definitions, by the values that theory gives, and by which of them follow the grid."""
 
 import math
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_values(name: str) -> None:
     assert torch.autograd.gradcheck(OBJECTIVES[name], [rows], eps=1e-7)
 
 
-# --- laws
+# --- properties
 
 rows_of_rms_1 = st.integers(0, 10_000).map(lambda seed: rms_normalize(gaussian(3, 16, seed=seed).pow(3)).double())
 

@@ -1,4 +1,4 @@
-"""Descents stay on the orthogonal matrices, go down, and know what autograd knows."""
+"""Descents stay on the orthogonal matrices, lower the objective, and agree with autograd."""
 
 from collections.abc import Callable
 

@@ -50,7 +50,7 @@ class Calibration(TextSource):
     lines, not of documents: concatenation joins them with a blank line and encodes them at once, as GPTQ does.
 
     dataset `generated`: num_samples windows that the model to be quantised writes itself, see stages/generated_tokens.
-    add_generated: so many besides the windows of the text, or of `tokens`, which continue excerpts of these.
+    add_generated: so many in addition to the windows of the text, or of `tokens`, which continue excerpts of these.
 
     tokens: a file of frozen tokens to use instead of the text; seqlen must be that of the file, and its first
     num_samples windows are taken. inputs: the activations that statistics are computed from, those of the original

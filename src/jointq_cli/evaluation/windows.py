@@ -18,7 +18,7 @@ class Evaluation(TextSource):
     Every token of a window is predicted from those before it; of an overlapping window only the last `stride` count.
     `bos`: none, first (once, before the complete text, as in GPTQ's protocol for Llama) or each (before each window).
 
-    tasks: names of lm-eval's tasks, which are measured besides, and of those whose YAML files are in `tasks_dir`;
+    tasks: names of lm-eval's tasks, which are measured too, and of those whose YAML files are in `tasks_dir`;
     tasks_limit: only the first so many samples of each.
     """
 

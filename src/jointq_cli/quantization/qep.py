@@ -13,7 +13,7 @@ objective of JointQ, e (H + R) e^T with e = W* - W_q, is, up to a constant,
 
 codes and scales are chosen for the original layer's output, and the regulariser pulls to W.
 
-With `perccorr_mode` shrinkage each row of the step is shortened by what it owes to the chance of these tokens.
+With `perccorr_mode` shrinkage each row of the step is shortened by the part that comes from the sampling of tokens.
 
 `residual` extends this to layers whose output is added to the residual stream, where the quantised layers before have
 already caused an error S - S_q. The layer compensates that too: W* has the further term beta D (H + R)^-1, where
@@ -131,7 +131,7 @@ class AlphaSelector:
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """Shortens each row of a step by what its cross terms owe to the chance of these tokens.
+    """Shortens each row of a step by the part of its cross terms that comes from the sampling of tokens.
 
     In the metric of (H + R)^-1, in which a row's gradient g = alpha w C + beta d has the length of what its step gains,
     the expected square of the estimated g is that of the true one plus its noise. The step that gains most on other

@@ -1,4 +1,4 @@
-"""What every quantizer owes the engine, for all of them, all bit-widths, group sizes and scale dtypes."""
+"""The contract of every quantizer, for all of them, all bit-widths, group sizes and scale dtypes."""
 
 import dataclasses
 import itertools

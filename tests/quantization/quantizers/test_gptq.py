@@ -1,4 +1,4 @@
-"""Laws and oracles of GPTQ and RTN: brute force, the textbook, identities that must hold."""
+"""Properties of GPTQ and RTN: brute force, the textbook, identities that must hold."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Laws and oracles of JointQ: brute force, sweeps, starts, the stored form, rows on their own, the config."""
+"""Properties of JointQ: brute force, sweeps, starts, the stored form, rows on their own, the config."""
 
 import dataclasses
 import itertools

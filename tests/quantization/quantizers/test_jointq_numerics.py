@@ -24,7 +24,7 @@ def share(solution: Any, weight: Tensor, hessian: Tensor) -> float:
 
 
 def with_loud_direction(hessian: Tensor, loudness: float, *channels: int) -> Tensor:
-    """As if every token had this much besides, in these channels, or in all of them."""
+    """As if every token had this much in addition, in these channels, or in all of them."""
     size = len(hessian)
     direction = torch.zeros(size, dtype=torch.float64)
     direction[list(channels) or list(range(size))] = loudness / (1 if channels else size**0.5)

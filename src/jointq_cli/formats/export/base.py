@@ -80,7 +80,7 @@ class Exporter(ABC):
     def reader(self, model: QuantizedModel, directory: Path) -> Callable[[str], Tensor]:
         """What reads the written files: name of a weight in the checkpoint -> its value, quantised ones in float32.
 
-        Shares no code with `write`, or code that has an oracle of its own: exports are verified by it.
+        Shares no code with `write`, or code that is tested against another implementation: exports are verified by it.
         """
 
     def plain_tolerance(self, model: QuantizedModel, name: str) -> float:
