@@ -7,7 +7,9 @@ Levels are +-scale/2, or any two with `offset`: the form of CQ (OneComp) and of 
 and of ARB-RC. Their authors fit signs and scales to the weight; here all are chosen for the layer's output.
 
 With H_l = H + lambda R and fixed c, rows of W / c are solved in the metric diag(c) H_l diag(c). With fixed codes and
-scales, Z = (codes - zero_point) * scale, the best c is that of (Z'Z o H_l) c = diag(Z' W H_l). They take turns.
+scales, Z = (codes - zero_point) * scale, the best c is that of (Z'Z o H_l) c = diag(Z' W H_l). They take turns, from
+c = 1 where rows have several groups, else from the right singular vector of |W|: there W H_l is computed once, and each
+search takes one product more.
 """
 
 import math
@@ -190,7 +192,7 @@ class Binary(Quantizer):
         product = hessian_product(out_features, in_features)
         once = 4 * product if self.group_size is None else self._jointq.cost(out_features, in_features, tokens)
         rounds = self.rounds if self.column_scale else 0
-        return once + rounds * (product + in_features**3) + max(0, rounds - 1) * once
+        return once + rounds * product + max(0, rounds - 1) * once
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         return self._jointq.prepare(hessian)
@@ -221,10 +223,8 @@ class Binary(Quantizer):
         return replace(found, quantized=self._stored(found.quantized, columns))
 
     def _by_turns(self, weight: Tensor, prepared: JointQPrepared, scale_dtype: torch.dtype) -> Solution:
-        exponent = math.frexp(float(weight.abs().max()))[1]
-        layer = UniformLayer(weight, exponent, self.batch_size, self._jointq.integer_grid, scale_dtype)
-        problem, metric = ColumnTurns.of(self._jointq, layer, prepared.metric), prepared.metric
-        turns, signal = list(self._turns(problem)), problem.signal
+        problem, metric = self._problem(weight, prepared.metric, scale_dtype), prepared.metric
+        turns, layer, signal = list(self._turns(problem)), problem.layer, problem.signal
         last = turns[-1]
         columns = torch.ones(weight.shape[1], dtype=scale_dtype, device=weight.device)
         if last.columns is not None:
@@ -242,8 +242,13 @@ class Binary(Quantizer):
             verdict="damped" if metric.damping_retries else "ok",
             notes=notes
             | ({"rounds": len(turns) // 2} if self.column_scale else {"sweeps": 0, "flips_per_weight": 0.0}),
-            signal=math.ldexp(signal, 2 * exponent),
+            signal=math.ldexp(signal, 2 * layer.exponent),
         )
+
+    def _problem(self, weight: Tensor, metric: Metric, scale_dtype: torch.dtype) -> ColumnTurns:
+        exponent = math.frexp(float(weight.abs().max()))[1]
+        layer = UniformLayer(weight, exponent, self.batch_size, self._jointq.integer_grid, scale_dtype)
+        return ColumnTurns.of(self._jointq, layer, metric)
 
     def _turns(self, problem: ColumnTurns) -> Iterator[Turn]:
         """Codes, then column scales and codes in turn; each costs less than the one before."""

@@ -57,7 +57,7 @@ class Search(Descent[State]):
         h, r, codes = correlation, self.metric.full, levels
         if self.grid.zero == "real":
             r, shared, sums = self._without_offset
-            h, codes = torch.addr(correlation, correlation.sum(dim=1), shared, alpha=-1.0), _codes(levels)
+            h, codes = correlation - correlation.sum(dim=1, keepdim=True) * shared, _codes(levels)
         products = codes @ r
         search = kernels.for_device(target.device).flip_search
         steps, _ = search(h, r, products, codes, scale, self.grid.box, self.rounding, guarded=start is not None)
@@ -76,7 +76,7 @@ class Search(Descent[State]):
         """The metric of a single group with the best offset of each row, 1 R / (1 R 1), and 1 R."""
         sums = self.metric.full.sum(dim=0)
         shared = sums / sums.sum()
-        return torch.addr(self.metric.full, sums, shared, alpha=-1.0), shared, sums
+        return self.metric.full - sums[:, None] * shared, shared, sums
 
     # starts
 
