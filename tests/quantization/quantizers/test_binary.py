@@ -1,6 +1,7 @@
 """One bit per weight: presets, column scales, and optima by brute force."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,8 +60,20 @@ def test_rows_of_one_group_are_solved_alike_in_parts_and_in_tiles(offset: bool) 
     assert tiled.join(parts).quantized.difference(whole) == []
 
 
+def test_no_bit_depends_on_the_number_of_threads() -> None:
+    weight, hessian = layer(128, 512)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(solve(replace(ROW_AND_COLUMN, rounds=1), weight, hessian, torch.float32).quantized)
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].difference(found[1]) == []
+
+
 def test_column_scales_solve_their_linear_system() -> None:
-    weight, hessian = layer(48, 600)  # more columns than are multiplied at a time
+    weight, hessian = layer(32, 300)  # more columns than are multiplied at a time
     quantizer = Binary(group_size=None, column_scale=True, rounds=1)
     regularized = hessian + torch.diag(quantizer.ridge(hessian))
     found = solve(quantizer, weight, hessian, torch.float32).quantized

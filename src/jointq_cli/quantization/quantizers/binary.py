@@ -13,7 +13,7 @@ search takes one product more.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from jointq_cli.formats.uniform import UniformWeight, check_group_size, grid_lab
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ, JointQPrepared
-from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer, over_tiles
 from jointq_cli.quantization.quantizers.jointq.search import State
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.quantization.quantizers.uniform import FailedPreparation, hessian_product
@@ -73,16 +73,11 @@ class ColumnTurns:
         return self._searched(None, None)
 
     def first_scaled(self) -> Turn:
-        """From JointQ's start, with the column scales that fit |W| best together with scales of rows: those of its
-        first singular pair, as in OneBit."""
-        modulus = self.target.abs()
-        found = modulus.mean(dim=0)
-        for _ in range(_POWER_STEPS):
-            found = (modulus @ found) @ modulus
-            found /= found.mean().clamp_min(torch.finfo(found.dtype).tiny)
-        if not bool(found.any()):
+        """From JointQ's start, with the column scales that fit |W| best together with scales of rows, as in OneBit."""
+        columns = self._on_one_thread(lambda: _right_singular(self.target.abs()))
+        if not bool(columns.any()):
             return self.first()
-        return self._searched(self._as_stored(found), None)
+        return self._searched(self._as_stored(columns), None)
 
     def again(self, turn: Turn) -> Turn:
         """Codes and scales searched from those of `turn`, with its column scales."""
@@ -90,16 +85,18 @@ class ColumnTurns:
 
     def scaled(self, turn: Turn) -> Turn:
         """The best column scales for codes and scales of `turn`, by conjugate gradients from those that it has."""
-        values = turn.state.values(self.metric)
-        energy = torch.empty_like(self.metric.full)
-        for start in range(0, len(energy), _COLUMNS):
-            stop = start + _COLUMNS
-            upper = (values[:, start:stop].T @ values[:, start:]).mul_(self.metric.full[start:stop, start:])
-            energy[start:stop, start:] = upper
-            energy[stop:, start:stop] = upper[:, _COLUMNS:].T
-        along = torch.sum(values * self.correlation[: len(values)], dim=0)
-        start_at = torch.ones_like(along) if turn.columns is None else turn.columns
-        columns = self._as_stored(_conjugate_gradients(energy, along, start_at))
+        values, full = turn.state.values(self.metric), self.metric.full
+        energy = torch.empty_like(full)
+
+        def one(span: slice) -> None:
+            upper = (values[:, span].T @ values[:, span.start :]).mul_(full[span, span.start :])
+            energy[span, span.start :] = upper
+            energy[span.stop :, span] = upper[:, span.stop - span.start :].T
+
+        over_tiles(len(full), _COLUMNS, full.device, one)
+        along = self._on_one_thread(lambda: (values * self.correlation[: len(values)]).sum(dim=0))
+        start = torch.ones_like(along) if turn.columns is None else turn.columns
+        columns = self._as_stored(self._on_one_thread(lambda: _conjugate_gradients(energy, along, start)))
         fall = torch.dot(columns.double(), (2.0 * along - energy @ columns).double())
         return Turn(columns, turn.state, max(0.0, self.signal - float(fall)))
 
@@ -120,6 +117,10 @@ class ColumnTurns:
         else:
             found = self.jointq.continued(layer, metric, before)
         return Turn(columns, found.state, float(found.cost.sum()))
+
+    def _on_one_thread(self, function: Callable[[], Tensor]) -> Tensor:
+        """So that no bit depends on the number of threads."""
+        return over_tiles(1, None, self.target.device, lambda _: function())[0]
 
     def _as_stored(self, columns: Tensor) -> Tensor:
         least = _LEAST * float(columns.abs().mean())
@@ -265,6 +266,15 @@ class Binary(Quantizer):
     def describe(self) -> str:
         label = grid_label(self._jointq.integer_grid, self.group_size) + " column-scaled" * self.column_scale
         return f"Binary {label} lambda={self.regularization_lambda:g}"
+
+
+def _right_singular(matrix: Tensor) -> Tensor:
+    """The first right singular vector of a matrix without negative entries, with mean 1; 0 where all is 0."""
+    found = matrix.mean(dim=0)
+    for _ in range(_POWER_STEPS):
+        found = (matrix @ found) @ matrix
+        found /= found.mean().clamp_min(torch.finfo(found.dtype).tiny)
+    return found
 
 
 def _conjugate_gradients(matrix: Tensor, right: Tensor, start: Tensor) -> Tensor:
