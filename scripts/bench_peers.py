@@ -12,8 +12,8 @@ the row is marked, because then it is not a model of that size which was measure
 resident memory are those of the whole process of the tool, loading and saving included.
 
 DIR keeps the virtual environments, the log of each process, DIR/NAME/result.json and the table, DIR/table.md. What has
-a result is not run again; asked for other tokens, text or words under its name, the script stops. A tool that cannot be
-installed or run is in the table with the reason.
+a result is not run again; asked for other tokens, text or arguments under its name, the script stops. A tool that
+cannot be installed or run is in the table with the reason.
 """
 
 import argparse
@@ -78,29 +78,29 @@ TOOLS = {
 
 
 @dataclass(frozen=True)
-class Way:
-    """One row of the table: a tool and what its driver, or `jointq quantize`, is told besides."""
+class Method:
+    """One row of the table: a tool with the arguments of its driver, or overrides of `jointq quantize`."""
 
     tool: str
-    words: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
 
-WAYS = {
-    "jointq": Way("jointq"),
-    "jointq-gptq": Way("jointq", ("quantizer=gptq",)),
-    "onecomp-gptq-qep": Way("onecomp", ("--method", "gptq-qep")),
-    "onecomp-gptq-qep-mse": Way("onecomp", ("--method", "gptq-qep", "--mse")),
-    "onecomp-jointq": Way("onecomp", ("--method", "jointq")),
-    "gptqmodel": Way("gptqmodel"),
-    "llmcompressor-gptq": Way("llmcompressor", ("--method", "gptq")),
-    "llmcompressor-awq": Way("llmcompressor", ("--method", "awq")),
-    "autoround-50x4": Way("autoround", ("--iterations", "50", "--batch-size", "4")),
-    "autoround-200x8": Way("autoround", ("--iterations", "200", "--batch-size", "8")),
-    "autoround-best": Way("autoround", ("--iterations", "1000", "--batch-size", "8")),
+METHODS = {
+    "jointq": Method("jointq"),
+    "jointq-gptq": Method("jointq", ("quantizer=gptq",)),
+    "onecomp-gptq-qep": Method("onecomp", ("--method", "gptq-qep")),
+    "onecomp-gptq-qep-mse": Method("onecomp", ("--method", "gptq-qep", "--mse")),
+    "onecomp-jointq": Method("onecomp", ("--method", "jointq")),
+    "gptqmodel": Method("gptqmodel"),
+    "llmcompressor-gptq": Method("llmcompressor", ("--method", "gptq")),
+    "llmcompressor-awq": Method("llmcompressor", ("--method", "awq")),
+    "autoround-50x4": Method("autoround", ("--iterations", "50", "--batch-size", "4")),
+    "autoround-200x8": Method("autoround", ("--iterations", "200", "--batch-size", "8")),
+    "autoround-best": Method("autoround", ("--iterations", "1000", "--batch-size", "8")),
 }
 
 SLOW = ("onecomp-gptq-qep-mse", "autoround-200x8", "autoround-best")  # an hour and more on a CPU, on a real model
-DEFAULT = [name for name in WAYS if name not in SLOW]
+DEFAULT = [name for name in METHODS if name not in SLOW]
 GROUPS = "group_index.safetensors"  # beside a checkpoint: the group of each column, by the name of the weight
 CODES = "codes"  # beside a checkpoint of jointq: what each layer stores
 
@@ -177,13 +177,13 @@ def python_of(tool: str, work: Path, timeout: float) -> str:
     return str(python)
 
 
-def quantise(way: Way, bits: int, place: Path, given: argparse.Namespace) -> dict[str, Any]:
+def quantise(method: Method, bits: int, place: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Runs the tool; PLACE/checkpoint afterwards. Raises CannotRun."""
     checkpoint = place / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
-    if way.tool != "jointq":
-        driver = ROOT / "scripts" / "peers" / f"{TOOLS[way.tool].driver}.py"
-        command = [python_of(way.tool, given.work, given.timeout), str(driver), *way.words]
+    if method.tool != "jointq":
+        driver = ROOT / "scripts" / "peers" / f"{TOOLS[method.tool].driver}.py"
+        command = [python_of(method.tool, given.work, given.timeout), str(driver), *method.arguments]
         command += ["--model", str(given.model), "--tokens", str(given.tokens), "--bits", str(bits)]
         command += ["--group-size", str(given.group_size), "--output", str(checkpoint)]
         return run_measured(command, place / "log.txt", given.timeout, threads(given), place)  # some write logs there
@@ -191,7 +191,7 @@ def quantise(way: Way, bits: int, place: Path, given: argparse.Namespace) -> dic
     shutil.rmtree(runs, ignore_errors=True)  # and the store with it: every run pays for all of its stages
     command = [sys.executable, "-m", "jointq_cli", "quantize", f"model.path={given.model}", f"output_dir={runs}"]
     command += [f"calibration.tokens={given.tokens}", f"quantizer.group_size={given.group_size}", "name=run"]
-    command += [f"quantizer.bits={bits}", "evaluation.max_windows=1", "generate_tokens=0", *way.words]
+    command += [f"quantizer.bits={bits}", "evaluation.max_windows=1", "generate_tokens=0", *method.arguments]
     measured = run_measured(command, place / "log.txt", given.timeout, threads(given))
     (written,) = runs.glob("run/*/checkpoint")
     shutil.rmtree(place / CODES, ignore_errors=True)
@@ -260,13 +260,13 @@ def evaluate(place: Path, given: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def measure(name: str, way: Way, bits: int, given: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, method: Method, bits: int, given: argparse.Namespace) -> dict[str, Any]:
     """The row of a tool, from DIR/NAME/result.json where it is there. What cannot run is tried again the next time."""
     place = given.work / f"{given.model.name}-w{bits}-g{given.group_size}-{name}"
     result, asked, process = place / "result.json", place / "asked.json", place / "process.json"
-    settings = asked_for(way, given)
+    settings = asked_for(method, given)
     if asked.exists() and json.loads(asked.read_text()) != settings and (result.exists() or process.exists()):
-        sys.exit(f"{place}: has the result of other tokens, text or words; remove it, or take another --work")
+        sys.exit(f"{place}: has the result of other tokens, text or arguments; remove it, or take another --work")
     if result.exists():
         return dict(json.loads(result.read_text()))
     place.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def measure(name: str, way: Way, bits: int, given: argparse.Namespace) -> dict[s
     row: dict[str, Any] = {"model": given.model.name, "bits": bits, "group_size": given.group_size, "name": name}
     try:
         if not process.exists():
-            process.write_text(json.dumps(quantise(way, bits, place, given)))
+            process.write_text(json.dumps(quantise(method, bits, place, given)))
         row |= json.loads(process.read_text())
         levels = count_levels(place / "checkpoint", given.group_size)
         row |= {"matrices": len(levels), "most_levels": max(levels), "above": sum(n > 2**bits for n in levels)}
@@ -288,12 +288,12 @@ def measure(name: str, way: Way, bits: int, given: argparse.Namespace) -> dict[s
     return row
 
 
-def asked_for(way: Way, given: argparse.Namespace) -> dict[str, Any]:
+def asked_for(method: Method, given: argparse.Namespace) -> dict[str, Any]:
     """All that a row depends on besides its name: what DIR/NAME/asked.json has."""
     text = str(given.text.resolve()) if given.text else None
     tokens = hashlib.sha256(given.tokens.read_bytes()).hexdigest()
     return {
-        "tool": way.tool, "words": list(way.words), "model": str(given.model), "tokens": tokens, "text": text,
+        "tool": method.tool, "words": list(method.arguments), "model": str(given.model), "tokens": tokens, "text": text,
         "windows": given.windows, "seqlen": given.seqlen,
     }  # fmt: skip
 
@@ -316,15 +316,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def another(text: str) -> tuple[str, Way]:
-    """`NAME: TOOL WORD ...`, an argparse type."""
+def another(text: str) -> tuple[str, Method]:
+    """`NAME: TOOL ARGUMENT ...`, an argparse type."""
     name, _, rest = text.partition(":")
-    tool, *words = rest.split() or [""]
+    tool, *arguments = rest.split() or [""]
     if not name.strip() or (tool != "jointq" and tool not in TOOLS):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME: TOOL WORD ..., with TOOL of jointq, {', '.join(TOOLS)}"
+            f"{text!r} is not NAME: TOOL ARGUMENT ..., with TOOL of jointq, {', '.join(TOOLS)}"
         )
-    return name.strip(), Way(tool, tuple(words))
+    return name.strip(), Method(tool, tuple(arguments))
 
 
 def main() -> None:
@@ -334,9 +334,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="virtual environments, logs, results")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--peers", default=",".join(DEFAULT), help=f"of {', '.join(WAYS)}; default: %(default)s")
+    parser.add_argument("--peers", default=",".join(DEFAULT), help=f"of {', '.join(METHODS)}; default: %(default)s")
     parser.add_argument(
-        "--also", action="append", default=[], type=another, metavar="'NAME: TOOL WORD ...'",
+        "--also", action="append", default=[], type=another, metavar="'NAME: TOOL ARGUMENT ...'",
         help="one more row: a tool with settings of jointq quantize, or with options of its driver in peers/",
     )  # fmt: skip
     parser.add_argument("--text", type=Path, help="to measure on; without it held-out topics of pydoc")
@@ -347,15 +347,15 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="the checkpoints too")
     given = parser.parse_args()
     given.model, given.tokens, given.work = given.model.resolve(), given.tokens.resolve(), given.work.resolve()
-    unknown = sorted(set(given.peers.split(",")) - set(WAYS))
+    unknown = sorted(set(given.peers.split(",")) - set(METHODS))
     if unknown:
-        parser.error(f"--peers: {', '.join(unknown)} is not one of {', '.join(WAYS)}")
-    ways = {name: WAYS[name] for name in given.peers.split(",")}
-    ways |= dict(given.also)
+        parser.error(f"--peers: {', '.join(unknown)} is not one of {', '.join(METHODS)}")
+    methods = {name: METHODS[name] for name in given.peers.split(",")}
+    methods |= dict(given.also)
     failed: list[dict[str, Any]] = []
     for bits in map(int, given.bits.split(",")):
-        for name, way in ways.items():
-            row = measure(name, way, bits, given)
+        for name, method in methods.items():
+            row = measure(name, method, bits, given)
             print(json.dumps(row), flush=True)
             failed += [row] if "reason" in row else []
             results = [json.loads(file.read_text()) for file in sorted(given.work.glob("*/result.json"))]

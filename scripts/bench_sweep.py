@@ -54,10 +54,10 @@ def main() -> None:
             folder = Path(place, f"alone{number}")
             cost = timed([*words, f"{KEY}={value}", f"output_dir={folder}", f"hydra.run.dir={folder}/run"])
             alone.append((*cost, stages(folder / "run")))
-    tell(sweep, jobs, alone)
+    print_table(sweep, jobs, alone)
 
 
-def tell(
+def print_table(
     sweep: tuple[float, float], jobs: list[dict[str, float]], alone: list[tuple[float, float, dict[str, float]]]
 ) -> None:
     names = list(dict.fromkeys(name for job in jobs for name in job))

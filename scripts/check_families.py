@@ -261,7 +261,7 @@ def check(result: Result, place: Path, text: Path) -> None:
     result.outcome = "not built"
     result.model = write_model(result.family, place / "model")
     before = perplexity(place / "model", text)
-    result.outcome, result.reason = "wrong", "jointq stopped without a word"
+    result.outcome, result.reason = "wrong", "jointq stopped without a message"
     run = place / "run"
     code = command("quantize", f"model.path={place / 'model'}", text=text, run=run)
     if not (run / "report.json").is_file():

@@ -64,7 +64,7 @@ def _form(weight: StoredWeight) -> StoredWeight:
     if isinstance(weight, TurnedWeight):
         inner = _form(weight.inner)
         assert isinstance(inner, UniformWeight)
-        return TurnedWeight(inner, weight.signs.to("meta"))
+        return TurnedWeight(inner, weight.signs)
     if isinstance(weight, KQuantWeight):
         return KQuantWeight.empty(*weight.shape, weight.grid, torch.device("meta"))
     assert isinstance(weight, UniformWeight)

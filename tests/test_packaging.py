@@ -73,7 +73,7 @@ def test_the_wheel_brings_every_recipe_and_the_bundled_model(jointq: Path, tmp_p
 
 
 def test_the_installed_command_quantises_the_bundled_model(jointq: Path, tmp_path: Path) -> None:
-    told = run(jointq, "quantize", "recipe=ci_smoke", folder=tmp_path)
-    assert "quantize" in told
+    output = run(jointq, "quantize", "recipe=ci_smoke", folder=tmp_path)
+    assert "quantize" in output
     [report] = tmp_path.glob("runs/ci_smoke/*/report.json")
     assert (report.parent / "checkpoint" / "config.json").is_file()

@@ -90,7 +90,7 @@ def test_a_table_of_peers_marks_a_checkpoint_with_too_many_levels_and_says_what_
     assert "not done after 1 s" in lines[2]
 
 
-def test_what_did_not_run_is_in_the_table_and_a_result_of_other_words_is_not_taken(
+def test_what_did_not_run_is_in_the_table_and_a_result_of_other_arguments_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = tmp_path / "tokens.safetensors"
@@ -109,14 +109,14 @@ def test_what_did_not_run_is_in_the_table_and_a_result_of_other_words_is_not_tak
     (place / "result.json").write_text(json.dumps({"model": "m", "bits": 3, "name": "gptqmodel", "reason": ""}))
     PEERS.main()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--windows", "7"])
-    with pytest.raises(SystemExit, match="other tokens, text or words"):
+    with pytest.raises(SystemExit, match="other tokens, text or arguments"):
         PEERS.main()
 
 
 def test_another_row_is_a_name_a_tool_and_its_words() -> None:
-    assert PEERS.another("best: jointq quality=best") == ("best", PEERS.Way("jointq", ("quality=best",)))
+    assert PEERS.another("best: jointq quality=best") == ("best", PEERS.Method("jointq", ("quality=best",)))
     for wrong in ("jointq quality=best", "best:", "best: awq", ": jointq"):
-        with pytest.raises(argparse.ArgumentTypeError, match="NAME: TOOL WORD"):
+        with pytest.raises(argparse.ArgumentTypeError, match="NAME: TOOL ARGUMENT"):
             PEERS.another(wrong)
 
 

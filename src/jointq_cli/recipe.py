@@ -18,7 +18,7 @@ from jointq_cli.evaluation.activation_settings import Activations
 from jointq_cli.evaluation.engines import ENGINES
 from jointq_cli.evaluation.windows import Evaluation
 from jointq_cli.formats.export import Exporter, exporters_of
-from jointq_cli.models.layer_selection import LayerSelection
+from jointq_cli.models.layer_selection import LayerSelection, override_key
 from jointq_cli.models.sources import ModelSource
 from jointq_cli.quantization import quantizers
 from jointq_cli.quantization.allocation import NO_ALLOCATION, Allocation
@@ -76,6 +76,8 @@ class Recipe:
         self.allocation.check(self.quantizer)
         if self.layers.mix and self.allocation.describe():
             raise ConfigError(f"layers.mix={self.layers.mix}: decides all layers, and so does allocation=budget; null")
+        # Here and not where a config becomes a recipe: only a complete recipe knows what it exports and rotates, and
+        # none is to hold an incoherence=auto that stages and keys of the store would have to decide about again.
         object.__setattr__(self, "quantizer", with_incoherence(self.quantizer, self._may_turn()))
         if self.evaluation.tasks and "R4" in self.rotation.parts:
             tasks = ",".join(self.evaluation.tasks)
@@ -86,6 +88,23 @@ class Recipe:
     @property
     def exporters(self) -> list[Exporter]:
         return exporters_of(self.export)
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """The seeds of all random choices, by key; of layers with settings of their own those that differ."""
+        usual = self.quantizer.seeds
+        own: dict[str, Quantizer | None] = {
+            override_key(pattern): each for pattern, each in quantizers_of_patterns(self.layers, self.quantizer).items()
+        }
+        own |= {f"allocation.candidates[{at}]": each for at, each in enumerate(self.allocation.of(self.quantizer))}
+        others = {
+            name.replace("quantizer", key, 1): seed
+            for key, each in own.items()
+            for name, seed in (each.seeds if each else {}).items()
+            if usual.get(name) != seed
+        }
+        fixed = {"calibration.seed": self.calibration.seed}
+        return {**fixed, **usual, **others, **self.rotation.seeds, **self.curvature.seeds, **self.refinement.seeds}
 
     def _may_turn(self) -> bool:
         """Whether quantizer.incoherence=auto turns the layers: not for a packed export, which its reader would have to

@@ -385,10 +385,10 @@ def test_the_quoting_that_a_message_names_works(
 def test_a_recipe_file_that_is_no_yaml_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_recipe(tmp_path, "mine", "quantizer: {bits\n")
     assert main(["quantize", "--config-dir", str(tmp_path), "recipe=mine"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: not readable as yaml: ")
-    assert "mine.yaml" in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: not readable as yaml: ")
+    assert "mine.yaml" in output
+    assert output.count("\n") == 1
 
 
 def test_hydra_full_error_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

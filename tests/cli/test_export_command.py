@@ -12,6 +12,7 @@ from jointq_cli.stages.finished_run import refuse_existing
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
+        (["export=awq"], "export=awq: no such format; there are compressed-tensors"),
         (["format=awq"], "export=awq: no such format; there are compressed-tensors"),
         (["compressed-tensors"], "not a setting; write format=compressed-tensors"),
         ([], "format=: names no format"),

@@ -243,6 +243,21 @@ def test_settings_of_a_basis_that_nothing_would_have_are_refused(overrides: list
     assert message in str(refused.value)
 
 
+def test_seeds_are_those_of_all_layers() -> None:
+    overrides = (
+        "layers.overrides={v_proj:{incoherence_seed:5},o_proj:{bits:8},gate_proj:keep,up_proj:{incoherence:none}}"
+    )
+    recipe = compose_recipe("pocket_w4g128", overrides, "quantizer.incoherence_seed=3")
+    found = {key: seed for key, seed in recipe.seeds.items() if "incoherence" in key}
+    assert found == {"quantizer.incoherence_seed": 3, "layers.overrides.v_proj.incoherence_seed": 5}
+    candidates = (
+        "allocation=budget",
+        "allocation.bits_per_weight=3",
+        "allocation.candidates=[{bits:2},{bits:3,incoherence_seed:4}]",
+    )
+    assert compose_recipe("pocket_w4g128", *candidates).seeds["allocation.candidates[1].incoherence_seed"] == 4
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_an_option_has_every_key_of_its_schema_and_a_summary(group: str, option: str) -> None:
     path = GROUPS[group][option]

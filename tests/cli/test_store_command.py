@@ -1,4 +1,4 @@
-"""`jointq store`: it tells what is there, and removes what it may and nothing else."""
+"""`jointq store`: it lists what is there, and removes what it may and nothing else."""
 
 import os
 import re
@@ -159,10 +159,10 @@ def test_a_dry_run_tells_the_same_and_removes_nothing(shelf: Shelf, capsys: pyte
     shelf.make("a", days=5)
     shelf.leave_partial("b")
     assert shelf("prune", "--all", "--dry-run") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert shelf.stages() == ["a", "b"]
     assert shelf("prune", "--all") == 0
-    assert capsys.readouterr().out == told.replace("would be ", "")
+    assert capsys.readouterr().out == output.replace("would be ", "")
     assert shelf.stages() == []
 
 

@@ -53,7 +53,7 @@ def plain() -> PreTrainedTokenizerFast:
 
 
 def text(start: int, length: int) -> str:
-    """Consecutive words, so that every id tells the place it came from."""
+    """Consecutive words, so that every id shows the place it came from."""
     return " ".join(WORDS[start : start + length])
 
 

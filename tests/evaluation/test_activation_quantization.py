@@ -169,7 +169,7 @@ def test_what_is_simulated_is_told_and_nothing_else(changes: dict[str, object], 
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"bits": 3}, "activations.bits=3: must be from 4 to 16"),
         ({"bits": 32}, "activations.bits=32: must be from 4 to 16"),
@@ -180,8 +180,8 @@ def test_what_is_simulated_is_told_and_nothing_else(changes: dict[str, object], 
         ({"clip_ratio": float("nan")}, "activations.clip_ratio=nan: must be above 0"),
     ],
 )
-def test_settings_out_of_range_are_refused_by_key(changes: dict[str, object], told: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{told}"):
+def test_settings_out_of_range_are_refused_by_key(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
         activations(**changes)
 
 

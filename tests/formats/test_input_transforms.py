@@ -23,10 +23,13 @@ from jointq_cli.formats.export.compressed_tensors import CompressedTensorsExport
 from jointq_cli.formats.export.input_transforms import bits_of_matrix, matrix
 from jointq_cli.formats.export.unpack import unpack_checkpoint
 from jointq_cli.formats.export.verification import verified
+from jointq_cli.formats.layer_file import save_layer
 from jointq_cli.formats.turned import TurnedWeight, random_signs
 from jointq_cli.kernels.hadamard import orthogonal_hadamard
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.quantizers import RTN
+from jointq_cli.stages.export import model_to_quantize, quantized_model
 
 EXPORTER = CompressedTensorsExporter()
 TURNED = RTN(bits=4, group_size=32, incoherence="input")
@@ -139,9 +142,22 @@ def test_transformers_which_would_leave_inputs_as_they_are_is_not_asked(tmp_path
         pass
 
 
-def test_layers_that_vllm_joins_share_their_signs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"q_proj and .*k_proj are turned by different signs"):
-        exported(tmp_path, lambda name: replace(TURNED, incoherence_seed=int("k_proj" in name)))
+@pytest.mark.parametrize("other", [{"incoherence_seed": 1}, {"incoherence_block": 16}])
+def test_layers_that_vllm_joins_share_their_signs(tmp_path: Path, other: dict[str, int]) -> None:
+    """Which is found in the settings, before any work, and in the files of a finished model."""
+
+    def chosen(name: str) -> RTN:
+        return replace(TURNED, **(other if "k_proj" in name else {}))
+
+    finished = write_quantized(tmp_path, "llama", chosen)
+    model = StreamedModel(finished.checkpoint, torch.device("cpu"), torch.float32)
+    layers = [name.removesuffix(".weight") for name in finished.forms]
+    for layer in layers:
+        save_layer(tmp_path / f"{layer}.safetensors", finished.load(f"{layer}.weight"))
+    planned = model_to_quantize(model, {layer: chosen(layer) for layer in layers})
+    for each in (planned, quantized_model(model, finished.checkpoint, layers, tmp_path)):
+        with pytest.raises(ConfigError, match=r"q_proj and .*k_proj are turned by different signs"):
+            EXPORTER.check(each)
 
 
 def test_other_formats_name_the_one_that_holds_them(tmp_path: Path) -> None:

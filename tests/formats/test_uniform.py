@@ -236,7 +236,7 @@ def test_any_finite_group_gets_a_usable_grid(
     assert rounded(group, grid, mse, dtype).abs().max() <= 2.02 * group.abs().max() + least
 
 
-# --- what kernels are told of the grid
+# --- what kernels receive of the grid
 
 
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.bits <= 3], ids=str)

@@ -147,3 +147,11 @@ def test_an_expert_counts_by_its_tokens(tmp_path: Path) -> None:
     error = weight - CANDIDATES[0].quantize(weight, Prepared(), torch.float32).quantized.dequantize(torch.float32)
     expected = 0.5 * count / windows().numel() * loss_error(outputs, error, hessian)
     assert found[name][0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_the_store_adds_to_a_finished_directory_is_no_layer(tmp_path: Path) -> None:
+    files = LossFiles(tmp_path)
+    files.write(0, {"first": [0.5, 0.25]})
+    (tmp_path / ".contents.json").write_text('{"made": "2026-11-29"}')
+    assert files.read() == {"first": [0.5, 0.25]}
+    assert files.written() == 1

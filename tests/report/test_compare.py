@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jointq_cli import __version__
 from jointq_cli.cli.main import main
-from jointq_cli.records import Coverage, RunReport, TaskRecord
+from jointq_cli.records import Coverage, EvaluationReport, RunReport, StageRecord, TaskRecord
 from jointq_cli.report import Console, encode
 from jointq_cli.report.comparison import ComparedRun, RunComparison
 from jointq_cli.report.figures.comparison import comparison_figures
@@ -188,6 +188,43 @@ def test_where_a_divergence_is_no_number_perplexity_ranks(report):
     infinite = replace(broken, quantized=replace(report.quantized, value=math.nan))
     assert best_of(run_of(infinite, "0"), run_of(report, "1")) == "1"
     assert best_of(run_of(infinite, "0")) is None
+
+
+def test_evaluations_stand_beside_the_runs_that_they_are_of(report):
+    """What evaluations have no setting for is no difference, and the original is known by its hash or its name."""
+    of_checkpoint = EvaluationReport(
+        model="runs/a/checkpoint",
+        model_hash="eeee",
+        reference=report.model,
+        protocol=report.protocol,
+        perplexity=report.quantized,
+        comparison=report.comparison,
+        stages=[StageRecord("score", 1.0, False, 0), StageRecord("evaluate reference", 0.1, True, 0)],
+        versions={},
+    )
+    of_original = replace(of_checkpoint, model=report.model, model_hash=report.model_hash, reference=None)
+    evaluated = [
+        ComparedRun(name, {"model.path": each.model, "evaluation.seqlen": "512"}, each)
+        for name, each in (("e", of_checkpoint), ("o", replace(of_original, comparison=None)))
+    ]
+    runs = [run_of(report, "a"), run_of(scaled(report, 4), "b", quantizer__bits="3"), *evaluated]
+    comparison, document = RunComparison(runs), document_of(runs)
+    assert comparison.keys == ["quantizer.bits", "model.path"]
+    assert document.headline.startswith("Least KL divergence in run a (bits=4): ")
+    assert "not ranked: run o, the reference itself" in document.notes
+    assert (
+        "times leave out stages whose results were reused: 1 of 5 in runs a, b; 1 of 2 in runs e, o" in document.notes
+    )
+    assert [table.rows[-1][0] for table in document.shown] == ["o", "b"]
+    assert "E_y by kind: medians over 210 layers that these runs have" in document.shown[1].title
+    assert all(set(column) - {"", "-"} for table in document.shown for column in zip(*table.rows, strict=True))
+    assert len(comparison_figures(comparison)) == 4
+    assert document_of(evaluated).headline.startswith("Least perplexity in run e ")
+
+
+def test_the_bits_of_the_best_run_are_named_where_runs_differ_in_them(report):
+    runs = [run_of(report, "a"), run_of(replace(scaled(report, 4), bits_per_weight=2.28), "b", quantizer__bits="2")]
+    assert " in run a (bits=4), with 4.31 bits per weight (runs have 2.28 to 4.31): " in document_of(runs).headline
 
 
 # --- layers

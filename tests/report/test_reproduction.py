@@ -1,4 +1,4 @@
-"""Whether two runs are the same run: what counts as a difference, which one is told, and how a run is asked for again.
+"""Whether two runs are the same run: what counts as a difference, which one is named, and how a run is asked for again.
 
 The published run serves as evidence: what is compared here is what lies in tests/published.
 """
@@ -190,9 +190,9 @@ def test_codes_that_one_run_lacks_differ(run: FinishedRun) -> None:
 
 
 def test_hashes_that_nothing_was_read_for_are_told_as_the_manifests(run: FinishedRun) -> None:
-    told = {step.name: step.detail for step in compare(run, run).steps}
-    assert told["codes"] == "all 28 (by the manifest; files not there)"
-    assert told["checkpoint"] == "all 10 (by the manifest; files not there)"
+    details = {step.name: step.detail for step in compare(run, run).steps}
+    assert details["codes"] == "all 28 (by the manifest; files not there)"
+    assert details["checkpoint"] == "all 10 (by the manifest; files not there)"
 
 
 def test_the_last_digits_of_sums_are_no_difference_and_the_others_are(run: FinishedRun) -> None:
@@ -365,8 +365,8 @@ def test_a_difference_begins_where_it_is_first_in_the_model_be_it_measured_or_ma
         ),
         (with_file("checkpoint/config.json")(late), "codes: 1 of 28"),
     ):
-        [told] = [line for line in conclusion(compare(run, changed)) if line.startswith("it begins with: ")]
-        assert told.startswith(f"it begins with: {said}")
+        [line] = [line for line in conclusion(compare(run, changed)) if line.startswith("it begins with: ")]
+        assert line.startswith(f"it begins with: {said}")
 
 
 # --- how codes differ
@@ -413,9 +413,9 @@ def test_a_file_that_cannot_be_read_costs_its_own_detail_alone(
     ours = replace(with_report(run, rotation=turned), directory=tmp_path)
     theirs = with_file(codes_file(run.report.layers[0].name))(ours)
     theirs = with_report(theirs, rotation=replace(turned, hash="theirs"))
-    told = {step.name: step.detail for step in compare(ours, theirs).steps}
-    assert told["rotation"] == "sha256 ours → theirs; (file cannot be read)"
-    assert told["codes"].endswith("; (file cannot be read)")
+    details = {step.name: step.detail for step in compare(ours, theirs).steps}
+    assert details["rotation"] == "sha256 ours → theirs; (file cannot be read)"
+    assert details["codes"].endswith("; (file cannot be read)")
 
 
 # --- tolerance
@@ -442,7 +442,7 @@ CANNOT_ROUND_OTHERWISE: dict[str, dict[str, Any]] = {
     "another commit": {"commit": "1" * 40},
     "another platform": {"platform": "Linux"},
     "more cores that were not used": {"cpu_count": 64},
-    "a processor that is not told": {"cpu": None},
+    "a processor that is not recorded": {"cpu": None},
 }
 CAN_ROUND_OTHERWISE: dict[str, dict[str, Any]] = {
     "cpu": {"cpu": "Z80"},
@@ -472,7 +472,7 @@ def test_a_tolerance_names_the_hardware_or_library_that_it_is_for(name: str, run
     changes = CAN_ROUND_OTHERWISE.get(name, {"versions": run.manifest.versions | {name: "9.9"}})
     found = compare(run, with_manifest(CHANGES["codes"](run), **changes), 0.05)
     assert found.verdict == WITHIN_TOLERANCE
-    assert [told.split()[0] for told in found.rounding] == [name]
+    assert [text.split()[0] for text in found.rounding] == [name]
     assert conclusion(found)[-1].startswith(f"machine, libraries or code differ: {name} ")
 
 
@@ -495,9 +495,9 @@ def elsewhere(run: FinishedRun) -> FinishedRun:
 
 
 def test_every_difference_of_the_surroundings_is_named(run: FinishedRun) -> None:
-    told = compare(run, elsewhere(run)).surroundings
-    assert [line.split()[0] for line in told] == ["torch", "commit", "gpu", "cpu", "threads"]
-    assert told[0] == f"torch {run.manifest.versions['torch']} → 9.9"
+    changes = compare(run, elsewhere(run)).surroundings
+    assert [line.split()[0] for line in changes] == ["torch", "commit", "gpu", "cpu", "threads"]
+    assert changes[0] == f"torch {run.manifest.versions['torch']} → 9.9"
 
 
 def test_other_surroundings_are_told_whatever_differs_and_without_any_something_is_not_deterministic(
@@ -882,9 +882,9 @@ def test_several_processes_are_refused_once(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     assert main(["reproduce", str(PUBLISHED)]) == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == lines
-    assert told.startswith("error: WORLD_SIZE=2: a replay is run by one process" * lines)
+    error = capsys.readouterr().err
+    assert error.count("\n") == lines
+    assert error.startswith("error: WORLD_SIZE=2: a replay is run by one process" * lines)
 
 
 def test_the_script_refuses_a_directory_that_has_been_used(tmp_path: Path) -> None:
@@ -925,9 +925,9 @@ def test_what_cannot_be_replayed_is_one_line_and_writes_nothing(
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
     assert main(["reproduce", str(PUBLISHED), *words.split()]) == 1
-    told = capsys.readouterr()
-    assert told.err.startswith(f"error: {REFUSED[words]}")
-    assert told.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: {REFUSED[words]}")
+    assert output.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -64,6 +64,16 @@ def test_a_record_that_cannot_be_read_is_reported_in_one_line_with_its_writer(re
     assert str(caught.value).startswith(start)
 
 
+@pytest.mark.parametrize("odd", [{"block": "3"}, {"output_error": "0.5"}])
+def test_text_is_no_number_but_for_those_that_json_lacks(report, directory, odd):
+    write_report(report, directory)
+    value = json.loads(directory.report_json.read_text(encoding="utf-8"))
+    value["layers"][1] |= odd
+    directory.report_json.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(JointqError, match=rf"Expected a number, got text - at `\$.layers\[1\].{next(iter(odd))}`"):
+        load_report(directory.report_json)
+
+
 def test_keys_of_a_later_version_are_left_out(report, directory):
     write_report(report, directory)
     value = json.loads(directory.report_json.read_text(encoding="utf-8"))
@@ -165,6 +175,15 @@ def test_words_are_explained_where_they_first_stand(report):
     assert not re.search("lambda:|turned:", text)
     turned = run_markdown(replace(report, quantizer="JointQ W2 g128 half turned lambda=0.3"))
     assert "turned: codes and scales" in turned
+
+
+def test_times_of_layers_that_were_reused_are_said_to_be_of_another_run(report):
+    note = "seconds: of the earlier run that solved the layers; here they were reused."
+    stages = [replace(stage, reused=True) if stage.name == "quantize" else stage for stage in report.stages]
+    again = run_markdown(replace(report, stages=stages))
+    assert (run_markdown(report).count(note), again.count(note)) == (0, 1)
+    assert "without loading PyTorch; 2 of 5 stages were reused" in again
+    assert "| quantize | reused |" in again
 
 
 def test_notes_have_columns_of_their_own_and_those_alike_one_line(report):

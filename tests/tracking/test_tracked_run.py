@@ -1,4 +1,4 @@
-"""What a tracking service is told of a run: by a tracker that remembers, and by each library itself, offline."""
+"""What a tracking service receives of a run: by a tracker that remembers, and by each library itself, offline."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -26,22 +26,22 @@ RECIPE = {"quantizer.bits": "3", "layers.overrides.re:.*[0]": "keep"}
 
 class Remembering(Tracker):
     def __init__(self) -> None:
-        self.told: list[object] = []
+        self.received: list[object] = []
 
     def parameters(self, values: Mapping[str, str]) -> None:
-        self.told.append(dict(values))
+        self.received.append(dict(values))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self.told.append((step, sorted(values)))
+        self.received.append((step, sorted(values)))
 
     def figures(self, values: Mapping[str, float]) -> None:
-        self.told.append(sorted(values))
+        self.received.append(sorted(values))
 
     def files(self, paths: Sequence[Path]) -> None:
-        self.told.append([path.name for path in paths])
+        self.received.append([path.name for path in paths])
 
     def close(self, problem: str) -> None:
-        self.told.append(problem)
+        self.received.append(problem)
 
 
 class ToTracker:
@@ -86,14 +86,14 @@ def test_layers_are_points_of_a_curve_over_the_blocks(tmp_path: Path) -> None:
     run_with(ToTracker(tracker), tmp_path / "sweep" / "3")
     metrics = ["bits_per_weight/mlp.up_proj", "output_error/mlp.up_proj", "weight_error/mlp.up_proj"]
     files = ["report.html", "report.md", "log.txt"]
-    assert tracker.told == [RECIPE, (0, metrics), (1, metrics), ["seconds/file_hashes"], files, ""]
+    assert tracker.received == [RECIPE, (0, metrics), (1, metrics), ["seconds/file_hashes"], files, ""]
 
 
 def test_a_failed_run_is_told_with_its_reason(tmp_path: Path) -> None:
     tracker = Remembering()
     with pytest.raises(NumericsError):
         run_with(ToTracker(tracker), tmp_path / "run", error=NumericsError("block 1: NaN"))
-    assert tracker.told[-2:] == [["log.txt"], "NumericsError: block 1: NaN"]
+    assert tracker.received[-2:] == [["log.txt"], "NumericsError: block 1: NaN"]
 
 
 def test_a_service_that_does_not_answer_refuses_the_run_at_its_start(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_service_that_fails_later_is_a_warning(tmp_path: Path) -> None:
     tracker = Failing()
     console = run_with(ToTracker(tracker), tmp_path / "run")
     assert console.warnings == ["tracking=mine: OSError: gone; the run goes on without it"]
-    assert tracker.told == [RECIPE]
+    assert tracker.received == [RECIPE]
 
 
 @pytest.mark.parametrize("settings", [MlflowTracking, WandbTracking, TensorboardTracking])

@@ -31,12 +31,12 @@ def test_what_it_says_of_afterwards_is_what_the_rotated_model_shows(family: str,
     model = original(root, family)
     basis = random_basis(model, parts_of(family))
     rotated = in_basis(model, basis, tmp_path / "rotated")
-    told = measure_sites(basis, sampled(model, tmp_path / "before"), rotated.gains)
+    measured = measure_sites(basis, sampled(model, tmp_path / "before"), rotated.gains)
     neutral = [torch.ones(64)] * 2 if family in ADMITS_R1 else None
     samples = sampled(BlockwiseModel(rotated, CPU, torch.float32), tmp_path / "after")
     shown = measure_sites(Basis(), samples, lambda block: neutral or rotated.gains(block))
-    assert [(site.block, site.name) for site in told] == [(site.block, site.name) for site in shown]
-    for before, after in zip(told, shown, strict=True):
+    assert [(site.block, site.name) for site in measured] == [(site.block, site.name) for site in shown]
+    for before, after in zip(measured, shown, strict=True):
         assert before.sqnr_after == pytest.approx(after.sqnr_before, abs=0.05)
         assert before.peak_after == pytest.approx(after.peak_before, rel=1e-3)
         assert before.kurtosis_after == pytest.approx(after.kurtosis_before, rel=1e-3)
@@ -67,10 +67,10 @@ def test_each_number_is_that_of_a_loop_over_the_held_out_tokens(root: Path, tmp_
     model = original(root)
     samples = sampled(model, tmp_path / "before")
     gains = in_basis(model, Basis(), tmp_path / "rotated").gains
-    told: dict[str, Site] = {site.name: site for site in measure_sites(Basis(), samples, gains) if site.block == 1}
+    measured: dict[str, Site] = {site.name: site for site in measure_sites(Basis(), samples, gains) if site.block == 1}
     kept = {name: rows[EVERY - 1 :: EVERY] for name, rows in samples.read(1).items()}
     kept["attention"], kept["mlp"] = (kept[n] * gain for n, gain in zip(("attention", "mlp"), gains(1), strict=True))
-    for name, site in told.items():
+    for name, site in measured.items():
         sqnr, peak, kurtosis = by_hand(kept[name])
         assert site.sqnr_before == pytest.approx(sqnr, abs=0.05)
         assert site.peak_before == pytest.approx(peak, rel=1e-4)

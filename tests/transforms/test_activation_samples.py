@@ -168,12 +168,12 @@ def test_the_walk_tells_of_its_blocks_and_batches_and_leaves_no_hook_when_it_is_
     root: Path, tmp_path: Path
 ) -> None:
     model = original(root)
-    told: list[str] = []
+    reached: list[str] = []
 
     def walk(stop_after: int) -> None:
         def pause() -> None:
-            told.append("batch")
-            if len(told) == stop_after:
+            reached.append("batch")
+            if len(reached) == stop_after:
                 raise KeyboardInterrupt
 
         collect_samples(
@@ -183,13 +183,13 @@ def test_the_walk_tells_of_its_blocks_and_batches_and_leaves_no_hook_when_it_is_
             2,
             4,
             ActivationSamples(tmp_path, 3),
-            lambda: told.append("block"),
+            lambda: reached.append("block"),
             pause,
         )
 
     walk(stop_after=0)
-    assert told == 3 * ["batch", "batch", "batch", "block"]
-    told.clear()
+    assert reached == 3 * ["batch", "batch", "batch", "block"]
+    reached.clear()
     with pytest.raises(KeyboardInterrupt):
         walk(stop_after=6)
     assert not any(module._forward_pre_hooks for module in model.module.modules())

@@ -1,4 +1,4 @@
-"""Which models may be rotated: every listed family, part by part, and no other; told before a weight is read."""
+"""Which models may be rotated: every listed family, part by part, and no other; refused before a weight is read."""
 
 from pathlib import Path
 
@@ -57,9 +57,9 @@ def test_a_family_with_norms_after_the_layers_admits_everything_but_r1(
 ) -> None:
     model = unread(root, family, monkeypatch)
     name = type(model.module).__name__
-    told = refusal(model, r1=True)
-    assert told.startswith(f"rotation.r1=true: {name} cannot have it: a norm with a gain per channel stands between")
-    assert told.endswith("use rotation.r1=false")
+    message = refusal(model, r1=True)
+    assert message.startswith(f"rotation.r1=true: {name} cannot have it: a norm with a gain per channel stands between")
+    assert message.endswith("use rotation.r1=false")
     assert "sweep.r1=true" in refusal(model, r1=True, key="sweep")
     assert layout_of(model, r1=False).num_kv_heads == 2
 
@@ -69,10 +69,10 @@ def test_a_family_with_norms_after_the_layers_admits_everything_but_r1(
 def test_a_family_that_is_not_listed_is_refused_by_its_name_before_a_weight_is_read(
     family: str, r1: bool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = refusal(unread(root, family, monkeypatch), r1=r1)
-    assert f"{NOT_LISTED[family]} ({family})" in told
-    assert all(kind in told for kind in FAMILIES)
-    assert told.endswith("Use rotation=none smoothing=none")
+    message = refusal(unread(root, family, monkeypatch), r1=r1)
+    assert f"{NOT_LISTED[family]} ({family})" in message
+    assert all(kind in message for kind in FAMILIES)
+    assert message.endswith("Use rotation=none smoothing=none")
 
 
 @pytest.mark.parametrize("family", ADMITS_R1 + HAS_POST_NORMS)

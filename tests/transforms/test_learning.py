@@ -50,7 +50,7 @@ class SilentBar:
 
 
 class Seen:
-    """A watch, and what it was told."""
+    """A watch that records its bars and pauses."""
 
     def __init__(self, stop_at: int = -1) -> None:
         self.pauses, self.stop_at = 0, stop_at

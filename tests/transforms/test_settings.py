@@ -1,4 +1,4 @@
-"""Settings of rotations and smoothings: what is out of range is refused by key, what is left is told in one line."""
+"""Settings of rotations and smoothings: what is out of range is refused by key, others are described in one line."""
 
 import math
 from collections.abc import Callable
@@ -63,13 +63,13 @@ OUT_OF_RANGE = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "changes", "told"), OUT_OF_RANGE)
+@pytest.mark.parametrize(("settings", "changes", "message"), OUT_OF_RANGE)
 def test_settings_out_of_range_are_refused_by_key(
-    settings: Callable[..., object], changes: dict[str, object], told: str
+    settings: Callable[..., object], changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         settings(**changes)
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""From the words of a command line to a typed recipe and the task that runs it, once or as a sweep.
+"""From a command line to a typed recipe and the task that runs it, once or as a sweep.
 
 Hydra composes yaml files and overrides; beyond this module there are only dataclasses. What goes wrong in composing is
 reported in one line by `config_errors`; with HYDRA_FULL_ERROR=1 in the environment errors keep their traceback.
@@ -242,7 +242,7 @@ class JobRunner:
         return recipe, Job(directory, overrides, text, SINGLE_PROCESS, context.job.num, elsewhere=self.sweep is None)
 
     def _refuse_sweep(self, context: Any) -> None:
-        """Raises UsageError where a config sweeps, though one run is requested, over keys that the words leave open."""
+        """Raises UsageError where a config sweeps, though one run is requested, over keys that no override sets."""
         words = map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ())
         chosen = {word.lstrip("+").partition("=")[0] for word in words}
         swept = [key for key in context.sweeper.get("params") or () if key not in chosen]

@@ -1,5 +1,5 @@
-"""What a command says before torch is imported, which takes seconds: that a word cannot be read, that a group has no
-such option, or that it has begun. Everything else is checked when the config is composed."""
+"""What a command says before torch is imported, which takes seconds: that an override cannot be parsed, that a group
+has no such option, or that it has begun. Everything else is checked when the config is composed."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ SWEEP_OPTIONS = ("-m", "--multirun")
 def check_early(command: str, overrides: list[str], options: Sequence[str]) -> None:
     """Raises JointqError, or prints the first line.
 
-    With options that add config files, such as --config-dir, or that print the config, words alone are checked.
+    With options that add config files, such as --config-dir, or that print the config, overrides are only parsed.
     """
     plain = all(word in SWEEP_OPTIONS for word in options) and not any("searchpath" in word for word in overrides)
     try:
@@ -38,6 +38,6 @@ def check_early(command: str, overrides: list[str], options: Sequence[str]) -> N
 
 
 def _choices(overrides: list[str]) -> dict[str, str]:
-    """The words GROUP=OPTION of one option each. Raises HydraException for a word that cannot be read."""
+    """The overrides GROUP=OPTION of one option each. Raises HydraException for one that cannot be parsed."""
     values = {word.key_or_group: word.value() for word in OverridesParser.create().parse_overrides(overrides)}
     return {group: value for group, value in values.items() if isinstance(value, str)}

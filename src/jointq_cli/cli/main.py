@@ -1,4 +1,4 @@
-"""Dispatch of the words after `jointq` to a command.
+"""Dispatch of the arguments of `jointq` to a command.
 
 Imports neither torch nor hydra: help and mistyped commands answer at once.
 """

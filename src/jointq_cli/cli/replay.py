@@ -40,7 +40,7 @@ CHANGEABLE = "runtime.device, runtime.num_threads, model.path and other places o
 def replay(run: FinishedRun, fresh: Path, overrides: list[str], typed: list[str], task: Task) -> None:
     """Runs `run` again in `fresh`, by `task`, on the device and with the threads of the first time.
 
-    overrides: of settings that do not decide the result. typed: the words after `jointq`, for the manifest. A result
+    overrides: of settings that do not decide the result. typed: the arguments of `jointq`, for the manifest. A result
     that cannot be trusted is compared all the same. Raises JointqError for any other override, for a directory that is
     not new, for missing files and for a recipe that does not compose the same config again, and leaves nothing then;
     and whatever the run itself raises.

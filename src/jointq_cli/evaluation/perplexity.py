@@ -46,7 +46,7 @@ class Predictions(ABC):
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """How many tokens it tells apart."""
+        """How many tokens it distinguishes."""
 
     @abstractmethod
     def log_probabilities(self, window: int, positions: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class StoredWeight(ABC):
     """The weight of a linear layer as it is stored: a few tensors, from which `dequantize` computes the weight."""
 
     kind: ClassVar[str]  # written to the metadata of its file
+    form_tensors: ClassVar[tuple[str, ...]] = ()  # small ones, whose values are known where only the form is read
 
     @property
     @abstractmethod

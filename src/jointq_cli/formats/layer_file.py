@@ -25,32 +25,33 @@ def save_layer(path: Path, weight: StoredWeight) -> None:
 
 def load_layer(path: Path) -> StoredWeight:
     """Raises ModelError, naming the file, where the kind is unknown or a tensor is missing."""
-    return _load(path, lambda file, name: file.get_tensor(name).clone())
+    return _load(path, lambda kind, file, name: file.get_tensor(name).clone())
 
 
 def load_form(path: Path) -> StoredWeight:
-    """The stored weight without its values: tensors are on the meta device, but for those with a handful of settings.
+    """The stored weight without its values: tensors are on the meta device, but for those with a handful of settings
+    and the kind's `form_tensors`.
 
     Raises ModelError as `load_layer` does.
     """
     return _load(path, _shape_of)
 
 
-def _shape_of(file: Any, name: str) -> Tensor:
+def _shape_of(kind: type[StoredWeight], file: Any, name: str) -> Tensor:
     stored = file.get_slice(name)
-    if math.prod(stored.get_shape()) <= MOST_SETTINGS:
+    if name in kind.form_tensors or math.prod(stored.get_shape()) <= MOST_SETTINGS:
         settings: Tensor = file.get_tensor(name).clone()
         return settings
     return torch.empty(stored.get_shape(), dtype=DTYPES[stored.get_dtype()], device="meta")
 
 
-def _load(path: Path, read: Callable[[Any, str], Tensor]) -> StoredWeight:
+def _load(path: Path, read: Callable[[type[StoredWeight], Any, str], Tensor]) -> StoredWeight:
     with safe_open(path, framework="pt") as file:
         kind = (file.metadata() or {}).get("kind", UniformWeight.kind)
         known = {form.kind: form for form in StoredWeight.__subclasses__()}
         if kind not in known:
             raise ModelError(f"{path}: a stored weight of kind {kind}; known are {', '.join(known)}")
-        tensors = {name: read(file, name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: read(known[kind], file, name) for name in file.keys()}  # noqa: SIM118
     try:
         return known[kind].from_tensors(tensors)
     except ModelError as error:

@@ -43,6 +43,7 @@ class TurnedWeight(StoredWeight):
     """See the module. signs (block,) int8, of which the columns have one or several: in of Q as a whole."""
 
     kind: ClassVar[str] = "turned"
+    form_tensors: ClassVar[tuple[str, ...]] = ("signs",)  # which some engines share between layers
 
     inner: UniformWeight
     signs: Tensor

@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from jointq_cli.errors import ConfigError
+from jointq_cli.models.k_mixes import MIXES
 from jointq_cli.models.layer_ref import LayerRef
 from jointq_cli.setting_rules import check_settings, setting, shown
 
 KEEP = "keep"  # in `overrides`, of layers that are not quantised
-MIXES = ("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 REGEX = "re:"  # before a pattern that is a regular expression, as in compressed-tensors
 
 # A part of the name of a router: mlp.gate, block_sparse_moe.router.layer, mlp.shared_expert_gate. The gate of a gated
@@ -57,7 +57,7 @@ class LayerSelection:
     exclude_layer_keywords: list[str] = setting([])
     num_layers: int | None = setting(None, least=1, null="for all")
     overrides: dict[str, Any] = setting({})
-    mix: str | None = setting(None, choices=MIXES, null="for the quantizer's own grid")
+    mix: str | None = setting(None, choices=tuple(MIXES), null="for the quantizer's own grid")
 
     def __post_init__(self) -> None:
         check_settings(self, "layers")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jointq_cli.errors import ConfigError
-from jointq_cli.formats.k_mixes import FALLBACKS, UNIFORM_SETTINGS
 from jointq_cli.formats.k_quant import SUPER_BLOCK
+from jointq_cli.models.k_mixes import FALLBACKS, UNIFORM_SETTINGS
 from jointq_cli.models.layer_selection import KEEP, LayerSelection, override_key
 from jointq_cli.quantization.quantizers.base import Quantizer
 from jointq_cli.setting_rules import is_of_kind, kind_in_words, rule_of, shown

@@ -72,13 +72,16 @@ class LossFiles:
 
     def written(self) -> int:
         """Of how many blocks."""
-        return len(list(self.directory.glob("*.json")))
+        return len(self._written())
 
     def read(self) -> Losses:
         """Of all layers."""
-        files = sorted(self.directory.glob("*.json"))
-        blocks: list[Losses] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        blocks: list[Losses] = [json.loads(file.read_text(encoding="utf-8")) for file in self._written()]
         return {name: losses for block in blocks for name, losses in block.items()}
+
+    def _written(self) -> list[Path]:
+        """In the order of the blocks. The store adds a .json of its own."""
+        return sorted(self.directory.glob("[0-9]*.json"))
 
 
 Keep = Callable[[Group, LayerRef, Statistics, Sequence[LayerSolution]], None]

@@ -60,6 +60,12 @@ class ComparedRun:
         return self.report.model_hash if self.report else ""
 
     @property
+    def evaluated(self) -> str:
+        """The hash of the model that jointq itself has evaluated; "" for other runs."""
+        report = self.report
+        return report.model_hash if isinstance(report, EvaluationReport) and not report.engine else ""
+
+    @property
     def is_reference(self) -> bool:
         """Whether the model is the reference itself, whose KL divergence is no result."""
         report = self.report
@@ -110,17 +116,25 @@ class RunComparison:
         each part of the protocol, the samples of a task."""
         reports = self.reports
         hashes = [{task.task: task.task_hash for task in report.tasks} for report in reports]
-        values = {"model": [run.original for run in self.finished]}
+        hash_of = {each.model: each.model_hash for each in reports if isinstance(each, RunReport)}
+        values = {"model": [hash_of.get(run.original, run.original) for run in self.finished]}
         values |= {part.name: [str(getattr(each.protocol, part.name)) for each in reports] for part in fields(Protocol)}
         values |= {f"task {name}": [each.get(name, "") for each in hashes] for each in hashes for name in each}
         return {key: each for key, each in values.items() if len(set(each) - {""}) > 1}
 
     @cached_property
+    def references(self) -> list[ComparedRun]:
+        """Evaluations of the reference itself, or of the model that other runs have quantised."""
+        hashes = {each.model_hash for each in self.reports if isinstance(each, RunReport)}
+        return [run for run in self.finished if run.is_reference or run.evaluated in hashes]
+
+    @cached_property
     def ranking(self) -> Ranking:
         """The reference itself is not ranked."""
         measured = [run for run in self.finished if math.isfinite(run.figure("perplexity").value)]
-        name = "kl" if measured and all(math.isfinite(run.figure("kl").value) for run in measured) else "perplexity"
-        ranked = [run for run in measured if not run.is_reference]
+        ranked = [run for run in measured if run not in self.references]
+        judged = ranked or measured
+        name = "kl" if judged and all(math.isfinite(run.figure("kl").value) for run in judged) else "perplexity"
         if self.unlike or not ranked:
             return Ranking(name)
         best = min(ranked, key=lambda run: run.figure(name).value)
@@ -138,30 +152,37 @@ class RunComparison:
         return f"{run.name} ({listed(texts, MOST_SETTINGS)})" if texts else run.name
 
     @cached_property
+    def solved(self) -> list[ComparedRun]:
+        """The finished runs that have layers; evaluations have none."""
+        return [run for run in self.finished if run.layers]
+
+    @cached_property
     def common_layers(self) -> list[str]:
-        """The layers that every finished run has, in the order of the first."""
-        names = [{layer.name for layer in run.layers} for run in self.finished]
+        """The layers that all of these have, in the order of the first."""
+        names = [{layer.name for layer in run.layers} for run in self.solved]
         return [
-            layer.name for run in self.finished[:1] for layer in run.layers if all(layer.name in each for each in names)
+            layer.name for run in self.solved[:1] for layer in run.layers if all(layer.name in each for each in names)
         ]
 
     def kind_errors(self) -> dict[str, list[float]]:
-        """By kind of layer, the median output error in each finished run, over the layers that all have: others would
+        """By kind of layer, the median output error in each run that has layers, over those that all have: others would
         make it incomparable."""
         common = set(self.common_layers)
-        runs = [grouped((each for each in run.layers if each.name in common), _kind) for run in self.finished]
+        runs = [grouped((each for each in run.layers if each.name in common), _kind) for run in self.solved]
         kinds = runs[0] if runs else {}
         return {kind: [statistics.median(each.output_error for each in run[kind]) for run in runs] for kind in kinds}
 
     def _differs(self, key: str) -> bool:
-        """A key that some runs lack differs, unless they chose another option of its group, as RTN has no damping, or
-        those that have it ask for nothing by it, as older runs did."""
+        """A key that some runs lack differs, unless they chose another option of its group, as RTN has no damping, are
+        of a command without it, or those that have it ask for nothing by it, as older runs did."""
         if len({run.settings[key] for run in self.runs if key in run.settings}) > 1:
             return True
         group = key.partition(".")[0]
         another_option = group != key and len({run.settings.get(group) for run in self.runs}) > 1
         asks = any(run.settings.get(key, "null") not in UNSET for run in self.runs)
-        return asks and any(key not in run.settings for run in self.runs) and not another_option
+        commands = {type(run.report) for run in self.runs if key in run.settings}
+        lacking = any(key not in run.settings and type(run.report) in commands for run in self.runs)
+        return asks and lacking and not another_option
 
 
 def _kind(layer: LayerRecord) -> str:

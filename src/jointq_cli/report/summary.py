@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jointq_cli.records import (
@@ -140,6 +140,12 @@ def stage_cost(stage: StageRecord) -> str:
     return "reused" if stage.reused else duration(stage.seconds)
 
 
+def reused_stages(stages: Sequence[StageRecord]) -> str:
+    """ "7 of 12"; "" for none."""
+    count = sum(stage.reused for stage in stages)
+    return f"{count} of {len(stages)}" if count else ""
+
+
 def refinement(report: RunReport) -> Pairs:
     """What a refinement has changed; empty for a run without one."""
     record = report.refinement
@@ -180,7 +186,9 @@ def export_line(record: ExportRecord) -> str:
 
 def key_metrics(report: RunReport) -> list[KeyMetric]:
     """The metrics that a slide would show."""
-    details = {"seconds": f"of computed stages on {report.device}, without loading PyTorch"}
+    reused = reused_stages(report.stages)
+    left_out = f"; {reused} stages were reused" if reused else ""
+    details = {"seconds": f"of computed stages on {report.device}, without loading PyTorch{left_out}"}
     return [*quality_metrics(report), *_metrics(costs(report), details)]
 
 

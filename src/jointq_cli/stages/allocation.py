@@ -55,7 +55,7 @@ def allocate(
         return Allocated(layers)
     measured = measure(context, model, tokens, problem.loop(recipe, tokens), problem.candidates, problem.sensitivity)
     allocated = open_allocation(problem, context.run(allocation_stage(problem, measured)).path)
-    context.console.note(problem.outlook())
+    context.console.note(problem.budget_line())
     context.console.note(describe(allocated))
     return allocated
 
@@ -199,7 +199,7 @@ class Problem:
         text = yaml.safe_dump(settings, default_flow_style=None, sort_keys=False, width=200)
         return f"# allocation.{record.allocation}\n# for layers.overrides=@{MAP}\n{text}"
 
-    def outlook(self) -> str:
+    def budget_line(self) -> str:
         """What the budget is, and what each candidate would take in all layers."""
         texts = []
         for number, settings in enumerate(self.allocation.candidates):

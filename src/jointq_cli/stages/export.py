@@ -61,7 +61,7 @@ def export_stage(model: StreamedModel, layers: list[str], quantize: Stage, expor
 def export_all(
     context: Context, model: StreamedModel, quantized: Quantized, exporters: Iterable[Exporter]
 ) -> tuple[list[Export], list[str]]:
-    """The exports, and why others could not be written: of some formats only the weights tell, after hours of work."""
+    """The exports, and why others could not be written: for some formats only the weights show it, after hours."""
     layers = [layer.name for layer in quantized.layers]
     found, failures = [], []
     for exporter in exporters:

@@ -6,7 +6,7 @@ from typing import Any
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.errors import ConfigError
 from jointq_cli.evaluation.activation_settings import Activations
-from jointq_cli.formats.k_mixes import Place, kind_of, type_of
+from jointq_cli.models.k_mixes import Place, kind_of, type_of
 from jointq_cli.models.layer_selection import LayerSelection, find_routers, find_uncalled, override_key
 from jointq_cli.models.streamed import StreamedModel
 from jointq_cli.quantization.overrides import fitting, most_common, on_type, quantizers_of_patterns, renamed

@@ -6,6 +6,7 @@ JSON has no NaN and no infinities; floats with these values become the strings "
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,13 +35,28 @@ def load_record(kind: Any, path: Path) -> Any:
     """
     try:
         content = path.read_bytes()
-        return msgspec.json.decode(content, type=kind, strict=False)  # not strict: the string "nan" is a float
+        found = msgspec.json.decode(content, type=kind, strict=False)  # not strict: the string "nan" is a float
+        if place := next(_misread(msgspec.json.decode(content), _plain(found)), None):
+            raise msgspec.ValidationError(f"Expected a number, got text - at `{place}`")
+        return found
     except OSError as error:
         raise JointqError(f"{path}: cannot be read ({error.strerror})") from error
     except msgspec.ValidationError as error:
         raise JointqError(f"{path}: not readable by jointq {__version__}{_writer(content)}: {error}") from None
     except msgspec.DecodeError as error:
         raise JointqError(f"{path}: not valid JSON ({error})") from error
+
+
+def _misread(given: Any, found: Any, place: str = "$") -> Iterator[str]:
+    """Where texts have been read as numbers, "3" as 3, but for those that `encode` writes."""
+    if isinstance(given, dict):
+        for key in (key for key in given if key in found):
+            yield from _misread(given[key], found[key], f"{place}.{key}")
+    elif isinstance(given, list):
+        for at, pair in enumerate(zip(given, found, strict=True)):
+            yield from _misread(*pair, f"{place}[{at}]")
+    elif isinstance(given, str) and given != found:
+        yield place
 
 
 def _writer(content: bytes) -> str:

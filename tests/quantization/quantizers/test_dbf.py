@@ -85,7 +85,7 @@ def test_columns_are_solved_to_their_optimum() -> None:
     assert ((costs / best) < 1.001).double().mean() > 0.4
 
 
-def test_the_whole_hessian_counts_and_the_penalty_is_the_one_that_qep_is_told() -> None:
+def test_the_whole_hessian_counts_and_the_penalty_is_the_one_that_qep_receives() -> None:
     weight, hessian = layer(48, 64, spread=2.0)
     prepared = QUICK.prepare(hessian)
     expected = hessian + torch.diag(QUICK.ridge(hessian))
@@ -120,6 +120,16 @@ def test_more_bits_err_less_and_none_takes_more_than_asked() -> None:
         errors.append(float(found.notes["final_error"]))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05
+
+
+def test_the_error_is_that_of_the_scales_as_they_are_stored() -> None:
+    """Of a weight of the form, whose only error is that of its scales."""
+    a, b = (0.01 + torch.rand(size, generator=torch.Generator().manual_seed(size)) for size in (64, 48))
+    weight, hessian = torch.outer(a, b), layer(1, 48)[1]
+    found = solve(DBF(bits=1.4, regularization_lambda=0.0), weight, hessian, torch.bfloat16)
+    difference = found.quantized.dequantize(torch.float64) - weight
+    expected = float(((difference @ hessian) * difference).sum()) / found.signal
+    assert found.notes["final_error"] == pytest.approx(expected, rel=0.05)
 
 
 def test_layers_times_powers_of_two_have_the_same_signs_and_any_number_of_threads_gives_the_same_bits() -> None:

@@ -229,9 +229,9 @@ def test_every_tile_is_one_threads_and_torch_keeps_its_own() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        told = over_tiles(4, 1, CPU, lambda rows: (torch.get_num_threads(), threading.current_thread().name))
-        assert {count for count, _ in told} == {1}
-        assert threading.current_thread().name not in {name for _, name in told}
+        used = over_tiles(4, 1, CPU, lambda rows: (torch.get_num_threads(), threading.current_thread().name))
+        assert {count for count, _ in used} == {1}
+        assert threading.current_thread().name not in {name for _, name in used}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -9,7 +9,9 @@ from jointq_cli.errors import JointqError, UntrustedResult
 def main(arguments: list[str]) -> int:
     parsed = _parser().parse_intermixed_args(arguments)
     settings = dict(_setting(word) for word in parsed.settings)
-    words = [word.strip() for word in settings.pop("format", "").strip("[]").split(",") if word.strip()]
+    asked = settings.pop("export", "")  # the key of jointq quantize
+    asked = settings.pop("format", asked)
+    words = [word.strip() for word in asked.strip("[]").split(",") if word.strip()]
     output = settings.pop("output", None)
     # Not above: these import torch, and --help answers without.
     from jointq_cli.formats.export import EXPORTERS, IMATRIX, exporter_of, exporters_of

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("jointq store", description="Artifacts that runs share.")
-    words = parser.add_subparsers(metavar="WORD", required=True)
+    words = parser.add_subparsers(metavar="ACTION", required=True)
     ls, size, prune = (words.add_parser(word, help=text, description=text) for word, text in WORDS.items())
     for each, run in ((ls, _ls), (size, _size), (prune, _prune)):
         each.add_argument("--store", type=Path, default=DEFAULT, metavar="DIR", help=f"the store ({DEFAULT})")

@@ -27,9 +27,9 @@ class QuantizedModel:
     """A quantised model to export, or one that is yet to be quantised, of which exporters look at the forms only.
 
     checkpoint: its dequantised form; before it is quantised, the original. forms: by name of a weight in the
-    checkpoint, the form of each quantised one, tensors on the meta device. linear: names in the checkpoint of the
-    weights of all linear layers, quantised or not. load: the stored weight of one name in `forms`, on the CPU.
-    transposed: those of `linear` that the checkpoint stores as (in, out).
+    checkpoint, the form of each quantised one, tensors on the meta device but for its `form_tensors`. linear: names in
+    the checkpoint of the weights of all linear layers, quantised or not. load: the stored weight of one name in
+    `forms`, on the CPU. transposed: those of `linear` that the checkpoint stores as (in, out).
     """
 
     checkpoint: Checkpoint
@@ -112,7 +112,7 @@ def uniform_forms(
     turned: bool = False,
 ) -> dict[str, UniformWeight]:
     """The forms of all quantised weights but those of the kinds `beside`; of turned ones, where the format holds them,
-    what has the codes. word: as the user named the export. Raises ConfigError where one is not uniform, and where
+    what has the codes. word: what the user wrote after export=. Raises ConfigError where one is not uniform, and where
     zero-points are no integers unless the format holds `offsets`."""
     found: dict[str, UniformWeight] = {}
     for name, stored in model.forms.items():

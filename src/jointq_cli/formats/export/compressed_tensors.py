@@ -72,6 +72,7 @@ class CompressedTensorsExporter(Exporter):
         forms = _forms(model)
         refuse_permutation(forms, WORD)
         _refuse_unturned(model)
+        _refuse_different_signs(model)
         name = next((name for name, form in forms.items() if form.bits < 2), None)
         if name is not None:
             raise ConfigError(f"export={WORD}: {name} has 1 bit, and vLLM runs 2 to 8; quantizer.bits=2")
@@ -89,7 +90,8 @@ class CompressedTensorsExporter(Exporter):
         return not _turned(model) and not _mixed_notes(_schemes(_forms(model)))
 
     def stored_bits(self, model: QuantizedModel) -> int:
-        matrices = sum(bits_of_matrix(size) for size in _sizes(_turned(model)))
+        signs = {form.signs.numpy().tobytes() for form in _turned(model).values()}  # int8: as many bytes as signs
+        matrices = sum(bits_of_matrix(len(one)) for one in signs)
         return sum(form.stored_bits for form in _forms(model).values()) + matrices
 
     def write(self, model: QuantizedModel, directory: Path) -> None:
@@ -105,7 +107,6 @@ class CompressedTensorsExporter(Exporter):
         write_shards(model, directory, packed)
         config = _quantization_config(model)
         if transforms.sizes:
-            _refuse_several_transforms(transforms)
             config["transform_config"] = transforms.config()
         write_config(model, directory, {"quantization_config": config})
 
@@ -160,7 +161,7 @@ def _turned(model: QuantizedModel) -> dict[str, TurnedWeight]:
 
 
 def _sizes(turned: Mapping[str, TurnedWeight]) -> list[int]:
-    """Of the matrices; layers with other signs of the same size, which have their own, are not distinguished."""
+    """Of the matrices; those of the same size and other signs are not distinguished."""
     return sorted({len(form.signs) for form in turned.values()})
 
 
@@ -227,16 +228,17 @@ def _refuse_unturned(model: QuantizedModel) -> None:
             )
 
 
-def _refuse_several_transforms(transforms: WrittenTransforms) -> None:
+def _refuse_different_signs(model: QuantizedModel) -> None:
     """Raises ConfigError where layers that vLLM joins have inputs turned by different signs."""
-    turned_by = {module: signs for signs, modules in transforms.modules.items() for module in modules}
-    for module, signs in turned_by.items():
+    signs = {_module(name): form.signs for name, form in _turned(model).items()}
+    for module, ours in signs.items():
         for first, *others in FUSED:
             siblings = [module.replace(first, other) for other in others if module.endswith(first)]
-            if other := next((each for each in siblings if turned_by.get(each, signs) != signs), None):
+            theirs = {each: signs[each] for each in siblings if each in signs}
+            if other := next((each for each, found in theirs.items() if not torch.equal(found, ours)), None):
                 raise ConfigError(
                     f"export={WORD}: {module} and {other} are turned by different signs, and vLLM joins both; one "
-                    "quantizer.incoherence_seed for them"
+                    "quantizer.incoherence_seed and incoherence_block for them"
                 )
 
 
@@ -250,7 +252,7 @@ def _turned_notes(turned: Mapping[str, TurnedWeight]) -> list[str]:
     return [
         f"export={WORD}: the inputs of turned layers are multiplied at run time by matrices of {matrices} in the "
         f"model's dtype: {100 * share:.2g} % more multiplications. vLLM does so on one device (no tensor parallelism); "
-        "transformers does not, and computes wrong outputs without a word"
+        "transformers does not, and computes wrong outputs without an error"
     ]
 
 

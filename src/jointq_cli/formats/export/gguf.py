@@ -32,10 +32,10 @@ from jointq_cli.formats.export.gguf_blocks import (
     natural_kind,
 )
 from jointq_cli.formats.export.gguf_tokenizer import read_tokenizer
-from jointq_cli.formats.k_mixes import MIXES
 from jointq_cli.formats.k_quant import K_GRIDS, SUPER_BLOCK, KQuantWeight
 from jointq_cli.formats.uniform import UniformWeight
 from jointq_cli.models.checkpoint import Checkpoint
+from jointq_cli.models.k_mixes import MIXES
 from jointq_cli.setting_rules import check_settings, setting
 
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")

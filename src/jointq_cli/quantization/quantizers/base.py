@@ -1,6 +1,6 @@
 """The contract between the loop and a quantizer: a frozen dataclass whose fields are its config.
 
-Knows nothing of how a weight is stored, and nothing of models, files, devices or progress. All quantizers judge a
+Knows nothing of how a weight is stored, and nothing of models, files, devices or progress. All quantizers measure a
 layer by e H e^T per output row, with H = X^T X / tokens (in, in) float64 and e = w - w_quantised.
 """
 
@@ -73,8 +73,8 @@ class Quantizer(ABC):
 
     @abstractmethod
     def storage(self, out_features: int, in_features: int, dtype: torch.dtype) -> StoredWeight:
-        """The form of a result from shapes alone: tensors on the meta device, so that `stored_bits` is what a layer
-        will take. dtype: that of the checkpoint."""
+        """The form of a result from shapes alone: tensors on the meta device but for its `form_tensors`, so that
+        `stored_bits` is what a layer will take. dtype: that of the checkpoint."""
 
     @abstractmethod
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:

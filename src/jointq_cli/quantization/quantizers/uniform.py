@@ -148,7 +148,7 @@ class UniformQuantizer(Quantizer):
         )
         if not self.is_turned:
             return found
-        return TurnedWeight(found, torch.empty(self.incoherence_block or in_features, dtype=torch.int8, device=meta))
+        return TurnedWeight(found, self._signs(in_features, torch.device("cpu")))
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         if not bool(hessian.diagonal().any()):
@@ -167,7 +167,7 @@ class UniformQuantizer(Quantizer):
             raise NumericsError("the weight holds NaN or Inf")
         if self.is_turned:
             self.check({"this layer": weight.shape[1]})
-            signs = self._signs(weight)
+            signs = self._signs(weight.shape[1], weight.device)
             found = self._plain.quantize(turned(weight, signs).float(), prepared, scale_dtype)
             assert isinstance(found.quantized, UniformWeight)
             return replace(found, quantized=TurnedWeight(found.quantized, signs))
@@ -192,12 +192,12 @@ class UniformQuantizer(Quantizer):
 
     def _turned(self, hessian: Tensor) -> Tensor:
         """Q^T (H + ridge) Q. The ridge is added before, since the diagonal of a turned matrix is flat."""
-        ridge, signs = self.ridge(hessian), self._signs(hessian)
+        ridge, signs = self.ridge(hessian), self._signs(len(hessian), hessian.device)
         whole = hessian if ridge is None else hessian + torch.diag(ridge)
         return turned(turned(whole, signs).T.contiguous(), signs)
 
-    def _signs(self, rows: Tensor) -> Tensor:
-        return random_signs(self.incoherence_block or rows.shape[1], self.incoherence_seed, rows.device)
+    def _signs(self, in_features: int, device: torch.device) -> Tensor:
+        return random_signs(self.incoherence_block or in_features, self.incoherence_seed, device)
 
     def describe(self) -> str:
         label = self.k_grid.label if self.k_grid else grid_label(self.integer_grid, self.group_size)

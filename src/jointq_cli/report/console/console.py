@@ -117,7 +117,7 @@ class Console:
                 self._screen.print(f"{self._job}{count} in {self._log.path}")
 
     def add(self, listener: Listener) -> None:
-        """Tells someone else of layers, and of stages that were computed, from now on."""
+        """Passes layers, and stages that were computed, to a listener from now on."""
         self._listeners.append(listener)
 
     def header(self, lines: list[tuple[str, str]]) -> None:

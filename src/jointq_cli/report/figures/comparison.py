@@ -21,7 +21,7 @@ def comparison_figures(comparison: RunComparison) -> list[SvgFigure]:
         *_measured("Perplexity", "perplexity", "± one standard error over windows; broken: the original", comparison),
         *_measured("KL divergence", "kl", "KL(original || quantised), ± one standard error over windows", comparison),
     ]
-    if len(comparison.finished) <= MOST_DETAILED:
+    if len(comparison.solved) <= MOST_DETAILED:
         figures += _over_depth("Output error over depth", "E_y: median of each block's layers", comparison, _medians)
         figures += _over_depth("Accumulated error over depth", ACCUMULATED, comparison, _accumulated)
     return figures
@@ -96,7 +96,7 @@ def _over_depth(
     title: str, caption: str, comparison: RunComparison, points: Callable[[ComparedRun], list[tuple[int, float]]]
 ) -> list[SvgFigure]:
     """A series per run. points: (decoder block, error)."""
-    series = [Series(comparison.label(run), points(run)) for run in comparison.finished]
+    series = [Series(comparison.label(run), points(run)) for run in comparison.solved]
     return point_plot(title, caption, series, x=BLOCK, y="error", log_y=True)
 
 

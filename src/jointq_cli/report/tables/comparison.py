@@ -6,6 +6,7 @@ from functools import partial
 from operator import attrgetter
 
 from jointq_cli.records import RunReport
+from jointq_cli.report import summary
 from jointq_cli.report.comparison import MOST_DETAILED, ComparedRun, RunComparison
 from jointq_cli.report.grouping import grouped
 from jointq_cli.report.measured import KINDS, kind_of
@@ -16,6 +17,7 @@ from jointq_cli.system.sweep_directory import DONE
 
 Cell = Callable[[ComparedRun], str]  # what it says of a run
 NEAR_MARK = " ~"
+SIZE = "bits_per_weight"
 MOST_NAMED = 8  # runs in one sentence
 LIVE = ("perplexity", "perplexity_increase", "kl", "seconds")  # in the line of a job, while a sweep runs
 
@@ -23,7 +25,7 @@ LIVE = ("perplexity", "perplexity_increase", "kl", "seconds")  # in the line of 
 def comparison_document(comparison: RunComparison, title: str = "") -> TableDocument:
     """title: by default how many runs of which models."""
     models = dict.fromkeys(report.model for report in comparison.reports)
-    detailed = len(comparison.finished) <= MOST_DETAILED and comparison.common_layers
+    detailed = len(comparison.solved) <= MOST_DETAILED and comparison.common_layers
     document = TableDocument(
         title=title or f"{plural(len(comparison.runs), comparison.noun)} of {' and '.join(models)}",
         headline=_headline(comparison),
@@ -65,7 +67,17 @@ def _headline(comparison: RunComparison) -> str:
     if "perplexity_increase" in best.figures:
         result += f" ({_text(best, 'perplexity_increase')})"
     near = f" Not distinguishable from it: {_named(comparison, ranked.near)} ({_reason(ranked.near)})."
-    return f"{so_far}Least {label} in {noun} {comparison.label(best)}: {result}.{near if ranked.near else ''}"
+    where = f"{noun} {comparison.label(best)}{_size_of_best(comparison, best)}"
+    return f"{so_far}Least {label} in {where}: {result}.{near if ranked.near else ''}"
+
+
+def _size_of_best(comparison: RunComparison, best: ComparedRun) -> str:
+    """Where runs differ in it, since more bits err less: ", with 4.16 bits per weight (jobs have 2.16 to 4.16)"."""
+    sized = sorted((run for run in comparison.finished if SIZE in run.figures), key=lambda run: run.figures[SIZE].value)
+    texts = [_text(run, SIZE) for run in sized]
+    if len(set(texts)) < 2 or best not in sized:
+        return ""
+    return f", with {_text(best, SIZE)} bits per weight ({comparison.noun}s have {texts[0]} to {texts[-1]})"
 
 
 def _reason(near: Sequence[ComparedRun]) -> str:
@@ -99,13 +111,22 @@ def _notes(comparison: RunComparison) -> list[str]:
         notes.append(f"* the least {label}; chosen on this text, it is a little too good for any other")
     if ranked.near:
         notes.append(f"~ not distinguishable from it: {_reason(ranked.near)}")
-    if references := [run for run in finished if run.is_reference]:
-        notes.append(f"not ranked: {_named(comparison, references)}, the reference itself")
+    if comparison.references:
+        notes.append(f"not ranked: {_named(comparison, comparison.references)}, the reference itself")
     if unfinished := [run for run in comparison.runs if run.report is None and not run.record.error]:
         notes.append(f"without a result: {_named(comparison, unfinished)}")
+    notes += _reused(comparison)
     if len({report.calibration for report in comparison.reports if isinstance(report, RunReport)}) > 1:
         notes.append("calibration differs: the errors of layers and blocks were measured on different inputs")
     return notes
+
+
+def _reused(comparison: RunComparison) -> list[str]:
+    """What times leave out."""
+    counts = {run.name: summary.reused_stages(run.report.stages) for run in comparison.finished if run.report}
+    members = grouped((run for run in comparison.finished if counts[run.name]), lambda run: counts[run.name])
+    texts = [f"{count} in {_named(comparison, runs)}" for count, runs in members.items()]
+    return [f"times leave out stages whose results were reused: {'; '.join(texts)}"] if texts else []
 
 
 def _runs(comparison: RunComparison) -> TextTable:
@@ -126,7 +147,7 @@ def _runs(comparison: RunComparison) -> TextTable:
 
 def _errors(comparison: RunComparison) -> TextTable:
     def error(run: ComparedRun, kind: str) -> str:
-        return scientific(errors[kind][comparison.finished.index(run)])
+        return scientific(errors[kind][comparison.solved.index(run)])
 
     def accumulated(run: ComparedRun) -> str:
         return scientific(run.blocks[-1].output_error) if run.blocks else MISSING
@@ -134,20 +155,23 @@ def _errors(comparison: RunComparison) -> TextTable:
     errors = comparison.kind_errors()
     columns: dict[str, Cell] = {kind: partial(error, kind=kind) for kind in errors}
     common = plural(len(comparison.common_layers), "layer")
-    title = f"E_y by kind: medians over {common} that all {comparison.noun}s have"
-    return _table(title, comparison, comparison.finished, columns | {"accumulated": accumulated})
+    which = "all" if comparison.solved == comparison.finished else "these"
+    title = f"E_y by kind: medians over {common} that {which} {comparison.noun}s have"
+    return _table(title, comparison, comparison.solved, columns | {"accumulated": accumulated})
 
 
 def _table(
     title: str, comparison: RunComparison, runs: Sequence[ComparedRun], columns: Mapping[str, Cell]
 ) -> TextTable:
-    """A row per run: its name, the settings in which it differs, and `columns` by heading."""
+    """A row per run: its name, the settings in which runs differ and that one of these has, and `columns` by
+    heading."""
 
     def setting(run: ComparedRun, key: str) -> str:
         return run.settings.get(key, MISSING)
 
     names = dict(zip(shortest_suffixes(comparison.keys), comparison.keys, strict=True))
-    settings = {name: partial(setting, key=key) for name, key in names.items()}
+    has = {key for run in runs for key in run.settings}
+    settings = {name: partial(setting, key=key) for name, key in names.items() if key in has}
     all_columns: dict[str, Cell] = {comparison.noun: attrgetter("name"), **settings, **columns}
     return TextTable.of(title, runs, all_columns, stub=1 + len(settings)).filled()
 

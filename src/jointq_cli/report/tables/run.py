@@ -21,6 +21,7 @@ def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
     """worst: of how many layers a row is shown, those of the largest output error, for a short document in Markdown;
     None for all, in the model's order."""
     layers, odd = report.layers, [layer for layer in report.layers if layer.verdict != "ok"]
+    earlier = any(stage.name == "quantize" and stage.reused for stage in report.stages)
     return explained(
         TableDocument(
             title=summary.title(report),
@@ -33,8 +34,8 @@ def run_document(report: RunReport, worst: int | None = None) -> TableDocument:
             tables=[
                 *([_basis(report.rotation)] if report.rotation else []),
                 allocation_table(report),
-                _layers("Layers that are not ok", odd),
-                _layers("Layers", layers) if worst is None else _worst(layers, worst),
+                _layers("Layers that are not ok", odd, earlier),
+                _layers("Layers", layers, earlier) if worst is None else _worst(layers, worst, earlier),
                 _stages(report),
             ],
             origin=summary.provenance(report),
@@ -95,14 +96,15 @@ def allocation_table(report: RunReport) -> TextTable:
     return TextTable(f"Budget: {record.allocation}", heading, rows, note=note)
 
 
-def _worst(layers: Sequence[LayerRecord], count: int) -> TextTable:
+def _worst(layers: Sequence[LayerRecord], count: int, earlier: bool) -> TextTable:
     """Those whose error is not a number come first."""
     chosen = sorted(layers, key=lambda layer: (layer.output_error < math.inf, -layer.output_error))[:count]
-    return _layers(f"The {plural(len(chosen), 'layer')} of largest output error; layers.csv has all", chosen)
+    return _layers(f"The {plural(len(chosen), 'layer')} of largest output error; layers.csv has all", chosen, earlier)
 
 
-def _layers(title: str, layers: Sequence[LayerRecord]) -> TextTable:
-    """Columns without values are left out; notes of one value are listed below."""
+def _layers(title: str, layers: Sequence[LayerRecord], earlier: bool) -> TextTable:
+    """Columns without values are left out; notes of one value are listed below. earlier: whether another run has solved
+    the layers, whose times are no part of this one's."""
     notes = dict.fromkeys(name for layer in layers for name in layer.notes)
     values = {name: [text for layer in layers if (text := summary.note_text(layer, name))] for name in notes}
     alike = {name: texts[0] for name, texts in values.items() if len(texts) > 1 and len(set(texts)) == 1}
@@ -120,8 +122,10 @@ def _layers(title: str, layers: Sequence[LayerRecord]) -> TextTable:
         **{name: partial(summary.note_text, name=name) for name in notes if name not in alike},
     }
     same = ", ".join(f"{name}={text}" for name, text in alike.items())
+    notes_below = [f"The same in all that have it: {same}."] if same else []
+    notes_below += ["seconds: of the earlier run that solved the layers; here they were reused."] if earlier else []
     table = TextTable.of(title, layers, columns, stub=3).filled()
-    return replace(table, note=f"The same in all that have it: {same}." if same else "")
+    return replace(table, note="\n".join(notes_below))
 
 
 def _stages(report: RunReport) -> TextTable:

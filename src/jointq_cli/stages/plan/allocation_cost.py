@@ -12,15 +12,15 @@ def sensitivity_cost(load: Workload) -> Cost:
     allocation = load.recipe.allocation
     assert isinstance(allocation, Budget)  # there is no such stage without one
     candidates = allocation.of(load.recipe.quantizer)
-    seconds = KERNELS_SECONDS + 2 * load._first_batch()
+    seconds = KERNELS_SECONDS + 2 * load.first_batch()
     for quantizer in candidates:
         for one in load.shapes.inputs:
-            seconds += load._solving_seconds(replace(one, quantizers=(quantizer,) * len(one.out_features)))
+            seconds += load.solving_seconds(replace(one, quantizers=(quantizer,) * len(one.out_features)))
             seconds += sum(2.0 * rows * one.in_features * (rows + one.in_features) for rows in one.out_features) / (
                 load.speeds.double
             )
-    in_block = 2 * load._block + max(map(load._group_memory, load.shapes.inputs))
-    memory = KERNELS + load._first_stream + max(load._outside_rotated, in_block)
+    in_block = 2 * load.block + max(map(load.group_memory, load.shapes.inputs))
+    memory = KERNELS + load.first_stream + max(load.outside_rotated, in_block)
     if allocation.sensitivity == "kfac":
         return Cost(seconds=seconds, memory=memory, disk=100.0)
     weights = sum(one.in_features * rows for one in load.shapes.inputs for rows in one.out_features)

@@ -101,8 +101,8 @@ class Workload:
         shapes, tokens = self.shapes, self.recipe.rotation.sampled_tokens
         kept = min(tokens, self.calibration.tokens) * (3 * shapes.hidden + shapes.widest) * self.element
         return Cost(
-            seconds=self._forward(self.calibration),
-            memory=max(self._outside, self._block + self._pass) + self._stream(self.calibration) + kept,
+            seconds=self.forward(self.calibration),
+            memory=max(self._outside, self.block + self._pass) + self.stream(self.calibration) + kept,
             disk=kept * shapes.blocks,
         )
 
@@ -127,66 +127,65 @@ class Workload:
 
     def hessians(self) -> Cost:
         """One pass of all calibration windows through the original model."""
-        in_block = 2 * self._block + self._suspended + max(map(self._group_memory, self.shapes.inputs))
+        in_block = 2 * self.block + self._suspended + max(map(self.group_memory, self.shapes.inputs))
         return Cost(
-            seconds=self._forward(self.calibration) + sum(map(self._moments_seconds, self.shapes.inputs)),
-            memory=self._stream(self.calibration) + max(self._outside_rotated, in_block),
+            seconds=self.forward(self.calibration) + sum(map(self._moments_seconds, self.shapes.inputs)),
+            memory=self.stream(self.calibration) + max(self.outside_rotated, in_block),
             disk=sum(map(self._packed, self.shapes.inputs)),
-            scratch=2 * self._stream(self.calibration),
+            scratch=2 * self.stream(self.calibration),
         )
 
     def gradients(self) -> Cost:
         """A pass of all calibration windows forward, and one back through blocks that are run once more."""
-        stream, shapes = self._stream(self.calibration), self.shapes
+        stream, shapes = self.stream(self.calibration), self.shapes
         outputs = [rows for one in shapes.inputs for rows in one.out_features]
         squares = [sum((span.stop - span.start) ** 2 for span in output_groups(rows)) for rows in outputs]
         logits = min(LABELS_AT_ONCE, shapes.vocabulary * self.calibration.length)
-        in_block = self._block + 3 * self._pass + DOUBLE * sum(squares) / shapes.blocks
+        in_block = self.block + 3 * self._pass + DOUBLE * sum(squares) / shapes.blocks
         products = 1.2 * STATISTICS_SLOWDOWN * self.calibration.tokens * sum(squares) / self.speeds.single
         return Cost(
-            seconds=3 * self._forward(self.calibration) + self._logits(self.calibration.tokens, models=2) + products,
-            memory=2 * stream + max(self._outside_rotated + 3 * DOUBLE * logits, in_block),
+            seconds=3 * self.forward(self.calibration) + self.logits(self.calibration.tokens, models=2) + products,
+            memory=2 * stream + max(self.outside_rotated + 3 * DOUBLE * logits, in_block),
             disk=FLOAT * (sum(squares) / 2 + self.calibration.tokens * len(outputs)),
             scratch=(shapes.blocks + 1) * stream,
         )
 
     def quantize(self) -> Cost:
-        streams = self._streams * self._stream(self.calibration)
+        streams = self._streams * self.stream(self.calibration)
         if self.shares_hessians:
-            streams = 2 * self._first_stream
-        in_block = 2 * self._block + self._suspended + max(map(self._group_memory, self.shapes.inputs))
+            streams = 2 * self.first_stream
+        in_block = 2 * self.block + self._suspended + max(map(self.group_memory, self.shapes.inputs))
         return Cost(
-            seconds=KERNELS_SECONDS + self._collecting() + sum(map(self._solving_seconds, self.shapes.inputs)),
-            memory=KERNELS + streams + max(self._outside_rotated, in_block),
-            disk=self._quantized_bytes + self._codes,
+            seconds=KERNELS_SECONDS + self._collecting() + sum(map(self.solving_seconds, self.shapes.inputs)),
+            memory=KERNELS + streams + max(self.outside_rotated, in_block),
+            disk=self.quantized_bytes + self.codes,
             scratch=2 * streams,
         )
 
     def evaluate_original(self) -> Cost:
-        hidden = self._stream(self.evaluation)
+        hidden = self.stream(self.evaluation)
         return Cost(
-            seconds=self._forward(self.evaluation),
-            memory=hidden + max(self._outside, self._block + self._pass),
+            seconds=self.forward(self.evaluation),
+            memory=hidden + max(self._outside, self.block + self._pass),
             disk=hidden,
         )
 
     def evaluate_quantized(self) -> Cost:
-        hidden = self._stream(self.evaluation)
+        hidden = self.stream(self.evaluation)
         simulated = 1.0 + 1.2 * self.recipe.activations.simulates
         logits = min(LOGITS_AT_ONCE, self.shapes.vocabulary * self.evaluation.length)
         return Cost(
-            seconds=simulated * self._forward(self.evaluation) + self._scoring() + self._first_batch(),
-            memory=2 * hidden
-            + max(self._outside + self._outside_rotated + 6 * FLOAT * logits, self._block + self._pass),
+            seconds=simulated * self.forward(self.evaluation) + self._scoring() + self.first_batch(),
+            memory=2 * hidden + max(self._outside + self.outside_rotated + 6 * FLOAT * logits, self.block + self._pass),
         )
 
     def export(self) -> Cost:
         """Packs the codes shard by shard, and reads them back."""
-        packed = self._quantized_bytes - self.stored * self.shapes.selected + self._sum_of_forms(_packed_bytes)
+        packed = self.quantized_bytes - self.stored * self.shapes.selected + self._sum_of_forms(_packed_bytes)
         shard = max(self.stored * (self.shapes.outside + self._untied), self.stored * self.shapes.largest_block)
         widest = 3 * DOUBLE * self.shapes.widest * max(max(one.out_features) for one in self.shapes.inputs)
         return Cost(
-            seconds=(2 * packed + 2 * self._codes) / READ
+            seconds=(2 * packed + 2 * self.codes) / READ
             + PACKING_OPERATIONS * self.shapes.selected / self.speeds.pointwise,
             memory=2 * shard + widest,
             disk=packed,
@@ -196,12 +195,12 @@ class Workload:
         """All requests of a task through the complete model in plain transformers. mean, longest: tokens of a request.
         batch: requests per forward pass."""
         windows = Windows(requests, mean)
-        complete = self._loaded(self.shapes.in_blocks + self.shapes.outside + self._untied)
+        complete = self.loaded(self.shapes.in_blocks + self.shapes.outside + self._untied)
         return Cost(
             seconds=HARNESS_SECONDS
             + self._source_bytes / READ
-            + self._forward(windows)
-            + self._logits(windows.tokens, models=1),
+            + self.forward(windows)
+            + self.logits(windows.tokens, models=1),
             memory=complete + batch * longest * self.shapes.vocabulary * (self.element + 2 * FLOAT) + self._pass,
         )
 
@@ -209,13 +208,13 @@ class Workload:
         """A few windows through the dequantised checkpoint, and through the export, complete in an engine's memory."""
         few = Windows(min(ENGINE_WINDOWS, self.evaluation.count), self.evaluation.length)
         return Cost(
-            seconds=ENGINE_SECONDS + 2 * self._forward(few),
+            seconds=ENGINE_SECONDS + 2 * self.forward(few),
             memory=FLOAT * self.shapes.embedding + self.stored * (self.shapes.in_blocks + self.shapes.outside),
         )
 
     def generate(self) -> Cost:
         """All weights in memory at once, read for each token of one model."""
-        size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
+        size = self.outside_rotated + self.loaded(self.shapes.in_blocks)
         seconds = BLOCK_SECONDS * self.shapes.blocks * (1 + self.recipe.generate_tokens / TOKENS_PER_BLOCK_SECONDS)
         return Cost(seconds=seconds + (1 + self.recipe.generate_tokens) * size / READ, memory=size)
 
@@ -223,14 +222,14 @@ class Workload:
         """The complete model writes windows, so many side by side: all weights are read for each of their tokens.
         memory: bytes of weights, keys and values."""
         steps = -(-windows.count // at_once) * windows.length
-        size = self._outside_rotated + self._loaded(self.shapes.in_blocks)
+        size = self.outside_rotated + self.loaded(self.shapes.in_blocks)
         reading = steps * (size / READ + BLOCK_SECONDS * self.shapes.blocks / TOKENS_PER_BLOCK_SECONDS)
         copying = steps * max(0.0, memory - size) / (2 * CACHE_COPIED)  # on average half of them are there
-        seconds = reading + copying + self._forward(windows) + self._logits(windows.tokens, models=1)
+        seconds = reading + copying + self.forward(windows) + self.logits(windows.tokens, models=1)
         return Cost(seconds=seconds, memory=memory, disk=8 * windows.tokens)
 
     def file_hashes(self) -> Cost:
-        return Cost(seconds=(self._quantized_bytes + self._codes) / READ)
+        return Cost(seconds=(self.quantized_bytes + self.codes) / READ)
 
     def audit(self) -> Cost:
         """Reads both checkpoints and dequantises every layer."""
@@ -241,7 +240,7 @@ class Workload:
 
     def run_directory(self, *, linked: bool) -> Cost:
         """linked: files are hard links into the store and take no space."""
-        return Cost(disk=REPORTS + (not linked) * (self._quantized_bytes + self._codes))
+        return Cost(disk=REPORTS + (not linked) * (self.quantized_bytes + self.codes))
 
     @property
     def rotated_bytes(self) -> float:
@@ -265,12 +264,12 @@ class Workload:
         return self.stored * (self.shapes.in_blocks + self.shapes.outside)
 
     @property
-    def _quantized_bytes(self) -> float:
+    def quantized_bytes(self) -> float:
         rotates = changes_basis(self.recipe.rotation, self.recipe.smoothing)
         return self.rotated_bytes if rotates else self._source_bytes
 
     @property
-    def _codes(self) -> float:
+    def codes(self) -> float:
         """Bytes of the layers' files."""
         return self._sum_of_forms(lambda form: form.file_bytes)
 
@@ -293,22 +292,22 @@ class Workload:
     @property
     def _outside(self) -> float:
         """Bytes of embeddings and head."""
-        return self._loaded(self.shapes.outside)
+        return self.loaded(self.shapes.outside)
 
     @property
-    def _outside_rotated(self) -> float:
+    def outside_rotated(self) -> float:
         """The same for the model to quantise, which may be rotated."""
-        return self._loaded(self.shapes.outside + self._untied)
+        return self.loaded(self.shapes.outside + self._untied)
 
     @property
-    def _block(self) -> float:
-        return self._loaded(self.shapes.largest_block)
+    def block(self) -> float:
+        return self.loaded(self.shapes.largest_block)
 
-    def _loaded(self, parameters: int) -> float:
+    def loaded(self, parameters: int) -> float:
         """Bytes in the dtype of the forward pass, plus those as read if the checkpoint has another dtype."""
         return parameters * (self.element if self.element == self.stored else self.element + self.stored)
 
-    def _stream(self, windows: Windows) -> float:
+    def stream(self, windows: Windows) -> float:
         """Bytes of the hidden states."""
         return windows.tokens * self.shapes.hidden * self.element
 
@@ -336,7 +335,7 @@ class Workload:
             self.recipe.runtime.suspended_activations_gb * 1e9, self._streams * self.calibration.tokens * per_token
         )
 
-    def _group_memory(self, one: InputGroup) -> float:
+    def group_memory(self, one: InputGroup) -> float:
         """Bytes while an input's statistics are collected (moments, and one pass with float32 copies), or while its
         layers are solved (moments, their factors, and float64 copies of a layer), whichever are more."""
         square, rows = one.in_features**2 * DOUBLE, max(one.out_features) * one.in_features * DOUBLE
@@ -350,7 +349,7 @@ class Workload:
         collecting = collected + self._pass + self._batch * 4 * FLOAT * one.in_features
         return max(collecting, moments + (2 + 2 * qep) * square + 3 * rows)
 
-    def _forward(self, windows: Windows) -> float:
+    def forward(self, windows: Windows) -> float:
         """Seconds of all blocks over all windows."""
         shapes, tokens = self.shapes, windows.tokens
         attention = 4 * windows.length * shapes.hidden * shapes.blocks  # per token: Q K^T, and its product with V
@@ -363,29 +362,29 @@ class Workload:
         """Elements per token of the softmax in one attention layer; the causal mask removes half of them."""
         return self.shapes.heads * windows.length / 2
 
-    def _first_batch(self) -> float:
+    def first_batch(self) -> float:
         """Seconds of one batch of calibration windows through all blocks, as in the reload check."""
-        return self._forward(Windows(max(1, self._batch // self.calibration.length), self.calibration.length))
+        return self.forward(Windows(max(1, self._batch // self.calibration.length), self.calibration.length))
 
     def _scoring(self) -> float:
         """Seconds of both models' logits and their comparison."""
-        return self._logits(self.evaluation.tokens, models=2)
+        return self.logits(self.evaluation.tokens, models=2)
 
-    def _logits(self, tokens: int, models: int) -> float:
+    def logits(self, tokens: int, models: int) -> float:
         logits = tokens * self.shapes.vocabulary
         products = 2 * logits * self.shapes.hidden / self.speeds.forward
         return models * products + LOGIT_OPERATIONS * logits / self.speeds.pointwise
 
     @property
-    def _first_stream(self) -> float:
+    def first_stream(self) -> float:
         return self._batch * self.shapes.hidden * self.element
 
     def _collecting(self) -> float:
         """Seconds in which `quantize` runs the calibration windows and collects statistics."""
         if self.shares_hessians:
-            return 2 * self._first_batch()
+            return 2 * self.first_batch()
         moments = sum(map(self._moments_seconds, self.shapes.inputs))
-        return self._streams * self._forward(self.calibration) + moments
+        return self._streams * self.forward(self.calibration) + moments
 
     def _moments_seconds(self, one: InputGroup) -> float:
         """Seconds of collecting an input's statistics."""
@@ -409,7 +408,7 @@ class Workload:
             return own
         return own + min(everything, max(self._batch, BLOCK_TOKENS_PER_COLUMN * one.in_features))
 
-    def _solving_seconds(self, one: InputGroup) -> float:
+    def solving_seconds(self, one: InputGroup) -> float:
         """Seconds of solving the layers that read an input."""
         width, rows = one.in_features, sum(one.out_features)
         qep = bool(self.recipe.qep.describe())

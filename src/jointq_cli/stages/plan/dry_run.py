@@ -215,11 +215,11 @@ def _distribute(
             needed.append(_known(gradients_stage(model, tokens, loop), *inputs))
         if can_share(model, loop, recipe.runtime.hessians_gb * 1e9):
             needed.append(_known(hessians_stage(model, tokens, loop), *inputs))
-    stages, outlook = [*needed, measured, stage], problem.outlook()
+    stages, budget = [*needed, measured, stage], problem.budget_line()
     if found is None:
-        return _Distribution(expected_layers(model, layers, recipe), stages, False, [outlook])
+        return _Distribution(expected_layers(model, layers, recipe), stages, False, [budget])
     allocated = open_allocation(problem, found)
-    return _Distribution(allocated.layers, stages, True, [outlook, describe(allocated)])
+    return _Distribution(allocated.layers, stages, True, [budget, describe(allocated)])
 
 
 def _once(stages: list[Stage]) -> list[Stage]:

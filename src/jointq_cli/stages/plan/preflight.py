@@ -11,9 +11,9 @@ from jointq_cli.data.calibration import Calibration
 from jointq_cli.data.overlap import windows_in
 from jointq_cli.data.token_file import Tokens
 from jointq_cli.evaluation.windows import Evaluation, ScoredWindows
-from jointq_cli.formats.k_mixes import FALLBACKS
 from jointq_cli.formats.k_quant import SUPER_BLOCK
 from jointq_cli.models.identity import dequantised_from, quantised_by
+from jointq_cli.models.k_mixes import FALLBACKS
 from jointq_cli.models.layer_selection import find_uncalled
 from jointq_cli.models.skeleton import find_language_model, text_state
 from jointq_cli.models.streamed import StreamedModel

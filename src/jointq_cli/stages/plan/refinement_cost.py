@@ -15,17 +15,17 @@ def refinement_cost(load: Workload) -> Cost:
     measured = (1 + settings.steps // settings.validate_every) * settings.heldout(calibration.count)
     passes = Windows(measured + 3 * settings.steps * settings.windows_per_step, calibration.length)
     updates = settings.steps * REFINE_OPERATIONS * (1 + settings.windows_per_step) * shapes.selected
-    head = is_model * load._logits(passes.tokens, models=2)
-    weights = load._loaded(shapes.in_blocks) + 2 * load._outside_rotated if is_model else 2 * load._block
+    head = is_model * load.logits(passes.tokens, models=2)
+    weights = load.loaded(shapes.in_blocks) + 2 * load.outside_rotated if is_model else 2 * load.block
     state = settings.state_bytes(shapes.selected if is_model else shapes.largest_block)
     activations = (shapes.blocks if is_model else 1) * trained_activations(load)
     logits = is_model * 6 * FLOAT * min(LOGITS_AT_ONCE, shapes.vocabulary * calibration.length)
     everything = Windows(calibration.count + settings.generated, calibration.length)
-    stream = load._stream(everything)
+    stream = load.stream(everything)
     return Cost(
-        seconds=load._forward(passes) + updates / load.speeds.pointwise + head + 3 * load._forward(everything),
+        seconds=load.forward(passes) + updates / load.speeds.pointwise + head + 3 * load.forward(everything),
         memory=weights + state + activations + logits + (1 if is_model else 3) * stream,
-        disk=load._quantized_bytes + load._codes,
+        disk=load.quantized_bytes + load.codes,
         scratch=state + 2 * stream,
     )
 

@@ -118,6 +118,7 @@ class DBF(Quantizer):
         stored = _rounded(layer, last, scale_dtype)
         signal, unit = layer.signal, math.ldexp(prepared.unit, 2 * exponent)
         out_scale = round_scale(torch.ldexp(stored.out_scale, torch.tensor(exponent)), scale_dtype)
+        stored = replace(stored, out_scale=torch.ldexp(out_scale, torch.tensor(-exponent)))
         return Solution(
             quantized=BinaryProduct(
                 left=packed_signs(stored.left.T),
