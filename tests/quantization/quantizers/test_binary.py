@@ -1,6 +1,7 @@
 """One bit per weight: presets, column scales, and optima by brute force."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ def error(solution: Solution, weight: Tensor, hessian: Tensor) -> float:
     return float(((difference @ hessian) * difference).sum())
 
 
+@pytest.mark.parametrize(("group_size", "sweeps"), [(16, 3), (None, 0)])
 @pytest.mark.parametrize("offset", [False, True])
-def test_without_column_scales_it_is_jointq_of_one_bit(offset: bool) -> None:
+def test_without_column_scales_it_is_jointq_of_one_bit(offset: bool, group_size: int | None, sweeps: int) -> None:
     weight, hessian = layer(32, 64)
-    ours = Binary(group_size=16, offset=offset)
-    theirs = JointQ(bits=1, group_size=16, zero_point="real" if offset else "half")
+    ours = Binary(group_size=group_size, offset=offset)
+    theirs = JointQ(bits=1, group_size=group_size, zero_point="real" if offset else "half", max_sweeps=sweeps)
     assert solve(ours, weight, hessian).quantized.difference(solve(theirs, weight, hessian).quantized) == []
     assert ours.row_separable
     assert torch.equal(ours.ridge(hessian), theirs.ridge(hessian))
@@ -35,15 +37,51 @@ def test_column_scales_lower_the_regularised_error_from_turn_to_turn(group_size:
     weight, hessian = layer(48, 64, spread=2.0)
     quantizer = Binary(group_size=group_size, offset=offset, column_scale=True, rounds=4, regularization_lambda=0.1)
     prepared = quantizer.prepare(hessian)
-    costs = [turn.cost for turn in quantizer._turns(weight, prepared, torch.bfloat16)]
+    problem = quantizer._problem(weight, prepared.metric, torch.bfloat16)
+    costs = [turn.cost / problem.signal for turn in quantizer._turns(problem)]
     assert len(costs) > 2
     assert costs == sorted(costs, reverse=True)
     solution = quantizer.quantize(weight, prepared, torch.bfloat16)
     regularized = hessian + torch.diag(quantizer.ridge(hessian))
-    assert error(solution, weight, regularized) == pytest.approx(costs[-1], rel=1e-4)
-    assert solution.notes["final_error"] * solution.signal == pytest.approx(costs[-1])
+    signal = float(((weight.double() @ regularized) * weight).sum())
+    assert error(solution, weight, regularized) / signal == pytest.approx(costs[-1], rel=1e-4)
+    assert solution.notes["final_error"] == costs[-1]
     plain = solve(Binary(group_size=group_size, offset=offset, regularization_lambda=0.1), weight, hessian)
-    assert costs[-1] < 0.97 * error(plain, weight, regularized)
+    assert costs[-1] < 0.97 * error(plain, weight, regularized) / signal
+    assert plain.notes["final_error"] == pytest.approx(error(plain, weight, regularized) / signal, rel=1e-3)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_rows_of_one_group_are_solved_alike_in_parts_and_in_tiles(offset: bool) -> None:
+    weight, hessian = layer(48, 64)
+    whole = solve(Binary(group_size=None, offset=offset), weight, hessian).quantized
+    tiled = Binary(group_size=None, offset=offset, batch_size=7)
+    parts = [solve(tiled, weight[start : start + 16], hessian) for start in (0, 16, 32)]
+    assert tiled.join(parts).quantized.difference(whole) == []
+
+
+def test_no_bit_depends_on_the_number_of_threads() -> None:
+    weight, hessian = layer(128, 512)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(solve(replace(ROW_AND_COLUMN, rounds=1), weight, hessian, torch.float32).quantized)
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].difference(found[1]) == []
+
+
+def test_column_scales_solve_their_linear_system() -> None:
+    weight, hessian = layer(32, 300)  # more columns than are multiplied at a time
+    quantizer = Binary(group_size=None, column_scale=True, rounds=1)
+    regularized = hessian + torch.diag(quantizer.ridge(hessian))
+    found = solve(quantizer, weight, hessian, torch.float32).quantized
+    assert isinstance(found, ColumnScaledWeight)
+    values = found.inner.dequantize(torch.float64)
+    right = (values * (weight.double() @ regularized)).sum(0)
+    best = torch.linalg.solve((values.T @ values) * regularized, right)
+    assert torch.allclose(found.column_scale.double(), best, rtol=1e-3, atol=1e-3 * float(best.abs().mean()))
 
 
 def test_a_rank_one_modulus_is_found_exactly() -> None:

@@ -7,11 +7,13 @@ Levels are +-scale/2, or any two with `offset`: the form of CQ (OneComp) and of 
 and of ARB-RC. Their authors fit signs and scales to the weight; here all are chosen for the layer's output.
 
 With H_l = H + lambda R and fixed c, rows of W / c are solved in the metric diag(c) H_l diag(c). With fixed codes and
-scales, Z = (codes - zero_point) * scale, the best c is that of (Z'Z o H_l) c = diag(Z' W H_l). They take turns.
+scales, Z = (codes - zero_point) * scale, the best c is that of (Z'Z o H_l) c = diag(Z' W H_l). They take turns, from
+c = 1 where rows have several groups, else from the right singular vector of |W|: there W H_l is computed once, and each
+search takes one product more.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,48 +24,107 @@ from jointq_cli.formats.base import StoredWeight
 from jointq_cli.formats.column_scaled import ColumnScaledWeight
 from jointq_cli.formats.uniform import UniformWeight, check_group_size, grid_label
 from jointq_cli.quantization.quantizers.base import Prepared, Quantizer, Solution
-from jointq_cli.quantization.quantizers.jointq.descent import SearchResult
-from jointq_cli.quantization.quantizers.jointq.metric import Metric, for_sweeps
+from jointq_cli.quantization.quantizers.jointq.metric import Metric
 from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ, JointQPrepared
-from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer
+from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer, over_tiles
 from jointq_cli.quantization.quantizers.jointq.search import State
 from jointq_cli.quantization.quantizers.statistics import HeldOut
 from jointq_cli.quantization.quantizers.uniform import FailedPreparation, hessian_product
 from jointq_cli.setting_rules import check_settings, setting
 
 _LEAST = 1 / 64  # of a column's scale, relative to their mean: W / c must not overflow
-
-
-@dataclass(frozen=True)
-class ColumnsPrepared(Prepared):
-    """regularized: H_l (in, in) float64; metric: of c = 1."""
-
-    regularized: Tensor
-    metric: Metric
+_POWER_STEPS = 3  # towards the singular pair of |W|, whose other singular values are much smaller
+_COLUMNS = 256  # of the columns' system at a time
+_PRECISION = 1e-4  # of column scales, relative to all
+_MOST_STEPS = 100
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What is found for one c (in,) float64. unit: of the costs of `found`."""
+    """What is found for column scales c (in,), as they are stored, or for none; cost: tr(E H_l E'), in the metric's
+    order and unit."""
 
+    columns: Tensor | None
+    state: State
+    cost: float
+
+
+@dataclass(frozen=True)
+class ColumnTurns:
+    """One layer. target: W as the search has it, with rows of padding; correlation: W H_l, of the same shape; signal:
+    tr(W H_l W')."""
+
+    jointq: JointQ
     layer: UniformLayer
     metric: Metric
-    column_scale: Tensor
-    found: SearchResult[State]
-    unit: float
+    target: Tensor
+    correlation: Tensor
+    signal: float
 
-    @property
-    def cost(self) -> float:
-        """tr(E H_l E')."""
-        return float(self.found.cost.sum()) * self.unit
+    @classmethod
+    def of(cls, jointq: JointQ, layer: UniformLayer, metric: Metric) -> "ColumnTurns":
+        target = layer.target(layer.weight, metric)
+        correlation = layer.correlation(target, metric)
+        signal = float(torch.sum(target * correlation, dtype=torch.float64))
+        return cls(jointq, layer, metric, target, correlation, signal)
 
-    def signal(self) -> float:
-        """tr(W H_l W')."""
-        return self.layer.signal(self.metric) * self.unit
+    def first(self) -> Turn:
+        """From JointQ's start, without column scales."""
+        return self._searched(None, None)
 
-    def grid_values(self) -> Tensor:
-        """Z, (out, in) float32."""
-        return self.layer.values(self.metric, self.found.state)
+    def first_scaled(self) -> Turn:
+        """From JointQ's start, with the column scales that fit |W| best together with scales of rows, as in OneBit."""
+        columns = self._on_one_thread(lambda: _right_singular(self.target.abs()))
+        if not bool(columns.any()):
+            return self.first()
+        return self._searched(self._as_stored(columns), None)
+
+    def again(self, turn: Turn) -> Turn:
+        """Codes and scales searched from those of `turn`, with its column scales."""
+        return self._searched(turn.columns, turn.state)
+
+    def scaled(self, turn: Turn) -> Turn:
+        """The best column scales for codes and scales of `turn`, by conjugate gradients from those that it has."""
+        values, full = turn.state.values(self.metric), self.metric.full
+        energy = torch.empty_like(full)
+
+        def one(span: slice) -> None:
+            upper = (values[:, span].T @ values[:, span.start :]).mul_(full[span, span.start :])
+            energy[span, span.start :] = upper
+            energy[span.stop :, span] = upper[:, span.stop - span.start :].T
+
+        over_tiles(len(full), _COLUMNS, full.device, one)
+        along = self._on_one_thread(lambda: (values * self.correlation[: len(values)]).sum(dim=0))
+        start = torch.ones_like(along) if turn.columns is None else turn.columns
+        columns = self._as_stored(self._on_one_thread(lambda: _conjugate_gradients(energy, along, start)))
+        fall = torch.dot(columns.double(), (2.0 * along - energy @ columns).double())
+        return Turn(columns, turn.state, max(0.0, self.signal - float(fall)))
+
+    def _searched(self, columns: Tensor | None, before: State | None) -> Turn:
+        """Rows of W / c solved in the metric diag(c) H_l diag(c)."""
+        layer, metric, target, correlation = self.layer, self.metric, self.target, self.correlation
+        if columns is not None:
+            metric = replace(metric, full=(metric.full * columns).mul_(columns[:, None]))
+            target, correlation = target / columns, correlation * columns
+        if metric.groups == 1:
+            found = layer.solve_group(metric, target, correlation, before)
+            return Turn(columns, found.state, float(found.cost.sum()))
+        if columns is not None:
+            original = torch.empty_like(columns).index_copy_(0, metric.order, columns)
+            layer = replace(layer, weight=(layer.weight / original).float())
+        if before is None:
+            found = self.jointq.from_starts(layer, metric)
+        else:
+            found = self.jointq.continued(layer, metric, before)
+        return Turn(columns, found.state, float(found.cost.sum()))
+
+    def _on_one_thread(self, function: Callable[[], Tensor]) -> Tensor:
+        """So that no bit depends on the number of threads."""
+        return over_tiles(1, None, self.target.device, lambda _: function())[0]
+
+    def _as_stored(self, columns: Tensor) -> Tensor:
+        least = _LEAST * float(columns.abs().mean())
+        return torch.where(columns.abs() < least, least, columns).to(self.layer.scale_dtype).to(columns.dtype)
 
 
 def _scales(binary: "Binary") -> bool:
@@ -129,17 +190,13 @@ class Binary(Quantizer):
         return ColumnScaledWeight(found, column_scale) if self.column_scale else found
 
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
-        once = self._jointq.cost(out_features, in_features, tokens)
-        if not self.column_scale:
-            return once
-        systems = 4 * (hessian_product(out_features, in_features) + in_features**3)  # float64: c, and the metric
-        return once + self.rounds * (once + systems)
+        product = hessian_product(out_features, in_features)
+        once = 4 * product if self.group_size is None else self._jointq.cost(out_features, in_features, tokens)
+        rounds = self.rounds if self.column_scale else 0
+        return once + rounds * product + max(0, rounds - 1) * once
 
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
-        prepared, ridge = self._jointq.prepare(hessian), self.ridge(hessian)
-        if not self.column_scale or ridge is None or not isinstance(prepared, JointQPrepared):
-            return prepared
-        return ColumnsPrepared(hessian + torch.diag(ridge), prepared.metric)
+        return self._jointq.prepare(hessian)
 
     def ridge(self, hessian: Tensor) -> Tensor | None:
         return self._jointq.ridge(hessian)
@@ -148,26 +205,17 @@ class Binary(Quantizer):
         return self._jointq.join(parts)
 
     def quantize(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
-        if not isinstance(prepared, ColumnsPrepared):
+        turns = self.column_scale or self.group_size is None
+        if not turns or not isinstance(prepared, JointQPrepared):
             return self._by_jointq(weight, prepared, scale_dtype)
-        if not bool(torch.isfinite(weight).all()):
+        if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
             raise NumericsError("the weight holds NaN or Inf")
         try:
-            turns = list(self._turns(weight, prepared, scale_dtype))
+            return self._by_turns(weight, prepared, scale_dtype)
         except NumericsError as error:
             if self.on_failure == "error":
                 raise
             return self._by_jointq(weight, FailedPreparation(str(error)), scale_dtype)
-        last = turns[-1]
-        inner = last.layer.quantized(last.metric, last.found.state, permuted=False)
-        signal = last.signal()
-        notes: dict[str, float | int | str | bool] = {
-            "lambda": self.regularization_lambda,
-            "start_error": turns[0].cost / signal if signal else 0.0,
-            "final_error": last.cost / signal if signal else 0.0,
-            "rounds": len(turns) - 1,
-        }
-        return Solution(self._stored(inner, last.column_scale.to(scale_dtype)), None, "ok", notes, signal)
 
     def _by_jointq(self, weight: Tensor, prepared: Prepared, scale_dtype: torch.dtype) -> Solution:
         """With c = 1."""
@@ -175,53 +223,79 @@ class Binary(Quantizer):
         columns = torch.ones(weight.shape[1], dtype=scale_dtype, device=weight.device)
         return replace(found, quantized=self._stored(found.quantized, columns))
 
-    def _turns(self, weight: Tensor, prepared: ColumnsPrepared, scale_dtype: torch.dtype) -> Iterator[Turn]:
-        """From c = 1, each of less cost than the one before."""
-        ones = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
-        turn = self._turn(weight, prepared, ones, scale_dtype, None)
+    def _by_turns(self, weight: Tensor, prepared: JointQPrepared, scale_dtype: torch.dtype) -> Solution:
+        problem, metric = self._problem(weight, prepared.metric, scale_dtype), prepared.metric
+        turns, layer, signal = list(self._turns(problem)), problem.layer, problem.signal
+        last = turns[-1]
+        columns = torch.ones(weight.shape[1], dtype=scale_dtype, device=weight.device)
+        if last.columns is not None:
+            columns.index_copy_(0, metric.order, last.columns.to(scale_dtype))
+        notes: dict[str, float | int | str | bool] = {
+            "lambda": self.regularization_lambda,
+            "start_error": turns[0].cost / signal if signal else 0.0,
+            "final_error": last.cost / signal if signal else 0.0,
+            "dead_columns": int((prepared.everything.diagonal() == 0).sum()),
+            "min_condition": metric.condition,
+        }
+        return Solution(
+            quantized=self._stored(layer.quantized(metric, last.state, permuted=False), columns),
+            damping=metric.damping if metric.damping_retries else None,
+            verdict="damped" if metric.damping_retries else "ok",
+            notes=notes
+            | ({"rounds": len(turns) // 2} if self.column_scale else {"sweeps": 0, "flips_per_weight": 0.0}),
+            signal=math.ldexp(signal, 2 * layer.exponent),
+        )
+
+    def _problem(self, weight: Tensor, metric: Metric, scale_dtype: torch.dtype) -> ColumnTurns:
+        exponent = math.frexp(float(weight.abs().max()))[1]
+        layer = UniformLayer(weight, exponent, self.batch_size, self._jointq.integer_grid, scale_dtype)
+        return ColumnTurns.of(self._jointq, layer, metric)
+
+    def _turns(self, problem: ColumnTurns) -> Iterator[Turn]:
+        """Codes, then column scales and codes in turn; each costs less than the one before."""
+        turn = problem.first_scaled() if self.column_scale and self.group_size is None else problem.first()
         yield turn
-        correlation = weight.double() @ prepared.regularized
-        for _ in range(self.rounds):
-            columns = _best_columns(turn.grid_values(), correlation, prepared.regularized)
-            if columns is None:
-                return
-            columns = columns.to(scale_dtype).double()
-            following = self._turn(weight, prepared, columns, scale_dtype, turn)
-            if not following.cost < turn.cost:  # c as it is stored is no better
+        steps = self.rounds * [problem.scaled, problem.again] if self.column_scale else []
+        for step in steps[:-1]:
+            following = step(turn)
+            if not following.cost < turn.cost:  # column scales as they are stored are no better, or no code changes
                 return
             turn = following
             yield turn
-
-    def _turn(
-        self, weight: Tensor, prepared: ColumnsPrepared, columns: Tensor, scale_dtype: torch.dtype, before: Turn | None
-    ) -> Turn:
-        """Rows solved for c = `columns`, from the codes and scales of another c or from JointQ's start."""
-        jointq, scaled = self._jointq, prepared.regularized * columns * columns[:, None]
-        exponent = math.frexp(float(weight.abs().max()))[1]
-        divided = (weight.double() / columns).float()
-        layer = UniformLayer(divided, exponent, self.batch_size, jointq.integer_grid, scale_dtype)
-        if before is None:
-            metric = prepared.metric
-            found = jointq.from_starts(layer, metric)
-        else:
-            metric = for_sweeps(scaled, before.metric)
-            found = replace(jointq, max_sweeps=self._sweeps).continued(layer, metric, before.found.state)
-        unit = math.ldexp(float(scaled.diagonal().mean()), 2 * exponent)
-        return Turn(layer, metric, columns, found, unit)
 
     def describe(self) -> str:
         label = grid_label(self._jointq.integer_grid, self.group_size) + " column-scaled" * self.column_scale
         return f"Binary {label} lambda={self.regularization_lambda:g}"
 
 
-def _best_columns(values: Tensor, correlation: Tensor, regularized: Tensor) -> Tensor | None:
-    """The c (in,) of least tr(E H_l E') for given Z (out, in) float32; correlation: W H_l, float64 as it is. None where
-    several are: a column of Z is zero, or all of the weight."""
-    factor, failed = torch.linalg.cholesky_ex((values.T @ values).double() * regularized)
-    if int(failed):
-        return None
-    found = torch.cholesky_solve((values * correlation).sum(dim=0)[:, None], factor)[:, 0]
-    if not bool(found.any()):
-        return None
-    least = _LEAST * float(found.abs().mean())
-    return torch.where(found.abs() < least, least, found)
+def _right_singular(matrix: Tensor) -> Tensor:
+    """The first right singular vector of a matrix without negative entries, with mean 1; 0 where all is 0."""
+    found = matrix.mean(dim=0)
+    for _ in range(_POWER_STEPS):
+        found = (matrix @ found) @ matrix
+        found /= found.mean().clamp_min(torch.finfo(found.dtype).tiny)
+    return found
+
+
+def _conjugate_gradients(matrix: Tensor, right: Tensor, start: Tensor) -> Tensor:
+    """An x with `matrix` x = `right`, from x = `start`; the matrix is symmetric and positive semidefinite.
+
+    Preconditioned by its diagonal. Signs of many rows make columns of Z nearly orthogonal, so that some ten steps reach
+    what scales of 16 bits can hold.
+    """
+    diagonal = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny)
+    found, residual = start.clone(), right - matrix @ start
+    scaled = residual / diagonal
+    direction, size = scaled, torch.dot(residual, scaled)
+    enough = _PRECISION**2 * torch.dot(right, right / diagonal)
+    for _ in range(_MOST_STEPS):
+        along = matrix @ direction
+        energy = torch.dot(direction, along)
+        if not bool((size > enough) & (energy > 0)):
+            break
+        found = found + size / energy * direction
+        residual = residual - size / energy * along
+        scaled, before = residual / diagonal, size
+        size = torch.dot(residual, scaled)
+        direction = scaled + size / before * direction
+    return found

@@ -3,7 +3,7 @@
 A row with error e costs e H_l e'.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def measure(hessian: Tensor, order: Tensor, columns: int, extra: Tensor) -> Metr
 def _of_one_group(hessian: Tensor, order: Tensor, extra: Tensor) -> Metric | None:
     """None where H_l may not be well conditioned: by its largest sum of a row over the least of `extra`, which is at
     least the condition number of a Hessian that is positive semidefinite."""
-    sums, least = hessian.abs().sum(dim=1) + extra, float(extra.min())
+    sums, least = torch.linalg.vector_norm(hessian, ord=1, dim=1) + extra, float(extra.min())
     if not float(sums.max()) < _WELL_CONDITIONED * least or not bool((hessian.diagonal() > 0).any()):
         return None
     diagonal = hessian.diagonal() + extra
@@ -111,18 +111,12 @@ def _of_one_group(hessian: Tensor, order: Tensor, extra: Tensor) -> Metric | Non
     return Metric(order, len(order), full, full, 0.0, 0, float(diagonal.max() / diagonal.min()))
 
 
-def for_sweeps(hessian: Tensor, like: Metric) -> Metric:
-    """The metric of `hessian` (in, in) float64, in the order of another one, whose `schur` it keeps: for sweeps, which
-    do not read that."""
-    zeros = torch.zeros_like(hessian.diagonal())
-    full = _ordered(hessian, like.order, zeros, float(hessian.diagonal().mean()), like.full.dtype)
-    return replace(like, full=full)
-
-
 def _ordered(hessian: Tensor, order: Tensor, extra: Tensor, mean: float, kind: torch.dtype) -> Tensor:
     result = torch.empty(hessian.shape, dtype=kind, device=hessian.device)
+    natural = torch.equal(order, torch.arange(len(order), device=order.device))
     for start in range(0, len(order), 256):  # by rows: a full copy in float64 would be one more Hessian in memory
-        rows = order[start : start + 256]
-        result[start : start + 256] = hessian.index_select(0, rows).index_select(1, order).div_(mean)
+        span = slice(start, start + 256)
+        rows = hessian[span] if natural else hessian.index_select(0, order[span]).index_select(1, order)
+        result[span] = rows / mean
     result.diagonal().copy_((hessian.diagonal() + extra)[order] / mean)
     return result

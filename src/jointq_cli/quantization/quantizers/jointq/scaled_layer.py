@@ -67,7 +67,7 @@ class ScaledLayer(ABC, Generic[S]):
         search = self.search(metric)
 
         def one(tile: slice) -> SearchResult[S]:
-            target = self._target(self.weight[tile], metric)
+            target = self.target(self.weight[tile], metric)
             part = None if state is None else combined(lambda tensor: tensor[tile], state).padded(len(target), target)
             return solve(search, target, part).head(tile.stop - tile.start)
 
@@ -77,10 +77,25 @@ class ScaledLayer(ABC, Generic[S]):
         """tr(W H_l W') in the unit of the search's costs."""
 
         def one(tile: slice) -> float:
-            target = self._target(self.weight[tile], metric)
+            target = self.target(self.weight[tile], metric)
             return float(torch.sum((target @ metric.full).mul_(target), dtype=torch.float64))
 
         return math.fsum(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
+
+    def correlation(self, target: Tensor, metric: Metric) -> Tensor:
+        """W H_l in the unit of the search, of all rows as `target` has them."""
+        found = torch.empty_like(target)
+
+        def one(tile: slice) -> None:
+            torch.mm(target[tile], metric.full, out=found[tile])
+
+        over_tiles(len(target), self._padded_rows, target.device, one)
+        return found
+
+    @property
+    def _padded_rows(self) -> int | None:
+        """Rows of a tile of targets that are padded."""
+        return self.batch_size and self.batch_size + -self.batch_size % PADDING
 
     def values(self, metric: Metric, state: S) -> Tensor:
         """The dequantised weights of `state`, (out, in) float32 in the original order."""
@@ -93,7 +108,8 @@ class ScaledLayer(ABC, Generic[S]):
     def weight_error(self, metric: Metric, state: S) -> float:
         return weight_error(self.weight, self.values(metric, state))
 
-    def _target(self, weight: Tensor, metric: Metric) -> Tensor:
+    def target(self, weight: Tensor, metric: Metric) -> Tensor:
+        """Rows of the weight as the search has them, and rows of zeros up to a multiple of PADDING."""
         ordered = torch.ldexp(weight.index_select(1, metric.order), torch.tensor(-self.exponent))
         return with_rows(ordered.to(metric.full.dtype), len(weight) + -len(weight) % PADDING, 0.0)
 
@@ -107,6 +123,20 @@ class UniformLayer(ScaledLayer[State]):
 
     def search(self, metric: Metric) -> Search:
         return Search(metric, self.grid, scale_rounding(self.scale_dtype, self.exponent), self.scale_dtype)
+
+    def solve_group(
+        self, metric: Metric, target: Tensor, correlation: Tensor, state: State | None
+    ) -> SearchResult[State]:
+        """`Search.one_group` for every tile of the padded `target`."""
+        search = self.search(metric)
+
+        def one(tile: slice) -> SearchResult[State]:
+            rows = target[tile]
+            part = None if state is None else combined(lambda tensor: tensor[tile], state).padded(len(rows), rows)
+            return search.one_group(rows, correlation[tile], part)
+
+        tiles = over_tiles(len(target), self._padded_rows, target.device, one)
+        return SearchResult.joined(tiles).head(len(self.weight))
 
     def gptq_start(self, gptq: GPTQ, prepared: GptqPrepared, metric: Metric) -> State:
         """GPTQ's solution as a start, in JointQ's order of columns and groups."""

@@ -8,6 +8,7 @@ h - (h 1) 1 R / (1 R 1), in which the kernels then search.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from jointq_cli import kernels
 from jointq_cli.formats.uniform import Grid
 from jointq_cli.kernels import Rounding
-from jointq_cli.quantization.quantizers.jointq.descent import Descent, RowState
+from jointq_cli.quantization.quantizers.jointq.descent import Descent, RowState, SearchResult
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
 
 CLIP_STEPS = 40  # shrink factors 1.00, 0.98 .. 0.22 of a group's range; coarse, since flips follow
@@ -42,6 +43,40 @@ class Search(Descent[State]):
     grid: Grid
     rounding: Rounding
     scale_dtype: torch.dtype = torch.float32  # of real zero-points too
+
+    def one_group(self, target: Tensor, correlation: Tensor, start: State | None) -> SearchResult[State]:
+        """Rows of a single group, whose correlations w R (rows, in) are known: from JointQ's start, or from a known
+        solution, which a row keeps unless others cost less.
+
+        With z and s found, e R e' = w R w' - 2 s h z + s^2 z R z, so that the cost takes no further product.
+        """
+        if start is None:
+            levels, scale = self._clip(target, self.metric.full.diagonal().contiguous())
+        else:
+            levels, scale = start.levels.clone(), start.scale[:, 0].clone()
+        h, r, codes = correlation, self.metric.full, levels
+        if self.grid.zero == "real":
+            r, shared, sums = self._without_offset
+            h, codes = correlation - correlation.sum(dim=1, keepdim=True) * shared, _codes(levels)
+        products = codes @ r
+        search = kernels.for_device(target.device).flip_search
+        steps, _ = search(h, r, products, codes, scale, self.grid.box, self.rounding, guarded=start is not None)
+        energy = products.mul_(codes).sum(dim=1, dtype=torch.float64)
+        if self.grid.zero == "real":
+            levels = self._with_zero_points(codes, scale, correlation, sums)
+            energy += (levels @ sums).double().square_() / sums.sum(dtype=torch.float64)
+        fall = (
+            torch.addcmul(target, levels, scale[:, None], value=-2.0).mul_(correlation).sum(dim=1, dtype=torch.float64)
+        )
+        cost = energy.mul_(scale.double().square_()).add_(fall).clamp_min_(0.0)
+        return SearchResult(State(levels, scale[:, None]), cost, cost, torch.zeros_like(steps), steps)
+
+    @cached_property
+    def _without_offset(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The metric of a single group with the best offset of each row, 1 R / (1 R 1), and 1 R."""
+        sums = self.metric.full.sum(dim=0)
+        shared = sums / sums.sum()
+        return self.metric.full - sums[:, None] * shared, shared, sums
 
     # starts
 
@@ -99,7 +134,7 @@ class Search(Descent[State]):
         new_scale = scale.clone()
         h, r = _without_offsets(correlation, metric)
         taken, _ = search(h, r, codes @ r, codes, new_scale, self.grid.box, self.rounding, guarded=guarded)
-        found = self._with_zero_points(codes, new_scale, correlation, metric)
+        found = self._with_zero_points(codes, new_scale, correlation, metric.sum(dim=0))
         if not guarded:
             levels.copy_(found)
             scale.copy_(new_scale)
@@ -111,9 +146,9 @@ class Search(Descent[State]):
         scale.copy_(torch.where(kept, new_scale, scale))
         return torch.where(kept, taken.clamp_min(1), 0), torch.where(kept, fall, 0.0)
 
-    def _with_zero_points(self, codes: Tensor, scale: Tensor, correlation: Tensor, metric: Tensor) -> Tensor:
-        """The levels of integers (rows, d) with the best zero-points, rounded as they are stored."""
-        codes, sums = _codes(codes), metric.sum(dim=0)
+    def _with_zero_points(self, codes: Tensor, scale: Tensor, correlation: Tensor, sums: Tensor) -> Tensor:
+        """The levels of integers (rows, d) with the best zero-points, rounded as they are stored; sums: 1 R."""
+        codes = _codes(codes)
         offset = (correlation.sum(dim=1) / scale - (codes * sums).sum(dim=1)) / sums.sum()
         zero_point = offset.neg_().clamp_(-MOST_ZERO, MOST_ZERO).to(self.scale_dtype).to(codes.dtype)
         return codes - zero_point[:, None]
@@ -149,7 +184,7 @@ class Search(Descent[State]):
                     h, r, moved @ r, moved, scale, self.grid.box, self.rounding, temperature=current, noise=noise
                 )
                 if self.grid.zero == "real":
-                    moved = self._with_zero_points(moved, scale, correlation, metric)
+                    moved = self._with_zero_points(moved, scale, correlation, metric.sum(dim=0))
                 self._put(target, error, state, t, moved, scale)
         return state
 
