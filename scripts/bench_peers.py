@@ -190,7 +190,9 @@ def quantise(method: Method, bits: int, place: Path, given: argparse.Namespace) 
     runs = place / "runs"
     shutil.rmtree(runs, ignore_errors=True)  # and the store with it: every run pays for all of its stages
     command = [sys.executable, "-m", "jointq_cli", "quantize", f"model.path={given.model}", f"output_dir={runs}"]
-    command += [f"calibration.tokens={given.tokens}", f"quantizer.group_size={given.group_size}", "name=run"]
+    windows = len(load_file(given.tokens)["windows"])  # all of them, as the other tools take
+    command += [f"calibration.tokens={given.tokens}", f"calibration.num_samples={windows}", "name=run"]
+    command += [f"quantizer.group_size={given.group_size}"]
     command += [f"quantizer.bits={bits}", "evaluation.max_windows=1", "generate_tokens=0", *method.arguments]
     measured = run_measured(command, place / "log.txt", given.timeout, threads(given))
     (written,) = runs.glob("run/*/checkpoint")
