@@ -67,7 +67,9 @@ def ours(p: int, m: int) -> dict[str, Quantizer]:
     group = 128 if m % 128 == 0 else 64
     return {
         "quantizer=cq (and arb)": Binary(group_size=None, offset=True),
-        "quantizer=onebit": Binary(group_size=None, column_scale=True),
+        "quantizer=onebit": Binary(group_size=None, column_scale=True, rounds=0),
+        "quantizer=onebit quantizer.rounds=1": Binary(group_size=None, column_scale=True, rounds=1),
+        "quantizer=onebit quantizer.rounds=3": Binary(group_size=None, column_scale=True, rounds=3),
         f"jointq bits=1 half g{group}": JointQ(bits=1, group_size=group, zero_point="half"),
         f"jointq bits=1 half g{group} incoherent": JointQ(
             bits=1, group_size=group, zero_point="half", incoherence="input"

@@ -64,9 +64,7 @@ class ColumnTurns:
     @classmethod
     def of(cls, jointq: JointQ, layer: UniformLayer, metric: Metric) -> "ColumnTurns":
         target = layer.target(layer.weight, metric)
-        correlation = layer.correlation(target, metric)
-        signal = float(torch.sum(target * correlation, dtype=torch.float64))
-        return cls(jointq, layer, metric, target, correlation, signal)
+        return cls(jointq, layer, metric, target, *layer.correlation(target, metric))
 
     def first(self) -> Turn:
         """From JointQ's start, without column scales."""

@@ -82,15 +82,15 @@ class ScaledLayer(ABC, Generic[S]):
 
         return math.fsum(over_tiles(len(self.weight), self.batch_size, self.weight.device, one))
 
-    def correlation(self, target: Tensor, metric: Metric) -> Tensor:
-        """W H_l in the unit of the search, of all rows as `target` has them."""
+    def correlation(self, target: Tensor, metric: Metric) -> tuple[Tensor, float]:
+        """W H_l and tr(W H_l W') in the unit of the search, of all rows as `target` has them."""
         found = torch.empty_like(target)
 
-        def one(tile: slice) -> None:
-            torch.mm(target[tile], metric.full, out=found[tile])
+        def one(tile: slice) -> float:
+            part = torch.mm(target[tile], metric.full, out=found[tile])
+            return float(torch.linalg.vecdot(target[tile], part).sum(dtype=torch.float64))
 
-        over_tiles(len(target), self._padded_rows, target.device, one)
-        return found
+        return found, math.fsum(over_tiles(len(target), self._padded_rows, target.device, one))
 
     @property
     def _padded_rows(self) -> int | None:

@@ -61,13 +61,11 @@ class Search(Descent[State]):
         products = codes @ r
         search = kernels.for_device(target.device).flip_search
         steps, _ = search(h, r, products, codes, scale, self.grid.box, self.rounding, guarded=start is not None)
-        energy = products.mul_(codes).sum(dim=1, dtype=torch.float64)
+        energy = torch.linalg.vecdot(products, codes).double()
         if self.grid.zero == "real":
             levels = self._with_zero_points(codes, scale, correlation, sums)
             energy += (levels @ sums).double().square_() / sums.sum(dtype=torch.float64)
-        fall = (
-            torch.addcmul(target, levels, scale[:, None], value=-2.0).mul_(correlation).sum(dim=1, dtype=torch.float64)
-        )
+        fall = torch.linalg.vecdot(torch.addcmul(target, levels, scale[:, None], value=-2.0), correlation)
         cost = energy.mul_(scale.double().square_()).add_(fall).clamp_min_(0.0)
         return SearchResult(State(levels, scale[:, None]), cost, cost, torch.zeros_like(steps), steps)
 
