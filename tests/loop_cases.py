@@ -19,7 +19,7 @@ from jointq_cli.quantization.expert_settings import DEFAULT_EXPERTS, ExpertSetti
 from jointq_cli.quantization.loop import quantize_blocks
 from jointq_cli.quantization.qep import NoQep, Qep, QepSettings
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Quantizer
-from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart
+from jointq_cli.quantization.quantizers.jointq import GptqStart
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.workspace import Workspace
 from jointq_cli.records import LayerRecord

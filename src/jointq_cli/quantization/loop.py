@@ -9,6 +9,7 @@ The hidden states of the calibration windows pass through every block with its o
 all of them where statistics depend on them, otherwise the first batch, for the error that is recorded for each block.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from jointq_cli.quantization.hessian_cache import Hessians
 from jointq_cli.quantization.hidden_states import HiddenStates, Stream, relative_error
 from jointq_cli.quantization.importance import save_importance
 from jointq_cli.quantization.qep import Correction, NoCorrection
-from jointq_cli.quantization.quantizers.statistics import Statistics
+from jointq_cli.quantization.quantizers.base import Quantizer
+from jointq_cli.quantization.quantizers.statistics import ExpertTokens, Statistics
 from jointq_cli.quantization.settings import LoopSettings
 from jointq_cli.quantization.solver import LayerSolution, Solver
 from jointq_cli.quantization.walk import BlockVisit, Group, walk
@@ -134,7 +136,7 @@ class _Loop:
 
     def _prepare(self, layers: Sequence[LayerRef], statistics: Statistics) -> Solver:
         """layers: of one input, prepared alike."""
-        quantizer = self.settings.quantizer_for(layers[0].name)
+        quantizer = self._quantizer(layers[0], statistics.hessian, statistics.tokens)
         started = time.perf_counter()
         with naming(layers[0]):
             prepared = quantizer.prepare(statistics.hessian, statistics.heldout)
@@ -144,9 +146,16 @@ class _Loop:
         seconds = (time.perf_counter() - started) / len(layers)
         return Solver(quantizer, prepared, correction, statistics.hessian, self.team, seconds, statistics.tokens)
 
+    def _quantizer(self, layer: LayerRef, hessian: Tensor, experts: ExpertTokens | None) -> Quantizer:
+        quantizer = self.settings.quantizer_for(layer.name)
+        if not self.settings.corrects:
+            return quantizer
+        tokens = math.prod(self.windows) if experts is None else experts.counts[layer.name]
+        return quantizer.for_corrected(len(hessian), tokens)
+
     def _solve(self, block: int, layer: LayerRef, stored: Tensor, solver: Solver) -> tuple[LayerSolution, LayerRecord]:
         """stored: the layer's weight (out, in) as in the checkpoint."""
-        solver = replace(solver, quantizer=self.settings.quantizer_for(layer.name))
+        solver = replace(solver, quantizer=self._quantizer(layer, solver.hessian, solver.tokens))
         if not self.settings.qep.corrects(layer.name):
             solver = replace(solver, correction=NoCorrection())
         curvature = self.settings.curvature

@@ -13,8 +13,9 @@ from torch import Tensor
 from jointq_cli.errors import ConfigError
 from jointq_cli.formats.uniform import Grid, UniformWeight
 from jointq_cli.quantization.quantizers import GPTQ, RTN, JointQ, Prepared, Quantizer
+from jointq_cli.quantization.quantizers.jointq import GptqStart
 from jointq_cli.quantization.quantizers.jointq.metric import Metric
-from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, JointQPrepared
+from jointq_cli.quantization.quantizers.jointq.quantizer import JointQPrepared
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import UniformLayer
 from jointq_cli.quantization.quantizers.jointq.search import State
 from jointq_cli.quantization.quantizers.scale_fit import round_scale

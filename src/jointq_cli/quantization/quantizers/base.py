@@ -80,6 +80,10 @@ class Quantizer(ABC):
     def cost(self, out_features: int, in_features: int, tokens: int) -> float:
         """Floating-point operations in float32 that take about as long as `quantize`."""
 
+    def for_corrected(self, in_features: int, tokens: int) -> "Quantizer":
+        """With what depends on the number of a layer's inputs and of calibration tokens, where QEP corrects layers."""
+        return self
+
     @abstractmethod
     def prepare(self, hessian: Tensor, heldout: HeldOut | None = None) -> Prepared:
         """What depends on the layer's input alone. `hessian` (in, in) float64 is read, never written to.

@@ -1,5 +1,6 @@
 """JointQ."""
 
-from jointq_cli.quantization.quantizers.jointq.quantizer import GptqStart, JointQ
+from jointq_cli.quantization.quantizers.jointq.quantizer import JointQ
+from jointq_cli.quantization.quantizers.jointq.settings import GptqStart
 
 __all__ = ["GptqStart", "JointQ"]

@@ -2,58 +2,33 @@
 
 Minimises e H_l e' per output row with e = w - w_quantised and H_l = H + lambda R, over codes, scales and zero-points,
 by local search. The method is that of Fujitsu's OneComp, called the reference below; docs/jointq.md says what is
-different here, and has the measurements behind the defaults. This module chooses lambda and the start; `metric` has
-H_l, `search` the local search.
+different here, and has the measurements behind the defaults. `settings` has what is asked of it, `metric` has H_l and
+`search` the local search; this module chooses the start, and lambda where it is not fixed.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jointq_cli.errors import ConfigError, NumericsError
+from jointq_cli.errors import NumericsError
 from jointq_cli.formats.k_quant import SUPER_BLOCK
 from jointq_cli.formats.uniform import group_columns
 from jointq_cli.quantization.quantizers.base import Prepared, Solution
 from jointq_cli.quantization.quantizers.gptq import GPTQ, GptqPrepared
 from jointq_cli.quantization.quantizers.jointq.descent import SearchResult
-from jointq_cli.quantization.quantizers.jointq.metric import Metric, activation_order, measure, natural_order, penalty
+from jointq_cli.quantization.quantizers.jointq.metric import Metric, activation_order, measure, natural_order
 from jointq_cli.quantization.quantizers.jointq.scaled_layer import KLayer, ScaledLayer, UniformLayer
 from jointq_cli.quantization.quantizers.jointq.search import Search, State
+from jointq_cli.quantization.quantizers.jointq.settings import JointQSettings
 from jointq_cli.quantization.quantizers.rtn import RTN
 from jointq_cli.quantization.quantizers.statistics import HeldOut
-from jointq_cli.quantization.quantizers.uniform import INCOHERENCE, UniformQuantizer, hessian_product, is_uniform
-from jointq_cli.setting_rules import changed, check_settings, setting, shown
+from jointq_cli.quantization.quantizers.uniform import hessian_product
 
 Chosen = tuple[float, Metric, SearchResult[Any]]  # a lambda, its metric, and what the search found
-
-
-@dataclass(frozen=True)
-class GptqStart:
-    """Settings of GPTQ as a start of the search; bits, groups and symmetry are JointQ's."""
-
-    mse: bool = setting(True)
-    damping: float = setting(0.01, least=0)
-    block_size: int = setting(128, least=1)
-
-
-def _tries_lambdas(jointq: "JointQ") -> bool:
-    return jointq.lambda_mode != "fixed_lambda"
-
-
-def _is_incremental(jointq: "JointQ") -> bool:
-    return jointq.lambda_mode == "incremental_lambda"
-
-
-def _is_diagonal(jointq: "JointQ") -> bool:
-    return jointq.regularization_mode == "diagonal"
-
-
-def _iterates(jointq: "JointQ") -> bool:
-    return jointq.ils_enabled
 
 
 @dataclass(frozen=True)
@@ -70,84 +45,8 @@ class JointQPrepared(Prepared):
 
 
 @dataclass(frozen=True)
-class JointQ(UniformQuantizer):
-    """See the module, and configs/quantizer/jointq.yaml for what each field does."""
-
-    act_order: bool = setting(False)
-    lambda_mode: str = setting("fixed_lambda", choices=("fixed_lambda", "incremental_lambda", "heldout"))
-    regularization_lambda: float = setting(0.3, least=0)
-    regularization_mode: str = setting("diagonal", choices=("identity", "diagonal"))
-    regularization_gamma: float = setting(1.0, least=0, used=_is_diagonal)
-    regularization_floor: float = setting(0.1, least=0, used=_is_diagonal)
-    regularization_reference: str = setting("mean_diagonal", choices=("absolute", "mean_diagonal"))
-    lambda_list: list[float] = setting([0.001, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5], least=0, used=_tries_lambdas)
-    incremental_eps_y: float = setting(0.03, least=0, used=_is_incremental)
-    incremental_eps_w: float = setting(0.1, least=0, used=_is_incremental)
-    incremental_initial_skip_ew_threshold: float | None = setting(0.3, least=0, null="for never", used=_is_incremental)
-    heldout_share: float = setting(0.25, above=0, below=1, used=lambda jointq: jointq.lambda_mode == "heldout")
-    enable_schur: bool = setting(True)
-    enable_clip_optimize: bool = setting(False)
-    enable_clip_optimize_ep: bool = setting(False)
-    enable_gptq: bool = setting(False)
-    gptq: GptqStart = setting(GptqStart(), used=lambda jointq: jointq.enable_gptq)
-    max_sweeps: int = setting(3, least=0)
-    annealing_sweeps: int = setting(0, least=0)
-    annealing_temperature: float = setting(
-        0.15, least=0, used=lambda jointq: jointq.annealing_sweeps > 0 or jointq.ils_enabled
-    )
-    ils_enabled: bool = setting(False)
-    ils_num_iterations: int = setting(10, least=1, used=_iterates)
-    ils_num_clones: int = setting(8, least=1, used=_iterates)
-    ils_num_channels: int | None = setting(None, least=1, null="for all", used=_iterates)
-    batch_size: int | None = setting(None, least=1, null="to choose it by device")
-    on_failure: str = setting("error", choices=("error", "rtn"))
-    _: KW_ONLY
-    incoherence: str = setting("auto", choices=INCOHERENCE, used=is_uniform)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_settings(self.gptq, "quantizer.gptq")
-        for complaint in self._complaints():
-            raise ConfigError(f"quantizer.{complaint}")
-
-    def _complaints(self) -> Iterator[str]:
-        """What is wrong with settings in combination, by key."""
-        if self.lambda_mode != "fixed_lambda" and not self.lambda_list:
-            yield f"lambda_list=[]: lambda_mode={self.lambda_mode} needs at least one value"
-        if self.lambda_mode != "fixed_lambda" and self.lambda_list != sorted(set(self.lambda_list)):
-            yield f"lambda_list={self.lambda_list}: must rise from value to value"
-        if self.lambda_mode == "incremental_lambda" and self.regularization_mode == "diagonal":
-            yield "regularization_mode=diagonal: lambda_mode=incremental_lambda works with identity only"
-        if not any((self.enable_schur, self.enable_clip_optimize, self.enable_clip_optimize_ep, self.enable_gptq)):
-            yield (
-                "enable_schur=false: one start is needed, of enable_schur, enable_clip_optimize, "
-                "enable_clip_optimize_ep and enable_gptq"
-            )
-        if self.is_turned and self.lambda_mode != "fixed_lambda":
-            yield f"lambda_mode={self.lambda_mode}: incoherence=input works with fixed_lambda only"
-        if self.ils_enabled and self.max_sweeps == 0:
-            yield "max_sweeps=0: ils_enabled=true needs at least 1, for it searches from where a search ended"
-        uniform_only = (
-            "act_order",
-            "enable_clip_optimize",
-            "enable_clip_optimize_ep",
-            "enable_gptq",
-            "annealing_sweeps",
-            "ils_enabled",
-        )
-        for name in uniform_only:
-            if self.grid and getattr(self, name):
-                yield f"grid={self.grid}: does not go with {name}={shown(getattr(self, name))}"
-        if (self.ils_enabled or self.annealing_sweeps) and self.annealing_temperature == 0:
-            yield "annealing_temperature=0: must be above 0 where ils_enabled or annealing_sweeps ask for random steps"
-
-    @property
-    def turnable(self) -> bool:
-        return super().turnable and self.lambda_mode == "fixed_lambda"
-
-    @property
-    def heldout(self) -> float:
-        return self.heldout_share if self.lambda_mode == "heldout" else 0.0
+class JointQ(JointQSettings):
+    """See the module."""
 
     def _prepare(self, hessian: Tensor, heldout: HeldOut | None) -> JointQPrepared:
         everything = hessian
@@ -158,8 +57,8 @@ class JointQ(UniformQuantizer):
         self.check({"this layer": len(hessian)})
         columns = SUPER_BLOCK if self.grid else group_columns(self.group_size, len(hessian))
         order = activation_order(hessian) if self.act_order else natural_order(hessian, columns)
-        first = self.regularization_lambda if self.lambda_mode == "fixed_lambda" else self.lambda_list[0]
-        extra = self._penalty(hessian, first)
+        first = self.strength if self.lambda_mode == "fixed_lambda" else self.lambda_list[0]
+        extra = self.penalty(hessian, first)
         metric = measure(hessian, order, columns, extra)
         gptq = None
         if self.enable_gptq:
@@ -167,21 +66,6 @@ class JointQ(UniformQuantizer):
             ordered.diagonal().add_(extra[order])  # the reference's GPTQ uses H alone, which gives a worse start
             gptq = self._gptq()._prepare(ordered, None)
         return JointQPrepared(everything, heldout, hessian, columns, metric, gptq)
-
-    def _penalty(self, hessian: Tensor, strength: float) -> Tensor:
-        return penalty(
-            hessian,
-            strength,
-            self.regularization_mode,
-            self.regularization_gamma,
-            self.regularization_floor,
-            self.regularization_reference,
-        )
-
-    @property
-    def row_separable(self) -> bool:
-        # Otherwise lambda or the worst rows are chosen over all rows of a layer, or random steps depend on the tile.
-        return self.lambda_mode == "fixed_lambda" and not self.ils_enabled and not self.annealing_sweeps
 
     def join(self, parts: Sequence[Solution]) -> Solution:
         joined = super().join(parts)
@@ -202,9 +86,6 @@ class JointQ(UniformQuantizer):
             "flips_per_weight": mean("flips_per_weight", rows),
         }
         return replace(joined, notes={**joined.notes, **notes}, signal=math.fsum(signals))
-
-    def ridge(self, hessian: Tensor) -> Tensor | None:
-        return self._penalty(hessian, self.regularization_lambda) if self.lambda_mode == "fixed_lambda" else None
 
     def _gptq(self) -> GPTQ:
         return GPTQ(
@@ -233,7 +114,7 @@ class JointQ(UniformQuantizer):
         found = super().quantize(weight, prepared, scale_dtype)
         if not self.is_turned or "lambda" not in found.notes:
             return found
-        return replace(found, notes={**found.notes, "lambda": self.regularization_lambda})  # added before turning
+        return replace(found, notes={**found.notes, "lambda": self.strength})  # added before turning
 
     @property
     def _plain(self) -> "JointQ":
@@ -281,7 +162,7 @@ class JointQ(UniformQuantizer):
         return UniformLayer(weight, exponent, self.batch_size, self.integer_grid, scale_dtype)
 
     def _fixed(self, layer: ScaledLayer[Any], prepared: JointQPrepared) -> Chosen:
-        return self.regularization_lambda, prepared.metric, self.from_starts(layer, prepared.metric, prepared.gptq)
+        return self.strength, prepared.metric, self.from_starts(layer, prepared.metric, prepared.gptq)
 
     def _incremental(self, layer: ScaledLayer[Any], prepared: JointQPrepared) -> Chosen:
         """The reference's rule: increase lambda as long as the weight error falls and the output error hardly rises."""
@@ -325,7 +206,7 @@ class JointQ(UniformQuantizer):
             if error < least:
                 best, least = strength, error
         everything = prepared.everything
-        metric = measure(everything, prepared.metric.order, prepared.columns, self._penalty(everything, best))
+        metric = measure(everything, prepared.metric.order, prepared.columns, self.penalty(everything, best))
         return best, metric, self.from_starts(layer, metric, prepared.gptq)
 
     def _next(
@@ -333,7 +214,7 @@ class JointQ(UniformQuantizer):
     ) -> tuple[Metric, SearchResult[Any]]:
         """The solution for one of several lambda: continued from `previous`, or from the starts if that is None."""
         first = strength == self.lambda_list[0]
-        extra = self._penalty(prepared.hessian, strength)
+        extra = self.penalty(prepared.hessian, strength)
         metric = prepared.metric if first else measure(prepared.hessian, prepared.metric.order, prepared.columns, extra)
         if previous is not None:
             return metric, self.continued(layer, metric, previous.state)
@@ -407,31 +288,6 @@ class JointQ(UniformQuantizer):
             steps=solved.steps[worst] + better.steps,
         )
         return solved.with_rows(worst, total)
-
-    def _describe_options(self) -> list[str]:
-        """Lambda or how it is chosen, and all else that differs from the defaults."""
-        strength = f"lambda={self.regularization_lambda:g}" if self.lambda_mode == "fixed_lambda" else self.lambda_mode
-        stated = (
-            "bits",
-            "group_size",
-            "symmetric",
-            "zero_point",
-            "incoherence",
-            "incoherence_block",
-            "grid",
-            "regularization_lambda",
-            "lambda_mode",
-        )
-        return [strength, *(_option(name, value) for name, value in changed(self).items() if name not in stated)]
-
-
-def _option(name: str, value: Any) -> str:
-    """Such as act_order, no-schur, max_sweeps=5."""
-    if isinstance(value, bool):
-        return f"{'' if value else 'no-'}{name.removeprefix('enable_').removesuffix('_enabled')}"
-    if isinstance(value, GptqStart):
-        return " ".join(_option(f"{name}.{part}", item) for part, item in changed(value).items())
-    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def _share(cost: Tensor, signal: float) -> float:
