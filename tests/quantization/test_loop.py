@@ -318,6 +318,21 @@ def test_jointq_chooses_lambda_per_layer_by_held_out_windows(inputs: str, tmp_pa
     assert file_hashes(tmp_path / "again" / "checkpoint") == file_hashes(tmp_path / "work" / "checkpoint")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_with_qep_lambda_follows_the_tokens_for_each_column(family: str, tmp_path: Path) -> None:
+    """tokens (6 x 16), or those that reach the expert; lambda is 5 in_features / tokens, and 0.3 without QEP."""
+    directory = write_checkpoint(tmp_path / "model", family, dtype=torch.bfloat16)
+    quantizer = replace(JOINT, regularization_lambda=None)
+    _, _, records = quantize(directory, tmp_path / "work", quantizer, keep=lambda name: "layers.0" in name, qep=FULL)
+    solved = [record for record in records if "lambda" in record.notes]
+    assert len({record.in_features for record in solved}) > 1
+    for record in solved:
+        tokens = 96 if record.tokens is None else record.tokens
+        assert record.notes["lambda"] == pytest.approx(5 * record.in_features / tokens)
+    _, _, records = quantize(directory, tmp_path / "plain", quantizer, keep=lambda name: "0.self_attn.q" in name)
+    assert [record.notes["lambda"] for record in records] == [0.3]
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_too_few_windows_to_hold_a_pass_out_are_an_error_before_any_work(count: int, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model")

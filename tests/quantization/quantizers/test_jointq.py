@@ -472,12 +472,14 @@ def test_a_group_size_that_does_not_divide_is_named_before_any_solving() -> None
 def test_a_description_names_lambda_or_how_it_is_chosen() -> None:
     quantizer: Quantizer = JointQ(bits=3, group_size=16, regularization_lambda=0.5)
     assert quantizer.describe() == "JointQ W3 g16 asymmetric lambda=0.5"
+    assert quantizer.for_corrected(4096, 65536) == quantizer
+    assert JointQ(bits=3).for_corrected(4096, 65536).describe() == "JointQ W3 g128 asymmetric lambda=0.3125"
     quantizer = JointQ(symmetric=True, group_size=None, lambda_mode="heldout")
     assert quantizer.describe() == "JointQ W4 per-channel symmetric heldout"
 
 
 def test_a_description_names_what_differs_from_the_defaults_and_is_used() -> None:
-    assert JointQ().describe() == "JointQ W4 g128 asymmetric lambda=0.3"
+    assert JointQ().describe() == "JointQ W4 g128 asymmetric lambda=auto"
     unused = JointQ(ils_num_clones=2, annealing_temperature=0.2, lambda_list=[0.1], gptq=GptqStart(block_size=32))
     assert unused.describe() == JointQ().describe()
     starts = {"enable_gptq": True, "enable_schur": False}
